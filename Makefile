@@ -1,0 +1,44 @@
+# Targets install what they need into .venv; a second call starts at once.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
+SWEEP ?= outputs/sweeps/lora.r-8-16-64
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check ui report clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(READY) ## install the pinned dependencies and ftexp into .venv
+
+$(READY):
+	@$(PYTHON) -c 'import sys; sys.exit("ftexp needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@rm -f .venv/.ready-*
+	@touch $@
+
+demo: $(READY) ## fine-tune SmolLM2-135M at rank 8, 16 and 64, score and compare (about 5 minutes on 2 cores)
+	$(BIN)/python -m ftexp.run lora.r=8,16,64 -m
+	@echo "curves and examples: make ui, then http://127.0.0.1:5000"
+
+test: $(READY) ## run every check and test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest
+
+check: $(READY) ## run the fast tests only
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -m "not slow"
+
+ui: $(READY) ## open the MLflow UI on 127.0.0.1:5000
+	$(BIN)/python -m ftexp.ui
+
+report: $(READY) ## print the leaderboard of SWEEP=outputs/sweeps/<name>
+	$(BIN)/python -m ftexp.report $(SWEEP)
+
+clean: ## remove caches of tools; outputs/ and .venv stay
+	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info

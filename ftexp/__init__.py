@@ -1,0 +1,3 @@
+"""Hydra experiment sweeps for fine-tuning language models."""
+
+__version__ = "0.1.0"

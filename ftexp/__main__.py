@@ -1,0 +1,27 @@
+"""`ftexp <verb>` is `python -m ftexp.<verb>`."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+VERBS = {
+    "run": "train and score one run, or a sweep with -m",
+    "report": "print the leaderboard of a sweep or a run",
+    "ui": "show runs and sweeps in the MLflow UI",
+}
+
+
+def main() -> int:
+    """Hand the command line to the module of its verb."""
+    if len(sys.argv) < 2 or sys.argv[1] not in VERBS:
+        lines = [f"  {verb:8}{what}" for verb, what in VERBS.items()]
+        print("\n".join(["usage: ftexp VERB ...", "", *lines]), file=sys.stderr)
+        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
+    verb = sys.argv.pop(1)
+    sys.argv[0] = f"ftexp {verb}"
+    return import_module(f"ftexp.{verb}").main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

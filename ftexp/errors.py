@@ -1,0 +1,41 @@
+"""The errors a person can cause or meet, each with the exit code it ends in.
+
+Every class also inherits the standard exception a reader would expect, so that code calling ftexp as a library
+can catch either. To add one: subclass `FtexpError`, set `exit_code`, and name it in the table of the README.
+"""
+
+
+class FtexpError(Exception):
+    """Anything ftexp refuses or reports on purpose; its text is shown without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(FtexpError, ValueError):
+    """A key, a group option or a value of the config is unknown, out of range or at odds with another."""
+
+    exit_code = 2
+
+
+class DataError(FtexpError, ValueError):
+    """A data file cannot be used; the message starts with `file:line`."""
+
+    exit_code = 3
+
+
+class MachineError(FtexpError, RuntimeError):
+    """Something outside the config is missing: a model folder, a package, the network, disk space."""
+
+    exit_code = 4
+
+
+class Diverged(FtexpError, ArithmeticError):
+    """Training left the finite numbers. A result of the trial, not a fault of the program."""
+
+    exit_code = 5
+
+
+class TrialsFailed(FtexpError, RuntimeError):
+    """A sweep ran to its end and some of its trials failed; the others are kept."""
+
+    exit_code = 5

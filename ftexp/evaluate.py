@@ -1,0 +1,218 @@
+"""Scoring of held-out rows, outside any Trainer: token-exact loss, and completions written greedily.
+
+Batch size, padding and order change speed and memory, never a score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from ftexp import metrics
+from ftexp.config import Eval
+from ftexp.data.prompts import Example
+from ftexp.progress import progress
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    AnyModel = PreTrainedModel | PeftModel
+
+LOGITS_BYTES = 1 << 30
+"""Most memory one forward pass may spend on float32 logits; larger batches are split."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of one model on one split."""
+
+    scores: dict[str, float]
+    """Metric name without the split -> value."""
+    table: list[dict[str, Any]]
+    """One entry a row, in the order of the rows: text, nats, tokens, and what was written."""
+
+
+def score(model: AnyModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], how: Eval, label: str) -> Scored:
+    """Score a model on rows; its mode is set to evaluation and put back."""
+    was_training = model.training
+    model.eval()
+    try:
+        table = held_out(model, tokenizer, examples, how, label)
+        if how.generate:
+            written = generate(model, tokenizer, examples, how, label)
+            for entry, text in zip(table, written, strict=True):
+                entry["prediction"] = text
+                entry["exact_match"] = metrics.exact_match(text, entry["reference"])
+                entry["jaccard"] = metrics.jaccard(text, entry["reference"])
+                entry["f1"] = metrics.f1(text, entry["reference"])
+    finally:
+        model.train(was_training)
+    return Scored(summary(table), table)
+
+
+def summary(table: list[dict[str, Any]]) -> dict[str, float]:
+    """Compute a split's scores from its per-row table."""
+    nats, tokens = [e["nats"] for e in table], [e["tokens"] for e in table]
+    scores = {
+        "loss": metrics.loss(nats, tokens),
+        "perplexity": metrics.perplexity(nats, tokens),
+        "bits_per_byte": metrics.bits_per_byte(nats, [len(e["reference"].encode()) for e in table]),
+    }
+    if "prediction" in table[0]:
+        scores |= {name: sum(e[name] for e in table) / len(table) for name in ("exact_match", "jaccard", "f1")}
+    return scores
+
+
+def held_out(
+    model: AnyModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], how: Eval, label: str
+) -> list[dict[str, Any]]:
+    """Measure each row's negative log-likelihood in nats, summed in float64 over its supervised tokens."""
+    import torch
+
+    table: list[dict[str, Any]] = [{} for _ in examples]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), progress(f"{label} loss", len(examples)) as advance:
+            for numbers in _batches([len(e.ids) for e in examples], how.batch, spread=0.75):
+                for part in _fitting(numbers, examples, model):
+                    nats = _nats(model, [examples[n] for n in part], _pad(tokenizer))
+                    for n, value in zip(part, nats, strict=True):
+                        row = examples[n].row
+                        table[n] = {"where": row.where, "prompt": row.prompt, "reference": row.completion,
+                                    "nats": value, "tokens": len(examples[n].completion)}  # fmt: skip
+                    advance(len(part))
+    finally:
+        model.train(was_training)
+    return table
+
+
+def _batches(lengths: list[int], size: int, spread: float) -> Iterator[list[int]]:
+    """Yield row numbers, longest rows first, so that memory peaks at once.
+
+    A batch ends after `size` rows, or where a row is shorter than `spread` times the batch's longest: in a forward
+    pass padding costs as much as text. Generation pads once and then steps through all rows together, so there 0.
+    """
+    order = sorted(range(len(lengths)), key=lambda n: (-lengths[n], n))
+    batch: list[int] = []
+    for n in order:
+        if batch and (len(batch) == size or lengths[n] < spread * lengths[batch[0]]):
+            yield batch
+            batch = []
+        batch.append(n)
+    if batch:
+        yield batch
+
+
+def _fitting(numbers: list[int], examples: list[Example], model: AnyModel) -> Iterator[list[int]]:
+    """Split a batch whose logits would not fit in `LOGITS_BYTES`."""
+    room = LOGITS_BYTES // (4 * cast(int, model.config.get_text_config().vocab_size))
+    part: list[int] = []
+    for n in numbers:
+        if part and sum(len(examples[m].completion) for m in (*part, n)) > room:
+            yield part
+            part = []
+        part.append(n)
+    yield part
+
+
+def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
+    return cast(int, tokenizer.pad_token_id)
+
+
+def _nats(model: AnyModel, rows: list[Example], pad: int) -> list[float]:
+    """Sum of nats over the supervised tokens of each row, in float64."""
+    import torch
+
+    width = max(len(e.ids) for e in rows)
+    ids = torch.full((len(rows), width), pad)  # (row, position)
+    labels = torch.full((len(rows), width), -100)
+    for n, e in enumerate(rows):
+        ids[n, : len(e.ids)] = torch.tensor(e.ids)
+        labels[n, len(e.prompt) : len(e.ids)] = torch.tensor(e.completion)
+    mask = torch.arange(width)[None, :] < torch.tensor([len(e.ids) for e in rows])[:, None]
+    device = model.device
+    logits, targets = supervised_logits(model, ids.to(device), mask.long().to(device), labels.to(device))
+    nats = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none").double()
+    return [part.sum().item() for part in nats.split([len(e.completion) for e in rows])]
+
+
+def supervised_logits(
+    model: AnyModel, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a forward pass that projects onto the vocabulary only the positions that predict a supervised token.
+
+    A hook picks those positions in front of the output layer, so whatever a model does behind it (scaling, soft
+    caps) is still its own doing.
+
+    Args:
+        model: a causal language model, with or without an adapter.
+        ids: token ids, (row, position).
+        mask: 1 for tokens and 0 for padding, (row, position).
+        labels: token ids, -100 where not supervised, (row, position); the first position cannot be predicted.
+
+    Returns:
+        Logits (supervised, vocabulary) and the tokens they should predict (supervised,), row after row.
+    """
+    targets = labels[:, 1:]
+    picked = targets != -100
+    head: Any = model.get_output_embeddings()  # type: ignore
+    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][:, :-1][picked][None], *hidden[1:]))
+    try:
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
+    finally:
+        hook.remove()
+    return logits, targets[picked]
+
+
+def generate(
+    model: AnyModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], how: Eval, label: str
+) -> list[str]:
+    """Write a completion for each prompt: greedily, until end-of-sequence or the planned length.
+
+    Prompts are padded on the left, so that each continues at its own last token; in float32 a row is then written the
+    same alone and in any batch.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    longest = max(len(e.completion) for e in examples)
+    ends = model.generation_config.eos_token_id  # type: ignore
+    settings = GenerationConfig(
+        max_new_tokens=how.max_new_tokens or longest + longest // 4 + 8,
+        do_sample=False,
+        pad_token_id=_pad(tokenizer),
+        eos_token_id=sorted({cast(int, tokenizer.eos_token_id), *(ends if isinstance(ends, list) else [ends])} - {None}),
+    )
+    written = [""] * len(examples)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), progress(f"{label} completions", len(examples)) as advance:
+            for numbers in _batches([len(e.prompt) for e in examples], how.batch, spread=0):
+                ids, mask = _left_padded([examples[n].prompt for n in numbers], _pad(tokenizer))
+                out = model.generate(  # type: ignore
+                    input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+                )
+                texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+                for n, text in zip(numbers, texts, strict=True):
+                    written[n] = text
+                advance(len(numbers))
+    finally:
+        model.train(was_training)
+    return written
+
+
+def _left_padded(prompts: list[tuple[int, ...]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    width = max(len(p) for p in prompts)
+    ids = torch.full((len(prompts), width), pad)  # (row, position)
+    mask = torch.zeros_like(ids)
+    for n, prompt in enumerate(prompts):
+        ids[n, width - len(prompt) :] = torch.tensor(prompt)
+        mask[n, width - len(prompt) :] = 1
+    return ids, mask

@@ -1,0 +1,37 @@
+"""Files of ours: the cache, and JSON that is whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def cache() -> Path:
+    """Return the folder for what is fetched or built once: `$FTEXP_CACHE`, else `~/.cache/ftexp`."""
+    return Path(os.environ.get("FTEXP_CACHE") or Path.home() / ".cache" / "ftexp")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file that a reader, or a restart after a kill, sees whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, fresh = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            json.dump(content, out, indent=1, allow_nan=True)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(fresh, path)
+    except BaseException:
+        Path(fresh).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> Any | None:
+    """Read a JSON file, or return None where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None

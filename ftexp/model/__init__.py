@@ -1,0 +1,277 @@
+"""Base model and adapter: what is loaded, how it computes, and what a trial adds to it and takes off again."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ftexp import config
+from ftexp.config import Format, Kind, Lora, Model, Quant, Variant
+from ftexp.errors import ConfigError, MachineError
+from ftexp.model import compute, embedded, tiny
+from ftexp.model.compute import Compute
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class Base:
+    """A loaded base model, frozen, and what it was made from. Trials borrow it one after the other."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    compute: Compute
+    weights: str
+    """sha256 over every weight and buffer that is stored."""
+    key: str
+    """Digest of the config it was loaded for."""
+
+
+def source(model: Model) -> str:
+    """Return the folder or hub id to load from.
+
+    Raises:
+        MachineError: a folder is named that is not there, or the embedded model cannot be fetched.
+    """
+    if model.kind is Kind.embedded:
+        return str(embedded.folder())
+    if model.path.startswith((".", "/", "~")) or Path(model.path).is_dir():
+        path = Path(model.path).expanduser()
+        if not (path / "config.json").is_file():
+            raise MachineError(f"model.path must be a folder with a config.json, got {model.path!r}")
+        return str(path)
+    return model.path
+
+
+def tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """Load the tokenizer. One without a padding token gets its unknown or end token for padding.
+
+    Which token pads changes nothing: padding is masked by length, never by token, in training and in scoring.
+    """
+    if model.kind is Kind.tiny:
+        return tiny.tokenizer()
+    from transformers import AutoTokenizer
+
+    with _loading(model):
+        loaded = AutoTokenizer.from_pretrained(source(model), revision=model.revision, trust_remote_code=False)
+    if loaded.pad_token_id is None:
+        loaded.pad_token = loaded.unk_token or loaded.eos_token
+    return cast("PreTrainedTokenizerBase", loaded)
+
+
+@contextmanager
+def _loading(model: Model) -> Iterator[None]:
+    """Say which model could not be loaded, where the library says only why."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise MachineError(f"model.path={source(model)} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+
+
+_warm: Base | None = None
+
+
+def load(model: Model, quant: Quant) -> Base:
+    """Load a base model, or hand out the one in memory when it was made from the same config.
+
+    One base is kept: a sweep over trials of one model pays for loading once.
+
+    Raises:
+        MachineError: the model cannot be found or loaded.
+    """
+    global _warm
+    key = config.digest(model, quant)
+    if _warm is None or _warm.key != key:
+        _warm = None  # frees the other model before this one is loaded
+        _warm = _load(model, quant, key)
+    return _warm
+
+
+def _load(model: Model, quant: Quant, key: str) -> Base:
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # half a second of bar for a local file
+
+    chosen = compute.policy(model)
+    compute.apply(chosen)
+    if model.kind is Kind.tiny:
+        loaded = tiny.model(chosen.attention).to(device=chosen.device, dtype=getattr(torch, chosen.dtype))
+    else:
+        loaded = _pretrained(model, quant, chosen)
+    loaded.requires_grad_(False).eval()
+    loaded.generation_config = _greedy(loaded)
+    return Base(loaded, tokenizer(model), chosen, fingerprint(loaded), key)
+
+
+def _pretrained(model: Model, quant: Quant, chosen: Compute) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with _loading(model):
+        return AutoModelForCausalLM.from_pretrained(
+            source(model),
+            revision=model.revision,
+            dtype=getattr(torch, chosen.dtype),
+            attn_implementation=chosen.attention,
+            quantization_config=_quantization(quant, chosen),
+            device_map={"": 0} if chosen.device == "cuda" else None,
+            trust_remote_code=False,
+        )
+
+
+def _quantization(quant: Quant, chosen: Compute) -> Any:
+    if quant.kind is Format.none:
+        return None
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if quant.kind is Format.int8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=quant.double,
+        bnb_4bit_compute_dtype=getattr(torch, chosen.dtype),
+    )
+
+
+def _greedy(model: PreTrainedModel) -> Any:
+    """Keep the token ids of a model's generation settings and none of its sampling."""
+    from transformers import GenerationConfig
+
+    kept = model.generation_config
+    return GenerationConfig(
+        bos_token_id=getattr(kept, "bos_token_id", None),
+        eos_token_id=getattr(kept, "eos_token_id", None),
+        pad_token_id=getattr(kept, "pad_token_id", None),
+        do_sample=False,
+    )
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Hash names, formats and bytes of all weights: sha256, about 0.4 s a GB."""
+    import torch
+
+    total = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, torch.Tensor):
+            total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def adapter(lora: Lora) -> LoraConfig:
+    """Translate the config to peft's.
+
+    Raises:
+        ConfigError: `lora.extra` names a keyword peft does not know, or gives one that the schema has.
+    """
+    from peft import LoraConfig
+
+    targets: str | list[str] = "all-linear" if lora.targets == ["all-linear"] else list(lora.targets)
+    own = {
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": targets,
+        "use_rslora": lora.variant is Variant.rslora,
+        "use_dora": lora.variant is Variant.dora,
+        "task_type": "CAUSAL_LM",
+    }
+    return cast("LoraConfig", accept(LoraConfig, own, lora.extra, "lora.extra"))
+
+
+def accept(made: Any, own: dict[str, Any], extra: dict[str, Any], key: str) -> Any:
+    """Call a library's config class with our keywords and the person's, refusing those it does not know."""
+    taken = sorted(set(own) & set(extra))
+    if taken:
+        name = config.RETIRED.get(taken[0])
+        raise ConfigError(f"{key}.{taken[0]} must not be set, it has a key of its own{f': {name}' if name else ''}")
+    try:
+        return made(**own, **extra)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key} is refused by {made.__name__}: {error}") from error
+
+
+def check_targets(model: PreTrainedModel, targets: list[str]) -> None:
+    """Refuse a target that matches no layer; peft is silent as long as one of them does.
+
+    Raises:
+        ConfigError: names the target and the nearest layer.
+    """
+    if targets == ["all-linear"]:
+        return
+    names = [name for name, _ in model.named_modules() if name]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            leaves = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
+            near = difflib.get_close_matches(target, leaves, n=1)
+            hint = f", did you mean {near[0]}?" if near else f"; the model has {', '.join(leaves)}"
+            raise ConfigError(f"lora.targets: {target!r} matches no layer{hint}")
+
+
+@contextmanager
+def adapted(base: Base, lora: Lora, seed: int) -> Iterator[PeftModel]:
+    """Lend out the base with a fresh adapter, and take the adapter and every trace of training off again.
+
+    The adapter's first weights follow from `seed` alone. A base whose weights changed in spite of being frozen is
+    dropped, so the next trial loads it anew.
+    """
+    global _warm
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    check_targets(base.model, lora.targets)
+    set_seed(seed)
+    forward = base.model.__dict__.get("forward")
+    try:
+        tuned = cast("PeftModel", get_peft_model(base.model, adapter(lora)))
+    except ValueError as error:
+        raise ConfigError(f"lora is refused by peft: {error}") from error
+    try:
+        yield tuned
+    finally:
+        _strip(base, tuned, forward)
+        if fingerprint(base.model) != base.weights:
+            _warm = None
+
+
+def _strip(base: Base, tuned: PeftModel, forward: Any) -> None:
+    tuned.unload()
+    model = base.model
+    model.__dict__.pop("forward", None)  # TRL replaces it on the instance
+    if forward is not None:
+        model.__dict__["forward"] = forward
+    model.gradient_checkpointing_disable()
+    model.disable_input_require_grads()
+    model.requires_grad_(False).eval()
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters by what happens to them."""
+
+    trainable: int
+    """Weights the optimizer changes."""
+    total: int
+    """All weights, each once; a packed 4-bit weight counts as the weight it stands for."""
+
+
+def count(model: torch.nn.Module) -> Counts:
+    """Count parameters; 4-bit storage is undone, where `numel` would count two weights as one byte."""
+    trainable = total = 0
+    for p in model.parameters():
+        state = getattr(p, "quant_state", None)
+        size = state.shape.numel() if state is not None else p.numel()
+        total += size
+        trainable += size if p.requires_grad else 0
+    return Counts(trainable, total)

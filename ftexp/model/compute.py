@@ -1,0 +1,159 @@
+"""The compute policy: which number format, matrix kernel and attention the device runs fastest with the same result.
+
+Chosen by a probe of about a second and kept in the cache, so that the same command on the same machine makes the
+same choice and gives the same bits. Everything chosen is recorded with the run.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ftexp.config import Attention, Dtype, Model
+from ftexp.files import cache, read_json, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+CLEARLY = 1.15
+"""A choice must be this many times faster than PyTorch's default to be taken."""
+EXACT = 3e-6
+"""Largest relative error a float32 product may have against float64 (64 terms of rounding at 6e-8)."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a run computes."""
+
+    device: str
+    """`cuda` or `cpu`."""
+    dtype: str
+    """Format of the base weights: float32, bfloat16 or float16."""
+    kernel: str
+    """Float32 matrix products on CPUs: `default` (PyTorch's BLAS) or `onednn`."""
+    attention: str
+    """Name of the attention implementation in transformers."""
+    chip: str
+    """What it was chosen for."""
+
+
+def policy(model: Model) -> Compute:
+    """Choose how to compute, respecting what `model.dtype` and `model.attention` say."""
+    import torch
+
+    if torch.cuda.is_available():
+        chip, device, kernel = torch.cuda.get_device_name(), "cuda", "default"
+        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        attention = "sdpa"
+    else:
+        chip, device = _chip(), "cpu"
+        dtype, kernel = _cpu_choice(chip)
+        attention = "eager"  # 5 to 9 times faster backward than sdpa below some 128 tokens
+    if model.dtype is not Dtype.auto:
+        dtype = model.dtype.value
+    if model.attention is not Attention.auto:
+        attention = model.attention.value
+    return Compute(device, dtype, kernel, attention, chip)
+
+
+def apply(compute: Compute) -> None:
+    """Set what the policy chose for the whole process."""
+    import torch
+
+    if compute.device == "cpu":
+        # Sends float32 products to oneDNN. On chips with bfloat16 units this flag would also round; the probe
+        # has measured that it does not here.
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16" if compute.kernel == "onednn" else "none"  # type: ignore
+
+
+def _chip() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.open() if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware; where it does not, PyTorch is some hundred times slower."""
+    info = Path("/proc/cpuinfo")
+    flags = next((line for line in info.open() if line.startswith("flags")), "") if info.exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _cpu_choice(chip: str) -> tuple[str, str]:
+    """Return dtype and kernel for this CPU, probing on first use."""
+    import torch
+
+    key = sha256(f"{chip} {torch.__version__} {torch.get_num_threads()} {_has_bfloat16()}".encode()).hexdigest()[:16]
+    kept = cache() / "compute" / f"{key}.json"
+    choice = read_json(kept)
+    if choice is None:
+        choice = {"chip": chip, "torch": torch.__version__, **asdict(measure())}
+        write_json(kept, choice)
+    return choice["dtype"], choice["kernel"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a probe measured: seconds for the same products, and what follows."""
+
+    seconds: dict[str, float]
+    """Seconds by way of computing."""
+    onednn_error: float
+    """Largest relative error of float32 through oneDNN against float64."""
+    dtype: str
+    kernel: str
+
+
+def measure() -> Probe:
+    """Time the layers of a small model (256 tokens, 576 x 1536) in each way this CPU has.
+
+    The 24 matrices together are larger than a CPU's caches, as a model's are: kernels that look equal on one matrix
+    differ once it has to come from memory.
+    """
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        x, w = torch.randn(256, 576), [torch.randn(1536, 576) for _ in range(24)]
+    before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore
+    try:
+        torch.backends.mkldnn.matmul.fp32_precision = "none"  # type: ignore
+        seconds = {"default": _fastest(x, w)}
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore
+        seconds["onednn"] = _fastest(x, w)
+        error = _error(x, w[0])
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before  # type: ignore
+    if _has_bfloat16():
+        seconds["bfloat16"] = _fastest(x.bfloat16(), [m.bfloat16() for m in w])
+    return choose(seconds, error)
+
+
+def choose(seconds: dict[str, float], error: float) -> Probe:
+    """Take a faster way only where it is clearly faster, and oneDNN only where float32 stays float32."""
+    onednn = error < EXACT and seconds["onednn"] * CLEARLY < seconds["default"]
+    kernel = "onednn" if onednn else "default"
+    half = seconds.get("bfloat16", float("inf")) * CLEARLY < seconds[kernel]
+    return Probe(seconds, error, "bfloat16" if half else "float32", kernel)
+
+
+def _fastest(x: torch.Tensor, matrices: list[torch.Tensor]) -> float:
+    """Seconds of the fastest of several passes: whatever else the machine does only ever adds time."""
+    import torch
+
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        for w in matrices:
+            torch.nn.functional.linear(x, w)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _error(x: torch.Tensor, w: torch.Tensor) -> float:
+    true = x.double() @ w.double().T
+    return float(((x @ w.T).double() - true).abs().max() / true.abs().max())

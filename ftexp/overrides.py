@@ -1,0 +1,135 @@
+"""The command line, read before Hydra composes it: unknown keys, unknown options, and the name of the run.
+
+Hydra refuses an unknown key itself, but without the nearest right name, and `+key=value` slips past it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from pathlib import Path
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import OverrideParseException
+
+from ftexp import config
+from ftexp.errors import ConfigError
+
+PACKAGE = Path(__file__).parent
+ROOT = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
+CONF = ROOT / "conf"
+OPEN = ("lora.extra.", "trainer.extra.")
+"""Keys handed on to a library; they exist only once given, so `++` is put before them."""
+
+
+def prepare(argv: list[str]) -> list[str]:
+    """Check the overrides of a command line and put its flags in front, where Hydra 1.3 wants them.
+
+    A `name=` is added where none is given: the other overrides in letters a folder may have, so that the same
+    command finds its folder again.
+
+    Returns:
+        The arguments for Hydra: flags, then overrides.
+
+    Raises:
+        ConfigError: an override does not parse, or names a key or option that does not exist.
+    """
+    args = get_args_parser().parse_intermixed_args(argv)
+    if args.help or args.hydra_help or args.shell_completion or args.info is not None:
+        return argv
+    check(args.overrides)
+    overrides = [f"++{text}" if text.startswith(OPEN) else text for text in args.overrides]
+    if not any(text.startswith("name=") for text in overrides):
+        overrides.append(f"name={slug(overrides)}")
+    flags = list(argv)
+    for text in args.overrides:
+        flags.remove(text)
+    return flags + overrides
+
+
+def runs(argv: list[str]) -> str | None:
+    """Tell what the command line asks for: `single`, `sweep`, or None where nothing is to run (`--help`, `--cfg`)."""
+    args = get_args_parser().parse_intermixed_args(argv)
+    if args.help or args.hydra_help or args.shell_completion or args.info is not None or args.cfg:
+        return None
+    return "sweep" if args.multirun else "single"
+
+
+def slug(overrides: list[str]) -> str:
+    """Name a run after its overrides, in letters that are safe in a path and in an override.
+
+    >>> slug(["lora.r=8,16,64"])
+    'lora.r-8-16-64'
+    >>> slug(["trainer.lr=1e-3", "data.prompt='{a} {b}'"])
+    'trainer.lr-1e-3-data.prompt-a-b-XXXX'
+    >>> slug([])
+    'default'
+    """
+    told = [text for text in overrides if not text.startswith(("hydra.", "hydra/", "track"))]
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(told)).strip("-._")
+    if name != "-".join(told).strip("-._").replace("=", "-").replace(",", "-") or len(name) > 64:
+        # letters were lost: two different commands must not share a folder
+        name = f"{name[:55].rstrip('-._')}-{hashlib.sha256(repr(told).encode()).hexdigest()[:8]}".lstrip("-")
+    return name if told else "default"
+
+
+def groups() -> dict[str, list[str]]:
+    """List the options of every group in `conf/`."""
+    folders = [p for p in CONF.iterdir() if p.is_dir()]
+    return {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in folders}
+
+
+def check(overrides: list[str]) -> None:
+    """Refuse overrides of keys or group options that do not exist, naming the nearest one that does."""
+    parser = OverridesParser.create()
+    known, options = set(config.keys()), groups()
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except OverrideParseException as error:
+            raise ConfigError(f"{text}: not a Hydra override ({str(error).splitlines()[0]})") from error
+        key = override.key_or_group.split("@")[0]
+        if key.startswith("hydra.") or key.startswith("hydra/"):
+            continue
+        if override.is_delete():
+            raise ConfigError(f"{text}: keys cannot be deleted, every key of the schema has a value")
+        if key in options and not _is_mapping(override):
+            _check_options(key, override, options[key])
+        elif key not in known and not key.startswith(OPEN):
+            raise ConfigError(f"unknown key {key}{_value(override)}{_hint(key, known | set(options))}")
+        elif override.is_add() and key in known:
+            raise ConfigError(f"{text}: {key} exists already, write {text.lstrip('+')}")
+
+
+def _is_mapping(override: Override) -> bool:
+    return isinstance(override.value(), dict)
+
+
+def _value(override: Override) -> str:
+    return f" (given {override.get_value_element_as_str()!r})"
+
+
+def _check_options(group: str, override: Override, options: list[str]) -> None:
+    chosen = [str(v) for v in override.sweep_string_iterator()] if override.is_sweep_override() else [override.value()]
+    for name in chosen:
+        names = name if isinstance(name, list) else [name]
+        for one in names:
+            if one is not None and one != "null" and str(one) not in options:
+                near = difflib.get_close_matches(str(one), options, n=1, cutoff=0.5)
+                hint = f"; did you mean {group}={near[0]}?" if near else ""
+                raise ConfigError(f"{group} must be one of {', '.join(options)}, got {one!r}{hint}")
+
+
+def _hint(key: str, known: set[str]) -> str:
+    """Name the key that was most likely meant: by what other tools call it, then by spelling."""
+    leaf = key.rsplit(".", 1)[-1]
+    if key in config.RETIRED or leaf in config.RETIRED:
+        return f"; ftexp calls it {config.RETIRED.get(key) or config.RETIRED[leaf]}"
+    near = difflib.get_close_matches(key, known, n=1)
+    if not near:  # the right key in the wrong group, or none: trainer.dropout, learnin_rate
+        leaves = {name.rsplit(".", 1)[-1]: name for name in sorted(known)} | config.RETIRED
+        near = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1)]
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,58 @@
+"""Progress on long work: a bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False)
+QUIET_SECONDS = 10.0
+"""Without a terminal: seconds between two lines about the same work."""
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[..., None]]:
+    """Show work of `total` units.
+
+    Yields:
+        A function `advance(units, note="")` to call as units get done; `note` is shown behind the count.
+    """
+    show = _bar if console.is_terminal else _lines
+    with show(label, total) as advance:
+        yield advance
+
+
+@contextmanager
+def _bar(label: str, total: int) -> Iterator[Callable[..., None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(label, total=total, note="")
+
+        def advance(units: int = 1, note: str = "") -> None:
+            bar.update(task, advance=units, **({"note": note} if note else {}))
+
+        yield advance
+
+
+@contextmanager
+def _lines(label: str, total: int) -> Iterator[Callable[..., None]]:
+    done, said = 0, time.monotonic()
+
+    def advance(units: int = 1, note: str = "") -> None:
+        nonlocal done, said
+        done += units
+        if done < total and time.monotonic() - said >= QUIET_SECONDS:
+            said = time.monotonic()
+            say(f"{label} {done}/{total} {note}".rstrip())
+
+    yield advance
+
+
+def say(text: str) -> None:
+    """Print one line on stderr, above any bar."""
+    console.print(text, soft_wrap=True, markup=False)

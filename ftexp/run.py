@@ -1,0 +1,116 @@
+"""`python -m ftexp.run`: a single run, or a sweep with `-m`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from ftexp import config, experiment, overrides, report
+from ftexp.config import Run
+from ftexp.errors import ConfigError, FtexpError
+from ftexp.files import read_json
+from ftexp.sweep import plugin
+
+
+def trial(cfg: DictConfig) -> dict[str, float] | FtexpError:
+    """Run what Hydra composed, in the folder Hydra made.
+
+    An error of ours is a result like a score: returned, so that a sweep can record it and go on.
+    """
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        run = config.build(cfg)
+        return experiment.execute(run, folder, *_place(run, folder))
+    except FtexpError as error:
+        return error
+
+
+def _place(run: Run, folder: Path) -> tuple[str, str | None]:
+    """Find a trial's label and the sweep's run in the tracking store, from the sweep's own file above its folder."""
+    sweep = read_json(folder.parent / "sweep.json")
+    if sweep is None:
+        return run.name, None
+    return sweep["trials"][int(folder.name)] or run.name, sweep["mlflow_run"]
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    config.register()
+    plugin.register()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hands errors to us, to be told in one line
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.warnoptions:
+        for library in ("transformers", "trl", "peft", "torch", "mlflow"):  # their notes to their own callers
+            warnings.filterwarnings("ignore", module=library)
+    try:
+        return _main()
+    except FtexpError as error:
+        return _refuse(error)
+    except (HydraException, OmegaConfBaseException) as error:
+        return _refuse(ConfigError(_told(error)))
+    except KeyboardInterrupt:
+        print("ftexp: interrupted; the same command goes on with what is missing", file=sys.stderr)
+        return 130
+
+
+def _main() -> int:
+    sys.argv[1:] = argv = overrides.prepare(sys.argv[1:])
+    wanted = overrides.runs(argv)
+    if wanted == "single":
+        _check_single(argv)
+    ran: list[tuple[Path, Any]] = []
+
+    def task(cfg: DictConfig) -> Any:
+        result = trial(cfg)
+        ran.append((Path(HydraConfig.get().runtime.output_dir), result))
+        return result
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(overrides.CONF), config_name="config")(task)()
+    finally:
+        if ran:
+            _show(ran[0][0] if wanted == "single" else ran[0][0].parent)
+    if wanted == "single" and isinstance(ran[0][1], FtexpError):
+        raise ran[0][1]
+    return 0
+
+
+def _check_single(argv: list[str]) -> None:
+    """Compose and check a single run before Hydra writes its folder."""
+    given = [text for text in argv if not text.startswith("-")]
+    with hydra.initialize_config_dir(str(overrides.CONF), version_base="1.3"):
+        cfg = hydra.compose("config", given, return_hydra_config=True)
+        folder = Path(cfg.hydra.run.dir)
+        run = config.build(hydra.compose("config", given))
+    experiment.check(run, folder)
+
+
+def _show(folder: Path) -> None:
+    shown = Path(os.path.relpath(folder))
+    report.show(shown)
+    print(f"files: {shown}    again: python -m ftexp.report {shown}")
+
+
+def _told(error: Exception) -> str:
+    """Tell a library's error in one line: Hydra says which override, the error that caused it says why."""
+    lines = [str(e).strip().splitlines()[0] for e in (error, error.__cause__) if e is not None and str(e).strip()]
+    return ": ".join(dict.fromkeys(lines))
+
+
+def _refuse(error: FtexpError) -> int:
+    print(f"ftexp: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""Tracking: our files are the truth, MLflow is the view.
+
+Every metric goes to `metrics.jsonl` in the run's folder first and to MLflow in batches. A tracking store that fails
+costs one warning and never a trial.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from ftexp import config
+from ftexp.config import Run, Track, Tracker
+from ftexp.errors import MachineError
+from ftexp.progress import say
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+FLUSH_SECONDS = 5.0
+BATCH = 900
+"""Points in one call; MLflow takes at most 1000."""
+SQLITE = "sqlite:///"
+
+
+@dataclass
+class Log:
+    """Writes what a run reports. Made by `start`."""
+
+    folder: Path
+    client: MlflowClient | None = None
+    run_id: str | None = None
+    _points: list[tuple[str, float, int, int]] = field(default_factory=list)
+    _sent: float = field(default_factory=time.monotonic)
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        """Report metrics of an optimizer step."""
+        now = int(time.time() * 1000)
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as out:
+            out.write(json.dumps({"step": step, "time": now, **values}) + "\n")
+        self._points += [(name, value, now, step) for name, value in values.items()]
+        if time.monotonic() - self._sent > FLUSH_SECONDS or len(self._points) >= BATCH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what has gathered to MLflow."""
+        points, self._points, self._sent = self._points, [], time.monotonic()
+
+        def send(client: MlflowClient, run_id: str) -> None:
+            from mlflow.entities import Metric
+
+            for start in range(0, len(points), BATCH):
+                client.log_batch(run_id, metrics=[Metric(*p) for p in points[start : start + BATCH]])
+
+        self._try(send)
+
+    def params(self, values: dict[str, Any]) -> None:
+        """Record the config under its dotted names, as overrides spell them."""
+
+        def send(client: MlflowClient, run_id: str) -> None:
+            from mlflow.entities import Param
+
+            items = [Param(name, str(value)) for name, value in values.items()]
+            for start in range(0, len(items), 100):
+                client.log_batch(run_id, params=items[start : start + 100])
+
+        self._try(send)
+
+    def tags(self, values: dict[str, Any]) -> None:
+        """Record facts that are not parameters."""
+
+        def send(client: MlflowClient, run_id: str) -> None:
+            from mlflow.entities import RunTag
+
+            client.log_batch(run_id, tags=[RunTag(name, str(value)) for name, value in values.items()])
+
+        self._try(send)
+
+    def table(self, rows: list[dict[str, Any]], name: str) -> None:
+        """Store a table that the MLflow UI can open."""
+        columns = {key: [row.get(key) for row in rows] for key in rows[0]} if rows else {}
+        self._try(lambda client, run_id: client.log_table(run_id, columns, f"{name}.json"))
+
+    def files(self, path: Path, under: str | None = None) -> None:
+        """Store a file or folder."""
+        send = "log_artifacts" if path.is_dir() else "log_artifact"
+        self._try(lambda client, run_id: getattr(client, send)(run_id, str(path), under))
+
+    def _try(self, send: Callable[[MlflowClient, str], None]) -> None:
+        if self.client is None or self.run_id is None:
+            return
+        from mlflow.exceptions import MlflowException
+
+        try:
+            send(self.client, self.run_id)
+        except (MlflowException, OSError) as error:
+            self.client = None  # one warning, and no more waiting; the files of the run are complete
+            say(f"warning: MLflow failed, the run goes on with files only: {str(error).splitlines()[0]}")
+
+
+@contextmanager
+def start(run: Run, folder: Path, label: str, parent: str | None) -> Iterator[Log]:
+    """Open a run in the tracking store and close it as finished, or as failed when an exception leaves.
+
+    Args:
+        folder: where the run's files are.
+        label: name shown in the UI.
+        parent: MLflow id of the sweep's run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    log = Log(folder)
+    if run.track.kind is Tracker.mlflow:
+        log.client, log.run_id = _open(run.track, label, folder, parent)
+    try:
+        yield log
+    except BaseException as error:
+        log.flush()
+        log.tags({"ftexp.error": f"{type(error).__name__}: {error}"[:500]})
+        _close(log, "FAILED")
+        raise
+    log.flush()
+    _close(log, "FINISHED")
+
+
+def open_parent(track: Track, name: str, folder: Path) -> str | None:
+    """Open the run of a sweep, under which its trials appear; return its id."""
+    if track.kind is Tracker.none:
+        return None
+    return _open(track, name, folder, None)[1]
+
+
+def close_parent(track: Track, run_id: str | None, tags: dict[str, Any], metrics: dict[str, float], failed: bool) -> None:
+    """Close the run of a sweep with its summary."""
+    if run_id is None:
+        return
+    log = Log(Path(), store(track)[0], run_id)
+    log.tags(tags)
+    log._points = [(name, value, int(time.time() * 1000), 0) for name, value in metrics.items()]
+    log.flush()
+    _close(log, "FAILED" if failed else "FINISHED")
+
+
+def _close(log: Log, status: str) -> None:
+    log._try(lambda client, run_id: client.set_terminated(run_id, status))
+
+
+def _open(track: Track, label: str, folder: Path, parent: str | None) -> tuple[MlflowClient, str]:
+    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+
+    client, experiment = store(track)
+    tags = {MLFLOW_RUN_NAME: label, "ftexp.folder": str(folder)}
+    if parent:
+        tags[MLFLOW_PARENT_RUN_ID] = parent
+    return client, client.create_run(experiment, tags=tags).info.run_id
+
+
+_stores: dict[tuple[str, str], tuple[MlflowClient, str]] = {}
+
+
+def store(track: Track) -> tuple[MlflowClient, str]:
+    """Connect to the tracking store; return the client and the id of the experiment.
+
+    A SQLite store is created under a lock: processes that open an empty one together break it for good.
+
+    Raises:
+        MachineError: the store cannot be reached or opened.
+    """
+    key = (track.uri, track.experiment)
+    if key not in _stores:
+        _stores[key] = _connect(track)
+    return _stores[key]
+
+
+def _connect(track: Track) -> tuple[MlflowClient, str]:
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the default waits four minutes on a dead server
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    import logging
+
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    artifacts = None
+    lock: Any = _unlocked()
+    if track.uri.startswith(SQLITE):
+        path = Path(track.uri.removeprefix(SQLITE))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        artifacts = (path.parent / "mlartifacts").resolve().as_uri()
+        lock = FileLock(f"{path}.lock")
+    try:
+        with lock:
+            client = MlflowClient(tracking_uri=track.uri)
+            found = client.get_experiment_by_name(track.experiment)
+            experiment = found.experiment_id if found else client.create_experiment(track.experiment, artifacts)
+    except (MlflowException, OSError) as error:
+        raise MachineError(f"track.uri={track.uri} cannot be opened: {str(error).splitlines()[0]}") from error
+    return client, experiment
+
+
+@contextmanager
+def _unlocked() -> Iterator[None]:
+    yield
+
+
+def flat(run: Run) -> dict[str, Any]:
+    """Parameters of a run for the store: the config but for where it is tracked."""
+    return {name: value for name, value in config.flat(run).items() if not name.startswith("track.")}

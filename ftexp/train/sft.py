@@ -1,0 +1,186 @@
+"""Supervised fine-tuning: TRL's SFTTrainer does the steps, on rows that are already token ids and loss masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ftexp import evaluate, metrics
+from ftexp.config import Run, Trainer
+from ftexp.data.prompts import Example
+from ftexp.errors import Diverged
+from ftexp.model import Base, accept
+from ftexp.progress import progress
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import TrainerCallback
+    from trl import SFTConfig
+
+Report = Callable[[dict[str, float], int], None]
+"""Takes metrics by name and the optimizer step they belong to."""
+
+
+def train(run: Run, base: Base, tuned: PeftModel, rows: list[Example], valid: list[Example], folder: Path, report: Report) -> dict[str, float]:
+    """Train the adapter in place.
+
+    Args:
+        rows: training rows.
+        valid: held-out rows of the curve, scored every `trainer.report_steps` steps.
+        folder: for whatever the Trainer writes.
+        report: called with `train/loss`, `train/lr`, `train/grad_norm` every step and `valid/loss` at the rungs.
+
+    Returns:
+        `train/steps` and `train/epochs`, as they came out.
+
+    Raises:
+        Diverged: loss, gradient or weights stopped being finite; names the step.
+    """
+    steps = planned_steps(run.trainer, len(rows))
+    settings = arguments(run.trainer, base.compute.device, run.seed, str(folder), steps)
+    with progress(f"training {steps} steps", steps) as advance:
+        watch = _callback(run, base, valid, steps, report, advance)
+        trainer = _trainer(base, tuned, settings, _dataset(rows), watch)
+        with _cleaned_up(trainer):
+            trainer.train()
+    _check_weights(tuned, steps)
+    return {"train/steps": steps, "train/epochs": steps * run.trainer.batch * run.trainer.accumulation / len(rows)}
+
+
+def planned_steps(trainer: Trainer, rows: int) -> int:
+    """Count optimizer steps: the last step of an epoch may hold fewer rows than the others."""
+    if trainer.steps is not None:
+        return trainer.steps
+    an_epoch = math.ceil(math.ceil(rows / trainer.batch) / trainer.accumulation)
+    return max(1, math.ceil(an_epoch * trainer.epochs))
+
+
+def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int) -> SFTConfig:
+    """Translate the config to TRL's.
+
+    Raises:
+        ConfigError: `trainer.extra` names a keyword TRL does not know, or gives one that the schema has.
+    """
+    from trl import SFTConfig
+
+    own = {
+        "output_dir": folder,
+        "max_steps": steps,
+        "learning_rate": trainer.lr,
+        "per_device_train_batch_size": trainer.batch,
+        "gradient_accumulation_steps": trainer.accumulation,
+        "lr_scheduler_type": trainer.scheduler.value,
+        "warmup_steps": math.ceil(steps * trainer.warmup),
+        "weight_decay": trainer.weight_decay,
+        "max_grad_norm": trainer.max_grad_norm,
+        "neftune_noise_alpha": trainer.neftune or None,
+        "optim": trainer.optimizer,
+        "gradient_checkpointing": trainer.gradient_checkpointing,
+        "seed": seed,
+        "use_cpu": device == "cpu",
+        "bf16": False,  # the weights are loaded in the format that was chosen; autocast on top would round twice
+        "fp16": False,
+        "max_length": None,  # rows were refused where too long, so nothing is cut here
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # the filter shows a diverged loss as 0.0
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": device == "cuda",
+    }
+    return cast("SFTConfig", accept(SFTConfig, own, trainer.extra, "trainer.extra"))
+
+
+def _dataset(rows: list[Example]) -> Dataset:
+    from datasets import Dataset
+
+    return Dataset.from_list([{"input_ids": e.ids, "labels": [-100] * len(e.prompt) + [*e.completion]} for e in rows])
+
+
+def _trainer(base: Base, tuned: PeftModel, settings: SFTConfig, dataset: Dataset, watch: TrainerCallback) -> Any:
+    from transformers import PrinterCallback
+    from trl import SFTTrainer
+
+    class SupervisedRows(SFTTrainer):
+        """SFTTrainer that on a CPU projects supervised positions alone onto the vocabulary.
+
+        TRL does so where Triton runs and projects every prompt token elsewhere, a fifth of a step of a small model.
+        """
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            if return_outputs or inputs["input_ids"].device.type != "cpu":
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return token_mean(model, inputs, num_items_in_batch)
+
+    trainer = SupervisedRows(tuned, settings, train_dataset=dataset, processing_class=base.tokenizer, callbacks=[watch])
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def token_mean(model: Any, inputs: dict[str, Any], tokens: Any) -> Any:
+    """Sum of nats over the supervised tokens of a forward pass, divided by those of the whole optimizer step.
+
+    Args:
+        inputs: `input_ids`, `attention_mask` and `labels`, each (row, position).
+        tokens: supervised tokens over all forward passes of the step; None where this pass is the step. Dividing by
+            it makes accumulation exact: 8 rows at once and 2 rows four times give the same gradient.
+    """
+    import torch
+
+    logits, targets = evaluate.supervised_logits(model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+    nats = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+    return nats / (len(targets) if tokens is None else tokens)
+
+
+@contextmanager
+def _cleaned_up(trainer: Any):
+    """Take NEFTune's hook off however training ends; transformers leaves it on after an exception."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # keeps the folder where `trainer.extra` made the Trainer write to it
+            Path(trainer.args.output_dir).rmdir()
+        if getattr(trainer, "neftune_hook_handle", None) is not None:
+            trainer.neftune_hook_handle.remove()
+
+
+def _callback(
+    run: Run, base: Base, valid: list[Example], steps: int, report: Report, advance: Callable[..., None]
+) -> TrainerCallback:
+    """Make the callback that reports each step and the held-out loss, and stops training that left the finite numbers."""
+    from transformers import TrainerCallback
+
+    names = {"loss": "train/loss", "learning_rate": "train/lr", "grad_norm": "train/grad_norm"}
+
+    class Watch(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            told = {names[key]: float(value) for key, value in (logs or {}).items() if key in names}
+            if not told:
+                return
+            for name, value in told.items():
+                if not math.isfinite(value):
+                    raise Diverged(f"diverged at step {state.global_step}: {name} is {value}")
+            report(told, state.global_step)
+            advance(1, f"loss {told.get('train/loss', math.nan):.3f}")
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            every, step = run.trainer.report_steps, state.global_step
+            if every and step % every == 0 and step < steps:
+                table = evaluate.held_out(cast(Any, model), base.tokenizer, valid, run.eval, f"step {step}")
+                held_out = metrics.loss([e["nats"] for e in table], [e["tokens"] for e in table])
+                if not math.isfinite(held_out):
+                    raise Diverged(f"diverged at step {step}: valid/loss is {held_out}")
+                report({"valid/loss": held_out}, step)
+
+    return Watch()
+
+
+def _check_weights(tuned: PeftModel, steps: int) -> None:
+    for name, weight in tuned.named_parameters():
+        if weight.requires_grad and not weight.isfinite().all():
+            raise Diverged(f"diverged by step {steps}: {name} is not finite")

@@ -1,0 +1,49 @@
+"""`python -m ftexp.ui`: the MLflow UI on this machine only."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from ftexp.config import Track
+from ftexp.errors import FtexpError, MachineError
+
+HOST = "127.0.0.1"
+
+
+def command(uri: str, port: int) -> list[str]:
+    """Return the command that serves a tracking store.
+
+    Raises:
+        MachineError: the store is a SQLite file that is not there yet.
+    """
+    path = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not path.is_file():
+        raise MachineError(f"{path}: there are no runs to show yet; start with python -m ftexp.run lora.r=8,16,64 -m")
+    serve = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", HOST, "--port", str(port)]
+    if uri.startswith("sqlite:///"):
+        serve += ["--default-artifact-root", (path.parent / "mlartifacts").resolve().as_uri()]
+    return serve
+
+
+def main() -> int:
+    """Run the command line; returns only where it could not start."""
+    parser = argparse.ArgumentParser(prog="ftexp ui", description="Show runs and sweeps in the MLflow UI.")
+    parser.add_argument("--uri", default=Track().uri, help="tracking store (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 (default: %(default)s)")
+    args = parser.parse_args()
+    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # a pickled model in the store is code
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    try:
+        serve = command(args.uri, args.port)
+    except FtexpError as error:
+        print(f"ftexp: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"MLflow UI: http://{HOST}:{args.port}  (stop with ctrl-c)", flush=True)
+    os.execv(serve[0], serve)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Fixtures: runs of the tiny model that take a second, and the command line in this process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from hydra import compose, initialize_config_dir
+
+from ftexp import config, overrides
+from ftexp import run as command
+from ftexp.sweep import plugin
+
+TINY = ["model=tiny", "data.rows=120", "data.valid=12", "data.max_length=256", "trainer.steps=4", "trainer.lr=1e-2",
+        "trainer.report_steps=2", "eval.max_new_tokens=8"]  # fmt: skip
+"""Overrides of a run of the real code path that takes about a second."""
+
+
+@pytest.fixture
+def composed():
+    """Return a function that composes and checks a `Run` from overrides, as the command line does."""
+    config.register()
+    plugin.register()
+
+    def build(*given: str) -> config.Run:
+        with initialize_config_dir(str(overrides.CONF), version_base="1.3"):
+            return config.build(compose("config", list(given)))
+
+    return build
+
+
+@pytest.fixture
+def tiny(composed):
+    """Return a function that composes a run of the tiny model without tracking."""
+    return lambda *given: composed(*TINY, "track=none", *given)
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """Return a function that runs `python -m ftexp.run` in this process and an empty folder.
+
+    Gives exit code, stdout and stderr.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ftexp.run", *argv])
+        code = command.main()
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

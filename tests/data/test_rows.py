@@ -1,0 +1,92 @@
+"""Bad rows are refused with file, line and rule; good text survives as it is."""
+
+import json
+
+import pytest
+
+from ftexp.config import Data, Source
+from ftexp.data import rows
+from ftexp.errors import DataError
+
+
+def jsonl(path, *lines: bytes | str | dict, **keys):
+    encoded = [json.dumps(x).encode() if isinstance(x, dict) else x.encode() if isinstance(x, str) else x for x in lines]
+    path.write_bytes(b"\n".join(encoded) + b"\n")
+    return Data(kind=Source.jsonl, path=str(path), **keys)
+
+
+GOOD = {"prompt": "a", "completion": "b"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ('{"prompt": "a", "completion": "b"', "must be one JSON object, .* at column"),
+        ("[1]", "must be one JSON object, got list"),
+        ({"prompt": "a"}, "column 'completion' is missing, the row has prompt"),
+        ({"prompt": "a", "completion": None}, "column 'completion' must be text, got None"),
+        ({"prompt": 5, "completion": "b"}, "column 'prompt' must be text, got 5"),
+        ({"prompt": "a", "completion": " "}, "the completion must have text"),
+        ({"prompt": "", "completion": "b"}, "the prompt must have text"),
+        (b'{"prompt": "a", "completion": "\xff"}', "must be UTF-8, byte 30 of the line is 0xff"),
+        (b'{"prompt": "a", "completion": "\x00"}', "NUL character"),
+        ("[" * 20000, "nested too deep|must be one JSON object"),
+    ],
+)
+def test_bad_line_is_named(tmp_path, bad, message):
+    data = jsonl(tmp_path / "my.jsonl", GOOD, bad, GOOD)
+    with pytest.raises(DataError, match=f"my.jsonl:2: .*({message})"):
+        rows.read(data)
+
+
+def test_line_that_never_ends_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "LONGEST_LINE", 2**20)
+    data = jsonl(tmp_path / "my.jsonl", GOOD, "x" * 2**21)
+    with pytest.raises(DataError, match=r"my\.jsonl:2: a line must be at most 1 MiB"):
+        rows.read(data)
+
+
+def test_missing_file_and_folder_are_named(tmp_path):
+    for path in (tmp_path / "none.jsonl", tmp_path):
+        with pytest.raises(DataError, match="data.path must be a file"):
+            rows.read(Data(kind=Source.jsonl, path=str(path)))
+
+
+def test_text_survives_as_it_is(tmp_path):
+    odd = [{"prompt": t, "completion": t} for t in ("NA", "null", "None", "naïve 한국어", "a\nb", "{x}", "ends\u2028here")]
+    read = rows.read(jsonl(tmp_path / "my.jsonl", *odd))
+    assert [r.prompt for r in read] == [r["prompt"] for r in odd]
+    assert read[1].where.endswith("my.jsonl:2")
+
+
+def test_byte_order_mark_and_blank_lines_are_passed_over(tmp_path):
+    read = rows.read(jsonl(tmp_path / "my.jsonl", b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "", GOOD))
+    assert [r.where.rsplit(":", 1)[1] for r in read] == ["1", "3"]
+
+
+def test_columns_of_ones_own(tmp_path):
+    row = {"topic": "dreams", "author": "me", "quote": "go"}
+    data = jsonl(tmp_path / "q.jsonl", row, prompt="{topic} by {author}:", completion="{quote}!")
+    assert rows.read(data)[0].prompt == "dreams by me:"
+    assert rows.read(data)[0].completion == "go!"
+
+
+def test_rows_keeps_the_first(tmp_path):
+    assert len(rows.read(jsonl(tmp_path / "my.jsonl", *[GOOD] * 5, rows=3))) == 3
+
+
+def test_changed_file_is_read_anew_though_size_and_time_are_the_same(tmp_path):
+    import os
+
+    path = tmp_path / "my.jsonl"
+    data = jsonl(path, {"prompt": "a", "completion": "1"})
+    stamp = path.stat().st_mtime_ns
+    assert rows.read(data)[0].completion == "1"
+    jsonl(path, {"prompt": "a", "completion": "2"})
+    os.utime(path, ns=(stamp, stamp))
+    assert rows.read(data)[0].completion == "2"
+
+
+def test_generator_makes_as_many_as_asked():
+    assert len(rows.read(Data(rows=7))) == 7
+    assert len(rows.read(Data())) == rows.GENERATED

@@ -1,0 +1,47 @@
+import pytest
+
+from ftexp.config import Attention, Dtype, Model
+from ftexp.model import compute
+
+
+@pytest.mark.parametrize(
+    ("seconds", "error", "dtype", "kernel"),
+    [
+        ({"default": 1.0, "onednn": 0.5}, 4e-7, "float32", "onednn"),
+        ({"default": 1.0, "onednn": 0.5}, 1e-3, "float32", "default"),  # faster because it rounds
+        ({"default": 1.0, "onednn": 0.9}, 4e-7, "float32", "default"),  # not clearly faster
+        ({"default": 1.0, "onednn": 1.0, "bfloat16": 0.4}, 4e-7, "bfloat16", "default"),
+        ({"default": 1.0, "onednn": 0.5, "bfloat16": 0.45}, 4e-7, "float32", "onednn"),
+        ({"default": 1.0, "onednn": 1.0, "bfloat16": 80.0}, 4e-7, "float32", "default"),
+    ],
+)
+def test_choice_follows_clear_gains_without_rounding(seconds, error, dtype, kernel):
+    chosen = compute.choose(seconds, error)
+    assert (chosen.dtype, chosen.kernel) == (dtype, kernel)
+
+
+def test_probe_leaves_the_kernel_flag_and_the_generator_alone():
+    import torch
+
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    probe = compute.measure()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert torch.rand(1) == expected
+    assert set(probe.seconds) >= {"default", "onednn"}
+
+
+def test_choice_is_kept_so_that_a_second_process_computes_alike(monkeypatch, tmp_path):
+    monkeypatch.setenv("FTEXP_CACHE", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    first = compute.policy(Model())
+    monkeypatch.setattr(compute, "measure", lambda: pytest.fail("probed again"))
+    assert compute.policy(Model()) == first
+
+
+def test_config_wins_over_the_probe(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    chosen = compute.policy(Model(dtype=Dtype.bfloat16, attention=Attention.sdpa))
+    assert (chosen.dtype, chosen.attention) == ("bfloat16", "sdpa")

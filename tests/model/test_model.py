@@ -1,0 +1,141 @@
+"""Base and adapter: seeds, scaling, targets, and a base that is as before once the adapter is off."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from ftexp import model
+from ftexp.config import Format, Kind, Lora, Model, Quant, Variant
+from ftexp.errors import ConfigError, MachineError
+
+TINY = Model(kind=Kind.tiny)
+
+
+@pytest.fixture
+def base():
+    return model.load(TINY, Quant())
+
+
+def adapter_state(tuned):
+    return {k: v.clone() for k, v in tuned.state_dict().items() if "lora_" in k}
+
+
+def test_base_is_loaded_once_and_anew_for_another_config(base):
+    assert model.load(TINY, Quant()) is base
+    other = model.load(Model(kind=Kind.tiny, attention=model.config.Attention.sdpa), Quant())
+    assert other is not base
+
+
+def test_adapter_follows_the_seed_alone(base):
+    states = []
+    for seed in (0, 0, 1):
+        torch.rand(7)  # whatever was drawn before must not matter
+        with model.adapted(base, Lora(r=4), seed) as tuned:
+            states.append(adapter_state(tuned))
+    same = [all(torch.equal(states[0][k], s[k]) for k in s) for s in states]
+    assert same == [True, True, False]
+
+
+@pytest.mark.parametrize("variant", list(Variant))
+def test_base_is_untouched_after_an_adapter(base, variant):
+    ids = torch.arange(3, 20)[None]
+    before = base.model(ids).logits.detach()
+    with model.adapted(base, Lora(r=4, variant=variant), 0) as tuned:
+        for p in tuned.parameters():
+            if p.requires_grad:
+                p.data += 0.1
+        assert not torch.equal(tuned(ids).logits, before)
+    assert torch.equal(base.model(ids).logits, before)
+    assert model.load(TINY, Quant()) is base
+    assert not any(p.requires_grad for p in base.model.parameters())
+
+
+def test_base_that_changed_is_dropped(base):
+    with model.adapted(base, Lora(r=4), 0):
+        next(iter(base.model.parameters())).data += 1e-3
+    assert model.load(TINY, Quant()) is not base
+
+
+@pytest.mark.parametrize("r", [1, 8, 64])
+@pytest.mark.parametrize("variant", [Variant.lora, Variant.rslora])
+def test_scaling_is_alpha_over_rank_or_its_root(base, r, variant):
+    expected = 16 / (r if variant is Variant.lora else math.sqrt(r))
+    with model.adapted(base, Lora(r=r, alpha=16, variant=variant), 0) as tuned:
+        scalings = {m.scaling["default"] for m in tuned.modules() if hasattr(m, "scaling")}
+    assert scalings == {pytest.approx(expected, abs=1e-12)}
+
+
+def test_trainable_parameters_by_hand(base):
+    # r * (in + out) for q, k, v, o (64-64, 64-32, 64-32, 64-64), gate, up (64-128) and down (128-64), in two layers
+    per_rank = 2 * (128 + 96 + 96 + 128 + 192 + 192 + 192)
+    with model.adapted(base, Lora(r=5), 0) as tuned:
+        counted = model.count(tuned)
+    assert counted.trainable == 5 * per_rank
+    assert counted.total == 5 * per_rank + sum(p.numel() for p in base.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [(["q_porj", "v_proj"], r"'q_porj' matches no layer, did you mean q_proj\?"), (["zzz"], r"the model has .*q_proj")],
+)
+def test_target_that_matches_nothing_is_refused(base, targets, message):
+    with pytest.raises(ConfigError, match=message), model.adapted(base, Lora(r=4, targets=targets), 0):
+        pass
+
+
+def test_named_targets_get_adapters(base):
+    with model.adapted(base, Lora(r=4, targets=["q_proj", "v_proj"]), 0) as tuned:
+        names = {n.split(".")[-3] for n, p in tuned.named_parameters() if p.requires_grad}
+    assert names == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"alhpa_pattern": {}}, r"lora\.extra is refused by LoraConfig: .*alhpa_pattern"),
+        ({"r": 4}, r"lora\.extra\.r must not be set, it has a key of its own"),
+        ({"lora_alpha": 4}, r"a key of its own: lora\.alpha"),
+    ],
+)
+def test_library_keyword_that_does_not_exist_is_refused(extra, message):
+    with pytest.raises(ConfigError, match=message):
+        model.adapter(Lora(extra=extra))
+
+
+def test_library_keyword_reaches_the_library():
+    assert model.adapter(Lora(extra={"bias": "lora_only"})).bias == "lora_only"
+
+
+def test_missing_folder_is_named(tmp_path):
+    with pytest.raises(MachineError, match=r"model\.path must be a folder with a config\.json"):
+        model.source(Model(kind=Kind.hub, path=str(tmp_path / "none")))
+
+
+def test_folder_of_another_kind_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
+    with pytest.raises(MachineError, match=r"cannot be loaded: .*nonsense"):
+        model.tokenizer(Model(kind=Kind.hub, path=str(tmp_path)))
+
+
+def test_hub_model_loads_from_a_folder(base, tmp_path):
+    base.model.save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    weights = base.weights
+    loaded = model.load(Model(kind=Kind.hub, path=str(tmp_path)), Quant())
+    assert loaded.weights == weights
+    assert loaded.tokenizer.chat_template == base.tokenizer.chat_template
+
+
+def test_four_bit_base_trains_an_adapter_and_counts_true_weights(base, tmp_path):
+    full = model.count(base.model).total
+    base.model.save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    loaded = model.load(Model(kind=Kind.hub, path=str(tmp_path)), Quant(kind=Format.nf4))
+    assert any(hasattr(p, "quant_state") for p in loaded.model.parameters())
+    assert model.count(loaded.model).total == full
+    with model.adapted(loaded, Lora(r=2), 0) as tuned:
+        ids = torch.arange(3, 20)[None]
+        tuned(input_ids=ids, labels=ids).loss.backward()
+        assert all(p.grad is not None for p in tuned.parameters() if p.requires_grad)

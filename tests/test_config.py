@@ -1,0 +1,98 @@
+import math
+
+import pytest
+
+from ftexp import config
+from ftexp.config import Data, Lora, Model, Quant, Run, Trainer
+from ftexp.errors import ConfigError
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("lora.r=0", r"lora\.r must be a rank between 1 and 4096, got 0"),
+        ("lora.r=-1", r"lora\.r must be .*, got -1"),
+        ("lora.alpha=0", r"lora\.alpha must be above 0 .*, got 0\.0"),
+        ("lora.alpha=nan", r"lora\.alpha must be a finite number, got nan"),
+        ("lora.dropout=1", r"lora\.dropout must be a share in \[0, 1\), got 1\.0"),
+        ("lora.targets=[]", r"lora\.targets must be a list of at least one"),
+        ("trainer.lr=nan", r"trainer\.lr must be a finite number, got nan"),
+        ("trainer.lr=inf", r"trainer\.lr must be a finite number, got inf"),
+        ("trainer.lr=0", r"trainer\.lr must be above 0 and at most 1, got 0\.0"),
+        ("trainer.lr=1e-400", r"trainer\.lr must be above 0"),
+        ("trainer.steps=0", r"trainer\.steps must be null or at least 1, got 0"),
+        ("trainer.epochs=-1", r"trainer\.epochs must be above 0"),
+        ("trainer.batch=0", r"trainer\.batch must be between 1 and 65536"),
+        ("trainer.accumulation=0", r"trainer\.accumulation must be"),
+        ("trainer.warmup=1", r"trainer\.warmup must be a share"),
+        ("trainer.weight_decay=-1", r"trainer\.weight_decay must be in \[0, 1\]"),
+        ("trainer.max_grad_norm=-1", r"trainer\.max_grad_norm must be 0 or more"),
+        ("trainer.neftune=-5", r"trainer\.neftune must be in \[0, 100\]"),
+        ("trainer.neftune=1e9", r"trainer\.neftune must be in \[0, 100\]"),
+        ("trainer.report_steps=-1", r"trainer\.report_steps must be 0 or more"),
+        ("trainer.scheduler=constant", r"trainer\.warmup must be 0 with trainer\.scheduler=constant, got 0\.05"),
+        ("data.max_length=1", r"data\.max_length must be between 8"),
+        ("data.valid=0", r"data\.valid must be at least 1"),
+        ("data.test=-1", r"data\.test must be 0 or more"),
+        ("data.rows=1", r"data\.rows must be null or at least 2"),
+        ("data.path=x.jsonl", r"data\.path must be empty when data=yoda"),
+        ("data=jsonl data.path=''", r"data\.path must be a file when data=jsonl"),
+        ("data.prompt='no column'", r"data\.prompt must be a format string"),
+        ("data.prompt='{a.b}'", r"data\.prompt must be a format string"),
+        ("data.prompt='{a!r:>9}'", r"data\.prompt must be a format string"),
+        ("eval.batch=0", r"eval\.batch must be between 1"),
+        ("eval.max_new_tokens=0", r"eval\.max_new_tokens must be null or between 1"),
+        ("eval.examples=-1", r"eval\.examples must be 0 or more"),
+        ("model=hub model.path=''", r"model\.path must be a hub id or a folder when model=hub"),
+        ("model=tiny model.path=x", r"model\.path must be empty when model=tiny"),
+        ("quant.double=true", r"quant\.double must be false unless quant=nf4"),
+        ("seed=-1", r"seed must be between 0"),
+        ("objectives=[]", r"objectives must be a list"),
+        ("name=../../etc", r"name must be 1 to 64 letters"),
+        ("+trainer.extra.hub_token=abc", r"trainer\.extra\.hub_token must not be set"),
+        ("+lora.extra.api_key=abc", r"lora\.extra\.api_key must not be set"),
+        ("+lora.dropuot=0.1", r"unknown key lora\.dropuot"),
+    ],
+)
+def test_bad_value_is_refused_with_key_rule_and_value(composed, given, message):
+    with pytest.raises(ConfigError, match=message):
+        composed(*given.split(" ") if "data.prompt" not in given else [given])
+
+
+def test_default_alpha_follows_rank(composed):
+    assert [composed(f"lora.r={r}").lora.alpha for r in (8, 64)] == [16, 128]
+    assert composed("lora.r=8", "lora.alpha=5").lora.alpha == 5
+
+
+def test_missing_path_names_its_key(composed):
+    with pytest.raises(ConfigError, match=r"model\.path"):
+        composed("model=hub")
+
+
+def test_digest_differs_only_where_config_does():
+    assert config.digest(Lora(r=8), Data()) == config.digest(Lora(r=8), Data())
+    assert config.digest(Lora(r=8)) != config.digest(Lora(r=9))
+
+
+def test_flat_spells_keys_as_overrides_do():
+    told = config.flat(Run())
+    assert told["lora.r"] == 16
+    assert told["quant.kind"] == "none"
+    assert set(told) <= set(config.keys())
+
+
+def test_keys_holds_groups_and_fields():
+    assert {"lora", "lora.r", "trainer.neftune", "seed"} <= set(config.keys())
+
+
+def test_retired_names_point_to_keys_that_exist():
+    assert set(config.RETIRED.values()) <= set(config.keys())
+
+
+@pytest.mark.parametrize("made", [lambda: Quant(double=True), lambda: Lora(r=0), lambda: Trainer(lr=NAN), lambda: Trainer(lr=INF),
+                                  lambda: Model(path="x")])  # fmt: skip
+def test_dataclass_checks_itself_without_hydra(made):
+    with pytest.raises(ConfigError):
+        made()

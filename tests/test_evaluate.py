@@ -1,0 +1,149 @@
+"""Token-exact loss and greedy completions: equal for every batch size, padding side and order."""
+
+import math
+
+import pytest
+import torch
+
+from ftexp import evaluate, model
+from ftexp.config import Data, Eval, Kind, Lora, Model, Quant
+from ftexp.data import load, prompts
+
+
+@pytest.fixture(scope="module")
+def base():
+    return model.load(Model(kind=Kind.tiny), Quant())
+
+
+@pytest.fixture(scope="module")
+def examples(base):
+    return prompts.render(load(Data(rows=120, valid=37)).valid, base.tokenizer, Data(max_length=256))
+
+
+def by_hand(base, example):
+    """One row alone, without padding: log-softmax in float64 at each supervised position."""
+    logits = base.model(torch.tensor([example.ids])).logits[0].double()
+    start = len(example.prompt)
+    picked = logits[start - 1 : len(example.ids) - 1].log_softmax(-1)
+    return -picked.gather(1, torch.tensor(example.completion)[:, None]).sum().item()
+
+
+@pytest.mark.parametrize("batch", [1, 4, 37])
+def test_loss_is_the_same_for_every_batch_size_and_by_hand(base, examples, batch):
+    table = evaluate.held_out(base.model, base.tokenizer, examples, Eval(batch=batch), "t")
+    with torch.no_grad():
+        expected = [by_hand(base, e) for e in examples]
+    assert [e["nats"] for e in table] == pytest.approx(expected, rel=1e-6)
+    assert [e["tokens"] for e in table] == [len(e.completion) for e in examples]
+    assert evaluate.summary(table)["loss"] == pytest.approx(sum(expected) / sum(len(e.completion) for e in examples), rel=1e-6)
+
+
+def test_sabotage_mean_of_batch_means_depends_on_batch_size(base, examples):
+    """What a Trainer reports as eval_loss, on the same numbers: the guard above is not vacuous."""
+    table = evaluate.held_out(base.model, base.tokenizer, examples, Eval(), "t")
+
+    def mean_of_means(size):
+        parts = [table[n : n + size] for n in range(0, len(table), size)]
+        return sum(sum(e["nats"] for e in p) / sum(e["tokens"] for e in p) for p in parts) / len(parts)
+
+    assert abs(mean_of_means(1) - mean_of_means(4)) > 1e-5
+
+
+def test_loss_is_the_same_where_logits_must_be_split(base, examples, monkeypatch):
+    whole = evaluate.held_out(base.model, base.tokenizer, examples, Eval(), "t")
+    monkeypatch.setattr(evaluate, "LOGITS_BYTES", 4 * 259 * 60)  # room for some 60 tokens
+    split = evaluate.held_out(base.model, base.tokenizer, examples, Eval(), "t")
+    assert [e["nats"] for e in split] == pytest.approx([e["nats"] for e in whole], rel=1e-6)
+
+
+def test_uniform_model_has_perplexity_of_its_vocabulary(base, examples):
+    fresh = model._load(Model(kind=Kind.tiny), Quant(), "x")
+    with torch.no_grad():
+        for p in fresh.model.parameters():
+            p.zero_()
+    table = evaluate.held_out(fresh.model, fresh.tokenizer, examples, Eval(), "t")
+    assert evaluate.summary(table)["perplexity"] == pytest.approx(259, rel=1e-6)
+
+
+def test_supervised_logits_equal_the_full_forward_pass(base):
+    ids, labels = torch.randint(3, 200, (3, 9)), torch.full((3, 9), -100)
+    labels[0, 4:8], labels[1, 1:3], labels[2, 0] = ids[0, 4:8], ids[1, 1:3], ids[2, 0]
+    logits, targets = evaluate.supervised_logits(base.model, ids, torch.ones_like(ids), labels)
+    full = base.model(ids).logits
+    expected = torch.cat([full[0, 3:7], full[1, 0:2]])  # position 0 predicts nothing
+    torch.testing.assert_close(logits, expected)
+    assert torch.equal(targets, torch.cat([ids[0, 4:8], ids[1, 1:3]]))
+    assert not base.model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_hook_is_taken_off_after_an_error(base):
+    with pytest.raises(IndexError):
+        evaluate.supervised_logits(base.model, torch.tensor([[10**6, 1]]), torch.ones(1, 2), torch.ones(1, 2).long())
+    assert not base.model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_completions_are_the_same_alone_and_in_a_batch(base, examples):
+    alone, batched = (
+        evaluate.generate(base.model, base.tokenizer, examples[:8], Eval(batch=b, max_new_tokens=12), "t") for b in (1, 8)
+    )
+    assert alone == batched
+    assert len({len(e.prompt) for e in examples[:8]}) > 1  # unequal prompts, so padding took part
+
+
+def test_sabotage_right_padding_changes_completions(base, examples, monkeypatch):
+    def right(rows, pad):
+        ids, mask = left(rows, pad)
+        for n, row in enumerate(rows):
+            ids[n], mask[n] = ids[n].roll(len(row) - ids.shape[1]), mask[n].roll(len(row) - ids.shape[1])
+        return ids, mask
+
+    how = Eval(batch=8, max_new_tokens=12)
+    good, left = evaluate.generate(base.model, base.tokenizer, examples[:8], how, "t"), evaluate._left_padded
+    monkeypatch.setattr(evaluate, "_left_padded", right)
+    assert evaluate.generate(base.model, base.tokenizer, examples[:8], how, "t") != good
+
+
+def test_generation_stops_at_the_end_token(base, examples, monkeypatch):
+    head = base.model.get_output_embeddings()
+
+    def end_only(module, args, out):
+        out = torch.full_like(out, -9.0)
+        out[..., base.tokenizer.eos_token_id] = 9.0
+        return out
+
+    hook = head.register_forward_hook(end_only)
+    try:
+        assert evaluate.generate(base.model, base.tokenizer, examples[:3], Eval(), "t") == [""] * 3
+    finally:
+        hook.remove()
+
+
+def test_planned_length_is_a_quarter_beyond_the_longest_reference(base, examples, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        base.model, "generate", lambda **k: seen.update(k) or torch.zeros(len(k["input_ids"]), k["input_ids"].shape[1] + 1).long()
+    )
+    evaluate.generate(base.model, base.tokenizer, examples, Eval(), "t")
+    longest = max(len(e.completion) for e in examples)
+    assert seen["generation_config"].max_new_tokens == longest + longest // 4 + 8
+    assert not seen["generation_config"].do_sample
+
+
+def test_scoring_leaves_the_mode_as_it_was(base, examples):
+    with model.adapted(base, Lora(r=2, dropout=0.5), 0) as tuned:
+        tuned.train()
+        one = evaluate.score(tuned, base.tokenizer, examples[:4], Eval(max_new_tokens=4), "t")
+        assert tuned.training
+        again = evaluate.score(tuned, base.tokenizer, examples[:4], Eval(max_new_tokens=4), "t")
+    assert one == again  # dropout was off
+
+
+def test_summary_by_hand():
+    table = [
+        {"nats": math.log(2) * 3, "tokens": 3, "reference": "ab", "prediction": "ab", "exact_match": 1.0, "jaccard": 1.0, "f1": 1.0},
+        {"nats": math.log(4), "tokens": 1, "reference": "cd", "prediction": "", "exact_match": 0.0, "jaccard": 0.0, "f1": 0.0},
+    ]
+    scores = evaluate.summary(table)
+    assert scores["perplexity"] == pytest.approx(2**1.25)
+    assert scores["bits_per_byte"] == pytest.approx(5 / 4)
+    assert scores["exact_match"] == 0.5  # an empty answer is wrong, not left out

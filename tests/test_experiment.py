@@ -1,0 +1,114 @@
+"""One run from start to end on the tiny model: files, repeatability, refusals, and what a failure leaves."""
+
+import hashlib
+
+import pyarrow.parquet
+import pytest
+
+from ftexp import experiment
+from ftexp.errors import ConfigError, DataError, Diverged, MachineError
+from ftexp.files import read_json, write_json
+
+
+def adapter_hash(folder):
+    return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def test_run_leaves_scores_table_and_adapter(tiny, tmp_path):
+    scores = experiment.execute(tiny(), tmp_path / "a", "mine")
+    kept = read_json(tmp_path / "a" / "trial.json")
+    assert kept["state"] == "complete"
+    assert kept["scores"] == scores
+    assert kept["facts"]["rows"]["train"] == 108
+    assert len(kept["facts"]["weights_sha256"]) == 64
+    assert scores["base/loss"] > scores["valid/loss"] > 0
+    assert scores["cost/trainable"] == 16 * 2 * (128 + 96 + 96 + 128 + 192 + 192 + 192)
+    table = pyarrow.parquet.read_table(tmp_path / "a" / "examples.parquet").to_pylist()
+    assert len(table) == 12
+    assert sum(r["nats"] for r in table) / sum(r["tokens"] for r in table) == pytest.approx(scores["valid/loss"])
+    assert sum(r["base_nats"] for r in table) / sum(r["tokens"] for r in table) == pytest.approx(scores["base/loss"])
+    assert all(r["where"].startswith("yoda:") for r in table)
+
+
+def test_same_run_twice_gives_the_same_bits(tiny, tmp_path):
+    one = experiment.execute(tiny(), tmp_path / "a", "x")
+    two = experiment.execute(tiny(), tmp_path / "b", "x")
+    assert adapter_hash(tmp_path / "a") == adapter_hash(tmp_path / "b")
+    assert {k: v for k, v in one.items() if not k.startswith("cost/")} == {k: v for k, v in two.items() if not k.startswith("cost/")}
+
+
+def test_saved_adapter_gives_the_scores_that_were_reported(tiny, tmp_path):
+    from peft import PeftModel
+
+    from ftexp import data, evaluate, model
+
+    run = tiny("lora.r=4")
+    scores = experiment.execute(run, tmp_path / "a", "x")
+    _, valid = experiment.tokenised(run, data.load(run.data))
+    fresh = model._load(run.model, run.quant, "fresh")
+    loaded = PeftModel.from_pretrained(fresh.model, tmp_path / "a" / "adapter")
+    again = evaluate.score(loaded, fresh.tokenizer, valid, run.eval, "again").scores
+    assert again == {k.removeprefix("valid/"): v for k, v in scores.items() if k.startswith("valid/")}
+
+
+def test_complete_run_is_kept_and_not_run_again(tiny, tmp_path, monkeypatch):
+    scores = experiment.execute(tiny(), tmp_path / "a", "x")
+    monkeypatch.setattr(experiment, "_execute", lambda *_: pytest.fail("was run again"))
+    assert experiment.execute(tiny(), tmp_path / "a", "x") == scores
+
+
+def test_unfinished_run_is_run_again(tiny, tmp_path):
+    run = tiny()
+    write_json(tmp_path / "a" / "trial.json", {"state": "running", "config": experiment.identity(run)})
+    experiment.check(run, tmp_path / "a")
+    experiment.execute(run, tmp_path / "a", "x")
+    assert read_json(tmp_path / "a" / "trial.json")["state"] == "complete"
+
+
+def test_folder_of_another_run_is_refused_with_the_difference(tiny, tmp_path):
+    write_json(tmp_path / "trial.json", {"state": "complete", "config": experiment.identity(tiny("lora.r=8"))})
+    with pytest.raises(ConfigError, match=r"is taken by another run .*lora\.r 8 -> 4"):
+        experiment.check(tiny("lora.r=4"), tmp_path)
+
+
+def test_base_is_scored_once_for_several_trials(tiny, tmp_path, monkeypatch):
+    experiment._base_scores.clear()
+    labels, honest = [], experiment.evaluate.score
+    monkeypatch.setattr(experiment.evaluate, "score", lambda *a: labels.append(a[-1]) or honest(*a))
+    for r in (2, 4):
+        experiment.execute(tiny(f"lora.r={r}"), tmp_path / str(r), "x")
+    assert labels == ["base", "valid", "valid"]
+
+
+def test_failure_is_recorded_and_raised(tiny, tmp_path, monkeypatch):
+    def diverge(*_):
+        raise Diverged("diverged at step 3: train/loss is nan")
+
+    monkeypatch.setitem(experiment.TRAINERS, tiny().trainer.kind, diverge)
+    with pytest.raises(Diverged):
+        experiment.execute(tiny(), tmp_path / "a", "x")
+    kept = read_json(tmp_path / "a" / "trial.json")
+    assert (kept["state"], kept["error"]) == ("failed", "diverged at step 3: train/loss is nan")
+    assert not (tmp_path / "a" / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (["objectives=[valid/los]"], ConfigError, "objectives must be among"),
+        (["objectives=[valid/f1]", "eval=loss"], ConfigError, "needs eval.generate=true"),
+        (["quant=nf4"], ConfigError, "quant.kind=nf4 needs stored weights"),
+        (["data=jsonl", "data.path=none.jsonl"], DataError, "none.jsonl: data.path must be a file"),
+        (["model=hub", "model.path=./none"], MachineError, "model.path must be a folder"),
+        (["data.valid=500"], DataError, "data.valid=500 rows cannot be held out"),
+    ],
+)
+def test_check_refuses_before_anything_runs(tiny, tmp_path, given, error, message):
+    with pytest.raises(error, match=message):
+        experiment.check(tiny(*given), tmp_path)
+
+
+def test_loss_only_run_writes_no_completions(tiny, tmp_path):
+    scores = experiment.execute(tiny("eval=loss"), tmp_path / "a", "x")
+    assert "valid/exact_match" not in scores
+    assert "prediction" not in pyarrow.parquet.read_table(tmp_path / "a" / "examples.parquet").column_names

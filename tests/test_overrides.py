@@ -1,0 +1,62 @@
+import pytest
+
+from ftexp import overrides
+from ftexp.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("lora.rank=8", "unknown key lora.rank .*ftexp calls it lora.r"),
+        ("+lora.dropuot=0.1", "unknown key lora.dropuot .*did you mean lora.dropout"),
+        ("lora_alpha=16", "ftexp calls it lora.alpha"),
+        ("trainer.learning_rate=1", "ftexp calls it trainer.lr"),
+        ("trainer.learnin_rate=1", "did you mean trainer.lr"),
+        ("max_seq_length=64", "ftexp calls it data.max_length"),
+        ("trainer.dropout=0.1", "did you mean"),
+        ("+model._target_=os.system", "unknown key model._target_"),
+        ("++trainer.callbacks=[a]", "unknown key trainer.callbacks"),
+        ("model=nope", "model must be one of embedded, hub, smollm2_135m, tiny, got 'nope'"),
+        ("model=embeded", "did you mean model=embedded"),
+        ("lora=default,dorra", "got 'dorra'; did you mean lora=dora"),
+        ("~lora.dropout", "keys cannot be deleted"),
+        ("+lora.r=8", "lora.r exists already, write lora.r=8"),
+        ("lora.r", "not a Hydra override"),
+    ],
+)
+def test_unknown_override_is_refused_with_nearest(given, message):
+    with pytest.raises(ConfigError, match=message):
+        overrides.check([given])
+
+
+@pytest.mark.parametrize(
+    "given", ["lora.r=8,16,64", "lora=dora,default", "model.path=a/b", "trainer.extra.adam_beta2=0.98", "hydra.verbose=true",
+              "experiment=yoda_smollm2", "data.prompt='{a} {b}'", "trainer.lr=choice(1e-3,2e-3)", "lora={r: 4}"]
+)  # fmt: skip
+def test_known_override_passes(given):
+    overrides.check([given])
+
+
+def test_flags_move_to_the_front_and_a_name_is_added():
+    assert overrides.prepare(["lora.r=8,16", "-m", "seed=1"]) == ["-m", "lora.r=8,16", "seed=1", "name=lora.r-8-16-seed-1"]
+
+
+def test_given_name_is_kept():
+    assert overrides.prepare(["name=mine"]) == ["name=mine"]
+
+
+def test_library_keys_get_their_plus_signs():
+    assert "++trainer.extra.adam_beta2=0.9" in overrides.prepare(["trainer.extra.adam_beta2=0.9"])
+
+
+def test_different_commands_never_share_a_name():
+    given = [["lora.r=1"], ["lora.r=-1"], ["lora.r=1,2"], ["lora.r=12"], ["data.prompt='{a}'"], ["data.prompt='{a} '"],
+             ["a=" + "x" * 80 + "1"], ["a=" + "x" * 80 + "2"]]  # fmt: skip
+    names = [overrides.slug(g) for g in given]
+    assert len(set(names)) == len(names)
+    assert all(len(name) <= 64 for name in names)
+
+
+@pytest.mark.parametrize(("argv", "wanted"), [(["-m"], "sweep"), ([], "single"), (["--cfg", "job"], None), (["--help"], None)])
+def test_runs_tells_what_is_asked(argv, wanted):
+    assert overrides.runs(argv) == wanted

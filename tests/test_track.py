@@ -1,0 +1,112 @@
+"""MLflow as the view: what arrives, eight openers of an empty store, and a server that is not there."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ftexp import track
+from ftexp.config import Track, Tracker
+from ftexp.errors import MachineError
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Track(uri=f"sqlite:///{tmp_path}/ml.db", experiment="t")
+
+
+@pytest.fixture
+def tracked(tiny, store):
+    run = tiny()
+    run.track = store
+    return run
+
+
+def test_run_arrives_whole(tracked, tmp_path):
+    parent = track.open_parent(tracked.track, "sweep", tmp_path)
+    (tmp_path / "file.txt").write_text("x")
+    with track.start(tracked, tmp_path / "0", "lora.r=4", parent) as log:
+        log.params(track.flat(tracked))
+        log.tags({"ftexp.weights": "abc"})
+        for step in range(5):
+            log.metrics({"train/loss": 1 / (step + 1)}, step)
+        log.table([{"prompt": "a", "prediction": "b"}], "examples")
+        log.files(tmp_path / "file.txt")
+    track.close_parent(tracked.track, parent, {}, {"trials": 1.0}, failed=False)
+    client, experiment = track.store(tracked.track)
+    runs = {r.info.run_name: r for r in client.search_runs([experiment])}
+    trial = runs["lora.r=4"]
+    assert trial.info.status == "FINISHED"
+    assert trial.data.tags["mlflow.parentRunId"] == parent == runs["sweep"].info.run_id
+    assert trial.data.params["lora.r"] == "16"
+    assert trial.data.tags["ftexp.weights"] == "abc"
+    assert [m.value for m in client.get_metric_history(trial.info.run_id, "train/loss")] == [1 / n for n in range(1, 6)]
+    assert {f.path for f in client.list_artifacts(trial.info.run_id)} == {"examples.json", "file.txt"}
+    assert runs["sweep"].data.metrics["trials"] == 1
+
+
+def test_files_hold_every_point_without_a_store(tiny, tmp_path):
+    with track.start(tiny(), tmp_path, "x", None) as log:
+        log.metrics({"train/loss": 2.0, "train/lr": 0.1}, 1)
+        log.metrics({"valid/loss": 1.5}, 1)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.pop("time") > 1e12 for line in lines] == [True, True]
+    assert lines == [{"step": 1, "train/loss": 2.0, "train/lr": 0.1}, {"step": 1, "valid/loss": 1.5}]
+
+
+def test_failed_run_says_why(tracked, tmp_path):
+    with pytest.raises(ZeroDivisionError), track.start(tracked, tmp_path / "0", "x", None):
+        raise ZeroDivisionError("by zero")
+    client, experiment = track.store(tracked.track)
+    run = client.search_runs([experiment])[0]
+    assert run.info.status == "FAILED"
+    assert run.data.tags["ftexp.error"] == "ZeroDivisionError: by zero"
+
+
+def test_store_that_fails_midway_costs_one_warning(tracked, tmp_path, capfd, monkeypatch):
+    from mlflow.exceptions import MlflowException
+
+    with track.start(tracked, tmp_path / "0", "x", None) as log:
+
+        def fail(*_, **__):
+            raise MlflowException("database is gone")
+
+        monkeypatch.setattr(log.client, "log_batch", fail)
+        for step in range(3):
+            log.metrics({"train/loss": 1.0}, step)
+            log.flush()
+    assert len((tmp_path / "0" / "metrics.jsonl").read_text().splitlines()) == 3
+    assert capfd.readouterr().err.count("MLflow failed") == 1
+
+
+def test_store_that_cannot_be_opened_is_named(tmp_path):
+    (tmp_path / "ml.db").write_text("this is no database, but it is long enough to be read as the header of one" * 9)
+    with pytest.raises(MachineError, match=r"track\.uri=sqlite:.*ml\.db cannot be opened"):
+        track.store(Track(uri=f"sqlite:///{tmp_path}/ml.db"))
+
+
+def test_dead_server_is_named_soon(monkeypatch):
+    started = time.monotonic()
+    with pytest.raises(MachineError, match="cannot be opened"):
+        track.store(Track(uri="http://127.0.0.1:9"))
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.slow
+def test_four_processes_open_an_empty_store(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from ftexp import track; from ftexp.config import Track\n"
+        "t = Track(uri=sys.argv[1]); p = track.open_parent(t, 'x', Path('.')); track.close_parent(t, p, {}, {'a': 1.0}, False)"
+    )
+    uri = f"sqlite:///{tmp_path}/ml.db"
+    children = [subprocess.Popen([sys.executable, "-c", code, uri], stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [(c.communicate()[1], c.returncode)[1] for c in children] == [0] * 4
+    client, experiment = track.store(Track(uri=uri))
+    assert [r.info.status for r in client.search_runs([experiment])] == ["FINISHED"] * 4
+
+
+def test_no_tracker_opens_nothing(tmp_path):
+    assert track.open_parent(Track(kind=Tracker.none), "x", tmp_path) is None
+    track.close_parent(Track(kind=Tracker.none), None, {}, {}, False)

@@ -1,0 +1,205 @@
+"""Training: known answers about the loss, accumulation, NEFTune, divergence and repeatability."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from ftexp import data, experiment, model
+from ftexp.data import prompts
+from ftexp.errors import ConfigError, Diverged
+from ftexp.train import TRAINERS, sft
+
+
+def trained(run, tmp_path: Path, reports=None, rows=None):
+    """Train and return the adapter's weights."""
+    train, valid = experiment.tokenised(run, data.load(run.data))
+    base = model.load(run.model, run.quant)
+    told = reports if reports is not None else []
+    with model.adapted(base, run.lora, run.seed) as tuned:
+        facts = sft.train(run, base, tuned, rows or train, valid, tmp_path / "t", lambda v, s: told.append((s, v)))
+        assert facts["train/steps"] >= 1
+        return {k: v.clone() for k, v in tuned.state_dict().items() if "lora_" in k}
+
+
+def test_every_method_has_a_trainer():
+    from ftexp.config import Method
+
+    assert set(TRAINERS) == set(Method)
+
+
+def test_loss_falls_and_every_step_is_reported(tiny, tmp_path):
+    reports = []
+    trained(tiny("trainer.steps=12", "trainer.report_steps=4"), tmp_path, reports)
+    losses = {s: v["train/loss"] for s, v in reports if "train/loss" in v}
+    assert list(losses) == list(range(1, 13))
+    assert losses[12] < losses[1] - 0.02
+    assert [s for s, v in reports if "valid/loss" in v] == [4, 8]  # the end is scored by the experiment
+    assert not (tmp_path / "t").exists()
+
+
+def test_first_loss_is_the_token_mean_of_the_base(tiny, tmp_path):
+    """B starts at zero, so the first step sees the base model: sum of nats over supervised tokens of the batch."""
+    from ftexp import evaluate, metrics
+
+    run = tiny("trainer.steps=1", "trainer.batch=104", "data.rows=120", "data.valid=16")
+    train, _ = experiment.tokenised(run, data.load(run.data))
+    base = model.load(run.model, run.quant)
+    table = evaluate.held_out(base.model, base.tokenizer, train, run.eval, "t")
+    reports = []
+    trained(run, tmp_path, reports)
+    expected = metrics.loss([e["nats"] for e in table], [e["tokens"] for e in table])
+    assert len(train) == 104
+    assert reports[0][1]["train/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [("4", "2"), ("2", "4"), ("1", "8")])
+def test_accumulation_changes_nothing(tiny, tmp_path, shape):
+    """One step of plain SGD on 8 rows: at once, or in pieces."""
+    base = ("trainer.steps=2", "trainer.optimizer=sgd", "trainer.lr=0.5", "trainer.max_grad_norm=0")
+    whole = trained(tiny(*base, "trainer.batch=8"), tmp_path)
+    pieces = trained(tiny(*base, f"trainer.batch={shape[0]}", f"trainer.accumulation={shape[1]}"), tmp_path)
+    start = trained(tiny(*base[:2], "trainer.lr=1e-12", "trainer.batch=8"), tmp_path)
+    assert max((whole[k] - start[k]).abs().max() for k in whole) > 1e-4  # something was learned
+    assert max((whole[k] - pieces[k]).abs().max() for k in whole) < 1e-6
+
+
+def test_sabotage_mean_over_each_piece_is_another_step(tiny, tmp_path, monkeypatch):
+    base = ("trainer.steps=2", "trainer.optimizer=sgd", "trainer.lr=0.5", "trainer.max_grad_norm=0")
+    whole = trained(tiny(*base, "trainer.batch=8"), tmp_path)
+    honest = sft.token_mean
+    monkeypatch.setattr(sft, "token_mean", lambda model, inputs, tokens: honest(model, inputs, None))
+    pieces = trained(tiny(*base, "trainer.batch=2", "trainer.accumulation=4"), tmp_path)
+    assert max((whole[k] - pieces[k]).abs().max() for k in whole) > 1e-5
+
+
+def test_supervised_rows_equal_the_loss_of_trl(tiny, tmp_path, monkeypatch):
+    """The CPU's shortcut against SFTTrainer's own loss, to the end of three steps."""
+    run = tiny("trainer.steps=3")
+    ours = []
+    mine = trained(run, tmp_path, ours)
+    from trl import SFTTrainer
+
+    monkeypatch.setattr(sft, "token_mean", None)
+    theirs = []
+    real = sft._trainer
+
+    def plain(*args):
+        trainer = real(*args)
+        trainer.compute_loss = SFTTrainer.compute_loss.__get__(trainer)
+        return trainer
+
+    monkeypatch.setattr(sft, "_trainer", plain)
+    other = trained(run, tmp_path, theirs)
+    losses = [[v["train/loss"] for _, v in r if "train/loss" in v] for r in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert max((mine[k] - other[k]).abs().max() for k in mine) < 1e-4
+
+
+def test_same_seed_gives_the_same_bits_and_another_does_not(tiny, tmp_path):
+    given = ("trainer.neftune=5", "lora.dropout=0.1")
+    one, same, other = (trained(tiny(*given, f"seed={s}"), tmp_path) for s in (0, 0, 1))
+    assert all(torch.equal(one[k], same[k]) for k in one)
+    assert not all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_trial_alone_equals_the_same_trial_after_others(tiny, tmp_path):
+    run = tiny("trainer.neftune=5")
+    alone = trained(run, tmp_path)
+    trained(tiny("lora.variant=dora", "trainer.gradient_checkpointing=true"), tmp_path)
+    with pytest.raises(Diverged):
+        trained(tiny("trainer.lr=1", "trainer.steps=60", "trainer.max_grad_norm=0", "lora.alpha=8192"), tmp_path)
+    after = trained(run, tmp_path)
+    assert all(torch.equal(alone[k], after[k]) for k in alone)
+
+
+def test_neftune_is_off_after_an_error(tiny, tmp_path):
+    run = tiny("trainer.neftune=5")
+    train, valid = experiment.tokenised(run, data.load(run.data))
+    base = model.load(run.model, run.quant)
+
+    def fail(values, step):
+        raise KeyboardInterrupt
+
+    with model.adapted(base, run.lora, 0) as tuned, pytest.raises(KeyboardInterrupt):
+        sft.train(run, base, tuned, train, valid, tmp_path / "t", fail)
+    assert not base.model.get_input_embeddings()._forward_hooks
+
+
+def test_neftune_changes_training_and_no_score(tiny, tmp_path):
+    plain, noisy = [], []
+    trained(tiny("trainer.neftune=0"), tmp_path, plain)
+    trained(tiny("trainer.neftune=50"), tmp_path, noisy)
+    assert plain[0][1]["train/loss"] != noisy[0][1]["train/loss"]
+    train, valid = experiment.tokenised(tiny(), data.load(tiny().data))
+    from ftexp import evaluate
+
+    base = model.load(tiny().model, tiny().quant)
+    with model.adapted(base, tiny().lora, 0) as tuned:
+        seen = []
+        run = tiny("trainer.neftune=50", "trainer.steps=2", "trainer.report_steps=1")
+        sft.train(run, base, tuned, train, valid, tmp_path / "t", lambda v, s: seen.append(v))
+        twice = [evaluate.held_out(tuned, base.tokenizer, valid, run.eval, "t") for _ in range(2)]
+    assert twice[0] == twice[1]
+
+
+def test_nan_stops_training_at_its_step(tiny, tmp_path, monkeypatch):
+    honest, calls = sft.token_mean, []
+
+    def poisoned(model, inputs, tokens):
+        calls.append(1)
+        return honest(model, inputs, tokens) * (math.nan if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(sft, "token_mean", poisoned)
+    with pytest.raises(Diverged, match="diverged at step 3: train/(loss|grad_norm) is nan"):
+        trained(tiny("trainer.steps=9"), tmp_path)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "steps"),
+    [
+        (104, (), 4), (104, ("trainer.steps=null",), 13), (105, ("trainer.steps=null",), 14),
+        (104, ("trainer.steps=null", "trainer.epochs=0.5"), 7), (104, ("trainer.steps=null", "trainer.accumulation=4"), 4),
+        (3, ("trainer.steps=null", "trainer.epochs=0.01"), 1),
+    ],
+)  # fmt: skip
+def test_planned_steps_by_hand(tiny, rows, given, steps):
+    assert sft.planned_steps(tiny(*given).trainer, rows) == steps
+
+
+def test_an_epoch_takes_the_steps_that_were_planned(tiny, tmp_path):
+    run = tiny("trainer.steps=null", "trainer.batch=16", "trainer.accumulation=3", "trainer.report_steps=0")
+    train, _ = experiment.tokenised(run, data.load(run.data))
+    reports = []
+    trained(run, tmp_path, reports)
+    assert len(train) == 108
+    assert reports[-1][0] == sft.planned_steps(run.trainer, 108) == 3
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [({"evaluation_strategy": "steps"}, r"trainer\.extra is refused by SFTConfig: .*evaluation_strategy"),
+     ({"learning_rate": 1.0}, r"trainer\.extra\.learning_rate must not be set, .*: trainer\.lr")],
+)  # fmt: skip
+def test_library_keyword_that_does_not_exist_is_refused(tiny, extra, message):
+    run = tiny()
+    run.trainer.extra = extra
+    with pytest.raises(ConfigError, match=message):
+        sft.arguments(run.trainer, "cpu", 0, "x", 1)
+
+
+def test_library_keyword_reaches_the_library(tiny):
+    run = tiny("+trainer.extra.adam_beta2=0.5")
+    assert sft.arguments(run.trainer, "cpu", 0, "x", 1).adam_beta2 == 0.5
+
+
+def test_rows_are_handed_over_with_their_masks():
+    rows = data.load(data.Data(rows=20, valid=2)).train
+    from ftexp.model import tiny
+
+    example = prompts.render(rows[:1], tiny.tokenizer(), data.Data())[0]
+    handed = sft._dataset([example])[0]
+    assert handed["input_ids"] == example.ids
+    assert handed["labels"] == [-100] * len(example.prompt) + list(example.completion)
