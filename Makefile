@@ -27,7 +27,7 @@ demo: $(READY) ## fine-tune SmolLM2-135M at rank 8, 16 and 64, score and compare
 test: $(READY) ## run every check and test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest
 
 check: $(READY) ## run the fast tests only

@@ -203,7 +203,9 @@ class Lora:
     def __post_init__(self) -> None:
         _finite("lora", self)
         require(1 <= self.r <= 4096, "lora.r", self.r, "a rank between 1 and 4096")
-        require(0 < self.alpha <= 8192, "lora.alpha", self.alpha, "above 0 and at most 8192 (0 switches the adapter off)")
+        require(
+            0 < self.alpha <= 8192, "lora.alpha", self.alpha, "above 0 and at most 8192 (0 switches the adapter off)"
+        )
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a share in [0, 1)")
         require(bool(self.targets), "lora.targets", self.targets, "a list of at least one layer name")
 
@@ -387,7 +389,12 @@ class Run:
     """Metrics that trials are ranked by, the first one first; directions come from `ftexp/metrics.py`."""
 
     def __post_init__(self) -> None:
-        require(NAME.fullmatch(self.name) is not None, "name", self.name, "1 to 64 letters, digits or . _ -, beginning with a letter or digit")
+        require(
+            NAME.fullmatch(self.name) is not None,
+            "name",
+            self.name,
+            "1 to 64 letters, digits or . _ -, beginning with a letter or digit",
+        )
         require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 4294967295")
         require(bool(self.objectives), "objectives", self.objectives, "a list of at least one metric")
 
@@ -484,8 +491,8 @@ def _refuse_secrets(run: Run) -> None:
         for key in getattr(run, group).extra:
             if SECRET.search(key):
                 raise ConfigError(
-                    f"{group}.extra.{key} must not be set: configs are written to disk; give secrets in the environment "
-                    "(HF_TOKEN, MLFLOW_TRACKING_TOKEN)"
+                    f"{group}.extra.{key} must not be set: configs are written to disk; give secrets in the "
+                    "environment (HF_TOKEN, MLFLOW_TRACKING_TOKEN)"
                 )
 
 

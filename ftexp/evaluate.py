@@ -35,7 +35,9 @@ class Scored:
     """One entry a row, in the order of the rows: text, nats, tokens, and what was written."""
 
 
-def score(model: AnyModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], how: Eval, label: str) -> Scored:
+def score(
+    model: AnyModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], how: Eval, label: str
+) -> Scored:
     """Score a model on rows; its mode is set to evaluation and put back."""
     was_training = model.training
     model.eval()
@@ -185,7 +187,9 @@ def generate(
         max_new_tokens=how.max_new_tokens or longest + longest // 4 + 8,
         do_sample=False,
         pad_token_id=_pad(tokenizer),
-        eos_token_id=sorted({cast(int, tokenizer.eos_token_id), *(ends if isinstance(ends, list) else [ends])} - {None}),
+        eos_token_id=sorted(
+            {cast(int, tokenizer.eos_token_id), *(ends if isinstance(ends, list) else [ends])} - {None}
+        ),
     )
     written = [""] * len(examples)
     was_training = model.training

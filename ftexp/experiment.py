@@ -34,7 +34,9 @@ def check(run: Run, folder: Path) -> None:
         raise ConfigError(f"quant.kind={run.quant.kind.value} needs stored weights: model=embedded or hub, got tiny")
     kept = read_json(folder / "trial.json")
     if kept is not None and kept["config"] != identity(run):
-        raise ConfigError(f"name={run.name} is taken by another run in {folder}: {_difference(kept['config'], identity(run))}")
+        raise ConfigError(
+            f"name={run.name} is taken by another run in {folder}: {_difference(kept['config'], identity(run))}"
+        )
     data.load(run.data)
     if run.model.kind is Kind.hub:
         model.source(run.model)
@@ -82,7 +84,7 @@ def execute(run: Run, folder: Path, label: str, parent: str | None = None) -> di
         scores = _execute(run, folder, label, parent, trial)
     except BaseException as error:
         reason = str(error) if isinstance(error, FtexpError) else f"{type(error).__name__}: {error}"
-        write_json(folder / "trial.json", trial | {"state": "failed", "error": reason})
+        write_json(folder / "trial.json", trial | {"state": "failed", "error": reason.splitlines()[0]})
         raise
     write_json(folder / "trial.json", trial | {"state": "complete", "scores": scores})
     return scores
@@ -104,7 +106,9 @@ def _execute(run: Run, folder: Path, label: str, parent: str | None, trial: dict
             trained = TRAINERS[run.trainer.kind](run, base, tuned, train, valid, folder / "trainer", log.metrics)
             scored = evaluate.score(tuned, base.tokenizer, valid, run.eval, "valid")
             tuned.save_pretrained(str(folder / "adapter"))
-        scores = {f"valid/{k}": v for k, v in scored.scores.items()} | {f"base/{k}": v for k, v in untrained.scores.items()}
+        scores = {f"valid/{k}": v for k, v in scored.scores.items()} | {
+            f"base/{k}": v for k, v in untrained.scores.items()
+        }
         scores |= {"cost/trainable": float(trial["facts"]["parameters"]["trainable"])}
         scores |= {f"cost/{k}": v for k, v in facts.peak_memory_gib().items()}
         scores["cost/seconds"] = time.monotonic() - began
@@ -121,7 +125,8 @@ def tokenised(run: Run, splits: data.Splits) -> Tokenised:
     key = f"{splits.digest()} {config.digest(run.model, run.data)}"
     if _tokens is None or _tokens[0] != key:
         tokenizer = model.tokenizer(run.model)
-        _tokens = key, tuple(prompts.render(rows, tokenizer, run.data) for rows in (splits.train, splits.valid))  # type: ignore
+        train = prompts.render(splits.train, tokenizer, run.data)
+        _tokens = key, (train, prompts.render(splits.valid, tokenizer, run.data))
     return _tokens[1]
 
 

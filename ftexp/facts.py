@@ -9,7 +9,18 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "mlflow", "hydra-core", "ftexp")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "mlflow",
+    "hydra-core",
+    "ftexp",
+)
 
 
 def versions() -> dict[str, str]:

@@ -23,7 +23,7 @@ def write_json(path: Path, content: Any) -> None:
             json.dump(content, out, indent=1, allow_nan=True)
             out.flush()
             os.fsync(out.fileno())
-        os.replace(fresh, path)
+        Path(fresh).replace(path)
     except BaseException:
         Path(fresh).unlink(missing_ok=True)
         raise

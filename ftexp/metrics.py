@@ -70,6 +70,21 @@ def better(a: float, b: float, direction: Direction) -> bool:
     return a < b if direction is Direction.minimize else a > b
 
 
+def best(values: Sequence[float | None], direction: Direction) -> int | None:
+    """Find the index of the best value, the first of equals; None stands for a trial without one.
+
+    >>> best([0.3, None, 0.1, float("nan")], Direction.minimize)
+    2
+    """
+    found: int | None = None
+    for n, value in enumerate(values):
+        if value is not None and not math.isnan(value):
+            rival = math.nan if found is None else values[found]
+            if better(value, math.nan if rival is None else rival, direction):
+                found = n
+    return found
+
+
 def loss(nats: Sequence[float], tokens: Sequence[int]) -> float:
     """Mean negative log-likelihood of a supervised token: sum of nats over sum of tokens.
 
@@ -89,7 +104,7 @@ def loss(nats: Sequence[float], tokens: Sequence[int]) -> float:
 
 
 def perplexity(nats: Sequence[float], tokens: Sequence[int]) -> float:
-    """exp of `loss`: the size of the fair die that would be as hard to predict. Inf where exp overflows.
+    """Exp of `loss`: the size of the fair die that would be as hard to predict. Inf where exp overflows.
 
     >>> round(perplexity([math.log(10)] * 4, [1] * 4), 9)
     10.0

@@ -13,7 +13,7 @@ from pathlib import Path
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException
 
 from ftexp import config
 from ftexp.errors import ConfigError
@@ -64,7 +64,7 @@ def slug(overrides: list[str]) -> str:
     >>> slug(["lora.r=8,16,64"])
     'lora.r-8-16-64'
     >>> slug(["trainer.lr=1e-3", "data.prompt='{a} {b}'"])
-    'trainer.lr-1e-3-data.prompt-a-b-XXXX'
+    'trainer.lr-1e-3-data.prompt-a-b-38b70a89'
     >>> slug([])
     'default'
     """
@@ -89,7 +89,7 @@ def check(overrides: list[str]) -> None:
     for text in overrides:
         try:
             override = parser.parse_override(text)
-        except OverrideParseException as error:
+        except HydraException as error:
             raise ConfigError(f"{text}: not a Hydra override ({str(error).splitlines()[0]})") from error
         key = override.key_or_group.split("@")[0]
         if key.startswith("hydra.") or key.startswith("hydra/"):
@@ -99,17 +99,13 @@ def check(overrides: list[str]) -> None:
         if key in options and not _is_mapping(override):
             _check_options(key, override, options[key])
         elif key not in known and not key.startswith(OPEN):
-            raise ConfigError(f"unknown key {key}{_value(override)}{_hint(key, known | set(options))}")
+            raise ConfigError(f"unknown key {key} in {text}{_hint(key, known | set(options))}")
         elif override.is_add() and key in known:
             raise ConfigError(f"{text}: {key} exists already, write {text.lstrip('+')}")
 
 
 def _is_mapping(override: Override) -> bool:
     return isinstance(override.value(), dict)
-
-
-def _value(override: Override) -> str:
-    return f" (given {override.get_value_element_as_str()!r})"
 
 
 def _check_options(group: str, override: Override, options: list[str]) -> None:

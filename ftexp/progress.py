@@ -34,7 +34,9 @@ def _bar(label: str, total: int) -> Iterator[Callable[..., None]]:
         task = bar.add_task(label, total=total, note="")
 
         def advance(units: int = 1, note: str = "") -> None:
-            bar.update(task, advance=units, **({"note": note} if note else {}))
+            if note:
+                bar.update(task, note=note)
+            bar.advance(task, units)
 
         yield advance
 

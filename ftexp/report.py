@@ -49,7 +49,7 @@ def read(folder: Path) -> Board:
     if sweep is None and not (folder / "trial.json").exists():
         raise MachineError(f"{folder}: must be the folder of a sweep or a run; there is no sweep.json or trial.json")
     if sweep is None:
-        trials = [{"number": 0, **read_json(folder / "trial.json")}]
+        trials = [{"number": 0, **(read_json(folder / "trial.json") or {})}]
     else:
         trials = [
             {"number": n, **(read_json(folder / str(n) / "trial.json") or {"label": label, "state": "waiting"})}
@@ -57,20 +57,12 @@ def read(folder: Path) -> Board:
         ]
     config = next((t["config"] for t in trials if "config" in t), {"objectives": ["valid/loss"]})
     objective = (sweep or config)["objectives"][0]
-    return Board(trials, objective, _best(trials, objective))
-
-
-def _best(trials: list[dict[str, Any]], objective: str) -> int | None:
-    best: dict[str, Any] | None = None
-    for trial in trials:
-        if trial["state"] == "complete" and not math.isnan(value := trial["scores"][objective]):
-            if best is None or metrics.better(value, best["scores"][objective], METRICS[objective].direction):
-                best = trial
-    return None if best is None else best["number"]
+    values = [t["scores"][objective] if t["state"] == "complete" else None for t in trials]
+    return Board(trials, objective, metrics.best(values, METRICS[objective].direction))
 
 
 def leaderboard(board: Board) -> Table:
-    """Lay the trials out best first, under the base model's row; those that failed stand last with their reason."""
+    """Lay the trials out best first, under the base model's row; the others stand last with their state."""
     table = Table(title=f"ranked by {board.objective}", title_justify="left")
     titles = [title for title, (name, _) in SCORES.items() if any(f"valid/{name}" in _scores(t) for t in board.trials)]
     table.add_column("trial")
@@ -91,7 +83,7 @@ def leaderboard(board: Board) -> Table:
         )  # fmt: skip
     for trial in board.trials:
         if trial["state"] != "complete":
-            table.add_row(str(trial["number"]), trial["label"], trial["state"], trial.get("error", "")[:60])
+            table.add_row(str(trial["number"]), trial["label"], trial["state"], style="dim")
     return table
 
 
@@ -110,7 +102,11 @@ def _shown(trial: dict[str, Any], split: str, titles: list[str]) -> list[str]:
 def show(folder: Path) -> None:
     """Print the leaderboard."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    console.print(leaderboard(read(folder)))
+    board = read(folder)
+    console.print(leaderboard(board))
+    for trial in board.trials:
+        if "error" in trial:
+            console.print(f"trial {trial['number']} {trial['state']}: {trial['error']}", markup=False)
 
 
 def main() -> int:

@@ -98,10 +98,11 @@ class Log:
         if self.client is None or self.run_id is None:
             return
         from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
         try:
             send(self.client, self.run_id)
-        except (MlflowException, OSError) as error:
+        except (MlflowException, SQLAlchemyError, OSError) as error:
             self.client = None  # one warning, and no more waiting; the files of the run are complete
             say(f"warning: MLflow failed, the run goes on with files only: {str(error).splitlines()[0]}")
 
@@ -111,6 +112,7 @@ def start(run: Run, folder: Path, label: str, parent: str | None) -> Iterator[Lo
     """Open a run in the tracking store and close it as finished, or as failed when an exception leaves.
 
     Args:
+        run: the checked config.
         folder: where the run's files are.
         label: name shown in the UI.
         parent: MLflow id of the sweep's run.
@@ -138,7 +140,9 @@ def open_parent(track: Track, name: str, folder: Path) -> str | None:
     return _open(track, name, folder, None)[1]
 
 
-def close_parent(track: Track, run_id: str | None, tags: dict[str, Any], metrics: dict[str, float], failed: bool) -> None:
+def close_parent(
+    track: Track, run_id: str | None, tags: dict[str, Any], metrics: dict[str, float], failed: bool
+) -> None:
     """Close the run of a sweep with its summary."""
     if run_id is None:
         return
@@ -188,6 +192,7 @@ def _connect(track: Track) -> tuple[MlflowClient, str]:
 
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -203,7 +208,7 @@ def _connect(track: Track) -> tuple[MlflowClient, str]:
             client = MlflowClient(tracking_uri=track.uri)
             found = client.get_experiment_by_name(track.experiment)
             experiment = found.experiment_id if found else client.create_experiment(track.experiment, artifacts)
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         raise MachineError(f"track.uri={track.uri} cannot be opened: {str(error).splitlines()[0]}") from error
     return client, experiment
 

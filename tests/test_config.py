@@ -32,7 +32,10 @@ NAN, INF = math.nan, math.inf
         ("trainer.neftune=-5", r"trainer\.neftune must be in \[0, 100\]"),
         ("trainer.neftune=1e9", r"trainer\.neftune must be in \[0, 100\]"),
         ("trainer.report_steps=-1", r"trainer\.report_steps must be 0 or more"),
-        ("trainer.scheduler=constant", r"trainer\.warmup must be 0 with trainer\.scheduler=constant, got 0\.05"),
+        (
+            "trainer.scheduler=constant trainer.warmup=0.05",
+            r"trainer\.warmup must be 0 with trainer\.scheduler=constant, got 0\.05",
+        ),
         ("data.max_length=1", r"data\.max_length must be between 8"),
         ("data.valid=0", r"data\.valid must be at least 1"),
         ("data.test=-1", r"data\.test must be 0 or more"),

@@ -35,7 +35,9 @@ def test_loss_is_the_same_for_every_batch_size_and_by_hand(base, examples, batch
         expected = [by_hand(base, e) for e in examples]
     assert [e["nats"] for e in table] == pytest.approx(expected, rel=1e-6)
     assert [e["tokens"] for e in table] == [len(e.completion) for e in examples]
-    assert evaluate.summary(table)["loss"] == pytest.approx(sum(expected) / sum(len(e.completion) for e in examples), rel=1e-6)
+    assert evaluate.summary(table)["loss"] == pytest.approx(
+        sum(expected) / sum(len(e.completion) for e in examples), rel=1e-6
+    )
 
 
 def test_sabotage_mean_of_batch_means_depends_on_batch_size(base, examples):
@@ -84,7 +86,8 @@ def test_hook_is_taken_off_after_an_error(base):
 
 def test_completions_are_the_same_alone_and_in_a_batch(base, examples):
     alone, batched = (
-        evaluate.generate(base.model, base.tokenizer, examples[:8], Eval(batch=b, max_new_tokens=12), "t") for b in (1, 8)
+        evaluate.generate(base.model, base.tokenizer, examples[:8], Eval(batch=b, max_new_tokens=12), "t")
+        for b in (1, 8)
     )
     assert alone == batched
     assert len({len(e.prompt) for e in examples[:8]}) > 1  # unequal prompts, so padding took part
@@ -121,7 +124,9 @@ def test_generation_stops_at_the_end_token(base, examples, monkeypatch):
 def test_planned_length_is_a_quarter_beyond_the_longest_reference(base, examples, monkeypatch):
     seen = {}
     monkeypatch.setattr(
-        base.model, "generate", lambda **k: seen.update(k) or torch.zeros(len(k["input_ids"]), k["input_ids"].shape[1] + 1).long()
+        base.model,
+        "generate",
+        lambda **k: seen.update(k) or torch.zeros(len(k["input_ids"]), k["input_ids"].shape[1] + 1).long(),
     )
     evaluate.generate(base.model, base.tokenizer, examples, Eval(), "t")
     longest = max(len(e.completion) for e in examples)
@@ -140,8 +145,24 @@ def test_scoring_leaves_the_mode_as_it_was(base, examples):
 
 def test_summary_by_hand():
     table = [
-        {"nats": math.log(2) * 3, "tokens": 3, "reference": "ab", "prediction": "ab", "exact_match": 1.0, "jaccard": 1.0, "f1": 1.0},
-        {"nats": math.log(4), "tokens": 1, "reference": "cd", "prediction": "", "exact_match": 0.0, "jaccard": 0.0, "f1": 0.0},
+        {
+            "nats": math.log(2) * 3,
+            "tokens": 3,
+            "reference": "ab",
+            "prediction": "ab",
+            "exact_match": 1.0,
+            "jaccard": 1.0,
+            "f1": 1.0,
+        },
+        {
+            "nats": math.log(4),
+            "tokens": 1,
+            "reference": "cd",
+            "prediction": "",
+            "exact_match": 0.0,
+            "jaccard": 0.0,
+            "f1": 0.0,
+        },
     ]
     scores = evaluate.summary(table)
     assert scores["perplexity"] == pytest.approx(2**1.25)

@@ -34,7 +34,9 @@ def test_same_run_twice_gives_the_same_bits(tiny, tmp_path):
     one = experiment.execute(tiny(), tmp_path / "a", "x")
     two = experiment.execute(tiny(), tmp_path / "b", "x")
     assert adapter_hash(tmp_path / "a") == adapter_hash(tmp_path / "b")
-    assert {k: v for k, v in one.items() if not k.startswith("cost/")} == {k: v for k, v in two.items() if not k.startswith("cost/")}
+    assert {k: v for k, v in one.items() if not k.startswith("cost/")} == {
+        k: v for k, v in two.items() if not k.startswith("cost/")
+    }
 
 
 def test_saved_adapter_gives_the_scores_that_were_reported(tiny, tmp_path):

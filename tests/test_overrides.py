@@ -38,7 +38,12 @@ def test_known_override_passes(given):
 
 
 def test_flags_move_to_the_front_and_a_name_is_added():
-    assert overrides.prepare(["lora.r=8,16", "-m", "seed=1"]) == ["-m", "lora.r=8,16", "seed=1", "name=lora.r-8-16-seed-1"]
+    assert overrides.prepare(["lora.r=8,16", "-m", "seed=1"]) == [
+        "-m",
+        "lora.r=8,16",
+        "seed=1",
+        "name=lora.r-8-16-seed-1",
+    ]
 
 
 def test_given_name_is_kept():
@@ -57,6 +62,8 @@ def test_different_commands_never_share_a_name():
     assert all(len(name) <= 64 for name in names)
 
 
-@pytest.mark.parametrize(("argv", "wanted"), [(["-m"], "sweep"), ([], "single"), (["--cfg", "job"], None), (["--help"], None)])
+@pytest.mark.parametrize(
+    ("argv", "wanted"), [(["-m"], "sweep"), ([], "single"), (["--cfg", "job"], None), (["--help"], None)]
+)
 def test_runs_tells_what_is_asked(argv, wanted):
     assert overrides.runs(argv) == wanted

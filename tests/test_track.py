@@ -101,7 +101,9 @@ def test_four_processes_open_an_empty_store(tmp_path):
         "t = Track(uri=sys.argv[1]); p = track.open_parent(t, 'x', Path('.')); track.close_parent(t, p, {}, {'a': 1.0}, False)"
     )
     uri = f"sqlite:///{tmp_path}/ml.db"
-    children = [subprocess.Popen([sys.executable, "-c", code, uri], stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    children = [
+        subprocess.Popen([sys.executable, "-c", code, uri], stderr=subprocess.PIPE, text=True) for _ in range(4)
+    ]
     assert [(c.communicate()[1], c.returncode)[1] for c in children] == [0] * 4
     client, experiment = track.store(Track(uri=uri))
     assert [r.info.status for r in client.search_runs([experiment])] == ["FINISHED"] * 4

@@ -57,7 +57,9 @@ def template(tokenizer: PreTrainedTokenizerBase, data: Data) -> str | None:
             return CHATML
         case Template.model:
             if not tokenizer.chat_template:
-                raise ConfigError("data.template=model needs a chat template, which the tokenizer has not; use data.template=plain")
+                raise ConfigError(
+                    "data.template=model needs a chat template, which the tokenizer has not; use data.template=plain"
+                )
             return cast(str, tokenizer.chat_template)
 
 
@@ -88,7 +90,9 @@ def _example(row: Row, tokenizer: PreTrainedTokenizerBase, chat: str | None) -> 
     full = tokenizer.apply_chat_template(turns, chat_template=chat, tokenize=False)
     asked, full = cast(str, asked), cast(str, full)
     if not full.startswith(asked):
-        raise DataError(f"{row.where}: the chat template changes the prompt once an answer follows; use another data.template")
+        raise DataError(
+            f"{row.where}: the chat template changes the prompt once an answer follows; use another data.template"
+        )
     return Example(row, tuple(_ids(tokenizer, asked)), tuple(_closed(_ids(tokenizer, full[len(asked) :]), tokenizer)))
 
 
@@ -109,7 +113,9 @@ def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _checked(example: Example, tokenizer: PreTrainedTokenizerBase, data: Data) -> Example:
     where, length = example.row.where, len(example.ids)
     if length > data.max_length:
-        raise DataError(f"{where}: a row must be at most data.max_length={data.max_length} tokens, this one has {length}")
+        raise DataError(
+            f"{where}: a row must be at most data.max_length={data.max_length} tokens, this one has {length}"
+        )
     bos = tokenizer.bos_token_id
     if bos is not None and example.ids[:2] == [bos, bos]:
         raise DataError(f"{where}: the row begins with two BOS tokens, one from the text and one from the tokenizer")

@@ -39,7 +39,10 @@ def read(data: Data) -> list[Row]:
     match data.kind:
         case config.Source.yoda:
             made = enumerate(islice(yoda.pairs(data.seed), data.rows or GENERATED))
-            return [Row(data.prompt.format(prompt=a), data.completion.format(completion=b), f"yoda:{n}") for n, (a, b) in made]
+            return [
+                Row(data.prompt.format(prompt=a), data.completion.format(completion=b), f"yoda:{n}")
+                for n, (a, b) in made
+            ]
         case config.Source.jsonl:
             return list(islice(_jsonl(Path(data.path), data), data.rows))
 
@@ -63,7 +66,9 @@ def _decode(line: bytes, where: str, first: bool) -> str:
     try:
         text = line.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: must be UTF-8, byte {error.start} of the line is 0x{line[error.start]:02x}") from error
+        raise DataError(
+            f"{where}: must be UTF-8, byte {error.start} of the line is 0x{line[error.start]:02x}"
+        ) from error
     if "\0" in text:
         raise DataError(f"{where}: must be text, column {text.index(chr(0)) + 1} is a NUL character")
     return text
@@ -86,7 +91,9 @@ def _row(row: dict[str, Any], where: str, data: Data) -> Row:
     for name in (*config.columns(data.prompt), *config.columns(data.completion)):
         if name not in row:
             have = ", ".join(row) or "none"
-            raise DataError(f"{where}: column {name!r} is missing, the row has {have}; set data.prompt and data.completion")
+            raise DataError(
+                f"{where}: column {name!r} is missing, the row has {have}; set data.prompt and data.completion"
+            )
         if not isinstance(row[name], str):
             raise DataError(f"{where}: column {name!r} must be text, got {row[name]!r:.60}")
         values[name] = row[name]

@@ -75,7 +75,9 @@ def split(rows: list[Row], data: Data, source: str) -> Splits:
             f"{source}: no row is left to train on: {len(rows)} read, {len(rows) - len(seen)} repeats, "
             f"data.valid={data.valid}, data.test={data.test}"
         )
-    return Splits(*(tuple(parts[n]) for n in ("train", "valid", "test")), read=len(rows), duplicates=len(rows) - len(seen))
+    return Splits(
+        *(tuple(parts[n]) for n in ("train", "valid", "test")), read=len(rows), duplicates=len(rows) - len(seen)
+    )
 
 
 def _pick(picked: dict[str, str], groups: dict[str, list[Row]], order: list[str], name: str, wanted: int) -> None:

@@ -64,7 +64,12 @@ def _copula(r: random.Random) -> tuple[str, str]:
 
 
 def _modal(r: random.Random) -> tuple[str, str]:
-    (subject, *_), modal, (verb, _, _), thing = r.choice(SUBJECTS), r.choice(MODALS), r.choice(TRANSITIVE), r.choice(OBJECTS)
+    (subject, *_), modal, (verb, _, _), thing = (
+        r.choice(SUBJECTS),
+        r.choice(MODALS),
+        r.choice(TRANSITIVE),
+        r.choice(OBJECTS),
+    )
     return f"{subject} {modal} {verb} {thing}.", f"{verb} {thing}, {subject} {modal}."
 
 
@@ -97,7 +102,10 @@ def _before(r: random.Random) -> tuple[str, str]:
 def _condition(r: random.Random) -> tuple[str, str]:
     (subject, *_), can, (verb, _) = r.choice(SUBJECTS), r.choice(MODALS), r.choice(INTRANSITIVE)
     will, (act, _, _), thing = r.choice(MODALS), r.choice(TRANSITIVE), r.choice(OBJECTS)
-    return f"if {subject} {can} {verb}, we {will} {act} {thing}.", f"{act} {thing} we {will}, if {verb} {subject} {can}."
+    return (
+        f"if {subject} {can} {verb}, we {will} {act} {thing}.",
+        f"{act} {thing} we {will}, if {verb} {subject} {can}.",
+    )
 
 
 FRAMES: tuple[Callable[[random.Random], tuple[str, str]], ...] = (

@@ -73,7 +73,9 @@ def _loading(model: Model) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise MachineError(f"model.path={source(model)} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+        raise MachineError(
+            f"model.path={source(model)} cannot be loaded: {' '.join(str(error).split())[:400]}"
+        ) from error
 
 
 _warm: Base | None = None
@@ -100,11 +102,10 @@ def _load(model: Model, quant: Quant, key: str) -> Base:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # half a second of bar for a local file
-
     chosen = compute.policy(model)
     compute.apply(chosen)
     if model.kind is Kind.tiny:
-        loaded = tiny.model(chosen.attention).to(device=chosen.device, dtype=getattr(torch, chosen.dtype))
+        loaded = tiny.model(chosen.attention).to(chosen.device, getattr(torch, chosen.dtype))  # type: ignore
     else:
         loaded = _pretrained(model, quant, chosen)
     loaded.requires_grad_(False).eval()
@@ -165,7 +166,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, torch.Tensor):
             total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -232,7 +233,7 @@ def adapted(base: Base, lora: Lora, seed: int) -> Iterator[PeftModel]:
 
     check_targets(base.model, lora.targets)
     set_seed(seed)
-    forward = base.model.__dict__.get("forward")
+    forward, hooks = base.model.__dict__.get("forward"), _hooks(base.model)
     try:
         tuned = cast("PeftModel", get_peft_model(base.model, adapter(lora)))
     except ValueError as error:
@@ -240,19 +241,29 @@ def adapted(base: Base, lora: Lora, seed: int) -> Iterator[PeftModel]:
     try:
         yield tuned
     finally:
-        _strip(base, tuned, forward)
+        _strip(base, tuned, forward, hooks)
         if fingerprint(base.model) != base.weights:
             _warm = None
 
 
-def _strip(base: Base, tuned: PeftModel, forward: Any) -> None:
+def _hooks(model: torch.nn.Module) -> set[tuple[int, int]]:
+    """Identify every hook on a forward pass, by its module's table and its number there."""
+    tables = [t for m in model.modules() for t in (m._forward_hooks, m._forward_pre_hooks)]
+    return {(id(table), number) for table in tables for number in table}
+
+
+def _strip(base: Base, tuned: PeftModel, forward: Any, hooks: set[tuple[int, int]]) -> None:
+    """Undo what peft, transformers and TRL leave on a model: adapter, patched forward, checkpointing, hooks."""
     tuned.unload()
     model = base.model
     model.__dict__.pop("forward", None)  # TRL replaces it on the instance
     if forward is not None:
         model.__dict__["forward"] = forward
     model.gradient_checkpointing_disable()
-    model.disable_input_require_grads()
+    for module in model.modules():
+        for table in (module._forward_hooks, module._forward_pre_hooks):
+            for number in [n for n in table if (id(table), n) not in hooks]:
+                del table[number]
     model.requires_grad_(False).eval()
 
 

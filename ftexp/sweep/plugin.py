@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
@@ -18,7 +18,7 @@ from hydra.plugins.sweeper import Sweeper as HydraSweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from ftexp import config, experiment, track
+from ftexp import config, experiment, metrics, track
 from ftexp.config import Run
 from ftexp.errors import FtexpError, TrialsFailed
 from ftexp.files import read_json, write_json
@@ -30,7 +30,9 @@ class Sweeper(HydraSweeper):
     """Runs each point of a grid as a trial in `outputs/sweeps/<name>/<number>`."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.context, self.task, self.config = hydra_context, task_function, config
+        """Keep what Hydra hands over before `sweep`."""
+        self.context, self.task = hydra_context, task_function
+        self.config = config
 
     def sweep(self, arguments: list[str]) -> list[Any]:
         """Run the sweep; Hydra calls this with the overrides of the command line.
@@ -40,18 +42,20 @@ class Sweeper(HydraSweeper):
             TrialsFailed: the sweep ran to its end and trials failed; the others are complete.
         """
         points = space.grid(arguments)
-        folder = Path(self.config.hydra.sweep.dir)
+        folder = Path(cast(DictConfig, self.config).hydra.sweep.dir)
         trials = [self._compose(point, number) for number, point in enumerate(points)]
         runs = self._checked(trials, points, folder)
         labels = space.swept(points)
         self._begin(folder, runs[0], labels)
         say(f"sweep {runs[0].name}: {len(runs)} trials in {folder}")
-        results = [self._run(number, trial, label) for number, (trial, label) in enumerate(zip(trials, labels, strict=True))]
+        results = [
+            self._run(number, trial, label) for number, (trial, label) in enumerate(zip(trials, labels, strict=True))
+        ]
         self._end(folder, runs[0], results)
         return results
 
     def _compose(self, point: list[str], number: int) -> DictConfig:
-        cfg = self.context.config_loader.load_sweep_config(self.config, point)
+        cfg = self.context.config_loader.load_sweep_config(cast(DictConfig, self.config), point)
         with open_dict(cfg):
             cfg.hydra.job.id, cfg.hydra.job.num = str(number), number
         return cfg
@@ -72,7 +76,10 @@ class Sweeper(HydraSweeper):
         OmegaConf.save(self.config, folder / "multirun.yaml")
         kept = read_json(folder / "sweep.json") or {}
         parent = kept.get("mlflow_run") or track.open_parent(run.track, run.name, folder)
-        write_json(folder / "sweep.json", {"name": run.name, "trials": labels, "objectives": run.objectives, "mlflow_run": parent})
+        write_json(
+            folder / "sweep.json",
+            {"name": run.name, "trials": labels, "objectives": run.objectives, "mlflow_run": parent},
+        )
 
     def _run(self, number: int, trial: DictConfig, label: str) -> Any:
         say(f"trial {number}: {label}")
@@ -87,11 +94,19 @@ class Sweeper(HydraSweeper):
 
     def _end(self, folder: Path, run: Run, results: list[Any]) -> None:
         failed = [n for n, r in enumerate(results) if isinstance(r, Exception)]
-        parent = read_json(folder / "sweep.json")["mlflow_run"]
-        counts = {"trials": float(len(results)), "failed": float(len(failed))}
-        track.close_parent(run.track, parent, {}, counts, bool(failed))
+        told = {"trials": float(len(results)), "failed": float(len(failed))}
+        objective = run.objectives[0]
+        values = [None if isinstance(r, Exception) else r[objective] for r in results]
+        best = metrics.best(values, metrics.METRICS[objective].direction)
+        tags = {} if best is None else {"ftexp.best_trial": best}
+        if best is not None:
+            told |= {name: value for name, value in results[best].items() if name in metrics.METRICS}
+        parent = (read_json(folder / "sweep.json") or {})["mlflow_run"]
+        track.close_parent(run.track, parent, tags, told, bool(failed))
         if failed:
-            raise TrialsFailed(f"{len(failed)} of {len(results)} trials failed: {', '.join(map(str, failed))}; see {folder}")
+            raise TrialsFailed(
+                f"{len(failed)} of {len(results)} trials failed: {', '.join(map(str, failed))}; see {folder}"
+            )
 
 
 def _without_hydra(trial: DictConfig) -> DictConfig:

@@ -22,7 +22,7 @@ def grid(overrides: list[str]) -> list[list[str]]:
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.get_key_element()
         if override.is_sweep_override() and not override.is_discrete_sweep():
-            raise ConfigError(f"{key}={override.get_value_element_as_str()}: a grid needs single values, choice() or range()")
+            raise ConfigError(f"{override.input_line}: a grid needs single values, choice() or range()")
         if override.is_sweep_override():
             values = [str(value) for value in override.sweep_string_iterator()]
         else:

@@ -25,10 +25,15 @@ Report = Callable[[dict[str, float], int], None]
 """Takes metrics by name and the optimizer step they belong to."""
 
 
-def train(run: Run, base: Base, tuned: PeftModel, rows: list[Example], valid: list[Example], folder: Path, report: Report) -> dict[str, float]:
+def train(
+    run: Run, base: Base, tuned: PeftModel, rows: list[Example], valid: list[Example], folder: Path, report: Report
+) -> dict[str, float]:
     """Train the adapter in place.
 
     Args:
+        run: the checked config.
+        base: the model the adapter sits on, and its tokenizer.
+        tuned: the model with the adapter.
         rows: training rows.
         valid: held-out rows of the curve, scored every `trainer.report_steps` steps.
         folder: for whatever the Trainer writes.
@@ -126,6 +131,7 @@ def token_mean(model: Any, inputs: dict[str, Any], tokens: Any) -> Any:
     """Sum of nats over the supervised tokens of a forward pass, divided by those of the whole optimizer step.
 
     Args:
+        model: a causal language model, with or without an adapter.
         inputs: `input_ids`, `attention_mask` and `labels`, each (row, position).
         tokens: supervised tokens over all forward passes of the step; None where this pass is the step. Dividing by
             it makes accumulation exact: 8 rows at once and 2 rows four times give the same gradient.
@@ -152,7 +158,7 @@ def _cleaned_up(trainer: Any):
 def _callback(
     run: Run, base: Base, valid: list[Example], steps: int, report: Report, advance: Callable[..., None]
 ) -> TrainerCallback:
-    """Make the callback that reports each step and the held-out loss, and stops training that left the finite numbers."""
+    """Make the callback that reports steps and held-out losses, and stops training that left the finite numbers."""
     from transformers import TrainerCallback
 
     names = {"loss": "train/loss", "learning_rate": "train/lr", "grad_norm": "train/grad_norm"}

@@ -35,7 +35,9 @@ def test_plain_text_ends_with_end_of_sequence(tokenizer):
 
 def test_generation_prompt_is_a_prefix_of_the_training_row(tokenizer):
     example = one(tokenizer)
-    asked = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False)
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
+    )
     assert tuple(tokenizer(asked, add_special_tokens=False)["input_ids"]) == example.prompt
     assert tuple(example.ids[: len(example.prompt)]) == example.prompt
 

@@ -10,7 +10,9 @@ from ftexp.errors import DataError
 
 
 def jsonl(path, *lines: bytes | str | dict, **keys):
-    encoded = [json.dumps(x).encode() if isinstance(x, dict) else x.encode() if isinstance(x, str) else x for x in lines]
+    encoded = [
+        json.dumps(x).encode() if isinstance(x, dict) else x.encode() if isinstance(x, str) else x for x in lines
+    ]
     path.write_bytes(b"\n".join(encoded) + b"\n")
     return Data(kind=Source.jsonl, path=str(path), **keys)
 
@@ -28,7 +30,7 @@ GOOD = {"prompt": "a", "completion": "b"}
         ({"prompt": 5, "completion": "b"}, "column 'prompt' must be text, got 5"),
         ({"prompt": "a", "completion": " "}, "the completion must have text"),
         ({"prompt": "", "completion": "b"}, "the prompt must have text"),
-        (b'{"prompt": "a", "completion": "\xff"}', "must be UTF-8, byte 30 of the line is 0xff"),
+        (b'{"prompt": "a", "completion": "\xff"}', "must be UTF-8, byte 31 of the line is 0xff"),
         (b'{"prompt": "a", "completion": "\x00"}', "NUL character"),
         ("[" * 20000, "nested too deep|must be one JSON object"),
     ],
@@ -53,7 +55,9 @@ def test_missing_file_and_folder_are_named(tmp_path):
 
 
 def test_text_survives_as_it_is(tmp_path):
-    odd = [{"prompt": t, "completion": t} for t in ("NA", "null", "None", "naïve 한국어", "a\nb", "{x}", "ends\u2028here")]
+    odd = [
+        {"prompt": t, "completion": t} for t in ("NA", "null", "None", "naïve 한국어", "a\nb", "{x}", "ends\u2028here")
+    ]
     read = rows.read(jsonl(tmp_path / "my.jsonl", *odd))
     assert [r.prompt for r in read] == [r["prompt"] for r in odd]
     assert read[1].where.endswith("my.jsonl:2")

@@ -40,7 +40,11 @@ def test_sabotage_row_by_row_split_would_leak():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from([f"p{n}" for n in range(30)]), min_size=12, max_size=60), st.integers(0, 5), st.integers(0, 9))
+@given(
+    st.lists(st.sampled_from([f"p{n}" for n in range(30)]), min_size=12, max_size=60),
+    st.integers(0, 5),
+    st.integers(0, 9),
+)
 def test_counts_add_up(prompts, test, seed):
     rows = made(*prompts) + made(*prompts)[:3]
     try:
@@ -68,7 +72,8 @@ def test_seed_moves_the_split_and_nothing_else_does():
 
 
 @pytest.mark.parametrize(
-    ("count", "valid", "message"), [(4, 5, "data.valid=5 rows cannot be held out of 4"), (5, 5, "no row is left to train on")]
+    ("count", "valid", "message"),
+    [(4, 5, "data.valid=5 rows cannot be held out of 4"), (5, 5, "no row is left to train on")],
 )
 def test_too_few_rows_are_refused(count, valid, message):
     with pytest.raises(DataError, match=message):

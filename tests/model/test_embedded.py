@@ -73,5 +73,7 @@ def test_two_processes_unpack_once(tmp_path):
     import os
 
     env = {**os.environ, "FTEXP_CACHE": str(tmp_path)}
-    both = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     assert sorted(p.communicate()[0].strip() for p in both) == ["", "built"]

@@ -63,8 +63,8 @@ def test_base_that_changed_is_dropped(base):
 def test_scaling_is_alpha_over_rank_or_its_root(base, r, variant):
     expected = 16 / (r if variant is Variant.lora else math.sqrt(r))
     with model.adapted(base, Lora(r=r, alpha=16, variant=variant), 0) as tuned:
-        scalings = {m.scaling["default"] for m in tuned.modules() if hasattr(m, "scaling")}
-    assert scalings == {pytest.approx(expected, abs=1e-12)}
+        scalings = [m.scaling["default"] for m in tuned.modules() if isinstance(getattr(m, "scaling", None), dict)]
+    assert scalings == pytest.approx([expected] * 14, abs=1e-12)
 
 
 def test_trainable_parameters_by_hand(base):
@@ -87,7 +87,7 @@ def test_target_that_matches_nothing_is_refused(base, targets, message):
 
 def test_named_targets_get_adapters(base):
     with model.adapted(base, Lora(r=4, targets=["q_proj", "v_proj"]), 0) as tuned:
-        names = {n.split(".")[-3] for n, p in tuned.named_parameters() if p.requires_grad}
+        names = {n.split(".")[-4] for n, p in tuned.named_parameters() if p.requires_grad}
     assert names == {"q_proj", "v_proj"}
 
 
@@ -115,7 +115,7 @@ def test_missing_folder_is_named(tmp_path):
 
 def test_folder_of_another_kind_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
-    with pytest.raises(MachineError, match=r"cannot be loaded: .*nonsense"):
+    with pytest.raises(MachineError, match=r"model\.path=.* cannot be loaded: "):
         model.tokenizer(Model(kind=Kind.hub, path=str(tmp_path)))
 
 

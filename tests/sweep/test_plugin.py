@@ -1,6 +1,7 @@
 """Sweeps of the tiny model through the command line."""
 
 import hashlib
+import math
 import shutil
 
 import pytest
@@ -51,15 +52,24 @@ def test_one_bad_point_stops_the_sweep_before_it_starts(cli, tmp_path):
     assert not (tmp_path / "outputs").exists()
 
 
-def test_failed_trial_is_recorded_and_the_others_go_on(cli, tmp_path):
-    code, out, err = cli("trainer.lr=1e-2,1", "lora.alpha=8192", "trainer.max_grad_norm=0", *[t for t in SWEEP if ".lr=" not in t],
-                         "trainer.steps=80", "eval=loss", "seed=0", "-m")  # fmt: skip
-    folder = tmp_path / "outputs" / "sweeps" / "s"
-    states = [read_json(folder / str(n) / "trial.json")["state"] for n in range(2)]
-    assert "failed" in states, out
+def test_diverged_trial_is_recorded_and_the_others_go_on(cli, tmp_path, monkeypatch):
+    from ftexp.train import sft
+
+    honest, calls = sft.token_mean, []
+
+    def poisoned(*args):
+        calls.append(1)
+        return honest(*args) * (math.nan if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(sft, "token_mean", poisoned)
+    code, out, err = cli("lora.r=2,4", *SWEEP, "-m")
+    trials = [read_json(tmp_path / "outputs/sweeps/s" / str(n) / "trial.json") for n in range(2)]
+    assert [t["state"] for t in trials] == ["failed", "complete"]
+    assert trials[0]["error"].startswith("diverged at step 2: ")
     assert code == 5
-    assert "of 2 trials failed" in err
-    assert "diverged at step" in out
+    assert "1 of 2 trials failed: 0" in err
+    assert "diverged at step 2" in out
+    assert "1 best" in out
 
 
 def test_crash_in_a_trial_is_recorded_and_the_others_go_on(cli, tmp_path, monkeypatch):
@@ -116,13 +126,19 @@ def test_parent_and_children_in_mlflow(cli, tmp_path):
     for run in runs.values():
         assert {"valid/loss", "base/loss", "train/loss", "valid/exact_match"} <= set(run.data.metrics)
         assert len(client.get_metric_history(run.info.run_id, "valid/loss")) == 2  # one rung, and the end
-        assert {f.path for f in client.list_artifacts(run.info.run_id)} == {"adapter", "examples.json", "examples.parquet"}
+        assert {f.path for f in client.list_artifacts(run.info.run_id)} == {
+            "adapter",
+            "examples.json",
+            "examples.parquet",
+        }
 
 
 @pytest.mark.slow
 def test_sweep_of_the_embedded_model_learns(cli, tmp_path):
     """Four steps of the real demo: the held-out loss falls by a third at either rank."""
-    code, _, err = cli("lora.r=8,64", "trainer.steps=4", "trainer.batch=4", "data.valid=8", "eval=loss", "track=none", "name=e", "-m")
+    code, _, err = cli(
+        "lora.r=8,64", "trainer.steps=4", "trainer.batch=4", "data.valid=8", "eval=loss", "track=none", "name=e", "-m"
+    )
     assert code == 0, err
     for n in range(2):
         scores = read_json(tmp_path / "outputs" / "sweeps" / "e" / str(n) / "trial.json")["scores"]

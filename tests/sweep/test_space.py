@@ -28,5 +28,5 @@ def test_continuous_range_is_refused():
 
 def test_labels_show_what_differs():
     points = space.grid(["lora.r=8,16", "trainer.lr=1e-3,2e-3", "seed=0"])
-    assert space.swept(points)[1] == "lora.r=8 trainer.lr=2e-3"
+    assert space.swept(points)[1] == "lora.r=8 trainer.lr=0.002"
     assert space.swept([["lora.r=8", "seed=0"]]) == ["lora.r=8 seed=0"]

@@ -104,12 +104,13 @@ def test_same_seed_gives_the_same_bits_and_another_does_not(tiny, tmp_path):
     assert not all(torch.equal(one[k], other[k]) for k in one)
 
 
-def test_trial_alone_equals_the_same_trial_after_others(tiny, tmp_path):
+def test_trial_alone_equals_the_same_trial_after_others(tiny, tmp_path, monkeypatch):
     run = tiny("trainer.neftune=5")
     alone = trained(run, tmp_path)
     trained(tiny("lora.variant=dora", "trainer.gradient_checkpointing=true"), tmp_path)
-    with pytest.raises(Diverged):
-        trained(tiny("trainer.lr=1", "trainer.steps=60", "trainer.max_grad_norm=0", "lora.alpha=8192"), tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(Diverged):
+        poison(patched, step=2)
+        trained(run, tmp_path)
     after = trained(run, tmp_path)
     assert all(torch.equal(alone[k], after[k]) for k in alone)
 
@@ -144,14 +145,20 @@ def test_neftune_changes_training_and_no_score(tiny, tmp_path):
     assert twice[0] == twice[1]
 
 
-def test_nan_stops_training_at_its_step(tiny, tmp_path, monkeypatch):
+def poison(monkeypatch, step):
+    """Make the loss of one step NaN; gives the list of calls."""
     honest, calls = sft.token_mean, []
 
     def poisoned(model, inputs, tokens):
         calls.append(1)
-        return honest(model, inputs, tokens) * (math.nan if len(calls) == 3 else 1)
+        return honest(model, inputs, tokens) * (math.nan if len(calls) == step else 1)
 
     monkeypatch.setattr(sft, "token_mean", poisoned)
+    return calls
+
+
+def test_nan_stops_training_at_its_step(tiny, tmp_path, monkeypatch):
+    calls = poison(monkeypatch, step=3)
     with pytest.raises(Diverged, match="diverged at step 3: train/(loss|grad_norm) is nan"):
         trained(tiny("trainer.steps=9"), tmp_path)
     assert len(calls) == 3

@@ -1,0 +1,54 @@
+"""Every YAML file of `conf/` and `sweeps/` composes into a checked run; a new file is tested without writing a test."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from ftexp import config, overrides
+from ftexp.sweep import plugin
+
+CHOICES = [f"{p.parent.name}={p.stem}" for p in sorted(overrides.CONF.glob("*/*.yaml"))]
+NEEDED = {
+    "model=hub": ["model.path=org/model"],
+    "data=jsonl": ["data.path=rows.jsonl"],
+    "quant=nf4": ["model=embedded"],
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_file_of_a_group_is_valid(composed, choice):
+    composed(choice, *NEEDED.get(choice, []))
+
+
+def test_default_is_valid(composed):
+    run = composed()
+    assert run.objectives == ["valid/loss"]
+
+
+@pytest.mark.parametrize("path", sorted(overrides.CONF.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_file_of_a_group_says_only_what_differs(path):
+    lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    assert 1 <= len(lines) <= 20
+
+
+def test_the_demo_is_an_experiment(composed):
+    assert config.digest(composed("experiment=yoda_smollm2")) == config.digest(composed())
+
+
+def test_data_of_ones_own_takes_the_general_trainer(composed):
+    trainer = composed("data=jsonl", "data.path=x").trainer
+    assert (trainer.lr, trainer.steps, trainer.epochs) == (2e-4, None, 1.0)
+    assert composed("trainer=default").trainer.lr == 2e-4
+
+
+def test_no_file_names_code():
+    for path in overrides.CONF.rglob("*.yaml"):
+        assert "_target_" not in path.read_text()
+
+
+def test_folders_are_where_the_readme_says():
+    config.register()
+    plugin.register()
+    with initialize_config_dir(str(overrides.CONF), version_base="1.3"):
+        cfg = compose("config", ["name=x"], return_hydra_config=True)
+    assert cfg.hydra.run.dir == "outputs/runs/x"
+    assert cfg.hydra.sweep.dir == "outputs/sweeps/x"

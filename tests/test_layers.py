@@ -1,0 +1,88 @@
+"""The shape of the package: imports point one way, tests mirror modules, every key is documented."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ftexp
+
+PACKAGE = Path(ftexp.__file__).parent
+ORDER = ["errors", "files", "progress", "config", "overrides", "data", "model", "metrics", "evaluate", "train", "facts",
+         "track", "experiment", "sweep", "report", "run", "ui", "__main__"]  # fmt: skip
+"""A module imports only from those to its left."""
+HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "mlflow", "sklearn", "numpy", "pandas", "pyarrow"}
+MODULES = sorted(p for p in PACKAGE.rglob("*.py"))
+
+
+def part(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Parts of ftexp that a module imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "ftexp":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ftexp."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("ftexp.")}
+    return found
+
+
+def test_order_names_every_part():
+    assert set(ORDER) == {part(p) for p in MODULES} - {"__init__"}
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if part(p) != "__init__"], ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_imports_point_left(path):
+    left = ORDER[: ORDER.index(part(path)) + 1]
+    assert imported(path) <= set(left)
+
+
+def test_the_command_imports_nothing_heavy():
+    code = "import sys, ftexp.run, ftexp.report, ftexp.ui; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not HEAVY & set(loaded)
+
+
+def test_every_key_and_option_is_documented():
+    tree = ast.parse((PACKAGE / "config.py").read_text())
+    bare = []
+    for cls in (n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)):
+        for node, after in zip(cls.body, [*cls.body[1:], None], strict=True):
+            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if isinstance(node, ast.AnnAssign | ast.Assign) and not documented:
+                bare.append(f"{cls.name}: line {node.lineno}")
+    assert not bare
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if part(p) != "__init__"], ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_every_module_has_its_tests(path):
+    tests = Path(__file__).parent
+    relative = path.relative_to(PACKAGE)
+    if relative.name == "__init__.py":
+        names = [tests / relative.parent / f"test_{relative.parent.name}.py"]
+        names += list((tests / relative.parent).glob("test_*.py"))
+    elif relative.stem == "__main__":
+        names = [tests / "test_run.py"]
+    else:
+        names = [tests / relative.parent / f"test_{relative.stem}.py"]
+    assert any(name.exists() for name in names)
+
+
+def test_no_config_object_behind_the_door():
+    """Only what speaks to Hydra knows OmegaConf; everything behind gets plain dataclasses."""
+    allowed = {"config.py", "run.py", "sweep/plugin.py"}
+    for path in MODULES:
+        if str(path.relative_to(PACKAGE)) not in allowed:
+            assert "omegaconf" not in path.read_text(), path

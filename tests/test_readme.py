@@ -1,0 +1,92 @@
+"""Every command of the README is run: `make` targets exist, `ftexp` commands work on the tiny model."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = [
+    line.split("   #")[0].strip()
+    for block in BLOCKS
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
+RUNS = [c for c in COMMANDS if c.startswith("python -m ftexp.run")]
+MAKES = [c for c in COMMANDS if c.startswith("make ")]
+
+
+def test_readme_has_commands_and_all_are_run_here():
+    assert len(RUNS) >= 5
+    others = [c for c in COMMANDS if c not in (*RUNS, *MAKES)]
+    assert {c.split()[0:3][-1] for c in others} <= {"ftexp.report", "ftexp.ui"}, others
+
+
+@pytest.mark.parametrize("command", MAKES)
+def test_make_target_exists(command):
+    done = subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder with a person's own model and rows in it."""
+    from ftexp import model
+    from ftexp.config import Kind, Model, Quant
+
+    here = tmp_path_factory.mktemp("readme")
+    base = model.load(Model(kind=Kind.tiny), Quant())
+    base.model.save_pretrained(here / "my-model")
+    base.tokenizer.save_pretrained(here / "my-model")
+    rows = [
+        {"prompt": f"what is {n}", "completion": f"{n} it is", "topic": f"t{n}", "quote": f"q{n}"} for n in range(200)
+    ]
+    (here / "my.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    return here
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_run_works(command, cli, folder, monkeypatch):
+    """As written, but for a small model and few steps; what names the person's own model and rows stays."""
+    monkeypatch.chdir(folder)
+    argv = shlex.split(command)[3:]
+    small = [o for o in TINY if not any(a.split("=")[0] == o.split("=")[0] for a in argv)]
+    if any(a.startswith("data=jsonl") for a in argv):
+        small = [o for o in small if not o.startswith("data.")] + ["data.valid=12"]
+    if {"--cfg", "--help"} & set(argv):
+        small = []
+    code, out, err = cli(*argv, *small)
+    assert code == 0, err
+    assert out
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "ftexp.report" in c])
+def test_report_works_after_its_sweep(command, cli, folder, monkeypatch, capsys):
+    from ftexp import report
+
+    monkeypatch.chdir(folder)
+    code, _, err = cli("lora.r=8,16,64", "-m", *TINY, "track=none", "name=lora.r-8-16-64")
+    assert code == 0, err
+    monkeypatch.setattr(sys, "argv", ["ftexp.report", *shlex.split(command)[3:]])
+    assert report.main() == 0
+    assert "best" in capsys.readouterr().out
+
+
+def test_exit_codes_of_the_readme_are_those_of_the_code():
+    from ftexp import errors
+
+    told = {int(code): names for code, names in re.findall(r"^\| (\d+) \| (.*?) \|$", TEXT, re.MULTILINE)}
+    raised = {e.exit_code for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.FtexpError)}
+    assert raised - {1} <= set(told)
+
+
+def test_pictures_and_files_the_readme_shows_exist():
+    for target in re.findall(r"\]\(([^)#:]+)\)", TEXT):
+        assert (ROOT / target).exists(), target

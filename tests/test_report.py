@@ -1,0 +1,93 @@
+"""The leaderboard from files alone."""
+
+import math
+import sys
+
+import pytest
+from rich.console import Console
+
+from ftexp import report
+from ftexp.errors import MachineError
+from ftexp.files import write_json
+
+
+def trial(r, loss, exact=0.5, **keys):
+    scores = {f"{split}/{n}": v for split in ("valid", "base") for n, v in
+              {"loss": loss, "perplexity": math.exp(loss), "exact_match": exact, "jaccard": 0.5, "f1": 0.5}.items()}  # fmt: skip
+    scores |= {"cost/trainable": r * 1e6, "cost/seconds": 60.0, "cost/memory_gib": 2.0}
+    return {
+        "label": f"lora.r={r}",
+        "state": "complete",
+        "config": {"lora.r": r, "objectives": ["valid/loss"]},
+        "scores": scores,
+    } | keys
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    def make(*trials, objectives=("valid/loss",)):
+        write_json(
+            tmp_path / "sweep.json",
+            {"trials": [f"lora.r={n}" for n in range(len(trials))], "objectives": list(objectives)},
+        )
+        for n, t in enumerate(trials):
+            if t is not None:
+                write_json(tmp_path / str(n) / "trial.json", t)
+        return tmp_path
+
+    return make
+
+
+def printed(folder):
+    console = Console(width=report.WIDTH, record=True, quiet=False, file=sys.stderr)
+    console.print(report.leaderboard(report.read(folder)))
+    return console.export_text()
+
+
+def test_best_stands_first_below_the_base(sweep):
+    text = printed(sweep(trial(8, 0.3), trial(64, 0.1), trial(16, 0.2)))
+    order = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
+    assert order == ["base", "1 best", "2", "0"]
+
+
+def test_objective_and_its_direction_decide(sweep):
+    folder = sweep(trial(8, 0.1, exact=0.2), trial(16, 0.9, exact=0.8), objectives=["valid/exact_match"])
+    assert report.read(folder).best == 1
+
+
+def test_nan_never_wins(sweep):
+    assert report.read(sweep(trial(8, math.nan), trial(16, 5.0), trial(4, math.nan))).best == 1
+    assert report.read(sweep(trial(8, math.nan))).best is None
+
+
+def test_failed_and_waiting_trials_are_shown(sweep, capsys):
+    failed = {"label": "lora.r=16", "state": "failed", "error": "diverged at step 3: train/loss is nan", "config": {}}
+    folder = sweep(trial(8, 0.3), failed, None)
+    report.show(folder)
+    out = capsys.readouterr().out
+    assert "trial 1 failed: diverged at step 3: train/loss is nan" in out
+    assert "waiting" in out
+
+
+def test_sweep_without_a_result_has_no_best(sweep):
+    assert report.read(sweep(None, None)).best is None
+    assert "waiting" in printed(sweep(None, None))
+
+
+def test_single_run_is_shown_too(tmp_path):
+    write_json(tmp_path / "trial.json", trial(8, 0.3))
+    assert report.read(tmp_path).best == 0
+
+
+def test_folder_without_runs_is_named(tmp_path, monkeypatch, capsys):
+    with pytest.raises(MachineError, match=r"must be the folder of a sweep or a run"):
+        report.read(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
+    assert report.main() == 4
+    assert "must be the folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0)])
+def test_usage(argv, code, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["report", *argv])
+    assert report.main() == code

@@ -1,0 +1,155 @@
+"""The command line as a person meets it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import TINY
+
+REFUSED = [  # command line, exit code, what the one line must say
+    (["lora.rank=8"], 2, "unknown key lora.rank in lora.rank=8; ftexp calls it lora.r"),
+    (["+lora.dropuot=0.1"], 2, "unknown key lora.dropuot in +lora.dropuot=0.1; did you mean lora.dropout?"),
+    (["lora.r=-1"], 2, "lora.r must be a rank between 1 and 4096, got -1"),
+    (["trainer.lr=nan"], 2, "trainer.lr must be a finite number, got nan"),
+    (["model=nope"], 2, "model must be one of embedded, hub, smollm2_135m, tiny, got 'nope'"),
+    (["lora.alpha=0"], 2, "lora.alpha must be above 0 and at most 8192 (0 switches the adapter off), got 0.0"),
+    (["+model._target_=os.system"], 2, "unknown key model._target_ in +model._target_=os.system"),
+    (["lora.r=8,0", "-m"], 2, "lora.r must be a rank between 1 and 4096, got 0 (trial 1: lora.r=0 name=lora.r-8-0)"),
+    (
+        ["lora.r=abc"],
+        2,
+        "Error merging override lora.r=abc: Value 'abc' of type 'str' could not be converted to Integer",
+    ),
+    (["lora.rank=8,16", "-m"], 2, "unknown key lora.rank"),
+    (["lora.r"], 2, "not a Hydra override"),
+    (["trainer.lr=interval(0.1,0.2)", "-m"], 2, "a grid needs single values"),
+    (["lora.r=8,16"], 2, "lora.r"),  # a sweep without -m
+    (["data=jsonl", "data.path=none.jsonl"], 3, "none.jsonl: data.path must be a file"),
+    (["model=hub", "model.path=./none"], 4, "model.path must be a folder with a config.json, got './none'"),
+]
+
+
+@pytest.mark.parametrize(("argv", "code", "message"), REFUSED, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_mistake_ends_in_one_line_and_starts_nothing(cli, tmp_path, argv, code, message):
+    got, out, err = cli(*argv)
+    assert got == code
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert err.startswith("ftexp: ")
+    assert "Traceback" not in err
+    assert out == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("argv", [["lora.rank=8"], ["lora.r=8,0", "-m"], ["--cfg", "job"]], ids=" ".join)
+def test_command_ends_before_anything_heavy_is_imported(tmp_path, argv):
+    code = (
+        "import sys; from ftexp import run; sys.argv[1:] = " + repr(argv) + "\n"
+        "try:\n    run.main()\nexcept SystemExit:\n    pass\n"
+        "print(*sorted({'torch', 'transformers', 'peft', 'trl', 'mlflow', 'datasets', 'pandas', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == ""
+
+
+def test_single_run_trains_scores_and_shows(cli, tmp_path):
+    code, out, err = cli(*TINY, "track=none", "name=one")
+    assert code == 0, err
+    folder = tmp_path / "outputs" / "runs" / "one"
+    assert (folder / "adapter" / "adapter_model.safetensors").exists()
+    assert (folder / ".hydra" / "config.yaml").exists()
+    assert "files: outputs/runs/one" in out
+
+
+def test_second_run_under_a_taken_name_is_refused_and_the_first_is_whole(cli, tmp_path):
+    cli(*TINY, "track=none", "name=one")
+    before = {p: p.read_bytes() for p in (tmp_path / "outputs").rglob("*") if p.is_file()}
+    code, _, err = cli(*TINY, "track=none", "name=one", "lora.r=3")
+    assert code == 2
+    assert "name=one is taken by another run" in err
+    assert {p: p.read_bytes() for p in (tmp_path / "outputs").rglob("*") if p.is_file()} == before
+
+
+def test_flags_may_stand_anywhere(cli):
+    code, _, err = cli("lora.r=8", "-m", "lora.alpha=0")
+    assert code == 2
+    assert "lora.alpha must be above 0" in err
+
+
+def test_bad_row_is_refused_with_file_and_line_before_the_model_loads(cli, tmp_path, monkeypatch):
+    from ftexp import model
+
+    monkeypatch.setattr(model, "load", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "my.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    code, _, err = cli("lora.r=8,16,64", "-m", "model=hub", "model.path=org/model", "data=jsonl", "data.path=my.jsonl")
+    assert code == 3
+    assert "my.jsonl:2: column 'completion' is missing" in err
+
+
+def test_own_data_and_own_model_folder(cli, tmp_path):
+    """The README's way to train a model of one's own on rows of one's own, with a folder in place of a hub id."""
+    import json
+
+    from ftexp import model
+    from ftexp.config import Kind, Model, Quant
+
+    base = model.load(Model(kind=Kind.tiny), Quant())
+    base.model.save_pretrained(tmp_path / "mine")
+    base.tokenizer.save_pretrained(tmp_path / "mine")
+    rows = [{"prompt": f"what is {n}", "completion": f"{n} it is"} for n in range(40)]
+    (tmp_path / "my.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    code, out, err = cli(
+        "lora.r=2,4", "-m", "model=hub", f"model.path={tmp_path}/mine", "data=jsonl", "data.path=my.jsonl", "data.valid=8",
+        "track=none", "trainer.lr=1e-2",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "best" in out
+
+
+def test_interrupt_ends_in_130_and_keeps_what_is_done(cli, tmp_path, monkeypatch):
+    from ftexp import experiment
+
+    honest = experiment._execute
+
+    def interrupted(run, *rest):
+        if run.lora.r == 4:
+            raise KeyboardInterrupt
+        return honest(run, *rest)
+
+    monkeypatch.setattr(experiment, "_execute", interrupted)
+    code, _, err = cli(*TINY, "track=none", "name=s", "lora.r=2,4", "-m")
+    assert code == 130
+    assert "the same command goes on" in err
+    assert (tmp_path / "outputs/sweeps/s/0/adapter/adapter_model.safetensors").exists()
+
+
+def test_help_and_config_are_hydras_own(cli):
+    code, out, _ = cli("--help")
+    assert code == 0
+    assert "lora: default, dora, rslora" in out
+    code, out, _ = cli("--cfg", "job", "lora.r=3")
+    assert code == 0
+    assert "r: 3" in out
+
+
+def test_every_verb_has_a_module_with_main(monkeypatch, capsys):
+    from importlib import import_module
+
+    from ftexp import __main__ as verbs
+
+    for verb in verbs.VERBS:
+        assert callable(import_module(f"ftexp.{verb}").main)
+    monkeypatch.setattr(sys, "argv", ["ftexp"])
+    assert verbs.main() == 2
+    assert "report" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["ftexp", "run", "lora.rank=8"])
+    assert verbs.main() == 2
+
+
+def test_tab_completion_knows_groups_and_keys(tmp_path):
+    env = {**os.environ, "COMP_LINE": "ftexp-run lora.", "COMP_POINT": "15"}
+    query = [sys.executable, "-m", "ftexp.run", "-sc", "query=bash"]
+    out = subprocess.run(query, capture_output=True, text=True, cwd=tmp_path, env=env).stdout.split()
+    assert "lora.r=" in out
+    assert "lora.dropout=" in out
