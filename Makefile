@@ -10,13 +10,14 @@ SWEEP ?= outputs/sweeps/lora.r-8-16-64
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-setup: $(READY) ## install the pinned dependencies and ftexp into .venv
+setup: $(READY) ## install the pinned dependencies, ftexp and the embedded model
 
 $(READY):
 	@$(PYTHON) -c 'import sys; sys.exit("ftexp needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/python -c 'from ftexp.model import embedded; embedded.folder()'
 	@rm -f .venv/.ready-*
 	@touch $@
 
