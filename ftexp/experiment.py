@@ -166,7 +166,8 @@ def _store(
     rows = [{**b, "base_nats": a["nats"], **({"base_prediction": a["prediction"]} if "prediction" in a else {})}
             for a, b in zip(before, after, strict=True)]  # fmt: skip
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "examples.parquet")
-    log.metrics(scores, step)
+    log.metrics({"valid/loss": scores["valid/loss"]}, step)
+    log.metrics({k: v for k, v in scores.items() if k != "valid/loss"}, 0)  # single values: the UI draws bars
     shown = ("prompt", "reference", "base_prediction", "prediction", "exact_match", "jaccard", "f1")
     log.table([{k: row[k] for k in shown if k in row} for row in rows[: run.eval.examples]], "examples")
     log.files(folder / "examples.parquet")

@@ -29,6 +29,8 @@ FLUSH_SECONDS = 5.0
 BATCH = 900
 """Points in one call; MLflow takes at most 1000."""
 SQLITE = "sqlite:///"
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Opens the experiment among the UI's pages for training, not those for agents."""
 
 
 @dataclass
@@ -158,10 +160,17 @@ def _close(log: Log, status: str) -> None:
 
 
 def _open(track: Track, label: str, folder: Path, parent: str | None) -> tuple[MlflowClient, str]:
-    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+    from getpass import getuser
+
+    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME, MLFLOW_USER
 
     client, experiment = store(track)
-    tags = {MLFLOW_RUN_NAME: label, "ftexp.folder": str(folder)}
+    tags = {
+        MLFLOW_RUN_NAME: label,
+        MLFLOW_SOURCE_NAME: "ftexp.run",
+        MLFLOW_USER: getuser(),
+        "ftexp.folder": str(folder),
+    }
     if parent:
         tags[MLFLOW_PARENT_RUN_ID] = parent
     return client, client.create_run(experiment, tags=tags).info.run_id
@@ -207,7 +216,7 @@ def _connect(track: Track) -> tuple[MlflowClient, str]:
         with lock:
             client = MlflowClient(tracking_uri=track.uri)
             found = client.get_experiment_by_name(track.experiment)
-            experiment = found.experiment_id if found else client.create_experiment(track.experiment, artifacts)
+            experiment = found.experiment_id if found else client.create_experiment(track.experiment, artifacts, KIND)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         raise MachineError(f"track.uri={track.uri} cannot be opened: {str(error).splitlines()[0]}") from error
     return client, experiment
