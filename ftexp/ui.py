@@ -22,7 +22,20 @@ def command(uri: str, port: int) -> list[str]:
     path = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not path.is_file():
         raise MachineError(f"{path}: there are no runs to show yet; start with python -m ftexp.run lora.r=8,16,64 -m")
-    serve = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", HOST, "--port", str(port)]
+    serve = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        uri,
+        "--host",
+        HOST,
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
     if uri.startswith("sqlite:///"):
         serve += ["--default-artifact-root", (path.parent / "mlartifacts").resolve().as_uri()]
     return serve
