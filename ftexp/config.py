@@ -362,6 +362,10 @@ class Track:
     experiment: str = "ftexp"
     """MLflow experiment that the runs appear under."""
 
+    def __post_init__(self) -> None:
+        require(bool(self.uri), "track.uri", self.uri, "an address; track=none switches tracking off")
+        require(bool(self.experiment), "track.experiment", self.experiment, "a name")
+
 
 @dataclass
 class Run:
@@ -453,6 +457,22 @@ def keys(node: type = Run, prefix: str = "") -> list[str]:
         if is_dataclass(default):
             names += keys(type(default), f"{prefix}{f.name}.")
     return names
+
+
+def is_whole(key: str) -> bool:
+    """Tell whether a key takes whole numbers.
+
+    >>> is_whole("lora.r"), is_whole("trainer.lr"), is_whole("trainer.steps"), is_whole("no.such.key")
+    (True, False, True, False)
+    """
+    node: Any = Run
+    for name in key.split("."):
+        found = next((f for f in fields(node) if f.name == name), None) if is_dataclass(node) else None
+        if found is None:
+            return False
+        default = found.default_factory() if callable(found.default_factory) else found.default
+        node = type(default) if is_dataclass(default) else found.type
+    return node in ("int", "int | None")
 
 
 def build(cfg: DictConfig) -> Run:

@@ -35,6 +35,18 @@ class Diverged(FtexpError, ArithmeticError):
     exit_code = 5
 
 
+class OutOfTime(FtexpError, TimeoutError):
+    """A trial ran longer than the sweep allows."""
+
+    exit_code = 5
+
+
+class Pruned(FtexpError):
+    """A trial was stopped because others did better. A result, not a fault."""
+
+    exit_code = 0
+
+
 class TrialsFailed(FtexpError, RuntimeError):
     """A sweep ran to its end and some of its trials failed; the others are kept."""
 

@@ -181,10 +181,9 @@ def generate(
     import torch
     from transformers import GenerationConfig
 
-    longest = max(len(e.completion) for e in examples)
     ends = model.generation_config.eos_token_id  # type: ignore
     settings = GenerationConfig(
-        max_new_tokens=how.max_new_tokens or longest + longest // 4 + 8,
+        max_new_tokens=planned_tokens(examples, how),
         do_sample=False,
         pad_token_id=_pad(tokenizer),
         eos_token_id=sorted(
@@ -208,6 +207,12 @@ def generate(
     finally:
         model.train(was_training)
     return written
+
+
+def planned_tokens(examples: list[Example], how: Eval) -> int:
+    """Return the longest completion to write: as asked, or a quarter beyond the longest reference and 8 tokens."""
+    longest = max(len(e.completion) for e in examples)
+    return how.max_new_tokens or longest + longest // 4 + 8
 
 
 def _left_padded(prompts: list[tuple[int, ...]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

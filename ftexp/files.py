@@ -33,5 +33,5 @@ def read_json(path: Path) -> Any | None:
     """Read a JSON file, or return None where there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None

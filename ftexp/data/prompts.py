@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ftexp.config import Data, Template
 from ftexp.data.rows import Row
@@ -84,30 +84,47 @@ def _example(row: Row, tokenizer: PreTrainedTokenizerBase, chat: str | None) -> 
         prompt = _ids(tokenizer, row.prompt, special=True)
         while prompt and prompt[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
             prompt.pop()
-        return Example(row, tuple(prompt), tuple(_closed(_ids(tokenizer, row.completion), tokenizer)))
+        return Example(row, tuple(prompt), tuple(_closed(_ids(tokenizer, row.completion), tokenizer, row)))
     turns = [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.completion}]
-    asked = tokenizer.apply_chat_template(turns[:1], chat_template=chat, tokenize=False, add_generation_prompt=True)
-    full = tokenizer.apply_chat_template(turns, chat_template=chat, tokenize=False)
-    asked, full = cast(str, asked), cast(str, full)
+    asked = _templated(tokenizer, turns[:1], chat, row, add_generation_prompt=True)
+    full = _templated(tokenizer, turns, chat, row)
     if not full.startswith(asked):
         raise DataError(
             f"{row.where}: the chat template changes the prompt once an answer follows; use another data.template"
         )
-    return Example(row, tuple(_ids(tokenizer, asked)), tuple(_closed(_ids(tokenizer, full[len(asked) :]), tokenizer)))
+    return Example(
+        row, tuple(_ids(tokenizer, asked)), tuple(_closed(_ids(tokenizer, full[len(asked) :]), tokenizer, row))
+    )
+
+
+def _templated(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], chat: str, row: Row, **more: Any
+) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return cast(str, tokenizer.apply_chat_template(turns, chat_template=chat, tokenize=False, **more))
+    except TemplateError as error:
+        raise DataError(f"{row.where}: the chat template cannot render this row: {error}") from error
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
-    return list(cast(list[int], tokenizer(text, add_special_tokens=special)["input_ids"]))
+    return list(cast(list[int], tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]))
 
 
-def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """End a completion at its last end-of-sequence token, or add one: a model never shown it never stops."""
+def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
+    """End a completion at its end-of-sequence token, or add one: a model never shown it never stops."""
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ConfigError("the tokenizer has no end-of-sequence token, so a model could never learn to stop")
-    if eos in ids:
-        return ids[: len(ids) - ids[::-1].index(eos)]
-    return [*ids, cast(int, eos)]
+    if eos not in ids:
+        return [*ids, cast(int, eos)]
+    first = ids.index(eos)
+    if cast(str, tokenizer.decode(ids[first + 1 :])).strip():
+        raise DataError(
+            f"{row.where}: the completion goes on after an end-of-sequence token, which a model never would"
+        )
+    return ids[: first + 1]
 
 
 def _checked(example: Example, tokenizer: PreTrainedTokenizerBase, data: Data) -> Example:

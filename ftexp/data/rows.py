@@ -39,10 +39,7 @@ def read(data: Data) -> list[Row]:
     match data.kind:
         case config.Source.yoda:
             made = enumerate(islice(yoda.pairs(data.seed), data.rows or GENERATED))
-            return [
-                Row(data.prompt.format(prompt=a), data.completion.format(completion=b), f"yoda:{n}")
-                for n, (a, b) in made
-            ]
+            return [_row({"prompt": a, "completion": b}, f"yoda:{n}", data) for n, (a, b) in made]
         case config.Source.jsonl:
             return list(islice(_jsonl(Path(data.path), data), data.rows))
 
@@ -79,6 +76,8 @@ def _object(text: str, where: str) -> dict[str, Any]:
         row = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: must be one JSON object, {error.msg} at column {error.colno}") from error
+    except ValueError as error:
+        raise DataError(f"{where}: must be one JSON object: {error}") from error
     except RecursionError as error:
         raise DataError(f"{where}: must be a flat JSON object, this one is nested too deep") from error
     if not isinstance(row, dict):
@@ -96,6 +95,8 @@ def _row(row: dict[str, Any], where: str, data: Data) -> Row:
             )
         if not isinstance(row[name], str):
             raise DataError(f"{where}: column {name!r} must be text, got {row[name]!r:.60}")
+        if any("\ud800" <= c <= "\udfff" for c in row[name]):
+            raise DataError(f"{where}: column {name!r} must be text, it holds half of a surrogate pair")
         values[name] = row[name]
     made = Row(data.prompt.format(**values), data.completion.format(**values), where)
     for part in ("prompt", "completion"):

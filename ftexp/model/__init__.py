@@ -47,8 +47,21 @@ def source(model: Model) -> str:
         path = Path(model.path).expanduser()
         if not (path / "config.json").is_file():
             raise MachineError(f"model.path must be a folder with a config.json, got {model.path!r}")
+        if model.revision is not None:
+            raise ConfigError(f"model.revision must be null for a folder, got {model.revision!r}")
         return str(path)
     return model.path
+
+
+def positions(model: Model) -> int | None:
+    """Return how many tokens the model can hold in a row, or None where it does not say."""
+    if model.kind is Kind.tiny:
+        return tiny.POSITIONS
+    from transformers import AutoConfig
+
+    with _loading(model):
+        told = AutoConfig.from_pretrained(source(model), revision=model.revision, trust_remote_code=False)
+    return getattr(told.get_text_config(), "max_position_embeddings", None)
 
 
 def tokenizer(model: Model) -> PreTrainedTokenizerBase:
@@ -193,14 +206,15 @@ def adapter(lora: Lora) -> LoraConfig:
 
 def accept(made: Any, own: dict[str, Any], extra: dict[str, Any], key: str) -> Any:
     """Call a library's config class with our keywords and the person's, refusing those it does not know."""
-    taken = sorted(set(own) & set(extra))
+    taken = sorted(set(extra) & {*own, *config.RETIRED})
     if taken:
         name = config.RETIRED.get(taken[0])
         raise ConfigError(f"{key}.{taken[0]} must not be set, it has a key of its own{f': {name}' if name else ''}")
     try:
         return made(**own, **extra)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key} is refused by {made.__name__}: {error}") from error
+        where = key if extra else key.split(".")[0]
+        raise ConfigError(f"{where} is refused by {made.__name__}: {error}") from error
 
 
 def check_targets(model: PreTrainedModel, targets: list[str]) -> None:
@@ -232,13 +246,16 @@ def adapted(base: Base, lora: Lora, seed: int) -> Iterator[PeftModel]:
     from transformers import set_seed
 
     check_targets(base.model, lora.targets)
+    wanted = adapter(lora)
     set_seed(seed)
     forward, hooks = base.model.__dict__.get("forward"), _hooks(base.model)
     try:
-        tuned = cast("PeftModel", get_peft_model(base.model, adapter(lora)))
+        tuned = cast("PeftModel", get_peft_model(base.model, wanted))
     except ValueError as error:
         raise ConfigError(f"lora is refused by peft: {error}") from error
     try:
+        if not count(tuned).trainable:
+            raise ConfigError(f"lora.extra={lora.extra} leaves no weight to train")
         yield tuned
     finally:
         _strip(base, tuned, forward, hooks)

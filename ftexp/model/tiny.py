@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+POSITIONS = 512
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -31,7 +32,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         eos_token=end,
         pad_token=pad,
         chat_template=TEMPLATE,
-        model_max_length=512,
+        model_max_length=POSITIONS,
     )
 
 
@@ -47,7 +48,7 @@ def model(attention: str) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=POSITIONS,
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,

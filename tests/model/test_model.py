@@ -108,6 +108,20 @@ def test_library_keyword_reaches_the_library():
     assert model.adapter(Lora(extra={"bias": "lora_only"})).bias == "lora_only"
 
 
+def test_adapter_that_cannot_learn_is_refused(base):
+    with (
+        pytest.raises(ConfigError, match="leaves no weight to train"),
+        model.adapted(base, Lora(extra={"inference_mode": True}), 0),
+    ):
+        pass
+
+
+def test_revision_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"model\.revision must be null for a folder, got 'v1'"):
+        model.source(Model(kind=Kind.hub, path=str(tmp_path), revision="v1"))
+
+
 def test_missing_folder_is_named(tmp_path):
     with pytest.raises(MachineError, match=r"model\.path must be a folder with a config\.json"):
         model.source(Model(kind=Kind.hub, path=str(tmp_path / "none")))

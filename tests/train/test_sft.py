@@ -187,7 +187,7 @@ def test_an_epoch_takes_the_steps_that_were_planned(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("extra", "message"),
-    [({"evaluation_strategy": "steps"}, r"trainer\.extra is refused by SFTConfig: .*evaluation_strategy"),
+    [({"group_by_length": True}, r"trainer\.extra is refused by SFTConfig: .*group_by_length"),
      ({"learning_rate": 1.0}, r"trainer\.extra\.learning_rate must not be set, .*: trainer\.lr")],
 )  # fmt: skip
 def test_library_keyword_that_does_not_exist_is_refused(tiny, extra, message):
@@ -195,6 +195,14 @@ def test_library_keyword_that_does_not_exist_is_refused(tiny, extra, message):
     run.trainer.extra = extra
     with pytest.raises(ConfigError, match=message):
         sft.arguments(run.trainer, "cpu", 0, "x", 1)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("given", [("label_smoothing_factor", "0.5"), ("loss_type", "dft")])
+def test_library_loss_is_not_replaced_by_the_shortcut(tiny, tmp_path, given):
+    plain = trained(tiny("trainer.steps=2"), tmp_path)
+    other = trained(tiny("trainer.steps=2", f"+trainer.extra.{given[0]}={given[1]}"), tmp_path)
+    assert not all(torch.equal(plain[k], other[k]) for k in plain)
 
 
 def test_library_keyword_reaches_the_library(tiny):
