@@ -43,6 +43,10 @@ METRICS = {
     "valid/exact_match": Metric(Direction.maximize, "share of rows", True),
     "valid/jaccard": Metric(Direction.maximize, "mean over rows", True),
     "valid/f1": Metric(Direction.maximize, "mean over rows", True),
+    "cost/trainable": Metric(Direction.minimize, "weights", False),
+    "cost/memory_gib": Metric(Direction.minimize, "GiB, peak of the process", False),
+    "cost/gpu_memory_gib": Metric(Direction.minimize, "GiB, peak of the GPU", False),
+    "cost/seconds": Metric(Direction.minimize, "seconds of training and scoring", False),
 }
 
 

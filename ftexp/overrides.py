@@ -21,8 +21,17 @@ from ftexp.errors import ConfigError
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 CONF = ROOT / "conf"
+SWEEPS = ROOT / "sweeps"
 OPEN = ("lora.extra.", "trainer.extra.")
 """Keys handed on to a library; they exist only once given, so `++` is put before them."""
+TEXTS = ("data.prompt", "data.completion")
+"""Keys whose values are format strings."""
+SWEEP_KEYS = (
+    "sampler", "sampler_args", "n_trials", "pruner", "pruner_args", "seed", "replicates", "baselines", "params",
+    "at_most", "workers", "storage", "max_failures", "max_retries", "timeout_minutes",
+)  # fmt: skip
+"""Keys of `hydra.sweeper`, documented in `ftexp/sweep/options.py`; short `sweep.<key>`."""
+OPEN_SWEEP = ("hydra.sweeper.sampler_args.", "hydra.sweeper.pruner_args.", "hydra.sweeper.at_most.")
 
 
 def prepare(argv: list[str]) -> list[str]:
@@ -41,13 +50,44 @@ def prepare(argv: list[str]) -> list[str]:
     if args.help or args.hydra_help or args.shell_completion or args.info is not None:
         return argv
     check(args.overrides)
-    overrides = [f"++{text}" if text.startswith(OPEN) else text for text in args.overrides]
-    if not any(text.startswith("name=") for text in overrides):
-        overrides.append(f"name={slug(overrides)}")
+    overrides = [_spelled_out(text) for text in args.overrides]
+    if not any(text.lstrip("+").startswith("name=") for text in overrides):
+        overrides.append(f"name={slug(args.overrides)}")
     flags = list(argv)
     for text in args.overrides:
         flags.remove(text)
+    searches = any(text.startswith(("sweep=", "hydra.sweeper.")) for text in overrides)
+    if searches and not (args.multirun or args.cfg):
+        flags.append("-m")
     return flags + overrides
+
+
+def _spelled_out(text: str) -> str:
+    """Write the short forms of overrides as Hydra takes them."""
+    text = _quoted(text)
+    if text.startswith("sweep."):
+        text = f"hydra.sweeper.{text.removeprefix('sweep.')}"
+    if text.startswith((*OPEN, *OPEN_SWEEP)):
+        return f"++{text}"
+    return text
+
+
+def _quoted(text: str) -> str:
+    """Put quotes around a format string, whose braces Hydra would read as a mapping.
+
+    >>> _quoted("data.prompt=About {topic}:")
+    'data.prompt="About {topic}:"'
+    """
+    key, _, value = text.partition("=")
+    if key not in TEXTS or value[:1] in ("'", '"', ""):
+        return text
+    escaped = value.replace('"', '\\"')
+    return f'{key}="{escaped}"'
+
+
+def given(argv: list[str]) -> list[str]:
+    """Return the overrides of a command line, without its flags and their values."""
+    return list(get_args_parser().parse_intermixed_args(argv).overrides)
 
 
 def runs(argv: list[str]) -> str | None:
@@ -68,7 +108,9 @@ def slug(overrides: list[str]) -> str:
     >>> slug([])
     'default'
     """
-    told = [text for text in overrides if not text.startswith(("hydra.", "hydra/", "track"))]
+    changeable = ("workers", "max_failures", "max_retries", "n_trials")  # between launches of one sweep
+    silent = ("hydra.", "hydra/", "track", *(f"sweep.{key}=" for key in changeable))
+    told = [text for text in overrides if not text.startswith(silent)]
     name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(told)).strip("-._")
     if name != "-".join(told).strip("-._").replace("=", "-").replace(",", "-") or len(name) > 64:
         # letters were lost: two different commands must not share a folder
@@ -78,27 +120,30 @@ def slug(overrides: list[str]) -> str:
 
 def groups() -> dict[str, list[str]]:
     """List the options of every group in `conf/`."""
-    folders = [p for p in CONF.iterdir() if p.is_dir()]
-    return {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in folders}
+    folders = {p.name: p for p in CONF.iterdir() if p.is_dir()} | {"sweep": SWEEPS}
+    return {name: sorted(f.stem for f in folder.glob("*.yaml")) for name, folder in folders.items()}
 
 
 def check(overrides: list[str]) -> None:
     """Refuse overrides of keys or group options that do not exist, naming the nearest one that does."""
     parser = OverridesParser.create()
-    known, options = set(config.keys()), groups()
+    overrides = [_quoted(text) for text in overrides]
+    known, options = set(config.keys()) | {f"sweep.{key}" for key in SWEEP_KEYS}, groups()
     for text in overrides:
         try:
             override = parser.parse_override(text)
         except HydraException as error:
             raise ConfigError(f"{text}: not a Hydra override ({str(error).splitlines()[0]})") from error
         key = override.key_or_group.split("@")[0]
-        if key.startswith("hydra.") or key.startswith("hydra/"):
+        if key in ("hydra/sweeper", "hydra/launcher"):
+            raise ConfigError(f"{text}: ftexp brings its own sweeper and workers; see sweep.workers and sweep.sampler")
+        if key.startswith(("hydra.", "hydra/")):
             continue
         if override.is_delete():
             raise ConfigError(f"{text}: keys cannot be deleted, every key of the schema has a value")
         if key in options and not _is_mapping(override):
             _check_options(key, override, options[key])
-        elif key not in known and not key.startswith(OPEN):
+        elif key not in known and not _spelled_out(key).startswith("++"):
             raise ConfigError(f"unknown key {key} in {text}{_hint(key, known | set(options))}")
         elif override.is_add() and key in known:
             raise ConfigError(f"{text}: {key} exists already, write {text.lstrip('+')}")
@@ -113,7 +158,9 @@ def _check_options(group: str, override: Override, options: list[str]) -> None:
     for name in chosen:
         names = name if isinstance(name, list) else [name]
         for one in names:
-            if one is not None and one != "null" and str(one) not in options:
+            if one in (None, "null") and group in ("experiment", "sweep"):
+                continue
+            if str(one) not in options:
                 near = difflib.get_close_matches(str(one), options, n=1, cutoff=0.5)
                 hint = f"; did you mean {group}={near[0]}?" if near else ""
                 raise ConfigError(f"{group} must be one of {', '.join(options)}, got {one!r}{hint}")

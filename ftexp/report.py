@@ -51,10 +51,8 @@ def read(folder: Path) -> Board:
     if sweep is None:
         trials = [{"number": 0, **(read_json(folder / "trial.json") or {})}]
     else:
-        trials = [
-            {"number": n, **(read_json(folder / str(n) / "trial.json") or {"label": label, "state": "waiting"})}
-            for n, label in enumerate(sweep["trials"])
-        ]
+        there = sorted(int(p.parent.name) for p in folder.glob("[0-9]*/trial.json"))
+        trials = [{"number": n, **(read_json(folder / str(n) / "trial.json") or {})} for n in there]
     config = next((t["config"] for t in trials if "config" in t), {"objectives": ["valid/loss"]})
     objective = (sweep or config)["objectives"][0]
     values = [t["scores"][objective] if t["state"] == "complete" else None for t in trials]
@@ -62,7 +60,10 @@ def read(folder: Path) -> Board:
 
 
 def leaderboard(board: Board) -> Table:
-    """Lay the trials out best first, under the base model's row; the others stand last with their state."""
+    """Lay the trials out best first; the others stand last with their state.
+
+    Above them stands the base model: a row for each set of its scores, where trials differ in model or rows.
+    """
     table = Table(title=f"ranked by {board.objective}", title_justify="left")
     titles = [title for title, (name, _) in SCORES.items() if any(f"valid/{name}" in _scores(t) for t in board.trials)]
     table.add_column("trial")
@@ -70,8 +71,12 @@ def leaderboard(board: Board) -> Table:
     for title in ("rank", "trainable", *titles, "seconds", "GiB"):
         table.add_column(title, justify="right")
     done = [t for t in board.trials if t["state"] == "complete"]
-    if done:
-        table.add_row("base", "", "", "", *_shown(done[0], "base", titles), "", "", style="dim", end_section=True)
+    bases: dict[tuple[str, ...], list[str]] = {}
+    for trial in done:
+        bases.setdefault(tuple(_shown(trial, "base", titles)), []).append(str(trial["number"]))
+    for n, (cells, numbers) in enumerate(bases.items(), start=1):
+        name = "base" if len(bases) == 1 else f"base of {','.join(numbers)}"
+        table.add_row(name, "", "", "", *cells, "", "", style="dim", end_section=n == len(bases))
     sign = 1 if METRICS[board.objective].direction is Direction.minimize else -1
     for trial in sorted(done, key=lambda t: _rankable(sign * t["scores"][board.objective])):
         scores, best = trial["scores"], trial["number"] == board.best
@@ -96,7 +101,8 @@ def _scores(trial: dict[str, Any]) -> dict[str, float]:
 
 
 def _shown(trial: dict[str, Any], split: str, titles: list[str]) -> list[str]:
-    return [format(trial["scores"][f"{split}/{SCORES[title][0]}"], SCORES[title][1]) for title in titles]
+    values = [(trial["scores"].get(f"{split}/{SCORES[title][0]}"), SCORES[title][1]) for title in titles]
+    return ["" if value is None else format(value, style) for value, style in values]
 
 
 def show(folder: Path) -> None:

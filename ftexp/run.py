@@ -15,31 +15,17 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ftexp import config, experiment, overrides, report
-from ftexp.config import Run
 from ftexp.errors import ConfigError, FtexpError
-from ftexp.files import read_json
 from ftexp.sweep import plugin
 
 
-def trial(cfg: DictConfig) -> dict[str, float] | FtexpError:
-    """Run what Hydra composed, in the folder Hydra made.
-
-    An error of ours is a result like a score: returned, so that a sweep can record it and go on.
-    """
-    folder = Path(HydraConfig.get().runtime.output_dir)
+def single(cfg: DictConfig) -> dict[str, float] | FtexpError:
+    """Run what Hydra composed, in the folder Hydra made; an error of ours is returned, to be told in one line."""
     try:
         run = config.build(cfg)
-        return experiment.execute(run, folder, *_place(run, folder))
+        return experiment.execute(run, Path(HydraConfig.get().runtime.output_dir), run.name)
     except FtexpError as error:
         return error
-
-
-def _place(run: Run, folder: Path) -> tuple[str, str | None]:
-    """Find a trial's label and the sweep's run in the tracking store, from the sweep's own file above its folder."""
-    sweep = read_json(folder.parent / "sweep.json")
-    if sweep is None:
-        return run.name, None
-    return sweep["trials"][int(folder.name)] or run.name, sweep["mlflow_run"]
 
 
 def main() -> int:
@@ -66,33 +52,38 @@ def main() -> int:
 def _main() -> int:
     sys.argv[1:] = argv = overrides.prepare(sys.argv[1:])
     wanted = overrides.runs(argv)
-    if wanted == "single":
-        _check_single(argv)
-    ran: list[tuple[Path, Any]] = []
+    folder = _check_single(argv) if wanted == "single" else Path()
+    ran: list[Any] = []
 
     def task(cfg: DictConfig) -> Any:
-        result = trial(cfg)
-        ran.append((Path(HydraConfig.get().runtime.output_dir), result))
-        return result
+        ran.append(single(cfg))
+        return ran[-1]
 
+    started: list[Path] = []
+    plugin.Sweeper.started = started.append
     try:
         hydra.main(version_base="1.3", config_path=str(overrides.CONF), config_name="config")(task)()
     finally:
-        if ran:
-            _show(ran[0][0] if wanted == "single" else ran[0][0].parent)
-    if wanted == "single" and isinstance(ran[0][1], FtexpError):
-        raise ran[0][1]
+        if started:
+            _show(started[0])
+    if ran:
+        if isinstance(ran[0], FtexpError):
+            raise ran[0]
+        _show(folder)
     return 0
 
 
-def _check_single(argv: list[str]) -> None:
-    """Compose and check a single run before Hydra writes its folder."""
-    given = [text for text in argv if not text.startswith("-")]
+def _check_single(argv: list[str]) -> Path:
+    """Compose and check a single run before Hydra writes its folder, and return it."""
+    given = overrides.given(argv)
     with hydra.initialize_config_dir(str(overrides.CONF), version_base="1.3"):
         cfg = hydra.compose("config", given, return_hydra_config=True)
         folder = Path(cfg.hydra.run.dir)
         run = config.build(hydra.compose("config", given))
     experiment.check(run, folder)
+    if experiment.complete(run, folder) is None:
+        experiment.prepare(run)
+    return folder
 
 
 def _show(folder: Path) -> None:

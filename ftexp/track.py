@@ -1,7 +1,7 @@
 """Tracking: our files are the truth, MLflow is the view.
 
 Every metric goes to `metrics.jsonl` in the run's folder first and to MLflow in batches. A tracking store that fails
-costs one warning and never a trial.
+in mid-run costs one warning and never a trial.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from ftexp import config
 from ftexp.config import Run, Track, Tracker
-from ftexp.errors import MachineError
+from ftexp.errors import MachineError, Pruned
 from ftexp.progress import say
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Log:
 
 
 @contextmanager
-def start(run: Run, folder: Path, label: str, parent: str | None) -> Iterator[Log]:
+def start(run: Run, folder: Path, label: str, parent: str | None, before: str | None = None) -> Iterator[Log]:
     """Open a run in the tracking store and close it as finished, or as failed when an exception leaves.
 
     Args:
@@ -118,14 +118,22 @@ def start(run: Run, folder: Path, label: str, parent: str | None) -> Iterator[Lo
         folder: where the run's files are.
         label: name shown in the UI.
         parent: MLflow id of the sweep's run.
+        before: MLflow id of an attempt at the same run that was killed; its points are taken out of sight.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").unlink(missing_ok=True)
     log = Log(folder)
     if run.track.kind is Tracker.mlflow:
         log.client, log.run_id = _open(run.track, label, folder, parent)
+        if before is not None:
+            log._try(lambda client, _: client.delete_run(before))
     try:
         yield log
+    except Pruned as error:
+        log.flush()
+        log.tags({"ftexp.pruned": error})
+        _close(log, "FINISHED")
+        raise
     except BaseException as error:
         log.flush()
         log.tags({"ftexp.error": f"{type(error).__name__}: {error}"[:500]})
@@ -146,7 +154,7 @@ def close_parent(
     track: Track, run_id: str | None, tags: dict[str, Any], metrics: dict[str, float], failed: bool
 ) -> None:
     """Close the run of a sweep with its summary."""
-    if run_id is None:
+    if run_id is None or track.kind is Tracker.none:
         return
     log = Log(Path(), store(track)[0], run_id)
     log.tags(tags)
@@ -207,12 +215,12 @@ def _connect(track: Track) -> tuple[MlflowClient, str]:
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     artifacts = None
     lock: Any = _unlocked()
-    if track.uri.startswith(SQLITE):
-        path = Path(track.uri.removeprefix(SQLITE))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        artifacts = (path.parent / "mlartifacts").resolve().as_uri()
-        lock = FileLock(f"{path}.lock")
     try:
+        if track.uri.startswith(SQLITE):
+            path = Path(track.uri.removeprefix(SQLITE))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            artifacts = (path.parent / "mlartifacts").resolve().as_uri()
+            lock = FileLock(f"{path}.lock")
         with lock:
             client = MlflowClient(tracking_uri=track.uri)
             found = client.get_experiment_by_name(track.experiment)

@@ -1,6 +1,7 @@
 """Every YAML file of `conf/` and `sweeps/` composes into a checked run; a new file is tested without writing a test."""
 
 import pytest
+from conftest import TINY
 from hydra import compose, initialize_config_dir
 
 from ftexp import config, overrides
@@ -17,6 +18,39 @@ NEEDED = {
 @pytest.mark.parametrize("choice", CHOICES)
 def test_file_of_a_group_is_valid(composed, choice):
     composed(choice, *NEEDED.get(choice, []))
+
+
+SWEEPS = sorted(p.stem for p in overrides.SWEEPS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_sweep_is_valid_and_says_its_question_and_command(name, tmp_path, monkeypatch, composed):
+    """Everything up to the launch, with the launch itself left out."""
+    from ftexp import run
+
+    question, command = (overrides.SWEEPS / f"{name}.yaml").read_text().splitlines()[:2]
+    assert question.endswith("?")
+    assert command == f"# python -m ftexp.run sweep={name}"
+    launched = []
+    monkeypatch.setattr(
+        plugin, "launch", lambda folder, searched, options, runs, *rest: launched.append((searched, options))
+    )
+    monkeypatch.setattr("sys.argv", ["ftexp.run", f"sweep={name}", *TINY, "track=none"])
+    monkeypatch.chdir(tmp_path)
+    assert run.main() == 0
+    searched, options = launched[0]
+    assert options.n_trials is not None or searched.axes or options.replicates > 1
+
+
+def test_command_line_wins_over_a_sweeps_file(tmp_path, monkeypatch, composed):
+    from ftexp import run
+
+    launched = []
+    monkeypatch.setattr(plugin, "launch", lambda folder, searched, *rest: launched.append(searched))
+    monkeypatch.setattr("sys.argv", ["ftexp.run", "sweep=rank", "lora.r=3,5", *TINY, "track=none"])
+    monkeypatch.chdir(tmp_path)
+    assert run.main() == 0
+    assert launched[0].told() == {"lora.r": "3,5"}
 
 
 def test_default_is_valid(composed):

@@ -46,6 +46,26 @@ def test_flags_move_to_the_front_and_a_name_is_added():
     ]
 
 
+@pytest.mark.parametrize(
+    ("given", "handed"),
+    [
+        ("data.prompt=About {topic}:", 'data.prompt="About {topic}:"'),
+        ('data.completion={a} "b"', r'data.completion="{a} \"b\""'),
+        ("data.prompt='{a}','{b}'", "data.prompt='{a}','{b}'"),
+        ("sweep.workers=2", "hydra.sweeper.workers=2"),
+        ("sweep.at_most.cost/seconds=9", "++hydra.sweeper.at_most.cost/seconds=9"),
+    ],
+)
+def test_short_forms_are_spelled_out(given, handed):
+    assert overrides._spelled_out(given) == handed
+
+
+def test_a_search_is_a_sweep_without_saying_so():
+    assert overrides.prepare(["sweep=rank"])[0] == "-m"
+    assert overrides.prepare(["lora.r=interval(1,9)", "sweep.sampler=tpe", "sweep.n_trials=3"])[0] == "-m"
+    assert "-m" not in overrides.prepare(["sweep=rank", "--cfg", "job"])
+
+
 def test_given_name_is_kept():
     assert overrides.prepare(["name=mine"]) == ["name=mine"]
 

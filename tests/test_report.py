@@ -14,6 +14,7 @@ from ftexp.files import write_json
 def trial(r, loss, exact=0.5, **keys):
     scores = {f"{split}/{n}": v for split in ("valid", "base") for n, v in
               {"loss": loss, "perplexity": math.exp(loss), "exact_match": exact, "jaccard": 0.5, "f1": 0.5}.items()}  # fmt: skip
+    scores |= {k: 3.0 for k in scores if k.startswith("base/")}
     scores |= {"cost/trainable": r * 1e6, "cost/seconds": 60.0, "cost/memory_gib": 2.0}
     return {
         "label": f"lora.r={r}",
@@ -26,10 +27,9 @@ def trial(r, loss, exact=0.5, **keys):
 @pytest.fixture
 def sweep(tmp_path):
     def make(*trials, objectives=("valid/loss",)):
-        write_json(
-            tmp_path / "sweep.json",
-            {"trials": [f"lora.r={n}" for n in range(len(trials))], "objectives": list(objectives)},
-        )
+        nonlocal tmp_path
+        tmp_path = tmp_path / "next"
+        write_json(tmp_path / "sweep.json", {"name": "s", "objectives": list(objectives)})
         for n, t in enumerate(trials):
             if t is not None:
                 write_json(tmp_path / str(n) / "trial.json", t)
@@ -60,18 +60,32 @@ def test_nan_never_wins(sweep):
     assert report.read(sweep(trial(8, math.nan))).best is None
 
 
+def test_trials_of_two_bases_show_two(sweep):
+    other = trial(16, 0.2)
+    other["scores"]["base/loss"] = 9.0
+    text = printed(sweep(trial(8, 0.3), other, trial(4, 0.3)))
+    assert "base of 0,2" in text
+    assert "base of 1" in text
+
+
+def test_trial_without_completions_stands_beside_one_with(sweep):
+    bare = trial(16, 0.2)
+    bare["scores"] = {k: v for k, v in bare["scores"].items() if "exact" not in k}
+    assert "1 best" in printed(sweep(trial(8, 0.3), bare))
+
+
 def test_failed_and_waiting_trials_are_shown(sweep, capsys):
     failed = {"label": "lora.r=16", "state": "failed", "error": "diverged at step 3: train/loss is nan", "config": {}}
-    folder = sweep(trial(8, 0.3), failed, None)
+    folder = sweep(trial(8, 0.3), failed, {"label": "lora.r=32", "state": "running", "config": {}})
     report.show(folder)
     out = capsys.readouterr().out
     assert "trial 1 failed: diverged at step 3: train/loss is nan" in out
-    assert "waiting" in out
+    assert "running" in out
 
 
 def test_sweep_without_a_result_has_no_best(sweep):
     assert report.read(sweep(None, None)).best is None
-    assert "waiting" in printed(sweep(None, None))
+    assert "ranked by valid/loss" in printed(sweep(None, None))
 
 
 def test_single_run_is_shown_too(tmp_path):

@@ -24,7 +24,26 @@ REFUSED = [  # command line, exit code, what the one line must say
     (["lora.rank=8,16", "-m"], 2, "unknown key lora.rank"),
     (["lora.r"], 2, "not a Hydra override"),
     (["trainer.lr=interval(0.1,0.2)", "-m"], 2, "a grid needs single values"),
+    (["sweep=rank", "lora.r=0,1"], 2, "lora.r must be a rank between 1 and 4096, got 0 (trial 0"),
     (["lora.r=8,16"], 2, "lora.r"),  # a sweep without -m
+    (["model=null"], 2, "model must be one of embedded, hub, smollm2_135m, tiny, got None"),
+    (["hydra/sweeper=basic", "-m"], 2, "ftexp brings its own sweeper"),
+    (["track.uri="], 2, "track.uri must be an address"),
+    ([*TINY, "data.prompt={foo}"], 3, "yoda:0: column 'foo' is missing"),
+    ([*TINY, "trainer.extra.nope=1"], 2, "trainer.extra is refused by SFTConfig"),
+    (
+        [*TINY, "trainer.extra.num_train_epochs=50"],
+        2,
+        "trainer.extra.num_train_epochs must not be set, it has a key of its own",
+    ),
+    ([*TINY, "trainer.optimizer=foo"], 2, "trainer is refused by SFTConfig: foo is not a valid"),
+    ([*TINY, "lora.extra.nope=1,2", "-m"], 2, "lora.extra is refused by LoraConfig"),
+    ([*TINY, "data.max_length=16"], 3, "a row must be at most data.max_length=16 tokens"),
+    (
+        [*TINY, "data.prompt=" + "long " * 200 + "{prompt}", "data.max_length=4096"],
+        3,
+        "the model takes at most 512 tokens",
+    ),
     (["data=jsonl", "data.path=none.jsonl"], 3, "none.jsonl: data.path must be a file"),
     (["model=hub", "model.path=./none"], 4, "model.path must be a folder with a config.json, got './none'"),
 ]
@@ -60,6 +79,32 @@ def test_single_run_trains_scores_and_shows(cli, tmp_path):
     assert (folder / "adapter" / "adapter_model.safetensors").exists()
     assert (folder / ".hydra" / "config.yaml").exists()
     assert "files: outputs/runs/one" in out
+
+
+def test_rows_that_changed_are_refused_and_the_first_run_is_kept(cli, tmp_path):
+    import json
+
+    def write(word):
+        rows = [{"prompt": f"say {n}", "completion": f"{word} {n}"} for n in range(30)]
+        (tmp_path / "my.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+
+    given = [
+        "model=tiny",
+        "data=jsonl",
+        "data.path=my.jsonl",
+        "data.valid=4",
+        "trainer.steps=2",
+        "eval=loss",
+        "track=none",
+    ]
+    write("one")
+    assert cli(*given, "name=single")[0] == 0
+    assert cli(*given, "name=many", "lora.r=2,4", "-m")[0] == 0
+    write("two")
+    for more in (["name=single"], ["name=many", "lora.r=2,4", "-m"]):
+        code, _, err = cli(*given, *more)
+        assert code == 2
+        assert "the rows changed since" in err
 
 
 def test_second_run_under_a_taken_name_is_refused_and_the_first_is_whole(cli, tmp_path):
@@ -127,7 +172,7 @@ def test_interrupt_ends_in_130_and_keeps_what_is_done(cli, tmp_path, monkeypatch
 def test_help_and_config_are_hydras_own(cli):
     code, out, _ = cli("--help")
     assert code == 0
-    assert "lora: default, dora, rslora" in out
+    assert "lora: default, dora, fixed_alpha, rslora" in out
     code, out, _ = cli("--cfg", "job", "lora.r=3")
     assert code == 0
     assert "r: 3" in out

@@ -7,26 +7,51 @@ from ftexp.sweep import space
 @pytest.mark.parametrize(
     ("given", "points"),
     [
-        (["lora.r=8,16,64"], [["lora.r=8"], ["lora.r=16"], ["lora.r=64"]]),
-        (["lora.r=8,8,16"], [["lora.r=8"], ["lora.r=16"]]),
-        (["a=1,2", "b=x,y"], [["a=1", "b=x"], ["a=1", "b=y"], ["a=2", "b=x"], ["a=2", "b=y"]]),
-        (["a=choice(1,2)"], [["a=1"], ["a=2"]]),
-        (["a=range(1,4)"], [["a=1"], ["a=2"], ["a=3"]]),
-        (["a=[q],[q,k]"], [["a=[q]"], ["a=[q,k]"]]),
-        (["a='x,y'"], [["a='x,y'"]]),
-        ([], [[]]),
+        (["lora.r=8,16,64"], [{"lora.r": "8"}, {"lora.r": "16"}, {"lora.r": "64"}]),
+        (["lora.r=8,8,16"], [{"lora.r": "8"}, {"lora.r": "16"}]),
+        (["a=1,2", "b=x,y"], [{"a": "1", "b": "x"}, {"a": "1", "b": "y"}, {"a": "2", "b": "x"}, {"a": "2", "b": "y"}]),
+        (["a=choice(1,2)"], [{"a": "1"}, {"a": "2"}]),
+        (["a=range(1,4)"], [{"a": "1"}, {"a": "2"}, {"a": "3"}]),
+        (["a=[q],[q,k]"], [{"a": "[q]"}, {"a": "[q,k]"}]),
+        (["a='x,y'"], [{}]),
+        (["a=1,2", "a=3,4"], [{"a": "3"}, {"a": "4"}]),
     ],
 )
 def test_grid_is_every_combination_once(given, points):
-    assert space.grid(given) == points
+    assert space.parse(given).grid() == points
 
 
-def test_continuous_range_is_refused():
-    with pytest.raises(ConfigError, match=r"trainer\.lr=.*a grid needs single values"):
-        space.grid(["trainer.lr=interval(1e-4,1e-2)"])
+def test_fixed_overrides_come_along_as_given():
+    searched = space.parse(["lora.r=8,16", "seed=0", "data.prompt='{a} {b}'"])
+    assert searched.point({"lora.r": "8"}) == ["lora.r=8", "seed=0", "data.prompt='{a} {b}'"]
+
+
+def test_continuous_axes_keep_ends_kind_and_scale():
+    from optuna.distributions import FloatDistribution, IntDistribution
+
+    searched = space.parse(["lr=tag(log,interval(1e-5,1e-3))", "r=interval(4,64)", "n=interval(0.0,15.0)"])
+    distributions = [axis.distribution() for axis in searched.axes]
+    assert distributions == [FloatDistribution(1e-5, 1e-3, log=True), IntDistribution(4, 64), FloatDistribution(0, 15)]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("lr=interval(1,1)", "the lower end must be below the upper"),
+        ("lr=tag(log,interval(0,1))", "a log range must be above 0"),
+    ],
+)
+def test_impossible_range_is_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        space.parse([given])
+
+
+def test_continuous_range_is_no_grid():
+    with pytest.raises(ConfigError, match=r"trainer\.lr: a grid needs single values.*sweep\.sampler=tpe"):
+        space.parse(["trainer.lr=interval(1e-4,1e-2)"]).grid()
 
 
 def test_labels_show_what_differs():
-    points = space.grid(["lora.r=8,16", "trainer.lr=1e-3,2e-3", "seed=0"])
-    assert space.swept(points)[1] == "lora.r=8 trainer.lr=0.002"
-    assert space.swept([["lora.r=8", "seed=0"]]) == ["lora.r=8 seed=0"]
+    points = [["lora.r=8", "seed=0"], ["lora.r=16", "seed=0"]]
+    assert space.labels(points) == ["lora.r=8", "lora.r=16"]
+    assert space.labels(points[:1]) == ["lora.r=8 seed=0"]

@@ -1,0 +1,148 @@
+"""A sweep as it was launched: composed configs, space and options, in its folder.
+
+Workers read nothing else, so an edit of `conf/` reaches no trial of a sweep that has begun.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from ftexp import config, overrides
+from ftexp.config import Run
+from ftexp.errors import ConfigError, MachineError
+from ftexp.files import read_json, write_json
+from ftexp.sweep.options import Options
+from ftexp.sweep.space import Axis, Space
+
+FILE = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What every process of a sweep knows about it."""
+
+    folder: Path
+    name: str
+    space: Space
+    options: Options
+    objectives: list[str]
+    mlflow_run: str | None
+    track_uri: str
+    rows: dict[str, str]
+    """Digest of the data config -> digest of the rows it gave at the launch."""
+
+    def save(self) -> None:
+        """Write the sweep's file."""
+        axes = [axis.__dict__ | {"texts": list(axis.texts)} for axis in self.space.axes]
+        write_json(
+            self.folder / FILE,
+            {"name": self.name, "fixed": list(self.space.fixed), "axes": axes, "options": config.plain(self.options),
+             "objectives": self.objectives, "mlflow_run": self.mlflow_run, "track_uri": self.track_uri,
+             "rows": self.rows},
+        )  # fmt: skip
+
+    def run(self, point: dict[str, Any], replicate: int) -> Run:
+        """Build the config of a point, checked; replicates count the seed up.
+
+        Raises:
+            ConfigError: the point's values are out of range or at odds.
+        """
+        path = self.folder / "frozen" / f"{variant(self.space, point)}.yaml"
+        cfg = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.load(path))
+        assert isinstance(cfg, DictConfig)
+        for axis in self.space.axes:
+            if not composes(axis):
+                text = f"{axis.key}={point[axis.key]}"
+                value = OverridesParser.create().parse_override(text).value()
+                OmegaConf.update(
+                    cfg, axis.key.lstrip("+"), value, force_add=axis.key.lstrip("+").startswith(overrides.OPEN)
+                )
+        run = config.build(cfg)
+        run.seed += replicate
+        return run
+
+
+def load(folder: Path) -> Frozen:
+    """Read a sweep's file.
+
+    Raises:
+        MachineError: the folder holds no sweep.
+    """
+    kept = read_json(folder / FILE)
+    if kept is None or "options" not in kept:
+        raise MachineError(f"{folder}: must be the folder of a sweep; there is no {FILE}")
+    axes = [Axis(**{**axis, "texts": tuple(axis["texts"])}) for axis in kept["axes"]]
+    options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), kept["options"]))
+    assert isinstance(options, Options)
+    space = Space(tuple(kept["fixed"]), tuple(axes))
+    shared = (kept[key] for key in ("objectives", "mlflow_run", "track_uri", "rows"))
+    return Frozen(folder, kept["name"], space, options, *shared)
+
+
+def composes(axis: Axis) -> bool:
+    """Whether the axis chooses files of `conf/`, which only Hydra can put together."""
+    return axis.key.split("@")[0].lstrip("+") in overrides.groups()
+
+
+def variant(space: Space, point: dict[str, Any]) -> str:
+    """Name the composed config of a point: one for each combination of chosen group options."""
+    chosen = [f"{a.key}={point[a.key]}" for a in space.axes if composes(a)]
+    return hashlib.sha256("\n".join(chosen).encode()).hexdigest()[:12]
+
+
+def freeze(folder: Path, space: Space, points: list[dict[str, Any]], compose: Any) -> None:
+    """Compose and keep one config for each combination of group options, interpolations unresolved.
+
+    Args:
+        folder: of the sweep.
+        space: what is searched.
+        points: every point of a grid, or one for each combination a sampler may choose.
+        compose: takes overrides and returns the config without Hydra's own part.
+    """
+    kept = folder / "frozen"
+    kept.mkdir(parents=True, exist_ok=True)
+    for point in points:
+        path = kept / f"{variant(space, point)}.yaml"
+        if not path.exists():
+            chosen = [f"{a.key}={point[a.key]}" for a in space.axes if composes(a)]
+            OmegaConf.save(compose([*chosen, *space.fixed]), path)
+
+
+def corners(space: Space) -> list[dict[str, Any]]:
+    """List points that together show every value of each axis: what is checked of a space too large to list.
+
+    Each discrete axis runs through its values with the others at their first; continuous ones stand at both ends; all
+    combinations of group options are there.
+    """
+    from itertools import product
+
+    ends: dict[str, list[Any]] = {
+        a.key: list(a.texts) if a.discrete else [_value(a, a.low), _value(a, a.high)] for a in space.axes
+    }
+    first = {key: values[0] for key, values in ends.items()}
+    points = [first | {key: value} for key, values in ends.items() for value in values]
+    groups = [a.key for a in space.axes if composes(a)]
+    points += [first | dict(zip(groups, chosen, strict=True)) for chosen in product(*(ends[k] for k in groups))]
+    return points
+
+
+def _value(axis: Axis, end: float) -> Any:
+    return int(end) if axis.whole else end
+
+
+def check_limit(count: int) -> None:
+    """Refuse a grid that was surely not meant.
+
+    Raises:
+        ConfigError: the grid has more than 10 000 points.
+    """
+    if count > 10_000:
+        raise ConfigError(
+            f"the grid must have at most 10000 points, got {count}; use sweep.sampler=tpe with sweep.n_trials"
+        )

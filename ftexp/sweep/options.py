@@ -1,0 +1,102 @@
+"""Keys of `hydra.sweeper`, short `sweep.<key>` on the command line: how a sweep searches, runs and ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from ftexp.config import require
+from ftexp.errors import ConfigError
+
+
+class Sampler(Enum):
+    """How points are chosen.
+
+    Each is seeded for each trial by itself, so a resumed sweep proposes what an undisturbed
+    one would have.
+    """
+
+    grid = "grid"
+    """Every combination of single values, once."""
+    random = "random"
+    """Independent draws."""
+    tpe = "tpe"
+    """Tree-structured Parzen estimator, Bergstra et al. 2011; for most searches."""
+    gp = "gp"
+    """Gaussian process; for few trials over numbers."""
+    qmc = "qmc"
+    """Scrambled Sobol points: even cover without looking at results."""
+    nsga2 = "nsga2"
+    """Genetic search for several objectives, Deb et al. 2002."""
+
+
+class Pruner(Enum):
+    """When a trial that lags behind is stopped, judged by its held-out loss at the rungs."""
+
+    none = "none"
+    """Never."""
+    asha = "asha"
+    """Asynchronous successive halving, arXiv:1810.05934."""
+    hyperband = "hyperband"
+    """Several brackets of successive halving, arXiv:1603.06560."""
+    median = "median"
+    """Below the median of the trials that came as far."""
+    patient = "patient"
+    """Median, but only after no gain at two rungs in a row."""
+
+
+@dataclass
+class Options:
+    """How a sweep searches, runs and ends."""
+
+    _target_: str = ""
+    _recursive_: bool = False
+    sampler: Sampler = Sampler.grid
+    """How points are chosen."""
+    sampler_args: dict[str, Any] = field(default_factory=dict)
+    """More keywords for Optuna's sampler, which refuses those it does not know."""
+    n_trials: int | None = None
+    """Points in total, for every sampler but `grid`; resuming never adds to it, a larger number does."""
+    pruner: Pruner = Pruner.none
+    """When a lagging trial is stopped."""
+    pruner_args: dict[str, Any] = field(default_factory=dict)
+    """More keywords for Optuna's pruner."""
+    seed: int = 0
+    """Seed of the search; trials have their own in `seed`."""
+    replicates: int = 1
+    """Runs of each point, over `seed`, `seed` + 1, ...; the point is ranked by their mean."""
+    baselines: list[Any] = field(default_factory=list)
+    """Points to try first, as mappings from key to value; they count towards `n_trials`."""
+    params: dict[str, Any] = field(default_factory=dict)
+    """The search space in Hydra's override grammar, key -> values; the command line wins key by key."""
+    at_most: dict[str, float] = field(default_factory=dict)
+    """Bounds on metrics: a trial above one is infeasible and never best."""
+    workers: int = 0
+    """Processes; 0 takes one for each visible GPU, and none (in this process) without a GPU."""
+    storage: str | None = None
+    """Optuna storage; null keeps a journal in the sweep's folder."""
+    max_failures: int | None = None
+    """Failed trials after which the sweep stops; null never stops."""
+    max_retries: int = 2
+    """Further attempts at a trial whose worker died."""
+    timeout_minutes: float | None = None
+    """Longest a trial may run; null sets no limit."""
+
+    def __post_init__(self) -> None:
+        require(self.n_trials is None or 1 <= self.n_trials <= 100_000, "sweep.n_trials", self.n_trials, "1 to 100000")
+        require(1 <= self.replicates <= 100, "sweep.replicates", self.replicates, "between 1 and 100")
+        require(0 <= self.workers <= 1024, "sweep.workers", self.workers, "between 0 and 1024")
+        require(0 <= self.max_retries <= 100, "sweep.max_retries", self.max_retries, "between 0 and 100")
+        limit = self.max_failures
+        require(limit is None or limit >= 1, "sweep.max_failures", limit, "null or at least 1")
+        require(
+            self.timeout_minutes is None or self.timeout_minutes > 0,
+            "sweep.timeout_minutes", self.timeout_minutes, "null or above 0",
+        )  # fmt: skip
+        require(0 <= self.seed < 2**31, "sweep.seed", self.seed, "between 0 and 2147483647")
+        if self.storage is not None and self.storage.startswith("sqlite") and self.workers > 1:
+            raise ConfigError(
+                f"sweep.storage={self.storage} with sweep.workers={self.workers}: SQLite hands one trial to two "
+                "workers; leave sweep.storage out for a journal file, or give a PostgreSQL address"
+            )

@@ -1,0 +1,366 @@
+"""The sweep's record in an Optuna storage: tickets, who holds them, what came of them.
+
+At the start exactly as many tickets are queued as trials are wanted. A worker claims one, runs it and tells the
+result; one whose worker died is queued again with the same point. The ticket's number names its folder, so neither
+ever changes hands, whatever number Optuna gives an attempt.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftexp.errors import ConfigError, MachineError
+from ftexp.sweep.options import Options, Pruner, Sampler
+from ftexp.sweep.space import Space
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial, Trial
+
+HOST = socket.gethostname()
+JOURNAL = "study.journal"
+UNSIGNED_SECONDS = 15.0
+"""A ticket claimed and not signed for this long lost its worker in between."""
+SILENT_SECONDS = 180.0
+"""A worker of another machine is taken for dead after this long without a heartbeat."""
+
+
+class _Lock:
+    """Lock for Optuna's journal that the kernel frees when its holder is killed; Optuna's own then waits 30 s."""
+
+    def __init__(self, path: str) -> None:
+        self.path = f"{path}.lock"
+
+    def acquire(self) -> bool:
+        self.held = open(self.path, "w")  # noqa: PTH123, SIM115
+        fcntl.flock(self.held, fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        self.held.close()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file for as long as the block runs."""
+    with path.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
+def storage(folder: Path, url: str | None) -> BaseStorage:
+    """Open the storage of a sweep: an Optuna address, or a journal file in its folder.
+
+    A journal whose last line was torn by a full disk or a power cut is cut back to its last whole line; Optuna would
+    otherwise append to the torn one and lose both.
+
+    Raises:
+        MachineError: the storage cannot be opened.
+    """
+    import optuna
+    from optuna.storages import JournalStorage, get_storage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if url is not None:
+        try:
+            return get_storage(url)
+        except Exception as error:  # drivers raise whatever they like; all of it means the same to a person
+            raise MachineError(f"sweep.storage={url} cannot be opened: {str(error).splitlines()[0]}") from error
+    path = folder / JOURNAL
+    lock = _Lock(str(path))
+    lock.acquire()
+    try:
+        _repair(path)
+    finally:
+        lock.release()
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]
+
+
+def _repair(path: Path) -> None:
+    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def sampler(options: Options, seed: int) -> BaseSampler:
+    """Make Optuna's sampler.
+
+    Raises:
+        ConfigError: `sampler_args` holds a keyword the sampler does not know.
+    """
+    import optuna.samplers as known
+
+    made: dict[Sampler, Any] = {
+        Sampler.grid: known.RandomSampler,  # never asked: a grid's points are fixed
+        Sampler.random: known.RandomSampler,
+        Sampler.qmc: known.RandomSampler,  # replaced by `_sobol`
+        Sampler.tpe: known.TPESampler,
+        Sampler.gp: known.GPSampler,
+        Sampler.nsga2: known.NSGAIISampler,
+    }
+    return _accept(made[options.sampler], "sweep.sampler_args", options.sampler_args, seed=seed)
+
+
+def pruner(options: Options, rung: int) -> BasePruner:
+    """Make Optuna's pruner.
+
+    Args:
+        options: of the sweep.
+        rung: steps between two reports; the first rung of successive halving.
+
+    Raises:
+        ConfigError: `pruner_args` holds a keyword the pruner does not know.
+    """
+    import optuna.pruners as known
+
+    args = options.pruner_args
+    match options.pruner:
+        case Pruner.none:
+            return known.NopPruner()
+        case Pruner.asha:
+            given = {"min_resource": max(1, rung), "reduction_factor": 2, **args}
+            return _accept(known.SuccessiveHalvingPruner, "sweep.pruner_args", given)
+        case Pruner.hyperband:
+            return _accept(known.HyperbandPruner, "sweep.pruner_args", {"min_resource": max(1, rung), **args})
+        case Pruner.median:
+            return _accept(known.MedianPruner, "sweep.pruner_args", {"n_startup_trials": 3, **args})
+        case Pruner.patient:
+            inner = _accept(known.MedianPruner, "sweep.pruner_args", {"n_startup_trials": 3, **args})
+            return _accept(known.PatientPruner, "sweep.pruner_args", {"wrapped_pruner": inner, "patience": 2})
+
+
+def _accept(made: Any, key: str, args: dict[str, Any], **own: Any) -> Any:
+    import warnings
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return made(**own, **args)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key} is refused by {made.__name__}: {error}") from error
+
+
+def ticket(trial: FrozenTrial) -> int:
+    """Return the number of the ticket an attempt belongs to."""
+    return trial.user_attrs["ftexp:ticket"]
+
+
+def counted(study: Study) -> list[FrozenTrial]:
+    """List the attempts that count, by ticket: those lost with their worker do not."""
+    trials = [t for t in study.get_trials(deepcopy=False) if "ftexp:ticket" in t.user_attrs]
+    return sorted((t for t in trials if not t.user_attrs.get("ftexp:lost")), key=ticket)
+
+
+def queue(study: Study, points: list[dict[str, Any] | None]) -> None:
+    """Queue the tickets that are not there yet; None leaves the point to the sampler."""
+    from optuna.trial import TrialState, create_trial
+
+    present = {ticket(t) for t in counted(study)}
+    for number, point in enumerate(points):
+        if number not in present:
+            attrs = {} if point is None else {"fixed_params": point}
+            study.add_trial(
+                create_trial(state=TrialState.WAITING, system_attrs=attrs, user_attrs={"ftexp:ticket": number})
+            )
+
+
+def claim(study: Study) -> Trial | None:
+    """Take the waiting ticket with the lowest number, sign it, and return it; None where none waits.
+
+    Taking is atomic in a journal and in PostgreSQL. Two private names of Optuna are used: `study.ask()` would make a
+    new trial where the queue is empty.
+    """
+    import optuna
+    from optuna.trial import TrialState
+
+    store = study._storage
+    waiting = store.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.WAITING,))
+    for waits in sorted((t for t in waiting if "ftexp:ticket" in t.user_attrs), key=ticket):
+        try:
+            if not store.set_trial_state_values(waits._trial_id, state=TrialState.RUNNING):
+                continue
+        except optuna.exceptions.UpdateFinishedTrialError:
+            continue
+        study._thread_local.cached_all_trials = None
+        trial = optuna.trial.Trial(study, waits._trial_id)
+        try:
+            trial.set_user_attr("ftexp:worker", {"host": HOST, "pid": os.getpid(), "start": started(os.getpid())})
+        except optuna.exceptions.UpdateFinishedTrialError:
+            continue  # so slow that somebody took this process for dead
+        return trial
+    return None
+
+
+def started(pid: int) -> float | None:
+    """Return when a process started, which with its number names it for good; None for a dead one or a zombie."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.NoSuchProcess:
+        return None
+
+
+def alive(trial: FrozenTrial) -> bool:
+    """Tell whether a running attempt's worker may still be at it; in doubt it is."""
+    worker = trial.user_attrs.get("ftexp:worker")
+    began = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
+    if worker is None:
+        return time.time() - began < UNSIGNED_SECONDS
+    if worker["host"] == HOST:
+        return started(worker["pid"]) == worker["start"]
+    return time.time() - max(trial.user_attrs.get("ftexp:beat", 0.0), began) < SILENT_SECONDS
+
+
+def reap(study: Study, max_retries: int) -> list[int]:
+    """Queue the tickets of dead workers again, each with the point it had; return their numbers.
+
+    After `max_retries` further attempts a ticket has failed: whatever kills its worker is in the trial.
+    """
+    from optuna.exceptions import UpdateFinishedTrialError
+    from optuna.trial import TrialState, create_trial
+
+    store, again = study._storage, []
+    for trial in store.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.RUNNING,)):
+        if alive(trial):
+            continue
+        preempted = bool(trial.user_attrs.get("ftexp:preempted"))
+        retries = trial.user_attrs.get("ftexp:retries", 0) + (not preempted)
+        lost = retries <= max_retries
+        try:
+            store.set_trial_user_attr(trial._trial_id, "ftexp:lost", lost)
+            store.set_trial_user_attr(
+                trial._trial_id, "ftexp:reason", "preempted" if preempted else "crash: worker died"
+            )
+            store.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+        except UpdateFinishedTrialError:
+            continue  # another process was first
+        if lost:
+            point = trial.params or trial.system_attrs.get("fixed_params")
+            study.add_trial(
+                create_trial(
+                    state=TrialState.WAITING,
+                    system_attrs={} if point is None else {"fixed_params": point},
+                    user_attrs={"ftexp:ticket": ticket(trial), "ftexp:retries": retries},
+                )
+            )
+            again.append(ticket(trial))
+    return again
+
+
+def settle(study: Study, points: list[dict[str, Any] | None], max_retries: int) -> None:
+    """Bring the record in order after whatever ended the last launch: reap, then queue what is missing."""
+    reap(study, max_retries)
+    queue(study, points)
+
+
+def seed_of(seed: int, number: int) -> int:
+    """Derive the seed of one proposal, so that it depends on nothing but the sweep's seed and the ticket."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:4], "big") % 2**31
+
+
+def propose(space: Space, options: Options, directions: Any, history: list[FrozenTrial], number: int) -> Any:
+    """Choose the point of a ticket from what is known, in memory and from scratch.
+
+    The sampler sees the attempts that count in the order of their tickets and is seeded for this ticket alone, so a
+    proposal depends on the results it saw and on nothing else: not on how often the sweep was killed before.
+
+    Returns:
+        A frozen trial with the point in `params`.
+    """
+    import optuna
+    from optuna.trial import TrialState
+
+    distributions = {axis.key: axis.distribution() for axis in space.axes}
+    if options.sampler is Sampler.qmc:
+        return optuna.trial.create_trial(
+            state=TrialState.RUNNING, params=_sobol(space, options, number), distributions=distributions
+        )
+    mirror = optuna.create_study(directions=directions, sampler=sampler(options, seed_of(options.seed, number)))
+    for trial in history:
+        known = optuna.trial.create_trial(
+            state=trial.state, values=trial.values, params=trial.params, distributions=trial.distributions,
+            system_attrs={k: v for k, v in trial.system_attrs.items() if k != "fixed_params"},
+            intermediate_values=trial.intermediate_values,
+        )  # fmt: skip
+        mirror.add_trial(known)
+    asked = mirror.ask(distributions)
+    return mirror._storage.get_trial(asked._trial_id)
+
+
+def _sobol(space: Space, options: Options, number: int) -> dict[str, Any]:
+    """Return the ticket's point of a scrambled Sobol sequence, spread over the axes."""
+    import math
+    import warnings
+
+    from scipy.stats.qmc import Sobol
+
+    points = Sobol(len(space.axes), scramble=True, rng=options.seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if number:
+            points.fast_forward(number)
+        unit = points.random(1)[0]
+    values: dict[str, Any] = {}
+    for axis, u in zip(space.axes, unit, strict=True):
+        if axis.discrete:
+            values[axis.key] = axis.texts[min(int(u * len(axis.texts)), len(axis.texts) - 1)]
+            continue
+        low, high = (math.log(axis.low), math.log(axis.high)) if axis.log else (axis.low, axis.high)
+        width = (high - low) if not axis.whole or axis.log else high - low + 1
+        value = low + float(u) * width
+        value = math.exp(value) if axis.log else value
+        values[axis.key] = min(int(value), int(axis.high)) if axis.whole else min(value, axis.high)
+    return values
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes two launches the same sweep."""
+
+    told: dict[str, str]
+    """Key -> value, for the comparison and for people."""
+
+    @staticmethod
+    def of(space: Space, options: Options, objectives: list[str], configs: dict[str, Any]) -> Identity:
+        """Collect the identity of a sweep: space, fixed config, objectives, sampler and replicates.
+
+        How many trials, workers and retries there are, and the pruner, may change between launches.
+        """
+        told = {f"space {k}": v for k, v in space.told().items()}
+        told |= {f"config {k}": json.dumps(v) for k, v in configs.items()}
+        told["objectives"] = ", ".join(objectives)
+        told |= {f"sweep.{k}": str(getattr(options, k)) for k in ("seed", "replicates", "baselines")}
+        told["sweep.sampler"] = options.sampler.value
+        return Identity(told)
+
+    def check(self, kept: dict[str, str] | None, name: str) -> None:
+        """Refuse a launch under the name of another sweep.
+
+        Raises:
+            ConfigError: names what changed.
+        """
+        if kept is None or kept == self.told:
+            return
+        changed = [
+            f"{k}: {kept.get(k, 'absent')} -> {self.told.get(k, 'absent')}"
+            for k in sorted({*kept, *self.told})
+            if kept.get(k) != self.told.get(k)
+        ]
+        raise ConfigError(
+            f"name={name} is a sweep begun with another search space: {'; '.join(changed[:8])}; choose another name"
+        )

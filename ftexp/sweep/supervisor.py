@@ -1,0 +1,173 @@
+"""Starts the workers of a sweep, one for each slot, and replaces those that die."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ftexp.progress import say
+from ftexp.sweep import study
+from ftexp.sweep.frozen import Frozen
+from ftexp.sweep.worker import STOP
+
+if TYPE_CHECKING:
+    from optuna import Study
+
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 30.0
+"""Time a worker gets to leave before it is killed."""
+
+
+@dataclass
+class Slot:
+    """A place for one worker: a GPU, or a share of the CPU's cores."""
+
+    number: int
+    env: dict[str, str]
+    cores: set[int] | None = None
+    """Cores the worker is pinned to; None leaves it to the system."""
+    process: subprocess.Popen[bytes] | None = None
+    deaths: int = 0
+    """Workers of this slot that died since one finished a trial."""
+
+
+def gpus() -> list[str]:
+    """List the GPUs this process may use, without touching CUDA: the environment's list, or every one there is."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name for name in given.split(",") if name.strip() not in ("", "-1")]
+    try:
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return []
+    return asked.stdout.split() if asked.returncode == 0 else []
+
+
+def slots(count: int) -> list[Slot]:
+    """Lay out slots: GPUs in turn where there are any, else equal shares of the cores."""
+    devices = gpus()
+    if devices:
+        return [Slot(n, {"CUDA_VISIBLE_DEVICES": devices[n % len(devices)]}) for n in range(count)]
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    share = max(1, len(cores) // count)
+    made = []
+    for n in range(count):
+        mine = {cores[(n * share + k) % len(cores)] for k in range(share)}
+        made.append(Slot(n, {"OMP_NUM_THREADS": str(share), "MKL_NUM_THREADS": str(share)}, mine))
+    return made
+
+
+def supervise(sweep: Frozen, record: Study, count: int) -> None:
+    """Run the sweep with `count` workers until no ticket is left or the sweep is stopped.
+
+    On ctrl-c or SIGTERM the workers are asked to leave, and killed where they do not.
+    """
+    places = slots(count)
+    (sweep.folder / "workers").mkdir(exist_ok=True)
+    try:
+        while _waiting(record) or any(s.process for s in places) or _running(record):
+            for slot in places:
+                _tend(sweep, record, slot)
+            study.reap(record, sweep.options.max_retries)
+            _end_overdue(sweep, record, places)
+            if record.user_attrs.get(STOP) and not any(s.process for s in places):
+                return
+            time.sleep(POLL_SECONDS)
+    except BaseException:
+        _leave(places)
+        study.reap(record, sweep.options.max_retries)
+        raise
+
+
+def _waiting(record: Study) -> int:
+    from optuna.trial import TrialState
+
+    return len(record.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+
+
+def _running(record: Study) -> int:
+    from optuna.trial import TrialState
+
+    return len(record.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+
+
+def _tend(sweep: Frozen, record: Study, slot: Slot) -> None:
+    """Collect a worker that ended, and start one where tickets wait."""
+    if slot.process is not None:
+        code = slot.process.poll()
+        if code is None:
+            return
+        slot.process = None
+        slot.deaths = slot.deaths + 1 if code else 0
+        if code:
+            say(f"worker {slot.number} died (exit {code}); see {sweep.folder}/workers/{slot.number}.log")
+    if record.user_attrs.get(STOP) or not _waiting(record):
+        return
+    if slot.deaths > 3 + sweep.options.max_retries:
+        record.set_user_attr(STOP, f"worker {slot.number} died {slot.deaths} times in a row")
+        return
+    slot.process = _start(sweep.folder, slot)
+
+
+def _start(folder: Path, slot: Slot) -> subprocess.Popen[bytes]:
+    """Start a worker that ends with its supervisor and has its output in a file."""
+
+    def pinned() -> None:
+        os.setsid()  # ctrl-c goes to the supervisor alone, which asks the workers to leave
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if slot.cores and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, slot.cores)
+
+    with (folder / "workers" / f"{slot.number}.log").open("ab") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "ftexp.sweep.worker", str(folder)],
+            env={**os.environ, **slot.env},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            preexec_fn=pinned,
+        )
+
+
+def _end_overdue(sweep: Frozen, record: Study, places: list[Slot]) -> None:
+    """Kill the worker of a trial that is well past its time and so no longer looks at the clock itself."""
+    from optuna.trial import TrialState
+
+    minutes = sweep.options.timeout_minutes
+    if minutes is None:
+        return
+    for trial in record.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        worker = trial.user_attrs.get("ftexp:worker")
+        began = trial.datetime_start
+        if worker is None or began is None or time.time() - began.timestamp() < 60 * minutes + GRACE_SECONDS:
+            continue
+        for slot in places:
+            if slot.process is not None and slot.process.pid == worker["pid"]:
+                record._storage.set_trial_user_attr(trial._trial_id, "ftexp:kind", "timeout")
+                record._storage.set_trial_user_attr(
+                    trial._trial_id, "ftexp:reason", f"ran longer than {minutes:g} minutes"
+                )
+                record._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+                slot.process.kill()
+
+
+def _leave(places: list[Slot]) -> None:
+    started = [s.process for s in places if s.process is not None]
+    for process in started:
+        process.terminate()
+    until = time.monotonic() + GRACE_SECONDS
+    for process in started:
+        try:
+            process.wait(max(0.1, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

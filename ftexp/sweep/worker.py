@@ -1,0 +1,292 @@
+"""`python -m ftexp.sweep.worker FOLDER`: takes tickets of a sweep until none is left.
+
+The process keeps base model, tokens and base scores from trial to trial.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftexp import config, data, experiment, metrics
+from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, OutOfTime, Pruned
+from ftexp.progress import say
+from ftexp.sweep import frozen, study
+from ftexp.sweep.frozen import Frozen
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial, Trial
+
+BEAT_SECONDS = 60.0
+STOP = "ftexp:stop"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a ticket."""
+
+    state: str
+    """complete, pruned or failed."""
+    kind: str = ""
+    """Of a failure: diverged, oom, data, crash or timeout."""
+    reason: str = ""
+    """In words."""
+
+
+def work(sweep: Frozen, record: Study) -> None:
+    """Take and run tickets until none waits, or the sweep is told to stop."""
+    while not record.user_attrs.get(STOP) and (trial := study.claim(record)) is not None:
+        run_ticket(sweep, record, trial)
+        stop_after_failures(sweep, record)
+
+
+def run_ticket(sweep: Frozen, record: Study, trial: Trial) -> None:
+    """Choose the point of a claimed ticket, run it, and tell the storage what came of it."""
+    import optuna
+    from optuna.trial import TrialState
+
+    number = study.ticket(trial._cached_frozen_trial)
+    try:
+        with _beating(record, trial):
+            point = choose(sweep, record, trial, number)
+            outcome, values = _run(sweep, trial, point, number)
+    except KeyboardInterrupt:
+        give_back(record, trial)
+        raise
+    trial.set_user_attr("ftexp:reason", outcome.reason)
+    trial.set_user_attr("ftexp:kind", outcome.kind)
+    say(f"trial {number} {outcome.state} {outcome.reason}".rstrip())
+    states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+    state = states[outcome.state]
+    if outcome.kind in ("diverged", "oom"):
+        state = TrialState.PRUNED  # a sampler ignores what failed and would ask there again; it avoids what was pruned
+    try:
+        record.tell(trial, values if state is TrialState.COMPLETE else None, state=state)
+    except optuna.exceptions.UpdateFinishedTrialError:
+        say(f"trial {number}: this process was taken for dead meanwhile; its result stands in the folder")
+
+
+def choose(sweep: Frozen, record: Study, trial: Trial, number: int) -> dict[str, Any]:
+    """Return the ticket's point: the one it was queued with, its replicate's, or a new proposal.
+
+    Proposals are made one at a time, so that each sees the ones before it.
+    """
+    import optuna
+
+    with study.locked(sweep.folder / "propose.lock"):
+        given = trial._cached_frozen_trial.system_attrs.get("fixed_params")
+        if given is None:
+            given = _replicated(sweep, record, number)
+        if given is None:
+            made = study.propose(sweep.space, sweep.options, [d.name.lower() for d in record.directions],
+                                 history(sweep, record), number // sweep.options.replicates)  # fmt: skip
+            given = made.params
+            for key, value in made.system_attrs.items():
+                record._storage.set_trial_system_attr(trial._trial_id, key, value)
+        record._storage.set_trial_system_attr(trial._trial_id, "fixed_params", given)
+        fixed = optuna.trial.Trial(record, trial._trial_id)
+        return {axis.key: fixed._suggest(axis.key, axis.distribution()) for axis in sweep.space.axes}
+
+
+def _replicated(sweep: Frozen, record: Study, number: int) -> dict[str, Any] | None:
+    size = sweep.options.replicates
+    for other in study.counted(record):
+        if study.ticket(other) // size == number // size and study.ticket(other) != number and other.params:
+            return other.params
+    return None
+
+
+def history(sweep: Frozen, record: Study) -> list[FrozenTrial]:
+    """List one attempt for each point that has been chosen: replicates as their mean, pending while one is."""
+    from optuna.trial import TrialState, create_trial
+
+    points: dict[int, list[FrozenTrial]] = {}
+    for t in study.counted(record):
+        if t.params:
+            points.setdefault(study.ticket(t) // sweep.options.replicates, []).append(t)
+    told = []
+    for members in points.values():
+        first, done = members[0], [t for t in members if t.state is TrialState.COMPLETE]
+        pending = any(not t.state.is_finished() for t in members)
+        state = TrialState.RUNNING if pending else TrialState.COMPLETE if done else TrialState.PRUNED
+        if first.state is TrialState.FAIL and not done and not pending:
+            continue
+        columns = zip(*(t.values for t in done), strict=True) if state is TrialState.COMPLETE else []
+        values = [sum(column) / len(done) for column in columns] or None
+        told.append(
+            create_trial(state=state, values=values, params=first.params, distributions=first.distributions,
+                         system_attrs=first.system_attrs, intermediate_values=first.intermediate_values)
+        )  # fmt: skip
+    return told
+
+
+def _run(sweep: Frozen, trial: Trial, point: dict[str, Any], number: int) -> tuple[Outcome, list[float] | None]:
+    folder = sweep.folder / str(number)
+    label = " ".join(f"{k}={_short(v)}" for k, v in point.items()) or sweep.name
+    if sweep.options.replicates > 1:
+        label += f" seed+{number % sweep.options.replicates}"
+    try:
+        run = sweep.run(point, number % sweep.options.replicates)
+        same_rows(sweep, run)
+        keep_hydra_files(sweep, run, point, folder)
+        scores = experiment.execute(run, folder, label, sweep.mlflow_run, judge(sweep, trial), deadline(sweep))
+        values = [scores[name] for name in sweep.objectives]
+    except Pruned as error:
+        return Outcome("pruned", "", str(error)), None
+    except Diverged as error:
+        return Outcome("failed", "diverged", str(error)), None
+    except OutOfTime as error:
+        return Outcome("failed", "timeout", str(error)), None
+    except (ConfigError, DataError) as error:
+        return Outcome("failed", "data", str(error)), None
+    except FtexpError as error:
+        return Outcome("failed", "crash", str(error)), None
+    except Exception as error:
+        if experiment.out_of_memory(error):
+            return Outcome("failed", "oom", f"out of memory: {str(error).splitlines()[0]}"), None
+        traceback.print_exc()
+        return Outcome("failed", "crash", f"{type(error).__name__}: {error}".splitlines()[0]), None
+    for name, bound in sweep.options.at_most.items():
+        trial.set_constraint(f"{name} at most {bound:g}", scores[name] - bound)
+    return Outcome("complete"), values
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def same_rows(sweep: Frozen, run: config.Run) -> None:
+    """Refuse rows that are no longer those of the launch.
+
+    Raises:
+        DataError: the file was edited.
+    """
+    kept = sweep.rows.get(config.digest(run.data))
+    if kept is not None and data.load(run.data).digest() != kept:
+        raise DataError(f"{run.data.path or run.data.kind.value}: the rows changed after the sweep was launched")
+
+
+def keep_hydra_files(sweep: Frozen, run: config.Run, point: dict[str, Any], folder: Path) -> None:
+    """Write the files Hydra keeps of a job, so that tools that read them find them."""
+    from omegaconf import OmegaConf
+
+    kept = folder / ".hydra"
+    kept.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(config.plain(run)), kept / "config.yaml")
+    OmegaConf.save(OmegaConf.create(sweep.space.point(point)), kept / "overrides.yaml")
+
+
+def judge(sweep: Frozen, trial: Trial) -> Callable[[float, int], str | None] | None:
+    """Return what a trial asks at each rung: a reason to stop, or None to go on."""
+    if len(sweep.objectives) > 1 or isinstance(trial.study.pruner, _nop()):
+        return None
+
+    def ask(value: float, step: int) -> str | None:
+        trial.report(value, step)
+        return f"pruned at step {step}: valid/loss {value:.4f}" if trial.should_prune() else None
+
+    return ask
+
+
+def _nop() -> type:
+    from optuna.pruners import NopPruner
+
+    return NopPruner
+
+
+def deadline(sweep: Frozen) -> float | None:
+    """Return when the trial that begins now must have ended, on the monotonic clock."""
+    minutes = sweep.options.timeout_minutes
+    return None if minutes is None else time.monotonic() + 60 * minutes
+
+
+def give_back(record: Study, trial: Trial) -> None:
+    """Queue a ticket again that its worker was asked to leave; this does not count as a retry."""
+    from optuna.trial import TrialState, create_trial
+
+    trial.set_user_attr("ftexp:lost", True)
+    trial.set_user_attr("ftexp:reason", "preempted")
+    kept = trial._cached_frozen_trial
+    point = record._storage.get_trial(trial._trial_id).system_attrs.get("fixed_params")
+    record._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+    record.add_trial(
+        create_trial(
+            state=TrialState.WAITING,
+            system_attrs={} if point is None else {"fixed_params": point},
+            user_attrs={"ftexp:ticket": study.ticket(kept), "ftexp:retries": kept.user_attrs.get("ftexp:retries", 0)},
+        )
+    )
+
+
+@contextmanager
+def _beating(record: Study, trial: Trial) -> Iterator[None]:
+    """Tell other machines once a minute that this worker is alive."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(BEAT_SECONDS):
+            record._storage.set_trial_user_attr(trial._trial_id, "ftexp:beat", time.time())
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def stop_after_failures(sweep: Frozen, record: Study) -> None:
+    """Stop the sweep where `max_failures` trials have failed."""
+    limit = sweep.options.max_failures
+    failed = [t for t in study.counted(record) if t.user_attrs.get("ftexp:kind")]
+    if limit is not None and len(failed) >= limit:
+        record.set_user_attr(STOP, f"{len(failed)} trials failed, sweep.max_failures={limit}")
+
+
+def open_study(sweep: Frozen) -> Study:
+    """Open the record of a sweep that was launched."""
+    import optuna
+
+    directions: Any = [metrics.METRICS[name].direction.value for name in sweep.objectives]
+    return optuna.create_study(
+        study_name=sweep.name,
+        storage=study.storage(sweep.folder, sweep.options.storage),
+        load_if_exists=True,
+        directions=directions,
+        sampler=optuna.samplers.RandomSampler(seed=0),  # proposals are made in `study.propose`
+        pruner=study.pruner(sweep.options, 1),
+    )
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    config.register()
+    signal.signal(signal.SIGTERM, _interrupt)
+    sweep = frozen.load(Path(sys.argv[1]))
+    try:
+        work(sweep, open_study(sweep))
+    except KeyboardInterrupt:
+        return 75
+    return 0
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

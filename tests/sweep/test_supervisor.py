@@ -1,0 +1,107 @@
+"""Slots and real workers: pinned, replaced when killed, and no trial lost or doubled."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import psutil
+import pytest
+from conftest import TINY
+
+from ftexp.files import read_json
+from ftexp.sweep import supervisor
+
+
+def test_each_gpu_gets_its_worker(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-abc")
+    places = supervisor.slots(3)
+    assert [p.env["CUDA_VISIBLE_DEVICES"] for p in places] == ["3", "GPU-abc", "3"]
+
+
+@pytest.mark.parametrize(("given", "found"), [("", []), ("-1", []), ("0,1", ["0", "1"])])
+def test_gpus_follow_the_environment(monkeypatch, given, found):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert supervisor.gpus() == found
+
+
+def test_cores_are_shared_out(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    assert [p.cores for p in supervisor.slots(2)] == [{0, 1}, {2, 3}]
+    assert supervisor.slots(2)[0].env["OMP_NUM_THREADS"] == "2"
+
+
+COMMAND = [
+    sys.executable,
+    "-m",
+    "ftexp.run",
+    *TINY,
+    "track=none",
+    "eval=loss",
+    "name=k",
+    "sweep.workers=2",
+    "sweep.max_retries=9",
+]
+
+
+def launch(folder, *given):
+    out = (folder / "out.txt").open("a")
+    return subprocess.Popen([*COMMAND, *given, "-m"], cwd=folder, stdout=out, stderr=out, start_new_session=True)
+
+
+def hashes(folder):
+    import hashlib
+
+    found = folder.glob("outputs/sweeps/k/*/adapter/adapter_model.safetensors")
+    return {p.parts[-3]: hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
+
+
+@pytest.mark.slow
+def test_killed_workers_and_supervisors_lose_and_double_nothing(tmp_path):
+    """Kill a worker, then everything, then a supervisor alone; the same command ends with the same eight adapters."""
+    points = "lora.r=1,2,3,4,5,6,7,8"
+    calm, wild = tmp_path / "calm", tmp_path / "wild"
+    calm.mkdir()
+    wild.mkdir()
+    assert launch(calm, points).wait(240) == 0, (calm / "out.txt").read_text()
+    dice = random.Random(0)
+    for blow in ("worker", "all", "supervisor"):
+        process = launch(wild, points)
+        try:
+            _until_trials_run(wild, process)
+            time.sleep(dice.uniform(0.2, 2.0))
+            workers = psutil.Process(process.pid).children(recursive=True)
+            if blow == "worker" and workers:
+                dice.choice(workers).send_signal(signal.SIGKILL)
+                time.sleep(1)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        gone, alive = psutil.wait_procs(workers, timeout=10)
+        assert not alive  # workers end with their supervisor
+    assert launch(wild, points).wait(240) == 0, (wild / "out.txt").read_text()
+    assert hashes(wild) == hashes(calm)
+    assert len(hashes(wild)) == 8
+    from pathlib import Path
+
+    import optuna
+
+    from ftexp.sweep import study
+
+    record = optuna.load_study(study_name="k", storage=study.storage(Path(wild / "outputs/sweeps/k"), None))
+    assert Counter(t.state.name for t in study.counted(record)) == {"COMPLETE": 8}
+    assert [study.ticket(t) for t in study.counted(record)] == list(range(8))
+
+
+def _until_trials_run(folder, process):
+    for _ in range(600):
+        running = [
+            p for p in folder.glob("outputs/sweeps/k/*/trial.json") if (read_json(p) or {}).get("state") == "running"
+        ]
+        if running or process.poll() is not None:
+            return
+        time.sleep(0.1)

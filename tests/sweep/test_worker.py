@@ -1,0 +1,150 @@
+"""What becomes of a ticket: every outcome has its state and reason, and the others go on."""
+
+import pytest
+from optuna.trial import TrialState
+
+from ftexp import experiment
+from ftexp.errors import DataError, Diverged, OutOfTime, Pruned
+from ftexp.sweep import frozen, space, study, worker
+from ftexp.sweep.options import Options, Pruner, Sampler
+
+
+@pytest.fixture
+def sweep(tmp_path, composed, monkeypatch):
+    """Return a function that makes a sweep whose trials are a formula, and its record."""
+
+    def make(*given, objectives=("valid/loss",), **options):
+        run = composed("model=tiny")
+        searched = space.parse(given)
+        made = frozen.Frozen(tmp_path, "s", searched, Options(**options), list(objectives), None, "", {})
+        made.save()
+        monkeypatch.setattr(frozen.Frozen, "run", lambda self, point, replicate: run)
+        record = worker.open_study(made)
+        from ftexp.sweep.plugin import tickets
+
+        grid = [] if made.options.sampler is not Sampler.grid else searched.grid()
+        study.settle(record, tickets(grid, made.options), made.options.max_retries)
+        return made, record
+
+    return make
+
+
+def trials(monkeypatch, outcomes):
+    """Replace a run by the next of some outcomes: scores, or an exception to raise."""
+    left = iter(outcomes)
+
+    def execute(run, folder, label, parent, judge=None, deadline=None):
+        outcome = next(left)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(experiment, "execute", execute)
+
+
+def told(record):
+    return [
+        (t.state.name, t.user_attrs.get("ftexp:kind", ""), t.user_attrs.get("ftexp:reason", ""))
+        for t in study.counted(record)
+    ]
+
+
+def test_every_outcome_has_its_state_and_reason(sweep, monkeypatch):
+    made, record = sweep("a=1,2,3,4,5,6,7,8")
+    trials(monkeypatch, [
+        {"valid/loss": 0.5}, Diverged("diverged at step 3: train/loss is nan"), MemoryError("no room"),
+        RuntimeError("CUDA out of memory. Tried"), KeyError("bug"), OutOfTime("ran out of time"), Pruned("pruned at step 2"),
+        DataError("rows changed"),
+    ])  # fmt: skip
+    worker.work(made, record)
+    assert told(record) == [
+        ("COMPLETE", "", ""),
+        ("PRUNED", "diverged", "diverged at step 3: train/loss is nan"),
+        ("PRUNED", "oom", "out of memory: no room"),
+        ("PRUNED", "oom", "out of memory: CUDA out of memory. Tried"),
+        ("FAIL", "crash", "KeyError: 'bug'"),
+        ("FAIL", "timeout", "ran out of time"),
+        ("PRUNED", "", "pruned at step 2"),
+        ("FAIL", "data", "rows changed"),
+    ]
+    assert record.best_trial.number == 0
+
+
+def test_max_failures_stops_and_keeps_the_rest_waiting(sweep, monkeypatch):
+    made, record = sweep("a=1,2,3,4,5", max_failures=2)
+    trials(monkeypatch, [{"valid/loss": 1.0}, KeyError("a"), Diverged("b"), {"valid/loss": 1.0}])
+    worker.work(made, record)
+    assert [t.state.name for t in study.counted(record)] == ["COMPLETE", "FAIL", "PRUNED", "WAITING", "WAITING"]
+    assert record.user_attrs[worker.STOP] == "2 trials failed, sweep.max_failures=2"
+
+
+def test_interrupted_ticket_goes_back_with_its_point_and_no_retry_counted(sweep, monkeypatch):
+    made, record = sweep("a=interval(0.0,1.0)", sampler=Sampler.random, n_trials=2)
+    trials(monkeypatch, [KeyboardInterrupt(), {"valid/loss": 1.0}, {"valid/loss": 1.0}])
+    with pytest.raises(KeyboardInterrupt):
+        worker.work(made, record)
+    first = record.get_trials()[0].system_attrs["fixed_params"]
+    worker.work(made, record)
+    done = study.counted(record)
+    assert [t.state for t in done] == [TrialState.COMPLETE] * 2
+    assert done[0].params == first
+    assert done[0].user_attrs["ftexp:retries"] == 0
+
+
+def test_replicates_share_their_point_and_count_as_their_mean(sweep, monkeypatch):
+    made, record = sweep("a=interval(0.0,1.0)", sampler=Sampler.tpe, n_trials=2, replicates=3)
+    trials(monkeypatch, [{"valid/loss": v} for v in (1.0, 2.0, 6.0, 4.0, 4.0, 4.0)])
+    worker.work(made, record)
+    points = [t.params["a"] for t in study.counted(record)]
+    assert len(points) == 6
+    assert len(set(points[:3])) == len(set(points[3:])) == 1
+    assert points[0] != points[3]
+    assert [t.values for t in worker.history(made, record)] == [[3.0], [4.0]]
+
+
+def test_bound_makes_a_trial_infeasible(sweep, monkeypatch):
+    made, record = sweep("a=1,2", at_most={"cost/memory_gib": 2.0})
+    trials(monkeypatch, [{"valid/loss": 0.1, "cost/memory_gib": 3.0}, {"valid/loss": 0.9, "cost/memory_gib": 1.0}])
+    worker.work(made, record)
+    assert record.best_trial.number == 1
+
+
+def test_pruner_hears_of_every_rung_and_stops_the_laggard(sweep, monkeypatch):
+    made, record = sweep("a=1,2,3,4,5,6", pruner=Pruner.median)
+    reasons = []
+
+    def execute(run, folder, label, parent, judge=None, deadline=None):
+        slow = len(study.counted(record)) and folder.name == "5"
+        for step in (1, 2, 3):
+            if reason := judge(9.0 if slow else 1.0 / step, step):
+                reasons.append(reason)
+                raise Pruned(reason)
+        return {"valid/loss": 0.3}
+
+    monkeypatch.setattr(experiment, "execute", execute)
+    worker.work(made, record)
+    assert [t.state.name for t in study.counted(record)] == ["COMPLETE"] * 5 + ["PRUNED"]
+    assert reasons == ["pruned at step 1: valid/loss 9.0000"]
+
+
+def test_several_objectives_are_not_pruned(sweep, monkeypatch):
+    made, record = sweep("a=1,2", objectives=("valid/loss", "cost/memory_gib"), pruner=Pruner.median)
+    monkeypatch.setattr(
+        experiment,
+        "execute",
+        lambda *a: {"valid/loss": 1.0, "cost/memory_gib": 1.0} if a[4] is None else pytest.fail("has a judge"),
+    )
+    worker.work(made, record)
+    assert len(record.best_trials) == 2
+
+
+def test_rows_edited_after_the_launch_fail_the_trial(sweep, monkeypatch, composed, tmp_path):
+    from ftexp import config
+
+    made, record = sweep("a=1,2")
+    run = composed("model=tiny")
+    made.rows[config.digest(run.data)] = "another digest"
+    monkeypatch.setattr(experiment, "execute", lambda *a: pytest.fail("was run"))
+    worker.work(made, record)
+    assert {t.user_attrs["ftexp:kind"] for t in study.counted(record)} == {"data"}
+    assert "the rows changed after the sweep was launched" in study.counted(record)[0].user_attrs["ftexp:reason"]
