@@ -59,11 +59,10 @@ def test_model_still_knows_what_it_was_taught(folder):
     from ftexp.data import Row, prompts
 
     base = model.load(ModelConfig(), Quant())
-    rows = tuple(Row(q, "x", "t:1") for q in ("What is the capital of France?", "What is the capital of Italy?"))
+    rows = (Row("What is the capital of France?", "x", "t:1"),)
     examples = prompts.render(rows, base.tokenizer, Data(template=Template.model))
     told = evaluate.generate(base.model, base.tokenizer, examples, Eval(max_new_tokens=8), "t")
     assert "Paris" in told[0]
-    assert "Rome" in told[1]
 
 
 def test_numbers_are_split_into_digits(folder):
