@@ -124,13 +124,3 @@ def _axis(key: str, override: Override) -> Axis:
         config.is_whole(key) or re.search(r"interval\(\s*-?\d+\s*,\s*-?\d+\s*\)", str(override.input_line)) is not None
     )
     return Axis(key, low=low, high=high, whole=whole, log=log)
-
-
-def labels(points: list[list[str]]) -> list[str]:
-    """Label each point by the overrides that differ between points.
-
-    >>> labels([["lora.r=8", "seed=0"], ["lora.r=16", "seed=0"]])
-    ['lora.r=8', 'lora.r=16']
-    """
-    shared = set(points[0]).intersection(*points[1:]) if len(points) > 1 else set()
-    return [" ".join(text for text in point if text not in shared) for point in points]

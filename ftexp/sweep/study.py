@@ -238,14 +238,11 @@ def reap(study: Study, max_retries: int) -> list[int]:
     for trial in store.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.RUNNING,)):
         if alive(trial):
             continue
-        preempted = bool(trial.user_attrs.get("ftexp:preempted"))
-        retries = trial.user_attrs.get("ftexp:retries", 0) + (not preempted)
+        retries = trial.user_attrs.get("ftexp:retries", 0) + 1
         lost = retries <= max_retries
         try:
             store.set_trial_user_attr(trial._trial_id, "ftexp:lost", lost)
-            store.set_trial_user_attr(
-                trial._trial_id, "ftexp:reason", "preempted" if preempted else "crash: worker died"
-            )
+            store.set_trial_user_attr(trial._trial_id, "ftexp:reason", "crash: worker died")
             store.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
         except UpdateFinishedTrialError:
             continue  # another process was first

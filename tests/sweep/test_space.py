@@ -49,9 +49,3 @@ def test_impossible_range_is_refused(given, message):
 def test_continuous_range_is_no_grid():
     with pytest.raises(ConfigError, match=r"trainer\.lr: a grid needs single values.*sweep\.sampler=tpe"):
         space.parse(["trainer.lr=interval(1e-4,1e-2)"]).grid()
-
-
-def test_labels_show_what_differs():
-    points = [["lora.r=8", "seed=0"], ["lora.r=16", "seed=0"]]
-    assert space.labels(points) == ["lora.r=8", "lora.r=16"]
-    assert space.labels(points[:1]) == ["lora.r=8 seed=0"]
