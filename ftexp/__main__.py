@@ -7,6 +7,7 @@ from importlib import import_module
 
 VERBS = {
     "run": "train and score one run, or a sweep with -m",
+    "sweep": "list, look at, stop, resume and export sweeps",
     "report": "print the leaderboard of a sweep or a run",
     "ui": "show runs and sweeps in the MLflow UI",
 }
@@ -20,7 +21,7 @@ def main() -> int:
         return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
     verb = sys.argv.pop(1)
     sys.argv[0] = f"ftexp {verb}"
-    return import_module(f"ftexp.{verb}").main()
+    return import_module("ftexp.sweep.__main__" if verb == "sweep" else f"ftexp.{verb}").main()
 
 
 if __name__ == "__main__":

@@ -307,6 +307,8 @@ class Trainer:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     report_steps: int = 10
     """Steps between two held-out losses of the curve; 0 scores at the end only."""
+    checkpoint_minutes: float | None = 5.0
+    """Minutes between two checkpoints that a killed run goes on from; 0 writes one after every step, null none."""
     extra: dict[str, Any] = field(default_factory=dict)
     """More keywords for `trl.SFTConfig`, which refuses those it does not know."""
 
@@ -322,6 +324,10 @@ class Trainer:
         require(self.max_grad_norm >= 0, "trainer.max_grad_norm", self.max_grad_norm, "0 or more")
         require(0 <= self.neftune <= 100, "trainer.neftune", self.neftune, "in [0, 100]")
         require(self.report_steps >= 0, "trainer.report_steps", self.report_steps, "0 or more")
+        require(
+            self.checkpoint_minutes is None or self.checkpoint_minutes >= 0,
+            "trainer.checkpoint_minutes", self.checkpoint_minutes, "null or 0 or more",
+        )  # fmt: skip
         if self.scheduler is Scheduler.constant and self.warmup:
             raise ConfigError(
                 f"trainer.warmup must be 0 with trainer.scheduler=constant, got {self.warmup}: transformers ignores "
@@ -429,6 +435,8 @@ RETIRED = {
     "optim": "trainer.optimizer",
     "eval_steps": "trainer.report_steps",
     "logging_steps": "trainer.report_steps",
+    "save_steps": "trainer.checkpoint_minutes",
+    "save_strategy": "trainer.checkpoint_minutes",
     "evaluation_strategy": "trainer.report_steps",
     "eval_strategy": "trainer.report_steps",
     "max_seq_length": "data.max_length",

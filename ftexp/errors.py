@@ -47,6 +47,12 @@ class Pruned(FtexpError):
     exit_code = 0
 
 
+class Preempted(KeyboardInterrupt):
+    """The process was asked to leave; what it was at can be gone on with. Passes every `except Exception`."""
+
+    exit_code = 75
+
+
 class TrialsFailed(FtexpError, RuntimeError):
     """A sweep ran to its end and some of its trials failed; the others are kept."""
 

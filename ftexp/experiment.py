@@ -10,13 +10,13 @@ from typing import Any
 from ftexp import config, data, evaluate, facts, metrics, model, track
 from ftexp.config import Format, Kind, Run
 from ftexp.data import prompts
-from ftexp.errors import ConfigError, DataError, FtexpError, Pruned
+from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned
 from ftexp.files import read_json, write_json
 from ftexp.model import Base
 from ftexp.overrides import ROOT
 from ftexp.progress import say
-from ftexp.train import TRAINERS, sft
-from ftexp.train.sft import Judge
+from ftexp.train import TRAINERS, checkpoints, sft
+from ftexp.train.control import Control
 
 Tokenised = tuple[list[prompts.Example], list[prompts.Example]]
 
@@ -69,8 +69,21 @@ def prepare(run: Run) -> None:
 
 
 def identity(run: Run) -> dict[str, Any]:
-    """Return what decides the result of a run, flat: the config without tracking and name."""
-    return {k: v for k, v in track.flat(run).items() if k != "name"}
+    """Return what decides the result of a run, flat: the config without tracking, name and checkpoints."""
+    return {k: v for k, v in track.flat(run).items() if k not in ("name", "trainer.checkpoint_minutes")}
+
+
+def fingerprint(run: Run, told: dict[str, Any]) -> dict[str, Any]:
+    """Return what decides the bits of a training, flat: config, rows, template, base weights, code and versions.
+
+    Args:
+        run: the checked config.
+        told: facts of the run, as in `trial.json`.
+    """
+    free = ("eval.", "objectives")
+    config_part = {k: v for k, v in identity(run).items() if not k.startswith(free)}
+    deciding = ("rows", "template_sha256", "weights_sha256", "compute", "versions", "code_sha256")
+    return config_part | config.flat({k: told[k] for k in deciding})
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -87,39 +100,41 @@ def complete(run: Run, folder: Path) -> dict[str, float] | None:
 
 
 def execute(
-    run: Run, folder: Path, label: str, parent: str | None = None,
-    judge: Judge | None = None, deadline: float | None = None,
-) -> dict[str, float]:  # fmt: skip
+    run: Run, folder: Path, label: str, parent: str | None = None, control: Control | None = None
+) -> dict[str, float]:
     """Train one adapter and score it beside its base; everything about it is in `folder` afterwards.
 
-    Where memory runs out, the forward pass is cut and accumulation raised, so that the effective batch stays.
+    A run that was killed goes on from its last checkpoint, under the id it had in the tracking store. Where memory
+    runs out, the forward pass is cut and accumulation raised, so that the effective batch stays.
 
     Args:
         run: the checked config.
         folder: its own folder; a complete run found there is not run again.
         label: its name in the tracking store.
         parent: id of the sweep's run in the tracking store.
-        judge: asked at each rung of the held-out loss whether to go on.
-        deadline: when training stops at the latest, on the monotonic clock.
+        control: what may end the training early.
 
     Returns:
         Metrics by name: `valid/*` of the adapter and `base/*` of the base model on the same rows, and what it cost.
 
     Raises:
         FtexpError: the run was refused, pruned or ended badly; the reason is in `folder/trial.json` too.
+        Preempted: the process was asked to leave; the same call goes on.
     """
     if (kept := complete(run, folder)) is not None:
         say(f"{label}: complete already, kept as it is in {folder}")
         return kept
     before = read_json(folder / "trial.json") or {}
     trial: dict[str, Any] = {"label": label, "state": "running", "config": identity(run), "folder": str(folder)}
-    trial["mlflow_run"] = before.get("mlflow_run")
+    trial |= {key: before[key] for key in ("mlflow_run", "resumed_at") if key in before}
     write_json(folder / "trial.json", trial)
     try:
-        scores = _fitting(run, folder, label, parent, trial, judge, deadline)
+        scores = _fitting(run, folder, label, parent, trial, control or Control())
     except BaseException as error:
-        reason = str(error) if isinstance(error, FtexpError) else f"{type(error).__name__}: {error}"
-        state = "pruned" if isinstance(error, Pruned) else "failed"
+        told = isinstance(error, FtexpError | Preempted)
+        reason = str(error) if told else f"{type(error).__name__}: {error}"
+        ends = ((Pruned, "pruned"), (KeyboardInterrupt, "preempted"))
+        state = next((name for kind, name in ends if isinstance(error, kind)), "failed")
         write_json(folder / "trial.json", trial | {"state": state, "error": reason.splitlines()[0]})
         raise
     write_json(folder / "trial.json", trial | {"state": "complete", "scores": scores})
@@ -127,13 +142,12 @@ def execute(
 
 
 def _fitting(
-    run: Run, folder: Path, label: str, parent: str | None, trial: dict[str, Any],
-    judge: Judge | None, deadline: float | None,
-) -> dict[str, float]:  # fmt: skip
+    run: Run, folder: Path, label: str, parent: str | None, trial: dict[str, Any], control: Control
+) -> dict[str, float]:
     """Run with smaller and smaller forward passes until one fits in memory."""
     while True:
         try:
-            return _execute(run, folder, label, parent, trial, judge, deadline)
+            return _execute(run, folder, label, parent, trial, control)
         except Exception as error:
             smaller = halved(run) if out_of_memory(error) else None
             if smaller is None:
@@ -178,27 +192,32 @@ def free_memory() -> None:
 
 
 def _execute(
-    run: Run, folder: Path, label: str, parent: str | None, trial: dict[str, Any],
-    judge: Judge | None, deadline: float | None,
-) -> dict[str, float]:  # fmt: skip
+    run: Run, folder: Path, label: str, parent: str | None, trial: dict[str, Any], control: Control
+) -> dict[str, float]:
     splits = data.load(run.data)
     train, valid = tokenised(run, splits)
     base = model.load(run.model, run.quant)
-    with track.start(run, folder, label, parent, trial["mlflow_run"]) as log:
-        trial["mlflow_run"] = log.run_id
+    trial["facts"] = _facts(run, base, splits)
+    kept = checkpoints.store(folder / "checkpoints", fingerprint(run, trial["facts"]))
+    done = kept.resume.step if kept.resume else 0
+    with track.start(run, folder, label, parent, trial.get("mlflow_run"), done) as log:
+        trial |= {"mlflow_run": log.run_id, "steps": sft.planned_steps(run.trainer, len(train))}
         write_json(folder / "trial.json", trial)  # so that a restart after a kill finds its run in the store
         log.params(track.flat(run))
         untrained = base_scores(run, base, valid, splits.digest())
         facts.reset_peak_memory()
         began = time.monotonic()
         with model.adapted(base, run.lora, run.seed) as tuned:
-            trial["facts"] = _facts(run, base, splits, tuned)
+            trial["facts"]["parameters"] = asdict(model.count(tuned))
             log.tags({f"ftexp.{k}": v for k, v in config.flat(trial["facts"]).items()})
+            if done:
+                say(f"{label}: goes on from step {done}")
+                trial.setdefault("resumed_at", []).append(done)
+                write_json(folder / "trial.json", trial)
+                _judge_again(log, control)
             train_adapter = TRAINERS[run.trainer.kind]
             try:
-                trained = train_adapter(
-                    run, base, tuned, train, valid, folder / "trainer", log.metrics, judge, deadline
-                )
+                trained = train_adapter(run, base, tuned, train, valid, kept, log.metrics, control)
             except Pruned:
                 tuned.save_pretrained(str(folder / "adapter"))
                 raise
@@ -211,7 +230,15 @@ def _execute(
         scores |= {f"cost/{k}": v for k, v in facts.peak_memory_gib().items()}
         scores["cost/seconds"] = time.monotonic() - began
         _store(run, folder, log, scores, untrained.table, scored.table, int(trained["train/steps"]))
+    kept.clear()
     return scores
+
+
+def _judge_again(log: track.Log, control: Control) -> None:
+    """Tell a pruner the rungs that were passed before the kill; it let the trial pass them, so its answer is known."""
+    if control.judge is not None:
+        for value, step in log.curve("valid/loss"):
+            control.judge(value, step)
 
 
 _tokens: tuple[str, Tokenised] | None = None
@@ -239,16 +266,16 @@ def base_scores(run: Run, base: Base, valid: list[prompts.Example], rows: str) -
     return _base_scores[key]
 
 
-def _facts(run: Run, base: Base, splits: data.Splits, tuned: Any) -> dict[str, Any]:
+def _facts(run: Run, base: Base, splits: data.Splits) -> dict[str, Any]:
     """What the result depends on beside the config, and sizes that a reader asks for first."""
     return {
         "rows": {"train": len(splits.train), "valid": len(splits.valid), "test": len(splits.test),
                  "duplicates": splits.duplicates, "sha256": splits.digest()},
         "template_sha256": prompts.template_digest(base.tokenizer, run.data),
         "weights_sha256": base.weights,
-        "parameters": asdict(model.count(tuned)),
         "compute": asdict(base.compute),
         "versions": facts.versions(),
+        "code_sha256": facts.code(),
         "git": facts.git(ROOT),
     }  # fmt: skip
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import resource
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -48,6 +50,16 @@ def git(folder: Path) -> dict[str, str]:
 
     commit = ask("rev-parse", "HEAD")
     return {"commit": commit, "dirty": str(bool(ask("status", "--porcelain")))} if commit else {}
+
+
+@cache
+def code() -> str:
+    """Hash the source of this package as it was when first asked: equal code gives equal digests anywhere."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def reset_peak_memory() -> None:

@@ -28,7 +28,7 @@ TEXTS = ("data.prompt", "data.completion")
 """Keys whose values are format strings."""
 SWEEP_KEYS = (
     "sampler", "sampler_args", "n_trials", "pruner", "pruner_args", "seed", "replicates", "baselines", "params",
-    "at_most", "workers", "storage", "max_failures", "max_retries", "timeout_minutes",
+    "at_most", "workers", "storage", "join", "max_failures", "max_retries", "timeout_minutes",
 )  # fmt: skip
 """Keys of `hydra.sweeper`, documented in `ftexp/sweep/options.py`; short `sweep.<key>`."""
 OPEN_SWEEP = ("hydra.sweeper.sampler_args.", "hydra.sweeper.pruner_args.", "hydra.sweeper.at_most.")
@@ -108,7 +108,7 @@ def slug(overrides: list[str]) -> str:
     >>> slug([])
     'default'
     """
-    changeable = ("workers", "max_failures", "max_retries", "n_trials")  # between launches of one sweep
+    changeable = ("workers", "join", "max_failures", "max_retries", "n_trials")  # between launches of one sweep
     silent = ("hydra.", "hydra/", "track", *(f"sweep.{key}=" for key in changeable))
     told = [text for text in overrides if not text.startswith(silent)]
     name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(told)).strip("-._")

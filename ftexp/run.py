@@ -15,8 +15,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ftexp import config, experiment, overrides, report
-from ftexp.errors import ConfigError, FtexpError
+from ftexp.errors import ConfigError, FtexpError, Preempted
 from ftexp.sweep import plugin
+from ftexp.train import control
 
 
 def single(cfg: DictConfig) -> dict[str, float] | FtexpError:
@@ -39,9 +40,13 @@ def main() -> int:
         for library in ("transformers", "trl", "peft", "torch", "mlflow"):  # their notes to their own callers
             warnings.filterwarnings("ignore", module=library)
     try:
-        return _main()
+        with control.listening():
+            return _main()
     except FtexpError as error:
         return _refuse(error)
+    except Preempted as error:
+        print(f"ftexp: {error}; the same command goes on", file=sys.stderr)
+        return error.exit_code
     except (HydraException, OmegaConfBaseException) as error:
         return _refuse(ConfigError(_told(error)))
     except KeyboardInterrupt:

@@ -25,9 +25,13 @@ from ftexp.progress import say
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+FILE = "metrics.jsonl"
 FLUSH_SECONDS = 5.0
 BATCH = 900
 """Points in one call; MLflow takes at most 1000."""
+PRUNED, ERROR = "ftexp.pruned", "ftexp.error"
+ENDS = {PRUNED, ERROR}
+"""Tags that tell how an attempt ended."""
 SQLITE = "sqlite:///"
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 """Opens the experiment among the UI's pages for training, not those for agents."""
@@ -42,13 +46,19 @@ class Log:
     run_id: str | None = None
     _points: list[tuple[str, float, int, int]] = field(default_factory=list)
     _sent: float = field(default_factory=time.monotonic)
+    _last: dict[str, int] = field(default_factory=dict)
+    """Metric -> its last step that an earlier attempt at this run brought to MLflow."""
+
+    def curve(self, name: str) -> list[tuple[float, int]]:
+        """Return the points of a metric that the run's file holds, as (value, step)."""
+        return [(point[name], point["step"]) for point in _lines(self.folder / FILE) if name in point]
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Report metrics of an optimizer step."""
         now = int(time.time() * 1000)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as out:
+        with (self.folder / FILE).open("a", encoding="utf-8") as out:
             out.write(json.dumps({"step": step, "time": now, **values}) + "\n")
-        self._points += [(name, value, now, step) for name, value in values.items()]
+        self._points += [(k, v, now, step) for k, v in values.items() if step == 0 or step > self._last.get(k, -1)]
         if time.monotonic() - self._sent > FLUSH_SECONDS or len(self._points) >= BATCH:
             self.flush()
 
@@ -110,7 +120,9 @@ class Log:
 
 
 @contextmanager
-def start(run: Run, folder: Path, label: str, parent: str | None, before: str | None = None) -> Iterator[Log]:
+def start(
+    run: Run, folder: Path, label: str, parent: str | None, before: str | None = None, done: int = 0
+) -> Iterator[Log]:
     """Open a run in the tracking store and close it as finished, or as failed when an exception leaves.
 
     Args:
@@ -118,29 +130,62 @@ def start(run: Run, folder: Path, label: str, parent: str | None, before: str | 
         folder: where the run's files are.
         label: name shown in the UI.
         parent: MLflow id of the sweep's run.
-        before: MLflow id of an attempt at the same run that was killed; its points are taken out of sight.
+        before: MLflow id of an attempt at the same run that was killed, which is gone on with; points it brought
+            there are not brought again.
+        done: optimizer steps the run goes on from; later points of the killed attempt leave the file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    _cut(folder / FILE, done)
     log = Log(folder)
     if run.track.kind is Tracker.mlflow:
-        log.client, log.run_id = _open(run.track, label, folder, parent)
-        if before is not None:
-            log._try(lambda client, _: client.delete_run(before))
+        found = None if before is None else _reopen(run.track, before)
+        log.client, log.run_id, log._last = found or (*_open(run.track, label, folder, parent), {})
     try:
         yield log
     except Pruned as error:
         log.flush()
-        log.tags({"ftexp.pruned": error})
+        log.tags({PRUNED: error})
         _close(log, "FINISHED")
         raise
     except BaseException as error:
         log.flush()
-        log.tags({"ftexp.error": f"{type(error).__name__}: {error}"[:500]})
+        log.tags({ERROR: f"{type(error).__name__}: {error}"[:500]})
         _close(log, "FAILED")
         raise
     log.flush()
     _close(log, "FINISHED")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file of metrics; a last line that a kill tore is left out."""
+    if not path.exists():
+        return []
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [json.loads(line) for line in whole]
+
+
+def _cut(path: Path, done: int) -> None:
+    """Keep the points of the first `done` steps."""
+    kept = [point for point in _lines(path) if 0 < point["step"] <= done]
+    path.unlink(missing_ok=True)
+    if kept:
+        path.write_text("".join(json.dumps(point) + "\n" for point in kept), encoding="utf-8")
+
+
+def _reopen(track: Track, run_id: str) -> tuple[MlflowClient, str, dict[str, int]] | None:
+    """Open the run of a killed attempt again; None where the store does not hold it."""
+    from mlflow.exceptions import MlflowException
+
+    client, _ = store(track)
+    try:
+        known = client.get_run(run_id).data
+        client.update_run(run_id, status="RUNNING")
+        for tag in ENDS & known.tags.keys():
+            client.delete_tag(run_id, tag)
+        last = {name: max(m.step for m in client.get_metric_history(run_id, name)) for name in known.metrics}
+    except MlflowException:
+        return None
+    return client, run_id, last
 
 
 def open_parent(track: Track, name: str, folder: Path) -> str | None:

@@ -20,7 +20,7 @@ from ftexp import config, overrides
 from ftexp import run as command
 from ftexp.sweep import plugin
 
-TINY = ["model=tiny", "data.rows=120", "data.valid=12", "data.max_length=256", "trainer.steps=4", "trainer.lr=1e-2",
+TINY = ["model=tiny", "model.dtype=float32", "data.rows=120", "data.valid=12", "data.max_length=256", "trainer.steps=4", "trainer.lr=1e-2",
         "trainer.report_steps=2", "eval.max_new_tokens=8"]  # fmt: skip
 """Overrides of a run of the real code path that takes about a second."""
 

@@ -39,6 +39,8 @@ class Compute:
     """Name of the attention implementation in transformers."""
     chip: str
     """What it was chosen for."""
+    threads: int
+    """Threads of a matrix product on a CPU; on some chips another number rounds otherwise."""
 
 
 def policy(model: Model) -> Compute:
@@ -57,7 +59,7 @@ def policy(model: Model) -> Compute:
         dtype = model.dtype.value
     if model.attention is not Attention.auto:
         attention = model.attention.value
-    return Compute(device, dtype, kernel, attention, chip)
+    return Compute(device, dtype, kernel, attention, chip, torch.get_num_threads())
 
 
 def apply(compute: Compute) -> None:

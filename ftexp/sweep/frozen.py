@@ -36,6 +36,10 @@ class Frozen:
     track_uri: str
     rows: dict[str, str]
     """Digest of the data config -> digest of the rows it gave at the launch."""
+    rung: int = 1
+    """Steps between two held-out losses, where pruners first look."""
+    code: str = ""
+    """Digest of ftexp's own source at the launch."""
 
     def save(self) -> None:
         """Write the sweep's file."""
@@ -44,7 +48,7 @@ class Frozen:
             self.folder / FILE,
             {"name": self.name, "fixed": list(self.space.fixed), "axes": axes, "options": config.plain(self.options),
              "objectives": self.objectives, "mlflow_run": self.mlflow_run, "track_uri": self.track_uri,
-             "rows": self.rows},
+             "rows": self.rows, "rung": self.rung, "code": self.code},
         )  # fmt: skip
 
     def run(self, point: dict[str, Any], replicate: int) -> Run:
@@ -57,7 +61,7 @@ class Frozen:
         cfg = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.load(path))
         assert isinstance(cfg, DictConfig)
         for axis in self.space.axes:
-            if not composes(axis):
+            if axis.key in point and not axis.composes:
                 text = f"{axis.key}={point[axis.key]}"
                 value = OverridesParser.create().parse_override(text).value()
                 OmegaConf.update(
@@ -77,22 +81,20 @@ def load(folder: Path) -> Frozen:
     kept = read_json(folder / FILE)
     if kept is None or "options" not in kept:
         raise MachineError(f"{folder}: must be the folder of a sweep; there is no {FILE}")
-    axes = [Axis(**{**axis, "texts": tuple(axis["texts"])}) for axis in kept["axes"]]
+    axes = [
+        Axis(**{**a, "texts": tuple(a["texts"]), "when": tuple((k, tuple(v)) for k, v in a["when"])})
+        for a in kept["axes"]
+    ]
     options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), kept["options"]))
     assert isinstance(options, Options)
     space = Space(tuple(kept["fixed"]), tuple(axes))
-    shared = (kept[key] for key in ("objectives", "mlflow_run", "track_uri", "rows"))
+    shared = (kept[key] for key in ("objectives", "mlflow_run", "track_uri", "rows", "rung", "code"))
     return Frozen(folder, kept["name"], space, options, *shared)
-
-
-def composes(axis: Axis) -> bool:
-    """Whether the axis chooses files of `conf/`, which only Hydra can put together."""
-    return axis.key.split("@")[0].lstrip("+") in overrides.groups()
 
 
 def variant(space: Space, point: dict[str, Any]) -> str:
     """Name the composed config of a point: one for each combination of chosen group options."""
-    chosen = [f"{a.key}={point[a.key]}" for a in space.axes if composes(a)]
+    chosen = [f"{a.key}={point[a.key]}" for a in space.axes if a.composes and a.key in point]
     return hashlib.sha256("\n".join(chosen).encode()).hexdigest()[:12]
 
 
@@ -110,7 +112,7 @@ def freeze(folder: Path, space: Space, points: list[dict[str, Any]], compose: An
     for point in points:
         path = kept / f"{variant(space, point)}.yaml"
         if not path.exists():
-            chosen = [f"{a.key}={point[a.key]}" for a in space.axes if composes(a)]
+            chosen = [f"{a.key}={point[a.key]}" for a in space.axes if a.composes and a.key in point]
             OmegaConf.save(compose([*chosen, *space.fixed]), path)
 
 
@@ -127,9 +129,11 @@ def corners(space: Space) -> list[dict[str, Any]]:
     }
     first = {key: values[0] for key, values in ends.items()}
     points = [first | {key: value} for key, values in ends.items() for value in values]
-    groups = [a.key for a in space.axes if composes(a)]
+    groups = [a.key for a in space.axes if a.composes]
     points += [first | dict(zip(groups, chosen, strict=True)) for chosen in product(*(ends[k] for k in groups))]
-    return points
+    for axis in space.axes:  # at least once with what it depends on
+        points += [first | {k: wanted[0] for k, wanted in axis.when} | {axis.key: v} for v in ends[axis.key]]
+    return [space.trimmed(point) for point in points]
 
 
 def _value(axis: Axis, end: float) -> Any:

@@ -69,13 +69,18 @@ class Options:
     baselines: list[Any] = field(default_factory=list)
     """Points to try first, as mappings from key to value; they count towards `n_trials`."""
     params: dict[str, Any] = field(default_factory=dict)
-    """The search space in Hydra's override grammar, key -> values; the command line wins key by key."""
+    """The search space in Hydra's override grammar, key -> values; the command line wins key by key.
+
+    `{when: {lora: [default, rslora]}, is: "16,32"}` searches a key only where keys before it have these values."""
     at_most: dict[str, float] = field(default_factory=dict)
     """Bounds on metrics: a trial above one is infeasible and never best."""
     workers: int = 0
     """Processes; 0 takes one for each visible GPU, and none (in this process) without a GPU."""
     storage: str | None = None
     """Optuna storage; null keeps a journal in the sweep's folder."""
+    join: bool = False
+    """Help a sweep that another process is running already, instead of refusing; also from another machine that shares
+    the folder."""
     max_failures: int | None = None
     """Failed trials after which the sweep stops; null never stops."""
     max_retries: int = 2

@@ -8,8 +8,11 @@ from __future__ import annotations
 import copy
 import fcntl
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,15 +24,17 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from ftexp import config, data, experiment, metrics, overrides, track
+from ftexp import config, data, experiment, facts, metrics, overrides, track
 from ftexp.config import Run
-from ftexp.errors import ConfigError, FtexpError, MachineError, TrialsFailed
-from ftexp.files import read_json
+from ftexp.errors import ConfigError, FtexpError, MachineError, Preempted, TrialsFailed
+from ftexp.files import read_json, write_json
 from ftexp.progress import say
 from ftexp.sweep import frozen, space
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import Options, Pruner, Sampler
 from ftexp.sweep.space import Space
+
+LOCK = "supervisor.lock"
 
 
 class Sweeper(HydraSweeper):
@@ -54,14 +59,17 @@ class Sweeper(HydraSweeper):
         """
         setup_globals()
         options = self._options()
-        searched = space.parse([*(f"{k}={v}" for k, v in options.params.items()), *arguments])
+        searched = space.parse(*_params(options.params, arguments))
         folder = Path(self.master.hydra.sweep.dir).absolute()
         runs = self._checked(searched, options)
         if not (folder / frozen.FILE).exists():
             for run in {config.digest(r.model, r.lora, r.data, r.trainer, r.eval): r for r in runs}.values():
                 experiment.prepare(run)
-        with _only_supervisor(folder, runs[0].name):
-            launch(folder, searched, options, runs, self._compose, self.master, type(self).started)
+        with only_supervisor(folder, runs[0].name, options.join) as alone:
+            if alone:
+                launch(folder, searched, options, runs, self._compose, self.master, type(self).started)
+            else:
+                help_out(folder, searched, options, runs)
 
     def _options(self) -> Options:
         try:
@@ -95,6 +103,9 @@ class Sweeper(HydraSweeper):
                 experiment.check(runs[-1], None)
             except FtexpError as error:
                 raise type(error)(f"{error} (trial {number}: {' '.join(given)})") from error
+        silent = [run for run in runs if not run.trainer.report_steps]
+        if options.pruner is not Pruner.none and silent:
+            raise ConfigError(f"sweep.pruner={options.pruner.value} needs trainer.report_steps above 0, got 0")
         if searching or options.pruner is not Pruner.none:
             from ftexp.sweep import study
 
@@ -123,7 +134,7 @@ def launch(
         master: Hydra's config of the launch.
         started: called with the folder once the sweep is ready to run.
     """
-    from ftexp.sweep import study, supervisor, worker
+    from ftexp.sweep import study
 
     objectives = runs[0].objectives
     searching = options.sampler is not Sampler.grid
@@ -143,31 +154,132 @@ def launch(
     rows = {config.digest(r.data): data.load(r.data).digest() for r in runs}
     if any(before.get("rows", {}).get(key, digest) != digest for key, digest in rows.items()):
         raise ConfigError(f"name={runs[0].name}: the rows changed since the sweep was launched; choose another name")
-    sweep = Frozen(folder, runs[0].name, searched, options, objectives, parent, runs[0].track.uri, rows)
+    rung, code = runs[0].trainer.report_steps, facts.code()
+    sweep = Frozen(
+        folder, runs[0].name, searched, options, objectives, parent, runs[0].track.uri, rows, rung, code
+    )  # fmt: skip
+    if before.get("code", code) != code:
+        say("the code of ftexp is not that of the launch; trials from now on run with the new code")
     sweep.save()
     if kept is None:
-        from ftexp.files import write_json
-
         write_json(folder / "identity.json", identity.told)
-    record = worker.open_study(sweep)
+    carry_out(sweep, runs[0], started)
+
+
+def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = None) -> None:
+    """Run what is missing of a frozen sweep, and close it.
+
+    Args:
+        sweep: what was launched.
+        run: the config of one of its points, for what all share.
+        started: called with the folder once the sweep is ready to run.
+
+    Raises:
+        TrialsFailed: trials failed; the others are complete.
+        Preempted: the sweep was told to stop before its end.
+    """
+    from ftexp.sweep import screen, study, supervisor, worker
+
+    options, record = sweep.options, worker.open_study(sweep)
+    grid = [] if options.sampler is not Sampler.grid else sweep.space.grid() or [{}]
     points = tickets(grid, options)
-    with study.locked(folder / "settle.lock"):
+    with study.locked(sweep.folder / "settle.lock"):
         record.set_user_attr(worker.STOP, None)
+        record.set_user_attr(worker.LEAVE, None)
         study.settle(record, points, options.max_retries)
     left = sum(not t.state.is_finished() for t in study.counted(record))
     count = options.workers or len(supervisor.gpus())
-    say(f"sweep {sweep.name}: {left} of {len(points)} trials to do, {options.sampler.value}, "
-        f"{f'{min(count, left)} workers' if count else 'in this process'}, in {os.path.relpath(folder)}")  # fmt: skip
+    where = f"{min(count, left)} workers" if count else "in this process"
+    say(
+        f"sweep {sweep.name}: {left} of {len(points)} trials to do, {options.sampler.value}, {where}, "
+        f"in {os.path.relpath(sweep.folder)}"
+    )
     if started is not None:
-        started(folder)
+        started(sweep.folder)
+    _run_left(sweep, record, left)
+    if left:
+        say(screen.line(sweep, record))
+    _finish(sweep, record, run)
+
+
+def go_on(sweep: Frozen, workers: int | None) -> None:
+    """Run what is missing of a sweep from its folder alone.
+
+    Args:
+        sweep: what was frozen at the launch.
+        workers: processes; None takes as many as the launch.
+
+    Raises:
+        ConfigError: the rows are no longer those of the launch.
+        TrialsFailed: trials failed; the others are complete.
+        Preempted: it was told to stop before its end.
+    """
+    options = sweep.options if workers is None else replace(sweep.options, workers=workers)
+    searching = options.sampler is not Sampler.grid
+    points = frozen.corners(sweep.space) if searching else sweep.space.grid()
+    runs = [sweep.run(point, 0) for point in points or [{}]]
+    for run in runs:
+        kept = sweep.rows.get(config.digest(run.data))
+        if kept is not None and data.load(run.data).digest() != kept:
+            raise ConfigError(f"name={sweep.name}: the rows changed since the sweep was launched; choose another name")
+    if sweep.code != facts.code():
+        say("the code of ftexp is not that of the launch; trials from now on run with the new code")
+    sweep = replace(sweep, options=options, code=facts.code())
+    sweep.save()
+    carry_out(sweep, runs[0])
+
+
+def _run_left(sweep: Frozen, record: Any, left: int) -> None:
+    """Run waiting tickets, in this process or with workers."""
+    from ftexp.sweep import study, supervisor, worker
+
+    count = sweep.options.workers or len(supervisor.gpus())
     if left and count:
-        supervisor.supervise(sweep, record, min(count, left))
-    elif left:
-        while not record.user_attrs.get(worker.STOP) and study.counted(record):
-            worker.work(sweep, record)
-            if not study.reap(record, options.max_retries):
-                break
-    _finish(sweep, record, runs[0])
+        supervisor.supervise(sweep, record, count, left)
+        return
+    while left and not record.user_attrs.get(worker.STOP) and study.counted(record):
+        worker.work(sweep, record)
+        if not study.reap(record, sweep.options.max_retries):
+            break
+
+
+def help_out(folder: Path, searched: Space, options: Options, runs: list[Run]) -> None:
+    """Run tickets of a sweep that another process launched and will close.
+
+    Raises:
+        ConfigError: it has another search space.
+    """
+    from ftexp.sweep import study, worker
+
+    while not (folder / "identity.json").exists():  # the launch is still freezing it
+        time.sleep(0.2)
+    study.Identity.of(searched, options, runs[0].objectives, _shared(searched, runs)).check(
+        read_json(folder / "identity.json"), runs[0].name
+    )
+    sweep = replace(frozen.load(folder), options=options)
+    record = worker.open_study(sweep)
+    waiting = sum(t.state.name == "WAITING" for t in study.counted(record))
+    say(f"sweep {sweep.name}: helping process {_holder(folder)}; {waiting} trials wait")
+    _run_left(sweep, record, waiting)
+
+
+def _params(params: dict[str, Any], arguments: list[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """Turn a sweep's file and the command line into overrides, and conditions of keys the command line left alone.
+
+    Raises:
+        ConfigError: a conditional entry has other keys than `when` and `is`.
+    """
+    given = {text.partition("=")[0].lstrip("+") for text in arguments}
+    texts, conditions = [], {}
+    for key, value in params.items():
+        if isinstance(value, dict):
+            when = value.get("when")
+            if value.keys() != {"when", "is"} or not isinstance(when, dict):
+                raise ConfigError(f"sweep.params.{key} must be values, or {{when: {{key: values}}, is: values}}")
+            conditions |= {} if key in given else {key: when}
+            value = value["is"]
+        texts.append(f"{key}={value}")
+    return [*texts, *arguments], conditions
 
 
 def tickets(grid: list[dict[str, Any]], options: Options) -> list[dict[str, Any] | None]:
@@ -192,8 +304,9 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
 
     Raises:
         TrialsFailed: trials failed.
+        Preempted: it was told to stop before its end.
     """
-    from ftexp.sweep import study, worker
+    from ftexp.sweep import screen, study, worker
 
     trials = study.counted(record)
     failed = [study.ticket(t) for t in trials if t.user_attrs.get("ftexp:kind") or t.state.name == "FAIL"]
@@ -206,6 +319,8 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
     tags = {} if best is None else {"ftexp.best_trial": study.ticket(trials[best])}
     track.close_parent(run.track, sweep.mlflow_run, tags, told, bool(failed))
     stop = record.user_attrs.get(worker.STOP)
+    if record.user_attrs.get(worker.LEAVE):
+        raise Preempted(f"sweep {sweep.name} was stopped: {screen.line(sweep, record)}")
     if failed or stop:
         raise TrialsFailed(
             f"{len(failed)} of {len(trials)} trials failed: {', '.join(map(str, failed))}"
@@ -214,25 +329,57 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
 
 
 @contextmanager
-def _only_supervisor(folder: Path, name: str) -> Iterator[None]:
-    """Keep a second launch of the same sweep out.
+def only_supervisor(folder: Path, name: str, join: bool = False) -> Iterator[bool]:
+    """Keep a second launch of the same sweep out, or let it help.
+
+    Yields:
+        True to the launch that holds the sweep, False to one that joins it.
 
     Raises:
-        MachineError: another process runs it; nothing was changed.
+        MachineError: another process runs it and `join` is false; nothing was changed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "supervisor.lock").open("a+") as held:
+    with (folder / LOCK).open("a+") as held:
+        if not _taken(held):
+            if join:
+                yield False
+                return
+            raise MachineError(
+                f"name={name} is being run by process {_holder(folder)}; wait for it, choose another name, or help it "
+                "with sweep.join=true"
+            )
+        held.truncate(0)
+        held.write(f"{os.getpid()} on {socket.gethostname()}")
+        held.flush()
+        yield True
+
+
+def _taken(held: Any) -> bool:
+    """Take the lock, or tell that another holds it; `running` holds it for a moment, so once is not enough."""
+    for attempt in range(4):
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.05 * (attempt < 3))
+    return False
+
+
+def _holder(folder: Path) -> str:
+    return (folder / LOCK).read_text().strip()
+
+
+def running(folder: Path) -> str | None:
+    """Tell which process runs a sweep, as `<pid> on <host>`; None where none does."""
+    path = folder / LOCK
+    if not path.exists():
+        return None
+    with path.open("a+") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            held.seek(0)
-            raise MachineError(
-                f"name={name} is being run by process {held.read().strip()}; wait for it, or choose another name"
-            ) from None
-        held.truncate(0)
-        held.write(f"{os.getpid()}")
-        held.flush()
-        yield
+            return _holder(folder)
+    return None
 
 
 # Hydra 1.3 takes a plugin only under a name in hydra_plugins; 1.4 takes the class's own name.

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from ftexp import config
+from ftexp import config, overrides
 from ftexp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ class Axis:
     """Whether a continuous axis takes whole numbers only."""
     log: bool = False
     """Whether a continuous axis is drawn uniformly in its logarithm."""
+    when: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Axes before this one and the values they must have; elsewhere the key keeps its value of the config."""
+    composes: bool = False
+    """Whether it chooses files of `conf/`, which only Hydra can put together."""
 
     @property
     def discrete(self) -> bool:
@@ -62,10 +67,22 @@ class Space:
 
     def point(self, values: dict[str, Any]) -> list[str]:
         """Return the overrides of a point."""
-        return [f"{axis.key}={values[axis.key]}" for axis in self.axes] + list(self.fixed)
+        return [f"{axis.key}={values[axis.key]}" for axis in self.axes if axis.key in values] + list(self.fixed)
+
+    def active(self, axis: Axis, values: dict[str, Any]) -> bool:
+        """Tell whether an axis is searched where the axes before it have these values."""
+        return all(str(values.get(key)) in wanted for key, wanted in axis.when)
+
+    def trimmed(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Leave out the keys that are not searched at a point."""
+        kept: dict[str, Any] = {}
+        for axis in self.axes:
+            if self.active(axis, kept):
+                kept[axis.key] = values[axis.key]
+        return kept
 
     def grid(self) -> list[dict[str, Any]]:
-        """List every combination, the last axis varying fastest.
+        """List every combination once, the last axis varying fastest.
 
         Raises:
             ConfigError: an axis is a continuous range.
@@ -76,14 +93,15 @@ class Space:
                     f"{axis.key}: a grid needs single values, choice() or range(); a continuous range needs "
                     "sweep.sampler=tpe and sweep.n_trials"
                 )
-        return [
-            dict(zip((a.key for a in self.axes), values, strict=True))
-            for values in product(*(a.texts for a in self.axes))
-        ]
+        keys, combinations = [axis.key for axis in self.axes], math.prod(len(a.texts) for a in self.axes)
+        if combinations > 1_000_000:
+            raise ConfigError(f"the grid must have at most 10000 points, got {combinations} combinations")
+        points = (self.trimmed(dict(zip(keys, v, strict=True))) for v in product(*(a.texts for a in self.axes)))
+        return [dict(point) for point in dict.fromkeys(tuple(point.items()) for point in points)]
 
     def told(self) -> dict[str, str]:
         """Describe each axis in a word, for comparison and for people."""
-        return {a.key: ",".join(a.texts) if a.discrete else _interval(a) for a in self.axes}
+        return {a.key: (",".join(a.texts) if a.discrete else _interval(a)) + _condition(a) for a in self.axes}
 
 
 def _interval(axis: Axis) -> str:
@@ -91,21 +109,51 @@ def _interval(axis: Axis) -> str:
     return f"log {ends}" if axis.log else ends
 
 
-def parse(overrides: Sequence[str]) -> Space:
+def _condition(axis: Axis) -> str:
+    told = " and ".join(f"{key} is {'|'.join(wanted)}" for key, wanted in axis.when)
+    return f" when {told}" if told else ""
+
+
+def parse(given: Sequence[str], conditions: dict[str, dict[str, Any]] | None = None) -> Space:
     """Read overrides as a space; of two for the same key the later one counts.
+
+    Args:
+        given: overrides in Hydra's grammar.
+        conditions: key -> the axes its own axis depends on, each with the value or values it must have.
 
     >>> parse(["lora.r=8,16,8", "seed=0"]).grid()
     [{'lora.r': '8'}, {'lora.r': '16'}]
+    >>> parse(["lora=default,dora", "lora.r=2,4"], {"lora.r": {"lora": "dora"}}).grid()
+    [{'lora': 'default'}, {'lora': 'dora', 'lora.r': '2'}, {'lora': 'dora', 'lora.r': '4'}]
 
     Raises:
-        ConfigError: a range is empty or has no logarithm.
+        ConfigError: a range is empty or has no logarithm, or a condition names no axis before its own.
     """
-    last: dict[str, Override] = {
-        o.get_key_element(): o for o in OverridesParser.create().parse_overrides(list(overrides))
-    }
+    last: dict[str, Override] = {o.get_key_element(): o for o in OverridesParser.create().parse_overrides(list(given))}
     fixed = [str(o.input_line) for o in last.values() if not o.is_sweep_override()]
-    axes = [_axis(key, o) for key, o in last.items() if o.is_sweep_override()]
+    axes: list[Axis] = []
+    for key, override in last.items():
+        if override.is_sweep_override():
+            when = _when(key, (conditions or {}).get(key, {}), axes)
+            group = key.split("@")[0].lstrip("+") in overrides.groups()
+            axes.append(replace(_axis(key, override), when=when, composes=group))
     return Space(tuple(fixed), tuple(axes))
+
+
+def _when(key: str, condition: dict[str, Any], before: list[Axis]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    known = {axis.key: axis for axis in before}
+    made = []
+    for other, given in condition.items():
+        if other not in known:
+            raise ConfigError(f"sweep.params.{key}.when: {other} must be searched, in a line before {key}")
+        wanted = tuple(str(v) for v in (given if isinstance(given, list) else [given]))
+        stray = [v for v in wanted if known[other].discrete and v not in known[other].texts]
+        if stray or not wanted:
+            raise ConfigError(
+                f"sweep.params.{key}.when.{other} must be among {','.join(known[other].texts)}, got {given!r}"
+            )
+        made.append((other, wanted))
+    return tuple(made)
 
 
 def _axis(key: str, override: Override) -> Axis:

@@ -95,8 +95,8 @@ def _repair(path: Path) -> None:
         os.truncate(path, content.rfind(b"\n") + 1)
 
 
-def sampler(options: Options, seed: int) -> BaseSampler:
-    """Make Optuna's sampler.
+def sampler(options: Options, seed: int, conditional: bool = False) -> BaseSampler:
+    """Make Optuna's sampler; a TPE models the axes of each branch together where some depend on others.
 
     Raises:
         ConfigError: `sampler_args` holds a keyword the sampler does not know.
@@ -111,7 +111,8 @@ def sampler(options: Options, seed: int) -> BaseSampler:
         Sampler.gp: known.GPSampler,
         Sampler.nsga2: known.NSGAIISampler,
     }
-    return _accept(made[options.sampler], "sweep.sampler_args", options.sampler_args, seed=seed)
+    own: dict[str, Any] = {"group": True} if conditional and options.sampler is Sampler.tpe else {}
+    return _accept(made[options.sampler], "sweep.sampler_args", {**own, **options.sampler_args}, seed=seed)
 
 
 def pruner(options: Options, rung: int) -> BasePruner:
@@ -284,10 +285,13 @@ def propose(space: Space, options: Options, directions: Any, history: list[Froze
 
     distributions = {axis.key: axis.distribution() for axis in space.axes}
     if options.sampler is Sampler.qmc:
+        drawn = space.trimmed(_sobol(space, options, number))
         return optuna.trial.create_trial(
-            state=TrialState.RUNNING, params=_sobol(space, options, number), distributions=distributions
+            state=TrialState.RUNNING, params=drawn, distributions={key: distributions[key] for key in drawn}
         )
-    mirror = optuna.create_study(directions=directions, sampler=sampler(options, seed_of(options.seed, number)))
+    conditional = any(axis.when for axis in space.axes)
+    made = sampler(options, seed_of(options.seed, number), conditional)
+    mirror = optuna.create_study(directions=directions, sampler=made)
     for trial in history:
         known = optuna.trial.create_trial(
             state=trial.state, values=trial.values, params=trial.params, distributions=trial.distributions,
@@ -295,7 +299,11 @@ def propose(space: Space, options: Options, directions: Any, history: list[Froze
             intermediate_values=trial.intermediate_values,
         )  # fmt: skip
         mirror.add_trial(known)
-    asked = mirror.ask(distributions)
+    asked = mirror.ask({} if conditional else distributions)
+    point: dict[str, Any] = {}
+    for axis in space.axes if conditional else ():
+        if space.active(axis, point):
+            point[axis.key] = asked._suggest(axis.key, distributions[axis.key])
     return mirror._storage.get_trial(asked._trial_id)
 
 

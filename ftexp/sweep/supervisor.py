@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ftexp.progress import say
-from ftexp.sweep import study
+from ftexp.sweep import screen, study
 from ftexp.sweep.frozen import Frozen
-from ftexp.sweep.worker import STOP
+from ftexp.sweep.worker import PREEMPTED, STOP
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -66,26 +66,31 @@ def slots(count: int) -> list[Slot]:
     return made
 
 
-def supervise(sweep: Frozen, record: Study, count: int) -> None:
-    """Run the sweep with `count` workers until no ticket is left or the sweep is stopped.
+def supervise(sweep: Frozen, record: Study, count: int, left: int) -> None:
+    """Run the sweep with `count` workers, or fewer where fewer tickets are left, until none is or it is stopped.
+
+    The machine is shared out among `count` of them in either case: a trial that is run after a kill gets the threads
+    it would have had before.
 
     On ctrl-c or SIGTERM the workers are asked to leave, and killed where they do not.
     """
-    places = slots(count)
+    places = slots(count)[:left]
     (sweep.folder / "workers").mkdir(exist_ok=True)
-    try:
-        while _waiting(record) or any(s.process for s in places) or _running(record):
-            for slot in places:
-                _tend(sweep, record, slot)
+    with screen.live(sweep, record) as show:
+        try:
+            while _waiting(record) or any(s.process for s in places) or _running(record):
+                for slot in places:
+                    _tend(sweep, record, slot)
+                study.reap(record, sweep.options.max_retries)
+                _end_overdue(sweep, record, places)
+                show()
+                if record.user_attrs.get(STOP) and not any(s.process for s in places):
+                    return
+                time.sleep(POLL_SECONDS)
+        except BaseException:
+            _leave(places)
             study.reap(record, sweep.options.max_retries)
-            _end_overdue(sweep, record, places)
-            if record.user_attrs.get(STOP) and not any(s.process for s in places):
-                return
-            time.sleep(POLL_SECONDS)
-    except BaseException:
-        _leave(places)
-        study.reap(record, sweep.options.max_retries)
-        raise
+            raise
 
 
 def _waiting(record: Study) -> int:
@@ -107,8 +112,9 @@ def _tend(sweep: Frozen, record: Study, slot: Slot) -> None:
         if code is None:
             return
         slot.process = None
-        slot.deaths = slot.deaths + 1 if code else 0
-        if code:
+        died = code not in (0, PREEMPTED)
+        slot.deaths = slot.deaths + 1 if died else 0
+        if died:
             say(f"worker {slot.number} died (exit {code}); see {sweep.folder}/workers/{slot.number}.log")
     if record.user_attrs.get(STOP) or not _waiting(record):
         return
@@ -161,13 +167,17 @@ def _end_overdue(sweep: Frozen, record: Study, places: list[Slot]) -> None:
 
 
 def _leave(places: list[Slot]) -> None:
+    """Have the workers keep a checkpoint and end; a second ctrl-c, or too long a wait, kills them."""
     started = [s.process for s in places if s.process is not None]
+    if started:
+        say(f"asking {len(started)} workers to leave; ctrl-c again kills them")
     for process in started:
         process.terminate()
     until = time.monotonic() + GRACE_SECONDS
-    for process in started:
-        try:
+    try:
+        for process in started:
             process.wait(max(0.1, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        for process in started:
             process.kill()
             process.wait()

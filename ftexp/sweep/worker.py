@@ -6,7 +6,6 @@ The process keeps base model, tokens and base scores from trial to trial.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 import time
@@ -17,18 +16,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftexp import config, data, experiment, metrics
+from ftexp import config, data, experiment, facts, metrics
 from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, OutOfTime, Pruned
 from ftexp.progress import say
 from ftexp.sweep import frozen, study
 from ftexp.sweep.frozen import Frozen
+from ftexp.train import control
+from ftexp.train.control import Control
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial, Trial
 
 BEAT_SECONDS = 60.0
+LOOK_SECONDS = 2.0
+"""A worker looks this often whether its sweep was told to leave."""
 STOP = "ftexp:stop"
+"""Study attribute: the reason why no further ticket is taken."""
+PREEMPTED = 75
+"""Exit code of a worker that was asked to leave and did."""
+LEAVE = "ftexp:leave"
+"""Study attribute: true where running trials, too, are to save a checkpoint and end."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,8 @@ def choose(sweep: Frozen, record: Study, trial: Trial, number: int) -> dict[str,
                 record._storage.set_trial_system_attr(trial._trial_id, key, value)
         record._storage.set_trial_system_attr(trial._trial_id, "fixed_params", given)
         fixed = optuna.trial.Trial(record, trial._trial_id)
-        return {axis.key: fixed._suggest(axis.key, axis.distribution()) for axis in sweep.space.axes}
+        active = [axis for axis in sweep.space.axes if axis.key in given]
+        return {axis.key: fixed._suggest(axis.key, axis.distribution()) for axis in active}
 
 
 def _replicated(sweep: Frozen, record: Study, number: int) -> dict[str, Any] | None:
@@ -139,7 +148,7 @@ def _run(sweep: Frozen, trial: Trial, point: dict[str, Any], number: int) -> tup
         run = sweep.run(point, number % sweep.options.replicates)
         same_rows(sweep, run)
         keep_hydra_files(sweep, run, point, folder)
-        scores = experiment.execute(run, folder, label, sweep.mlflow_run, judge(sweep, trial), deadline(sweep))
+        scores = experiment.execute(run, folder, label, sweep.mlflow_run, Control(judge(sweep, trial), deadline(sweep)))
         values = [scores[name] for name in sweep.objectives]
     except Pruned as error:
         return Outcome("pruned", "", str(error)), None
@@ -230,12 +239,17 @@ def give_back(record: Study, trial: Trial) -> None:
 
 @contextmanager
 def _beating(record: Study, trial: Trial) -> Iterator[None]:
-    """Tell other machines once a minute that this worker is alive."""
+    """Tell other machines once a minute that this worker is alive, and hear whether the sweep is to be left."""
     done = threading.Event()
 
     def beat() -> None:
-        while not done.wait(BEAT_SECONDS):
-            record._storage.set_trial_user_attr(trial._trial_id, "ftexp:beat", time.time())
+        told = time.monotonic()
+        while not done.wait(LOOK_SECONDS):
+            if record.user_attrs.get(LEAVE):
+                control.LEAVE.set()
+            if time.monotonic() - told >= BEAT_SECONDS:
+                told = time.monotonic()
+                record._storage.set_trial_user_attr(trial._trial_id, "ftexp:beat", time.time())
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -265,7 +279,7 @@ def open_study(sweep: Frozen) -> Study:
         load_if_exists=True,
         directions=directions,
         sampler=optuna.samplers.RandomSampler(seed=0),  # proposals are made in `study.propose`
-        pruner=study.pruner(sweep.options, 1),
+        pruner=study.pruner(sweep.options, sweep.rung),
     )
 
 
@@ -274,18 +288,17 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     config.register()
-    signal.signal(signal.SIGTERM, _interrupt)
+    control.listen()
     sweep = frozen.load(Path(sys.argv[1]))
+    record = open_study(sweep)
+    if sweep.code != facts.code():
+        record.set_user_attr(STOP, "the code of ftexp was edited while the sweep ran; the same command goes on with it")
+        return 4
     try:
-        work(sweep, open_study(sweep))
+        work(sweep, record)
     except KeyboardInterrupt:
-        return 75
+        return PREEMPTED
     return 0
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

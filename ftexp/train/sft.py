@@ -12,20 +12,17 @@ from typing import TYPE_CHECKING, Any, cast
 from ftexp import evaluate, metrics
 from ftexp.config import Run, Trainer
 from ftexp.data.prompts import Example
-from ftexp.errors import Diverged, OutOfTime, Pruned
+from ftexp.errors import Diverged, OutOfTime, Preempted, Pruned
 from ftexp.model import Base, accept
 from ftexp.progress import progress
+from ftexp.train.checkpoints import Store
+from ftexp.train.control import Control, Report, at_work
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
     from transformers import TrainerCallback
     from trl import SFTConfig
-
-Report = Callable[[dict[str, float], int], None]
-"""Takes metrics by name and the optimizer step they belong to."""
-Judge = Callable[[float, int], str | None]
-"""Takes a held-out loss and its step; returns a reason to stop the trial, or None."""
 
 
 def train(
@@ -34,12 +31,13 @@ def train(
     tuned: PeftModel,
     rows: list[Example],
     valid: list[Example],
-    folder: Path,
+    kept: Store,
     report: Report,
-    judge: Judge | None = None,
-    deadline: float | None = None,
+    control: Control,
 ) -> dict[str, float]:
-    """Train the adapter in place.
+    """Train the adapter in place, from the start or from a checkpoint.
+
+    On a CPU a training that was killed and went on ends with the bits of one that was not.
 
     Args:
         run: the checked config.
@@ -47,28 +45,29 @@ def train(
         tuned: the model with the adapter.
         rows: training rows.
         valid: held-out rows of the curve, scored every `trainer.report_steps` steps.
-        folder: for whatever the Trainer writes.
+        kept: checkpoints of this training, and the one to go on from.
         report: called with `train/loss`, `train/lr`, `train/grad_norm` every step and `valid/loss` at the rungs.
-
-        judge: asked at each rung whether to go on.
-        deadline: when to stop at the latest, on the monotonic clock.
+        control: what may end the training early.
 
     Returns:
         `train/steps`, the optimizer steps taken.
 
     Raises:
         Diverged: loss, gradient or weights stopped being finite; names the step.
-        Pruned: `judge` said so; the adapter is as it was at that rung.
+        Pruned: the judge said so; the adapter is as it was at that rung.
         OutOfTime: the deadline has passed.
+        Preempted: the process was asked to leave; a checkpoint of the last step is kept.
     """
     steps = planned_steps(run.trainer, len(rows))
-    settings = arguments(run.trainer, base.compute.device, run.seed, str(folder), steps)
+    settings = arguments(run.trainer, base.compute.device, run.seed, str(kept.folder), steps)
+    resume = kept.resume
     with progress(f"training {steps} steps", steps) as advance:
-        stopped: list[Exception] = []
-        watch = _callback(run, base, valid, steps, report, advance, judge, deadline, stopped)
+        advance(resume.step if resume else 0)
+        stopped: list[BaseException] = []
+        watch = _callback(run, base, valid, steps, report, advance, kept, control, stopped)
         trainer = _trainer(base, tuned, settings, _dataset(rows), watch)
-        with _cleaned_up(trainer):
-            trainer.train()
+        with _cleaned_up(trainer), at_work():
+            trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
     if stopped:
         raise stopped[0]
     _check_weights(tuned, steps)
@@ -169,7 +168,7 @@ def _cleaned_up(trainer: Any):
     try:
         yield
     finally:
-        with suppress(OSError):  # keeps the folder where `trainer.extra` made the Trainer write to it
+        with suppress(OSError):  # keeps the folder where it holds a checkpoint
             Path(trainer.args.output_dir).rmdir()
         if getattr(trainer, "neftune_hook_handle", None) is not None:
             trainer.neftune_hook_handle.remove()
@@ -177,11 +176,12 @@ def _cleaned_up(trainer: Any):
 
 def _callback(
     run: Run, base: Base, valid: list[Example], steps: int, report: Report, advance: Callable[..., None],
-    judge: Judge | None, deadline: float | None, stopped: list[Exception],
+    kept: Store, control: Control, stopped: list[BaseException],
 ) -> TrainerCallback:  # fmt: skip
-    """Make the callback that reports steps and held-out losses, and stops training that left the finite numbers."""
+    """Make the callback that reports steps and held-out losses, writes checkpoints, and ends training early."""
     from transformers import TrainerCallback
 
+    asked, minutes, saved = control, run.trainer.checkpoint_minutes, [time.monotonic()]
     names = {"loss": "train/loss", "learning_rate": "train/lr", "grad_norm": "train/grad_norm"}
 
     class Watch(TrainerCallback):
@@ -204,11 +204,20 @@ def _callback(
                     raise Diverged(f"diverged at step {step}: valid/loss is {held_out}")
                 report({"valid/loss": held_out}, step)
                 # Training ends by the flag: an exception from a callback would leave the Trainer half set up.
-                if judge is not None and (reason := judge(held_out, step)) is not None:
+                if asked.judge is not None and (reason := asked.judge(held_out, step)) is not None:
                     stopped.append(Pruned(reason))
-            if deadline is not None and time.monotonic() > deadline:
+            if asked.deadline is not None and time.monotonic() > asked.deadline:
                 stopped.append(OutOfTime(f"ran out of time at step {step} of {steps}"))
+            if asked.leave.is_set() and step < steps and not stopped:
+                stopped.append(Preempted(f"asked to leave at step {step} of {steps}"))
             control.should_training_stop = control.should_training_stop or bool(stopped)
+            leaving = bool(stopped) and isinstance(stopped[0], Preempted)
+            due = minutes is not None and time.monotonic() - saved[0] >= 60 * minutes and not stopped
+            control.should_save = (leaving or due) and step < steps
+
+        def on_save(self, args, state, control, **kwargs):
+            kept.seal(state.global_step)
+            saved[0] = time.monotonic()
 
     return Watch()
 

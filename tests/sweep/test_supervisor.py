@@ -35,6 +35,25 @@ def test_cores_are_shared_out(monkeypatch):
     assert supervisor.slots(2)[0].env["OMP_NUM_THREADS"] == "2"
 
 
+def test_last_trials_get_the_threads_of_the_first(monkeypatch, tmp_path):
+    """One ticket left of a sweep with two workers: its worker gets half the machine, as it would have had before."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    seen = []
+    monkeypatch.setattr(supervisor, "_tend", lambda sweep, record, slot: seen.append(slot.env["OMP_NUM_THREADS"]))
+    waiting = iter([1, 0, 0, 0])
+    monkeypatch.setattr(supervisor, "_waiting", lambda record: next(waiting))
+    monkeypatch.setattr(supervisor, "_running", lambda record: 0)
+    import optuna
+
+    from ftexp.sweep import frozen, space
+    from ftexp.sweep.options import Options
+
+    sweep = frozen.Frozen(tmp_path, "s", space.parse(["a=1"]), Options(), ["valid/loss"], None, "", {})
+    supervisor.supervise(sweep, optuna.create_study(), 2, 1)
+    assert seen == ["2"]
+
+
 COMMAND = [
     sys.executable,
     "-m",

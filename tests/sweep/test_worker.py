@@ -33,7 +33,7 @@ def trials(monkeypatch, outcomes):
     """Replace a run by the next of some outcomes: scores, or an exception to raise."""
     left = iter(outcomes)
 
-    def execute(run, folder, label, parent, judge=None, deadline=None):
+    def execute(run, folder, label, parent, control):
         outcome = next(left)
         if isinstance(outcome, BaseException):
             raise outcome
@@ -113,10 +113,10 @@ def test_pruner_hears_of_every_rung_and_stops_the_laggard(sweep, monkeypatch):
     made, record = sweep("a=1,2,3,4,5,6", pruner=Pruner.median)
     reasons = []
 
-    def execute(run, folder, label, parent, judge=None, deadline=None):
+    def execute(run, folder, label, parent, control):
         slow = len(study.counted(record)) and folder.name == "5"
         for step in (1, 2, 3):
-            if reason := judge(9.0 if slow else 1.0 / step, step):
+            if reason := control.judge(9.0 if slow else 1.0 / step, step):
                 reasons.append(reason)
                 raise Pruned(reason)
         return {"valid/loss": 0.3}
@@ -132,7 +132,7 @@ def test_several_objectives_are_not_pruned(sweep, monkeypatch):
     monkeypatch.setattr(
         experiment,
         "execute",
-        lambda *a: {"valid/loss": 1.0, "cost/memory_gib": 1.0} if a[4] is None else pytest.fail("has a judge"),
+        lambda *a: {"valid/loss": 1.0, "cost/memory_gib": 1.0} if a[4].judge is None else pytest.fail("has a judge"),
     )
     worker.work(made, record)
     assert len(record.best_trials) == 2

@@ -9,7 +9,8 @@ import torch
 from ftexp import data, experiment, model
 from ftexp.data import prompts
 from ftexp.errors import ConfigError, Diverged
-from ftexp.train import TRAINERS, sft
+from ftexp.train import TRAINERS, checkpoints, sft
+from ftexp.train.control import Control
 
 
 def trained(run, tmp_path: Path, reports=None, rows=None):
@@ -18,7 +19,10 @@ def trained(run, tmp_path: Path, reports=None, rows=None):
     base = model.load(run.model, run.quant)
     told = reports if reports is not None else []
     with model.adapted(base, run.lora, run.seed) as tuned:
-        facts = sft.train(run, base, tuned, rows or train, valid, tmp_path / "t", lambda v, s: told.append((s, v)))
+        facts = sft.train(
+            run, base, tuned, rows or train, valid, checkpoints.store(tmp_path / "t", {}),
+            lambda v, s: told.append((s, v)), Control(),
+        )  # fmt: skip
         assert facts["train/steps"] >= 1
         return {k: v.clone() for k, v in tuned.state_dict().items() if "lora_" in k}
 
@@ -124,7 +128,7 @@ def test_neftune_is_off_after_an_error(tiny, tmp_path):
         raise KeyboardInterrupt
 
     with model.adapted(base, run.lora, 0) as tuned, pytest.raises(KeyboardInterrupt):
-        sft.train(run, base, tuned, train, valid, tmp_path / "t", fail)
+        sft.train(run, base, tuned, train, valid, checkpoints.store(tmp_path / "t", {}), fail, Control())
     assert not base.model.get_input_embeddings()._forward_hooks
 
 
@@ -140,7 +144,16 @@ def test_neftune_changes_training_and_no_score(tiny, tmp_path):
     with model.adapted(base, tiny().lora, 0) as tuned:
         seen = []
         run = tiny("trainer.neftune=50", "trainer.steps=2", "trainer.report_steps=1")
-        sft.train(run, base, tuned, train, valid, tmp_path / "t", lambda v, s: seen.append(v))
+        sft.train(
+            run,
+            base,
+            tuned,
+            train,
+            valid,
+            checkpoints.store(tmp_path / "t", {}),
+            lambda v, s: seen.append(v),
+            Control(),
+        )
         twice = [evaluate.held_out(tuned, base.tokenizer, valid, run.eval, "t") for _ in range(2)]
     assert twice[0] == twice[1]
 

@@ -1,0 +1,226 @@
+"""`python -m ftexp.sweep`: list, look at, stop, resume and export sweeps from their folders."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ftexp import config
+from ftexp.errors import FtexpError, MachineError, Preempted
+from ftexp.files import read_json
+from ftexp.progress import say
+from ftexp.sweep import frozen
+from ftexp.sweep.frozen import Frozen
+
+if TYPE_CHECKING:
+    from optuna import Study
+
+SWEEPS = Path("outputs/sweeps")
+STOP_SECONDS = 90.0
+"""Time `stop` waits for the running trials to keep a checkpoint and end."""
+
+
+def find(name: str) -> Path:
+    """Return the folder of a sweep given its name or its folder.
+
+    Raises:
+        MachineError: there is none.
+    """
+    for folder in (SWEEPS / name, Path(name)):
+        if (folder / frozen.FILE).exists():
+            return folder
+    there = ", ".join(sorted(p.parent.name for p in SWEEPS.glob(f"*/{frozen.FILE}"))) or "none"
+    raise MachineError(f"{name}: no sweep of this name in {SWEEPS}, and no folder of one; there are: {there}")
+
+
+def opened(folder: Path) -> tuple[Frozen, Study]:
+    """Open what was frozen of a sweep, and its record."""
+    from ftexp.sweep import worker
+
+    sweep = frozen.load(folder.absolute())
+    return sweep, worker.open_study(sweep)
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """Sum a sweep up for `ls`: name, states, best point and who runs it."""
+    from ftexp.sweep import plugin, screen
+
+    sweep, record = opened(folder)
+    at = screen.glance(sweep, record)
+    total = sum(at.counts.values())
+    return {
+        "name": sweep.name, "trials": total, **{s: at.counts.get(s, 0) for s in screen.STATES},
+        "objective": sweep.objectives[0], "best_trials": at.best[0] if at.best else None,
+        "best": at.best[1] if at.best else None, "run_by": plugin.running(folder), "folder": str(folder),
+    }  # fmt: skip
+
+
+def ls(args: argparse.Namespace) -> int:
+    """List the sweeps here."""
+    found = sorted(SWEEPS.glob(f"*/{frozen.FILE}"), key=lambda p: p.stat().st_mtime)
+    rows = [summary(path.parent) for path in found]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    table = Table()
+    for title in ("sweep", "done", "complete", "pruned", "failed", "best", "state"):
+        table.add_column(title, justify="left" if title in ("sweep", "best", "state") else "right")
+    for row in rows:
+        done = row["complete"] + row["pruned"] + row["failed"]
+        best = "" if row["best"] is None else f"{row['objective']} {row['best']:.4f} ({_numbers(row['best_trials'])})"
+        state = f"process {row['run_by']}" if row["run_by"] else "ended" if done == row["trials"] else "stopped"
+        counts = (str(row[s]) for s in ("complete", "pruned", "failed"))
+        table.add_row(row["name"], f"{done}/{row['trials']}", *counts, best, state)
+    Console(width=None if sys.stdout.isatty() else 132).print(table if rows else f"no sweeps in {SWEEPS}")
+    return 0
+
+
+def _numbers(trials: list[int]) -> str:
+    return f"trial {','.join(map(str, trials))}"
+
+
+def show(args: argparse.Namespace) -> int:
+    """Show the trials of a sweep as they stand; with `--watch` until it ends."""
+    from ftexp.sweep import plugin, screen
+
+    folder = find(args.name)
+    sweep, record = opened(folder)
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    if args.json:
+        print(json.dumps(rows_of(sweep, record), indent=1))
+        return 0
+    if args.watch and console.is_terminal:
+        with screen.live(sweep, record) as refresh:
+            while plugin.running(folder):
+                refresh()
+                time.sleep(screen.FRESH_SECONDS)
+    console.print(screen.table(sweep, record))
+    return 0
+
+
+def stop(args: argparse.Namespace) -> int:
+    """Have a sweep's running trials keep a checkpoint and end; none is lost."""
+    from ftexp.sweep import plugin, screen, worker
+
+    folder = find(args.name)
+    sweep, record = opened(folder)
+    holder = plugin.running(folder)
+    if holder is None:
+        print(f"{sweep.name} is not running: {screen.line(sweep, record)}")
+        return 0
+    record.set_user_attr(worker.STOP, "stopped by `ftexp sweep stop`")
+    record.set_user_attr(worker.LEAVE, True)
+    say(f"asked process {holder} to stop; waiting for its running trials to keep a checkpoint")
+    until = time.monotonic() + STOP_SECONDS
+    while plugin.running(folder) and time.monotonic() < until:
+        time.sleep(0.2)
+    if plugin.running(folder):
+        raise MachineError(f"{sweep.name}: process {holder} still runs; it ends after the step or score under way")
+    print(f"{sweep.name} stopped: {screen.line(sweep, record)}; goes on with: ftexp sweep resume {sweep.name}")
+    return 0
+
+
+def resume(args: argparse.Namespace) -> int:
+    """Run what is missing of a sweep from what was frozen at its launch, whatever `conf/` holds by now."""
+    from ftexp import report
+    from ftexp.sweep import plugin
+
+    folder = find(args.name).absolute()
+    sweep = frozen.load(folder)
+    with plugin.only_supervisor(folder, sweep.name):
+        plugin.go_on(sweep, args.workers)
+    report.show(Path(os.path.relpath(folder)))
+    return 0
+
+
+def rows_of(sweep: Frozen, record: Study) -> list[dict[str, Any]]:
+    """Return one flat entry a trial: number, state, reason, point, scores and where its files are."""
+    from ftexp.sweep import screen, study
+
+    rows = []
+    size = sweep.options.replicates
+    for trial in study.counted(record):
+        number = study.ticket(trial)
+        kept = read_json(sweep.folder / str(number) / "trial.json") or {}
+        point = trial.params or trial.system_attrs.get("fixed_params") or {}
+        rows.append({
+            "trial": number, "point": number // size, "replicate": number % size,
+            "state": screen.state_of(trial), "kind": trial.user_attrs.get("ftexp:kind", ""),
+            "reason": trial.user_attrs.get("ftexp:reason", ""), **point, **kept.get("scores", {}),
+            "retries": trial.user_attrs.get("ftexp:retries", 0), "mlflow_run": kept.get("mlflow_run"),
+            "folder": os.path.relpath(sweep.folder / str(number)),
+        })  # fmt: skip
+    return rows
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write the trials as CSV or JSON to stdout."""
+    rows = rows_of(*opened(find(args.name)))
+    if args.format == "json":
+        print(json.dumps(rows, indent=1))
+        return 0
+    titles = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(sys.stdout, titles, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    made = argparse.ArgumentParser("ftexp sweep", description="List, look at, stop, resume and export sweeps.")
+    verbs = made.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for run, about in ((ls, "list the sweeps in outputs/sweeps"), (show, "show the trials of a sweep"),
+                       (stop, "end a running sweep, each trial with a checkpoint"),
+                       (resume, "run what is missing of a sweep, as it was frozen at its launch"),
+                       (export, "write the trials as CSV or JSON")):  # fmt: skip
+        verb = verbs.add_parser(run.__name__, help=about, description=run.__doc__)
+        verb.set_defaults(run=run)
+        if run is not ls:
+            verb.add_argument("name", help="name of the sweep, or its folder")
+        if run in (ls, show):
+            verb.add_argument("--json", action="store_true", help="for scripts")
+        if run is show:
+            verb.add_argument("--watch", action="store_true", help="keep the screen up to date until the sweep ends")
+        if run is resume:
+            verb.add_argument("--workers", type=int, default=None, help="processes; default as at the launch")
+        if run is export:
+            verb.add_argument("--format", choices=("csv", "json"), default="csv")
+    return made
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    from ftexp.train import control
+
+    args = parser().parse_args()
+    config.register()
+    try:
+        with control.listening():
+            return args.run(args)
+    except Preempted as error:
+        print(f"ftexp: {error}; the same command goes on", file=sys.stderr)
+        return error.exit_code
+    except FtexpError as error:
+        print(f"ftexp: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print("ftexp: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""What a sweep, a clock or a signal asks of a trial while it trains."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftexp.errors import Preempted
+from ftexp.progress import say
+
+Report = Callable[[dict[str, float], int], None]
+"""Takes metrics by name and the optimizer step they belong to."""
+Judge = Callable[[float, int], str | None]
+"""Takes a held-out loss and its step; returns a reason to stop the trial, or None."""
+
+LEAVE = threading.Event()
+"""Set when this process was asked to leave: the step under way is the last, and its checkpoint is kept."""
+_training = False
+
+
+@dataclass(frozen=True)
+class Control:
+    """What may end a training before its last step."""
+
+    judge: Judge | None = None
+    """Asked at each rung of the held-out loss whether to go on."""
+    deadline: float | None = None
+    """When to stop at the latest, on the monotonic clock."""
+    leave: threading.Event = field(default_factory=lambda: LEAVE)
+    """Set to make the training save a checkpoint and end."""
+
+
+@contextmanager
+def at_work() -> Iterator[None]:
+    """Mark the block that looks at `LEAVE` after each of its steps; a signal outside it ends what runs at once."""
+    global _training
+    _training = True
+    try:
+        yield
+    finally:
+        _training = False
+
+
+def listen() -> None:
+    """Turn ctrl-c and SIGTERM into a checkpoint after the step under way, and a second one into an end at once.
+
+    Schedulers send SIGTERM before they take a machine away (Slurm, Kubernetes, spot instances).
+    """
+    LEAVE.clear()
+    signal.signal(signal.SIGTERM, _asked)
+    signal.signal(signal.SIGINT, _asked)
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Listen while the block runs, then put the handlers back; threads other than the main one hear no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    listen()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _asked(number: int, frame: Any) -> None:
+    first = not LEAVE.is_set()
+    LEAVE.set()
+    if first and _training:
+        say("leaving after the step under way; once more to leave at once")
+        return
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Preempted("asked to leave by SIGTERM")

@@ -1,0 +1,140 @@
+"""`ftexp sweep ls|show|stop|resume|export` on sweeps of the tiny model."""
+
+import csv
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import TINY
+
+from ftexp.files import read_json
+from ftexp.sweep import __main__ as verbs
+
+
+def adapters(folder):
+    return {p.parts[-3]: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*/adapter/*.safetensors")}
+
+
+SWEEP = [*TINY, "track=none", "eval=loss", "name=s"]
+
+
+@pytest.fixture
+def verb(cli, monkeypatch, capsys):
+    """Return a function that runs `ftexp sweep ...` in this process."""
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["ftexp sweep", *argv])
+        try:
+            code = verbs.main()
+        except SystemExit as left:
+            code = left.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_list_show_and_export_tell_what_ran(cli, verb):
+    assert cli("lora.r=2,4", *SWEEP, "-m")[0] == 0
+    code, out, _ = verb("ls")
+    assert code == 0
+    assert "2/2" in out
+    assert "ended" in out
+    [row] = json.loads(verb("ls", "--json")[1])
+    trials = json.loads(verb("show", "s", "--json")[1])
+    best = min(trials, key=lambda t: t["valid/loss"])
+    assert (row["name"], row["complete"], row["best_trials"]) == ("s", 2, [best["trial"]])
+    assert row["best"] == pytest.approx(best["valid/loss"])
+    assert "lora.r=2" in verb("show", "s")[1]
+    exported = list(csv.DictReader(io.StringIO(verb("export", "s")[1])))
+    assert [e["lora.r"] for e in exported] == ["2", "4"]
+    assert float(exported[0]["valid/loss"]) == read_json_scores("s", 0)["valid/loss"]
+    assert json.loads(verb("export", "outputs/sweeps/s", "--format", "json")[1]) == trials
+
+
+def read_json_scores(name, number):
+    from pathlib import Path
+
+    return read_json(Path(f"outputs/sweeps/{name}/{number}/trial.json"))["scores"]
+
+
+def test_unknown_name_lists_what_is_there(cli, verb):
+    assert verb("show", "nope")[::2] == (4, "ftexp: nope: no sweep of this name in outputs/sweeps, and no folder of "
+                                            "one; there are: none\n")  # fmt: skip
+    assert verb("ls")[1].strip() == "no sweeps in outputs/sweeps"
+    assert verb("nope")[0] == 2
+
+
+def test_resume_runs_what_was_frozen_and_nothing_else(cli, verb, tmp_path, monkeypatch):
+    """Two of three trials are forgotten; `conf/` and the command are not looked at again."""
+    from ftexp import overrides
+    from ftexp.sweep import frozen, study, worker
+
+    assert cli("lora.r=2,4,8", *SWEEP, "-m")[0] == 0
+    folder = tmp_path / "outputs" / "sweeps" / "s"
+    before = read_json(folder / "0" / "trial.json")["scores"]
+    sweep = frozen.load(folder)
+    (folder / study.JOURNAL).unlink()
+    (folder / "1" / "trial.json").unlink()
+    worker.open_study(sweep)
+    monkeypatch.setattr(overrides, "CONF", tmp_path / "gone")
+    code, out, err = verb("resume", "s")
+    assert code == 0, err
+    assert "3 of 3 trials to do" in err
+    assert "lora.r=2: complete already" in err  # its folder has it; the record is written anew
+    assert read_json(folder / "0" / "trial.json")["scores"] == before
+    assert read_json(folder / "1" / "trial.json")["state"] == "complete"
+    assert "best" in out
+    assert "0 of 3 trials to do" in verb("resume", "s")[2]
+
+
+def test_resume_refuses_rows_that_were_edited(cli, verb, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"prompt": f"say {n}", "completion": f"I say {n}"}) for n in range(40)]
+    rows.write_text("\n".join(lines))
+    given = [t for t in SWEEP if not t.startswith("data.rows")]
+    assert cli("lora.r=2,4", *given, "data=jsonl", f"data.path={rows}", "data.template=plain", "-m")[0] == 0
+    rows.write_text("\n".join(reversed(lines)))
+    code, _, err = verb("resume", "s")
+    assert code == 2
+    assert "the rows changed since the sweep was launched" in err
+
+
+def test_stop_of_a_sweep_that_does_not_run_changes_nothing(cli, verb):
+    assert cli("lora.r=2", *SWEEP, "-m")[0] == 0
+    code, out, _ = verb("stop", "s")
+    assert code == 0
+    assert out.startswith("s is not running: 1 complete")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stopped_sweep_keeps_checkpoints_and_goes_on_to_the_same_bits(cli, verb, tmp_path, workers):
+    """A long trial is stopped in its middle by name; `resume` ends it with the bits of an undisturbed sweep."""
+    long = [t for t in SWEEP if ".steps" not in t] + ["trainer.steps=60", "trainer.report_steps=0"]
+    calm = [t if t != "name=s" else "name=calm" for t in long]
+    assert cli("lora.r=2", *calm, f"sweep.workers={workers}", "-m")[0] == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ftexp.run", "lora.r=2", *long, f"sweep.workers={workers}", "-m"],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    folder = tmp_path / "outputs" / "sweeps" / "s"
+    until = time.monotonic() + 120
+    while not (folder / "0" / "metrics.jsonl").exists() or not (folder / "0" / "metrics.jsonl").read_text():
+        assert time.monotonic() < until
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    code, out, err = verb("stop", "s")
+    assert code == 0, err
+    assert "s stopped: 1 waiting" in out
+    assert process.wait(60) == 75
+    assert "sweep s was stopped" in process.stderr.read() or workers == 0
+    assert read_json(folder / "0" / "trial.json")["state"] == "preempted"
+    assert verb("resume", "s")[0] == 0
+    [step] = read_json(folder / "0" / "trial.json")["resumed_at"]
+    assert 1 <= step < 60
+    assert adapters(folder) == adapters(tmp_path / "outputs" / "sweeps" / "calm")

@@ -1,0 +1,131 @@
+"""A sweep at a glance: counts, best point, estimate, and what a terminal and a pipe see."""
+
+from datetime import datetime, timedelta
+from io import StringIO
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState, create_trial
+from rich.console import Console
+
+from ftexp.files import write_json
+from ftexp.sweep import frozen, screen, space
+from ftexp.sweep.options import Options
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Return a function that makes a sweep of four points and its record in memory."""
+
+    def make(**options):
+        searched = space.parse(["lora.r=1,2,3,4"])
+        made = frozen.Frozen(tmp_path, "s", searched, Options(**options), ["valid/loss"], None, "", {})
+        return made, optuna.create_study(direction="minimize")
+
+    return make
+
+
+def add(record, number, state, value=None, seconds=60, constraint=None, **attrs):
+    began = datetime(2026, 1, 1)
+    kept = create_trial(
+        state=getattr(TrialState, state), value=value, params={"lora.r": "1"},
+        distributions={"lora.r": optuna.distributions.CategoricalDistribution(["1"])},
+        user_attrs={"ftexp:ticket": number, **{f"ftexp:{k}": v for k, v in attrs.items()}},
+        constraints=None if constraint is None else {"memory": constraint},
+    )  # fmt: skip
+    record.add_trial(kept)
+    stored = record._storage._get_trial(len(record.trials) - 1)
+    stored.datetime_start = None if state == "WAITING" else began
+    stored.datetime_complete = began + timedelta(seconds=seconds) if kept.state.is_finished() else None
+
+
+def test_line_counts_states_names_the_best_and_estimates(sweep):
+    made, record = sweep()
+    add(record, 0, "COMPLETE", 0.5, seconds=100)
+    add(record, 1, "COMPLETE", 0.25, seconds=50)
+    add(record, 2, "PRUNED", seconds=30)
+    add(record, 3, "PRUNED", kind="diverged")
+    add(record, 4, "FAIL", kind="crash")
+    add(record, 5, "RUNNING")
+    add(record, 6, "WAITING")
+    add(record, 7, "FAIL", lost=True)  # an attempt whose worker died does not count
+    told = screen.line(made, record)
+    # three trials of 60 s on average ... with one running (half done) and one waiting: (100+50+30+60)/4 * 1.5 = 90 s
+    assert told == (
+        "2 complete, 1 pruned, 2 failed, 1 running, 1 waiting; best trial 1, valid/loss 0.2500; about 2 min left"
+    )
+
+
+def test_best_is_a_point_with_all_its_replicates(sweep):
+    made, record = sweep(replicates=2)
+    for number, value in ((0, 0.1), (2, 0.4), (3, 0.6), (4, 0.5), (5, 0.3)):
+        add(record, number, "COMPLETE", value)
+    add(record, 1, "RUNNING")  # trial 0 is best alone, but its point is not done
+    assert screen.glance(made, record).best == ([4, 5], pytest.approx(0.4))
+
+
+def test_point_that_breaks_a_bound_is_never_best(sweep):
+    made, record = sweep()
+    add(record, 0, "COMPLETE", 0.1, constraint=2.0)
+    add(record, 1, "COMPLETE", 0.9, constraint=-1.0)
+    assert screen.glance(made, record).best == ([1], 0.9)
+
+
+def test_nothing_done_says_so(sweep):
+    made, record = sweep()
+    add(record, 0, "WAITING")
+    assert screen.line(made, record) == "1 waiting"
+
+
+def drawn(table):
+    out = StringIO()
+    Console(file=out, width=140).print(table)
+    return out.getvalue()
+
+
+def test_table_shows_how_far_running_trials_are(sweep):
+    made, record = sweep()
+    folder = Path(made.folder) / "0"
+    folder.mkdir()
+    write_json(folder / "trial.json", {"steps": 20})
+    (folder / "metrics.jsonl").write_text('{"step": 7, "train/loss": 1.25}\n{"step": 8, "train/lo')
+    add(record, 0, "RUNNING", worker={"host": "node7", "pid": 42, "start": 1.0})
+    add(record, 1, "FAIL", kind="oom")
+    text = drawn(screen.table(made, record))
+    assert "7/20" in text
+    assert "(1.250)" in text
+    assert "node7:42" in text
+    assert "failed: oom" in text
+
+
+def test_long_sweeps_show_what_runs_and_what_ended_last(sweep):
+    made, record = sweep()
+    for number in range(30):
+        add(record, number, "COMPLETE", 1.0, seconds=number)
+    add(record, 30, "RUNNING")
+    for number in range(31, 50):
+        add(record, number, "WAITING")
+    shown = [line.split("│")[1].strip() for line in drawn(screen.table(made, record, 5)).splitlines() if "│ " in line]
+    assert shown == ["26", "27", "28", "29", "30"]
+
+
+def test_pipe_gets_a_line_for_each_trial_that_ends(sweep, capfd, monkeypatch):
+    made, record = sweep()
+    monkeypatch.setattr(screen, "FRESH_SECONDS", 0.0)
+    with screen.live(made, record) as show:
+        show()
+        add(record, 0, "COMPLETE", 0.5)
+        show()
+        show()
+    assert capfd.readouterr().err.strip() == "s: 1 complete; best trial 0, valid/loss 0.5000"
+
+
+def test_terminal_gets_a_screen(sweep, monkeypatch):
+    made, record = sweep()
+    out = StringIO()
+    monkeypatch.setattr(screen, "console", Console(file=out, force_terminal=True, width=140, height=20))
+    add(record, 0, "RUNNING")
+    with screen.live(made, record) as show:
+        show()
+    assert "lora.r=1" in out.getvalue()

@@ -1,0 +1,219 @@
+"""Checkpoints: a killed training goes on to the same bits, and nothing torn or foreign is taken up."""
+
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import TINY
+
+from ftexp import experiment
+from ftexp.errors import Preempted
+from ftexp.files import read_json
+from ftexp.train import checkpoints
+from ftexp.train.control import Control
+
+HARD = ["trainer.neftune=5", "lora.dropout=0.1", "trainer.accumulation=2", "trainer.checkpoint_minutes=0"]
+"""Everything that draws random numbers while training, and a checkpoint after each step."""
+
+
+class After:
+    """An event that is set once it was looked at `steps` times: leaves at that optimizer step."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def is_set(self):
+        self.left -= 1
+        return self.left <= 0
+
+
+def leave(run, folder, step):
+    with pytest.raises(Preempted, match=f"asked to leave at step {step} of"):
+        experiment.execute(run, folder, "x", control=Control(leave=After(step)))
+
+
+def weights(folder):
+    return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def curve(folder):
+    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in p.items() if k != "time" and not k.startswith("cost/")} for p in points]
+
+
+@pytest.mark.parametrize("step", [1, 3, 7])
+def test_left_training_goes_on_to_the_same_bits_and_curve(tiny, tmp_path, step):
+    """Eight steps of 27 rows in batches of 2 x 2 cross an epoch's end; left in the first epoch, and after it."""
+    run = tiny(*HARD, "trainer.steps=8", "data.rows=39", "trainer.batch=2")
+    experiment.execute(run, tmp_path / "calm", "x")
+    leave(run, tmp_path / "left", step)
+    assert read_json(tmp_path / "left" / "trial.json")["state"] == "preempted"
+    assert [p.name for p in (tmp_path / "left" / "checkpoints").glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    experiment.execute(run, tmp_path / "left", "x")
+    assert read_json(tmp_path / "left" / "trial.json")["resumed_at"] == [step]
+    assert weights(tmp_path / "left") == weights(tmp_path / "calm")
+    assert curve(tmp_path / "left") == curve(tmp_path / "calm")
+    assert not (tmp_path / "left" / "checkpoints").exists()
+
+
+def test_sabotage_resume_without_random_state_gives_other_bits(tiny, tmp_path, monkeypatch):
+    from transformers import Trainer
+
+    run = tiny(*HARD, "trainer.steps=8")
+    experiment.execute(run, tmp_path / "calm", "x")
+    leave(run, tmp_path / "left", 3)
+    monkeypatch.setattr(Trainer, "_load_rng_state", lambda *_: None)
+    experiment.execute(run, tmp_path / "left", "x")
+    assert weights(tmp_path / "left") != weights(tmp_path / "calm")
+
+
+def test_no_checkpoint_is_written_where_none_is_wanted(tiny, tmp_path):
+    run = tiny("trainer.checkpoint_minutes=null")
+    leave(run, tmp_path, 2)  # a request to leave still keeps one
+    assert (tmp_path / "checkpoints" / "checkpoint-2" / checkpoints.SEAL).exists()
+    experiment.execute(run, tmp_path, "x")
+    assert read_json(tmp_path / "trial.json")["resumed_at"] == [2]
+
+
+@pytest.fixture
+def sealed(tiny, tmp_path):
+    """A run left at step 2 with its checkpoint."""
+    run = tiny(*HARD)
+    leave(run, tmp_path / "a", 2)
+    return run, tmp_path / "a" / "checkpoints" / "checkpoint-2"
+
+
+def test_checkpoint_holds_no_pickled_arguments(sealed):
+    assert "training_args.bin" not in {p.name for p in sealed[1].iterdir()}
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "flipped", "no seal", "torn seal"])
+def test_damaged_checkpoint_is_not_taken_up(sealed, capfd, damage):
+    run, folder = sealed
+    kept = read_json(folder / checkpoints.SEAL)
+    file = folder / "optimizer.pt"
+    content = file.read_bytes()
+    match damage:
+        case "cut":
+            file.write_bytes(content[:-100])
+        case "gone":
+            file.unlink()
+        case "flipped":
+            file.write_bytes(content[:500] + bytes([content[500] ^ 1]) + content[501:])
+        case "no seal":
+            (folder / checkpoints.SEAL).unlink()
+        case "torn seal":
+            (folder / checkpoints.SEAL).write_text((folder / checkpoints.SEAL).read_text()[:-20])
+    assert checkpoints.store(folder.parent, kept["fingerprint"]).resume is None
+    assert ("a damaged checkpoint, not used" in capfd.readouterr().err) == (damage != "no seal")
+    experiment.execute(run, folder.parent.parent, "x")
+    assert "resumed_at" not in read_json(folder.parent.parent / "trial.json")
+
+
+def test_sabotage_damage_is_found_by_the_hash_alone(sealed, monkeypatch):
+    _, folder = sealed
+    kept = read_json(folder / checkpoints.SEAL)
+    (folder / "optimizer.pt").write_bytes(b"x")
+    monkeypatch.setattr(checkpoints, "_is_whole", lambda *_: True)
+    assert checkpoints.store(folder.parent, kept["fingerprint"]).resume is not None
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["trainer.lr", "lora.alpha", "lora.r", "seed", "trainer.scheduler", "trainer.batch", "rows.sha256", "code_sha256",
+     "weights_sha256", "template_sha256", "versions.torch", "versions.transformers", "compute.dtype", "trainer.steps",
+     "trainer.neftune", "lora.variant", "data.seed", "quant.kind", "trainer.weight_decay", "trainer.warmup"],
+)  # fmt: skip
+def test_checkpoint_of_another_run_is_not_taken_up(sealed, capfd, key):
+    _, folder = sealed
+    kept = read_json(folder / checkpoints.SEAL)["fingerprint"]
+    assert key in kept
+    assert checkpoints.store(folder.parent, kept | {key: "another"}).resume is None
+    assert f"of a run with another {key}\n" in capfd.readouterr().err.replace("\n ", " ")
+
+
+def test_what_changes_no_bit_takes_the_checkpoint_up(tiny, tmp_path):
+    run = tiny(*HARD)
+    leave(run, tmp_path, 2)
+    run.trainer.checkpoint_minutes = 30.0
+    run.eval.batch = 3
+    now = experiment.fingerprint(run, read_json(tmp_path / "trial.json")["facts"])
+    assert checkpoints.store(tmp_path / "checkpoints", now).resume.step == 2
+
+
+def test_other_number_of_threads_goes_on_and_says_that_bits_may_differ(sealed, capfd):
+    _, folder = sealed
+    kept = read_json(folder / checkpoints.SEAL)["fingerprint"]
+    assert kept["compute.threads"] >= 1
+    assert checkpoints.store(folder.parent, kept | {"compute.threads": 77}).resume.step == 2
+    assert "equal up to rounding" in capfd.readouterr().err
+
+
+def test_halved_forward_pass_starts_over_and_does_not_mix(tiny, tmp_path, monkeypatch):
+    """Memory that runs out at step 3 changes the batch, so the checkpoint of step 2 is another run's."""
+    from ftexp.train import sft
+
+    honest = sft.token_mean
+    calls = []
+
+    def full(model, inputs, tokens):
+        calls.append(len(inputs["input_ids"]))
+        if len(calls) == 3:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return honest(model, inputs, tokens)
+
+    monkeypatch.setattr(sft, "token_mean", full)
+    experiment.execute(tiny("trainer.checkpoint_minutes=0"), tmp_path, "x")
+    kept = read_json(tmp_path / "trial.json")
+    assert kept["out_of_memory"] == [{"batch": 4, "accumulation": 2}]
+    assert "resumed_at" not in kept
+    assert calls == [8, 8, 8] + [4] * 8
+
+
+@pytest.mark.slow
+def test_killed_run_goes_on_with_the_same_command(tmp_path):
+    """kill -9 in the middle of training; SIGTERM later; the same command ends with the bits of an undisturbed run."""
+    command = [sys.executable, "-m", "ftexp.run", *TINY, *HARD, "track=none", "eval=loss", "name=k", "trainer.steps=40",
+               "trainer.report_steps=0"]  # fmt: skip
+    calm, wild = tmp_path / "calm", tmp_path / "wild"
+    calm.mkdir()
+    wild.mkdir()
+    subprocess.run(command, cwd=calm, check=True, capture_output=True)
+    run = wild / "outputs" / "runs" / "k"
+    for blow, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 75)):
+        already = _step(run)
+        process = subprocess.Popen(command, cwd=wild, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 120
+        while _step(run) < already + 5:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(blow)
+        assert process.wait() == code
+    assert b"the same command goes on" in process.stderr.read()
+    subprocess.run(command, cwd=wild, check=True, capture_output=True)
+    assert weights(run) == weights(calm / "outputs" / "runs" / "k")
+    first, second = read_json(run / "trial.json")["resumed_at"]
+    assert 4 <= first < second
+
+
+def _step(run):
+    return max((int(p.parent.name.split("-")[1]) for p in run.glob("checkpoints/*/manifest.json")), default=0)
+
+
+def test_older_checkpoints_go_once_a_newer_one_is_sealed(tmp_path):
+    store = checkpoints.store(tmp_path, {"a": 1})
+    for step in (1, 2, 3):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "x").write_text("x")
+        if step != 2:  # torn by a kill
+            store.seal(step)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert checkpoints.store(tmp_path, {"a": 1}).resume.step == 3
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    assert checkpoints.store(tmp_path, {"a": 1}).resume is None
