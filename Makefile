@@ -5,7 +5,7 @@ READY := .venv/.ready-$(shell cat requirements.lock pyproject.toml | cksum | cut
 SWEEP ?= outputs/sweeps/lora.r-8-16-64
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check ui report clean
+.PHONY: help setup demo test check chaos bench ui report clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -33,7 +33,10 @@ test: $(READY) ## run every check and test
 
 check: $(READY) ## run the fast tests only
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not chaos"
+
+chaos: $(READY) ## kill a sweep 40 times and compare it with a calm one, byte by byte (about 10 minutes)
+	$(BIN)/python -m pytest -m chaos -s tests/chaos
 
 ui: $(READY) ## open the MLflow UI on 127.0.0.1:5000
 	$(BIN)/python -m ftexp.ui

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,15 +30,37 @@ WIDTH = 132
 
 
 @dataclass(frozen=True)
+class Point:
+    """A point of the search space and the trials that ran it, one for each seed."""
+
+    trials: list[dict[str, Any]]
+    """Contents of each `trial.json`, `number` added."""
+    complete: bool
+    """Whether every replicate is; only then can the point be ranked."""
+    scores: dict[str, float]
+    """Means over the replicates; empty where not complete."""
+    spread: float | None
+    """Standard deviation of the objective between the replicates (n - 1); None for a single one."""
+
+    @property
+    def numbers(self) -> str:
+        """The trials, as `3` or `3-5`."""
+        first, last = self.trials[0]["number"], self.trials[-1]["number"]
+        return str(first) if first == last else f"{first}-{last}"
+
+
+@dataclass(frozen=True)
 class Board:
     """The trials of a sweep in their order, and which of them is best."""
 
     trials: list[dict[str, Any]]
     """Contents of each `trial.json`, `number` added."""
+    points: list[Point]
+    """The same by point: what is ranked."""
     objective: str
     """The metric that ranks."""
     best: int | None
-    """Number of the best complete trial; None where none is complete."""
+    """Index of the best point; None where none is complete."""
 
 
 def read(folder: Path) -> Board:
@@ -55,41 +79,69 @@ def read(folder: Path) -> Board:
         trials = [{"number": n, **(read_json(folder / str(n) / "trial.json") or {})} for n in there]
     config = next((t["config"] for t in trials if "config" in t), {"objectives": ["valid/loss"]})
     objective = (sweep or config)["objectives"][0]
-    values = [t["scores"][objective] if t["state"] == "complete" else None for t in trials]
-    return Board(trials, objective, metrics.best(values, METRICS[objective].direction))
+    size = (sweep or {}).get("options", {}).get("replicates", 1)
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for trial in trials:
+        groups.setdefault(trial["number"] // size, []).append(trial)
+    points = [_point(members, size, objective) for members in groups.values()]
+    values = [point.scores[objective] if point.complete else None for point in points]
+    return Board(trials, points, objective, metrics.best(values, METRICS[objective].direction))
+
+
+def _point(trials: list[dict[str, Any]], size: int, objective: str) -> Point:
+    if len(trials) < size or any(t["state"] != "complete" for t in trials):
+        return Point(trials, False, {}, None)
+    names = [name for name in trials[0]["scores"] if all(name in t["scores"] for t in trials)]
+    means = {name: math.fsum(t["scores"][name] for t in trials) / size for name in names}
+    spread = statistics.stdev(t["scores"][objective] for t in trials) if size > 1 else None
+    return Point(trials, True, means, spread)
 
 
 def leaderboard(board: Board) -> Table:
-    """Lay the trials out best first; the others stand last with their state.
+    """Lay the points out best first; those that are not complete stand last with their state.
 
+    Replicates are one row with the means of their scores and the standard deviation of the objective between seeds.
     Above them stands the base model: a row for each set of its scores, where trials differ in model or rows.
     """
-    table = Table(title=f"ranked by {board.objective}", title_justify="left")
+    replicated = any(point.spread is not None for point in board.points)
+    title = f"ranked by {board.objective}" + (", means over seeds" if replicated else "")
+    table = Table(title=title, title_justify="left")
     titles = [title for title, (name, _) in SCORES.items() if any(f"valid/{name}" in _scores(t) for t in board.trials)]
-    table.add_column("trial")
+    table.add_column("trials" if replicated else "trial")
     table.add_column("overrides")
-    for title in ("rank", "trainable", *titles, "seconds", "GiB"):
+    for title in ("rank", "trainable", *titles, *(["between seeds"] if replicated else []), "seconds", "GiB"):
         table.add_column(title, justify="right")
-    done = [t for t in board.trials if t["state"] == "complete"]
+    gap = [""] if replicated else []
+    done = [point for point in board.points if point.complete]
     bases: dict[tuple[str, ...], list[str]] = {}
-    for trial in done:
-        bases.setdefault(tuple(_shown(trial, "base", titles)), []).append(str(trial["number"]))
+    for point in done:
+        bases.setdefault(tuple(_shown(point.scores, "base", titles)), []).append(point.numbers)
     for n, (cells, numbers) in enumerate(bases.items(), start=1):
         name = "base" if len(bases) == 1 else f"base of {','.join(numbers)}"
-        table.add_row(name, "", "", "", *cells, "", "", style="dim", end_section=n == len(bases))
+        table.add_row(name, "", "", "", *cells, *gap, "", "", style="dim", end_section=n == len(bases))
     sign = 1 if METRICS[board.objective].direction is Direction.minimize else -1
-    for trial in sorted(done, key=lambda t: _rankable(sign * t["scores"][board.objective])):
-        scores, best = trial["scores"], trial["number"] == board.best
+    winner = None if board.best is None else board.points[board.best]
+    for point in sorted(done, key=lambda p: _rankable(sign * p.scores[board.objective])):
+        scores, trial = point.scores, point.trials[0]
         memory = scores.get("cost/gpu_memory_gib", scores["cost/memory_gib"])
+        name = f"{point.numbers} best" if point is winner else point.numbers
         table.add_row(
-            f"{trial['number']} best" if best else str(trial["number"]), trial["label"], str(trial["config"]["lora.r"]),
-            f"{scores['cost/trainable'] / 1e6:.2f} M", *_shown(trial, "valid", titles), f"{scores['cost/seconds']:.0f}",
-            f"{memory:.1f}", style="bold" if best else "",
+            name, _label(point), str(trial["config"]["lora.r"]),
+            f"{scores['cost/trainable'] / 1e6:.2f} M", *_shown(scores, "valid", titles),
+            *([f"{point.spread:.4f}"] if replicated else []), f"{scores['cost/seconds']:.0f}",
+            f"{memory:.1f}", style="bold" if point is winner else "",
         )  # fmt: skip
-    for trial in board.trials:
-        if trial["state"] != "complete":
-            table.add_row(str(trial["number"]), trial["label"], trial["state"], style="dim")
+    for point in board.points:
+        if not point.complete:
+            states = Counter(t["state"] for t in point.trials)
+            told = ", ".join(f"{count} {state}" for state, count in states.items())
+            table.add_row(point.numbers, _label(point), told if replicated else point.trials[0]["state"], style="dim")
     return table
+
+
+def _label(point: Point) -> str:
+    """Name a point by its overrides; its replicates add their seed to them."""
+    return point.trials[0]["label"].removesuffix(" seed+0")
 
 
 def _rankable(value: float) -> float:
@@ -100,8 +152,8 @@ def _scores(trial: dict[str, Any]) -> dict[str, float]:
     return trial.get("scores", {})
 
 
-def _shown(trial: dict[str, Any], split: str, titles: list[str]) -> list[str]:
-    values = [(trial["scores"].get(f"{split}/{SCORES[title][0]}"), SCORES[title][1]) for title in titles]
+def _shown(scores: dict[str, float], split: str, titles: list[str]) -> list[str]:
+    values = [(scores.get(f"{split}/{SCORES[title][0]}"), SCORES[title][1]) for title in titles]
     return ["" if value is None else format(value, style) for value, style in values]
 
 

@@ -26,10 +26,11 @@ def trial(r, loss, exact=0.5, **keys):
 
 @pytest.fixture
 def sweep(tmp_path):
-    def make(*trials, objectives=("valid/loss",)):
+    def make(*trials, objectives=("valid/loss",), replicates=1):
         nonlocal tmp_path
         tmp_path = tmp_path / "next"
-        write_json(tmp_path / "sweep.json", {"name": "s", "objectives": list(objectives)})
+        options = {"replicates": replicates}
+        write_json(tmp_path / "sweep.json", {"name": "s", "objectives": list(objectives), "options": options})
         for n, t in enumerate(trials):
             if t is not None:
                 write_json(tmp_path / str(n) / "trial.json", t)
@@ -58,6 +59,20 @@ def test_objective_and_its_direction_decide(sweep):
 def test_nan_never_wins(sweep):
     assert report.read(sweep(trial(8, math.nan), trial(16, 5.0), trial(4, math.nan))).best == 1
     assert report.read(sweep(trial(8, math.nan))).best is None
+
+
+def test_replicates_are_ranked_as_one_by_their_mean(sweep):
+    """Trial 0 is the best of all, and its point the worst: 0.1 and 0.7 against 0.3 and 0.3."""
+    folder = sweep(trial(8, 0.1), trial(8, 0.7), trial(16, 0.3), trial(16, 0.3), trial(4, 0.2), replicates=2)
+    board = report.read(folder)
+    assert board.points[board.best].numbers == "2-3"
+    assert board.points[0].spread == pytest.approx(0.6 / math.sqrt(2))
+    text = printed(folder)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows] == ["base", "2-3 best", "0-1", "4"]
+    assert "means over seeds" in text
+    assert "0.4243" in rows[2]
+    assert rows[3][2] == "1 complete"  # of two: not ranked
 
 
 def test_trials_of_two_bases_show_two(sweep):

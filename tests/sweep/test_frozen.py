@@ -76,6 +76,20 @@ def test_corners_show_every_value_and_both_ends():
     assert {p["lora"] for p in points} == {"default", "dora"}
 
 
+def test_corners_show_conditional_axes_with_what_they_depend_on():
+    searched = space.parse(["lora=default,dora", "lora.r=2,4"], {"lora.r": {"lora": "dora"}})
+    points = frozen.corners(searched)
+    assert {"lora": "default"} in points
+    assert {p["lora.r"] for p in points if p["lora"] == "dora"} == {"2", "4"}
+
+
+def test_conditional_axis_survives_the_file(tmp_path):
+    searched = space.parse(["lora=default,dora", "lora.r=2,4"], {"lora.r": {"lora": "dora"}})
+    sweep = frozen.Frozen(tmp_path, "s", searched, Options(), ["valid/loss"], None, "", {}, 5, "abc")
+    sweep.save()
+    assert frozen.load(tmp_path) == sweep
+
+
 def test_folder_without_a_sweep_is_named(tmp_path):
     with pytest.raises(MachineError, match="must be the folder of a sweep"):
         frozen.load(tmp_path)

@@ -161,6 +161,10 @@ def test_search_has_exactly_its_trials_and_more_only_when_asked(cli, tmp_path):
             "sweep.sampler_args is refused by TPESampler",
         ),
         (["sweep.storage=sqlite:///x.db", "sweep.workers=2"], "SQLite hands one trial to two workers"),
+        (
+            ["sweep.pruner=asha", "trainer.report_steps=0"],
+            "sweep.pruner=asha needs trainer.report_steps above 0, got 0",
+        ),
     ],
 )
 def test_bad_sweep_is_refused_before_it_starts(cli, tmp_path, given, message):
@@ -183,6 +187,149 @@ def test_second_supervisor_is_refused(cli, tmp_path):
         code, _, err = cli("lora.r=2,4", *SWEEP, "-m")
     assert code == 4
     assert "name=s is being run by process 4711" in err
+
+
+@pytest.fixture
+def sweeps_file(tmp_path_factory, monkeypatch):
+    """Return a function that makes a file the `sweeps/` folder of the command."""
+    from hydra.core.config_store import ConfigStore
+
+    from ftexp import overrides
+
+    folder = tmp_path_factory.mktemp("sweeps")
+    monkeypatch.setattr(overrides, "SWEEPS", folder)
+
+    def write(name, text):
+        (folder / f"{name}.yaml").write_text(text)
+
+    yield write
+    for path in folder.glob("*.yaml"):
+        ConfigStore.instance().repo["sweep"].pop(path.name)
+
+
+CONDITIONAL = """# Does DoRA need a smaller rank?
+# python -m ftexp.run sweep=branches
+hydra:
+  sweeper:
+    params:
+      lora: default,dora
+      lora.r: {when: {lora: dora}, is: "2,4"}
+"""
+
+
+def test_conditional_values_of_a_sweeps_file(cli, tmp_path, sweeps_file):
+    sweeps_file("branches", CONDITIONAL)
+    code, _, err = cli("sweep=branches", *SWEEP, "eval=loss")
+    assert code == 0, err
+    ran = [read_json(tmp_path / f"outputs/sweeps/s/{n}/trial.json") for n in range(3)]
+    assert [(t["config"]["lora.variant"], t["config"]["lora.r"]) for t in ran] == [
+        ("lora", 16),
+        ("dora", 2),
+        ("dora", 4),
+    ]
+    code, _, err = cli("sweep=branches", "lora.r=8", *[t if t != "name=s" else "name=t" for t in SWEEP], "eval=loss")
+    assert code == 0, err  # the command line wins over the file, condition and all
+    assert "2 of 2 trials to do" in err
+
+
+@pytest.mark.parametrize("entry", ["{when: {lora: dora}}", "{is: '2,4'}", "{when: dora, is: '2,4'}"])
+def test_half_a_condition_is_refused(cli, sweeps_file, entry):
+    sweeps_file("branches", CONDITIONAL.replace('{when: {lora: dora}, is: "2,4"}', entry))
+    code, _, err = cli("sweep=branches", *SWEEP)
+    assert code == 2
+    assert "sweep.params.lora.r must be values, or {when: {key: values}, is: values}" in err
+
+
+@pytest.mark.slow
+def test_second_launch_helps_when_asked_to(cli, tmp_path):
+    """Two commands share one sweep: no trial twice, and the results are those of one command alone."""
+    import subprocess
+    import sys
+
+    points = "lora.r=1,2,3,4,5,6"
+    cli(points, *SWEEP, "eval=loss", "-m")
+    calm = adapters(tmp_path / "outputs" / "sweeps" / "s")
+    given = [t if t != "name=s" else "name=w" for t in SWEEP]
+    command = [sys.executable, "-m", "ftexp.run", points, *given, "eval=loss", "sweep.join=true", "-m"]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [p.communicate(timeout=240)[1] for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    assert sorted("helping process" in text for text in said) == [False, True]
+    assert adapters(tmp_path / "outputs" / "sweeps" / "w") == calm
+    assert all("trial" in text for text in said)
+    ran = [n for text in said for n in range(6) if f"trial {n} complete" in text]
+    assert sorted(ran) == list(range(6))
+
+
+def test_helper_of_another_space_is_refused(cli, tmp_path):
+    import fcntl
+
+    assert cli("lora.r=2,4", *SWEEP, "-m")[0] == 0
+    with (tmp_path / "outputs" / "sweeps" / "s" / "supervisor.lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        code, _, err = cli("lora.r=2,8", *SWEEP, "sweep.join=true", "-m")
+    assert code == 2
+    assert "begun with another search space" in err
+
+
+def test_worker_started_after_an_edit_of_the_code_takes_no_trial(cli, tmp_path, monkeypatch):
+    """What a worker that is replaced in mid-sweep would import is not what the launch ran."""
+    import sys
+
+    from ftexp import facts
+    from ftexp.sweep import frozen, study, worker
+
+    assert cli("lora.r=2", *SWEEP, "-m")[0] == 0
+    folder = tmp_path / "outputs" / "sweeps" / "s"
+    (folder / study.JOURNAL).unlink()
+    record = worker.open_study(frozen.load(folder))
+    study.queue(record, [{"lora.r": "2"}])
+    monkeypatch.setattr(sys, "argv", ["worker", str(folder)])
+    monkeypatch.setattr(facts, "code", lambda: "edited")
+    assert worker.main() == 4
+    assert "the code of ftexp was edited" in record.user_attrs[worker.STOP]
+    assert [t.state.name for t in study.counted(record)] == ["WAITING"]
+
+
+def test_resume_with_other_code_says_so(cli, monkeypatch):
+    from ftexp import facts
+
+    assert cli("lora.r=2", *SWEEP, "-m")[0] == 0
+    monkeypatch.setattr(facts, "code", lambda: "edited")
+    assert "the code of ftexp is not that of the launch" in cli("lora.r=2", *SWEEP, "-m")[2]
+
+
+def test_dashboard_of_optuna_opens_the_default_store(cli, tmp_path):
+    """`optuna-dashboard study.journal` shows the trials with their values."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+    from optuna_dashboard import wsgi
+
+    assert cli("lora.r=2,4", *SWEEP, "eval=loss", "-m")[0] == 0
+    folder = tmp_path / "outputs" / "sweeps" / "s"
+    app = wsgi(JournalStorage(JournalFileBackend(str(folder / "study.journal"))))
+    studies = ask(app, "/api/studies")["study_summaries"]
+    assert [s["study_name"] for s in studies] == ["s"]
+    told = ask(app, f"/api/studies/{studies[0]['study_id']}?after=0")["trials"]
+    assert [t["state"] for t in told] == ["Complete", "Complete"]
+    losses = [read_json(folder / str(n) / "trial.json")["scores"]["valid/loss"] for n in range(2)]
+    assert [t["values"] for t in told] == [[pytest.approx(loss)] for loss in losses]
+
+
+def ask(app, path):
+    import io
+    import json
+
+    status = []
+    path, _, query = path.partition("?")
+    told = app(
+        {"REQUEST_METHOD": "GET", "PATH_INFO": path, "QUERY_STRING": query, "wsgi.input": io.BytesIO(),
+         "SERVER_NAME": "x", "SERVER_PORT": "80", "wsgi.url_scheme": "http", "wsgi.errors": io.StringIO()},
+        lambda line, headers, *_: status.append(line),
+    )  # fmt: skip
+    body = b"".join(told)
+    assert status[0].startswith("200"), body
+    return json.loads(body)
 
 
 def test_replicates_run_over_seeds(cli, tmp_path):

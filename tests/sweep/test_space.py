@@ -49,3 +49,45 @@ def test_impossible_range_is_refused(given, message):
 def test_continuous_range_is_no_grid():
     with pytest.raises(ConfigError, match=r"trainer\.lr: a grid needs single values.*sweep\.sampler=tpe"):
         space.parse(["trainer.lr=interval(1e-4,1e-2)"]).grid()
+
+
+DEPENDENT = (["lora=default,rslora,dora", "lora.alpha=16,32", "lora.r=2,4"], {"lora.alpha": {"lora": ["default", "dora"]},
+             "lora.r": {"lora": "dora", "lora.alpha": 32}})  # fmt: skip
+
+
+def test_conditional_axis_is_searched_only_where_its_condition_holds():
+    assert space.parse(*DEPENDENT).grid() == [
+        {"lora": "default", "lora.alpha": "16"},
+        {"lora": "default", "lora.alpha": "32"},
+        {"lora": "rslora"},
+        {"lora": "dora", "lora.alpha": "16"},
+        {"lora": "dora", "lora.alpha": "32", "lora.r": "2"},
+        {"lora": "dora", "lora.alpha": "32", "lora.r": "4"},
+    ]
+
+
+def test_overrides_of_a_point_leave_out_what_is_not_searched_there():
+    assert space.parse(*DEPENDENT).point({"lora": "rslora"}) == ["lora=rslora"]
+
+
+def test_condition_is_part_of_what_a_sweep_is():
+    assert space.parse(*DEPENDENT).told()["lora.r"] == "2,4 when lora is dora and lora.alpha is 32"
+
+
+@pytest.mark.parametrize(
+    ("conditions", "message"),
+    [
+        ({"lora.r": {"seed": 0}}, r"sweep\.params\.lora\.r\.when: seed must be searched, in a line before lora\.r"),
+        ({"lora": {"lora.r": 2}}, r"lora\.r must be searched, in a line before lora"),
+        ({"lora.r": {"lora": "dra"}}, r"when\.lora must be among default,rslora,dora, got 'dra'"),
+        ({"lora.r": {"lora": []}}, r"when\.lora must be among"),
+    ],
+)
+def test_condition_on_what_is_not_searched_before_is_refused(conditions, message):
+    with pytest.raises(ConfigError, match=message):
+        space.parse(DEPENDENT[0], conditions)
+
+
+def test_endless_grid_is_refused_before_it_is_listed():
+    with pytest.raises(ConfigError, match="at most 10000 points, got 1000000000 combinations"):
+        space.parse([f"a{n}=range(0,1000)" for n in range(3)]).grid()

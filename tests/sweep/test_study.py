@@ -220,12 +220,51 @@ def test_search_learns_from_results(tmp_path):
     assert sum(last) / 10 < sum(first) / 10 - 0.3
 
 
+@pytest.mark.parametrize("kind", [Sampler.random, Sampler.tpe, Sampler.qmc, Sampler.nsga2])
+def test_search_draws_a_dependent_axis_only_where_its_condition_holds(tmp_path, kind, monkeypatch):
+    dependent = space.parse(["lora=default,dora", "lr=interval(0.0,1.0)"], {"lr": {"lora": "dora"}})
+    points = [
+        study.propose(dependent, Options(sampler=kind, n_trials=40), ["minimize"], [], n).params for n in range(40)
+    ]
+    drawn = {p["lora"]: [q.get("lr") for q in points if q["lora"] == p["lora"]] for p in points}
+    assert set(drawn["default"]) == {None}
+    assert len(set(drawn["dora"])) == len(drawn["dora"]) > 5
+
+
+def test_tpe_learns_within_the_branch_of_a_dependent_axis():
+    """Only `dora` with a small lr is good; the last proposals are there."""
+    from optuna.trial import TrialState, create_trial
+
+    dependent = space.parse(["lora=default,dora", "lr=interval(0.0,1.0)"], {"lr": {"lora": "dora"}})
+    options, history = Options(sampler=Sampler.tpe, n_trials=60), []
+    for n in range(60):
+        asked = study.propose(dependent, options, ["minimize"], history, n)
+        value = asked.params.get("lr", 2.0)
+        history.append(create_trial(state=TrialState.COMPLETE, value=value, params=asked.params,
+                                    distributions=asked.distributions))  # fmt: skip
+    last = [t.params for t in history[-15:]]
+    assert sum(p["lora"] == "dora" for p in last) >= 12
+    assert sorted(p["lr"] for p in last if "lr" in p)[5] < 0.3
+
+
 def test_sobol_covers_every_axis():
     points = [study._sobol(SPACE, Options(sampler=Sampler.qmc, n_trials=32), n) for n in range(32)]
     assert Counter(p["r"] for p in points).most_common()[-1][1] >= 9
     decades = Counter(math.floor(math.log10(p["lr"])) for p in points)
     assert set(decades) == {-5, -4, -3, -2}
     assert all(0 <= p["noise"] <= 15 for p in points)
+
+
+def test_first_rung_of_halving_is_the_first_report(tmp_path):
+    """With a rung of 1 a report at step 10 would climb three rungs at once, and the trial be judged against none."""
+    assert study.pruner(Options(pruner=Pruner.asha), 10)._min_resource == 10
+    record = optuna.create_study(pruner=study.pruner(Options(pruner=Pruner.asha), 10))
+    for value in (1.0, 0.9, 5.0):
+        trial = record.ask()
+        trial.report(value, 10)
+        told = trial.should_prune()
+    assert told
+    assert [k for k in record.trials[0].system_attrs if "rung" in k] == ["completed_rung_0"]
 
 
 @pytest.mark.parametrize("kind", list(Pruner))
