@@ -5,8 +5,10 @@ Workers read nothing else, so an edit of `conf/` reaches no trial of a sweep tha
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +59,7 @@ class Frozen:
         Raises:
             ConfigError: the point's values are out of range or at odds.
         """
-        path = self.folder / "frozen" / f"{variant(self.space, point)}.yaml"
-        cfg = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.load(path))
-        assert isinstance(cfg, DictConfig)
+        cfg = copy.deepcopy(_composed(self.folder / "frozen" / f"{variant(self.space, point)}.yaml"))
         for axis in self.space.axes:
             if axis.key in point and not axis.composes:
                 text = f"{axis.key}={point[axis.key]}"
@@ -70,6 +70,14 @@ class Frozen:
         run = config.build(cfg)
         run.seed += replicate
         return run
+
+
+@cache
+def _composed(path: Path) -> DictConfig:
+    """Read a composed config; what was frozen does not change while a process lives."""
+    cfg = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.load(path))
+    assert isinstance(cfg, DictConfig)
+    return cfg
 
 
 def load(folder: Path) -> Frozen:

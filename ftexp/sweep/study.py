@@ -291,20 +291,31 @@ def propose(space: Space, options: Options, directions: Any, history: list[Froze
         )
     conditional = any(axis.when for axis in space.axes)
     made = sampler(options, seed_of(options.seed, number), conditional)
-    mirror = optuna.create_study(directions=directions, sampler=made)
-    for trial in history:
-        known = optuna.trial.create_trial(
-            state=trial.state, values=trial.values, params=trial.params, distributions=trial.distributions,
-            system_attrs={k: v for k, v in trial.system_attrs.items() if k != "fixed_params"},
-            intermediate_values=trial.intermediate_values,
-        )  # fmt: skip
-        mirror.add_trial(known)
+    mirror = _mirror(directions, made, history)
     asked = mirror.ask({} if conditional else distributions)
     point: dict[str, Any] = {}
     for axis in space.axes if conditional else ():
         if space.active(axis, point):
             point[axis.key] = asked._suggest(axis.key, distributions[axis.key])
     return mirror._storage.get_trial(asked._trial_id)
+
+
+def _mirror(directions: Any, made: BaseSampler, history: list[FrozenTrial]) -> Study:
+    """Put a history into a study in memory; `add_trial` would copy and check each trial anew, at each proposal."""
+    import copy
+
+    import optuna
+
+    store = optuna.storages.InMemoryStorage()
+    mirror = optuna.create_study(directions=directions, sampler=made, storage=store)
+    trials = store._studies[mirror._study_id].trials
+    for number, known in enumerate(history):
+        trial = copy.copy(known)
+        trial.system_attrs = {k: v for k, v in known.system_attrs.items() if k != "fixed_params"}
+        trial.number = trial._trial_id = store._max_trial_id = number
+        store._trial_id_to_study_id_and_number[number] = (mirror._study_id, number)
+        trials.append(trial)
+    return mirror
 
 
 def _sobol(space: Space, options: Options, number: int) -> dict[str, Any]:

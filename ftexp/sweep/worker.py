@@ -108,8 +108,9 @@ def choose(sweep: Frozen, record: Study, trial: Trial, number: int) -> dict[str,
 
 
 def _replicated(sweep: Frozen, record: Study, number: int) -> dict[str, Any] | None:
+    """Return the point that another replicate of a ticket has been given."""
     size = sweep.options.replicates
-    for other in study.counted(record):
+    for other in study.counted(record) if size > 1 else ():
         if study.ticket(other) // size == number // size and study.ticket(other) != number and other.params:
             return other.params
     return None
@@ -119,10 +120,12 @@ def history(sweep: Frozen, record: Study) -> list[FrozenTrial]:
     """List one attempt for each point that has been chosen: replicates as their mean, pending while one is."""
     from optuna.trial import TrialState, create_trial
 
+    known = [t for t in study.counted(record) if t.params]
+    if sweep.options.replicates == 1:
+        return [t for t in known if t.state is not TrialState.FAIL]
     points: dict[int, list[FrozenTrial]] = {}
-    for t in study.counted(record):
-        if t.params:
-            points.setdefault(study.ticket(t) // sweep.options.replicates, []).append(t)
+    for t in known:
+        points.setdefault(study.ticket(t) // sweep.options.replicates, []).append(t)
     told = []
     for members in points.values():
         first, done = members[0], [t for t in members if t.state is TrialState.COMPLETE]
@@ -187,12 +190,12 @@ def same_rows(sweep: Frozen, run: config.Run) -> None:
 
 def keep_hydra_files(sweep: Frozen, run: config.Run, point: dict[str, Any], folder: Path) -> None:
     """Write the files Hydra keeps of a job, so that tools that read them find them."""
-    from omegaconf import OmegaConf
+    import yaml
 
     kept = folder / ".hydra"
     kept.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(config.plain(run)), kept / "config.yaml")
-    OmegaConf.save(OmegaConf.create(sweep.space.point(point)), kept / "overrides.yaml")
+    for name, content in (("config", config.plain(run)), ("overrides", sweep.space.point(point))):
+        (kept / f"{name}.yaml").write_text(yaml.dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def judge(sweep: Frozen, trial: Trial) -> Callable[[float, int], str | None] | None:
