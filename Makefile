@@ -38,6 +38,9 @@ check: $(READY) ## run the fast tests only
 chaos: $(READY) ## kill a sweep 40 times and compare it with a calm one, byte by byte (about 10 minutes)
 	$(BIN)/python -m pytest -m chaos -s tests/chaos
 
+bench: $(READY) ## measure what the sweeper costs a trial and how busy it keeps workers
+	$(BIN)/python tests/bench/sweeper.py
+
 ui: $(READY) ## open the MLflow UI on 127.0.0.1:5000
 	$(BIN)/python -m ftexp.ui
 

@@ -13,6 +13,11 @@ VERBS = {
 }
 
 
+def module(verb: str) -> str:
+    """Return the module of a verb; `sweep` is a folder, whose command is its `__main__`."""
+    return "ftexp.sweep.__main__" if verb == "sweep" else f"ftexp.{verb}"
+
+
 def main() -> int:
     """Hand the command line to the module of its verb."""
     if len(sys.argv) < 2 or sys.argv[1] not in VERBS:
@@ -21,7 +26,7 @@ def main() -> int:
         return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
     verb = sys.argv.pop(1)
     sys.argv[0] = f"ftexp {verb}"
-    return import_module("ftexp.sweep.__main__" if verb == "sweep" else f"ftexp.{verb}").main()
+    return import_module(module(verb)).main()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, cast
 
+import omegaconf
 from hydra.core.config_store import ConfigStore
+from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -452,8 +454,17 @@ RETIRED = {
 
 def register() -> None:
     """Make the schema known to Hydra as the config named `schema`, and the resolvers that configs may use."""
-    ConfigStore.instance().store(name="schema", node=Run, provider="ftexp")
-    OmegaConf.register_new_resolver("mul", lambda *factors: math.prod(factors), replace=True)
+    store("schema", Run)
+    old = omegaconf.__version__.startswith("2.3.")  # where `register_resolver` is another, retired function
+    register = OmegaConf.register_new_resolver if old else OmegaConf.register_resolver
+    register("mul", lambda *factors: math.prod(factors), replace=True)
+
+
+def store(name: str, node: Any, group: str | None = None, package: str | None = None) -> None:
+    """Put a config into Hydra's store, once in a process; Hydra 1.4 warns of a second time and 1.5 will refuse it."""
+    kept = ConfigStore.instance()
+    if kept.get_type(f"{group}/{name}.yaml" if group else f"{name}.yaml") is not ObjectType.CONFIG:
+        kept.store(name, node, group, package, provider="ftexp")
 
 
 def keys(node: type = Run, prefix: str = "") -> list[str]:

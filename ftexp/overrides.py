@@ -9,7 +9,9 @@ import difflib
 import hashlib
 import re
 from pathlib import Path
+from typing import Any
 
+import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -22,6 +24,8 @@ PACKAGE = Path(__file__).parent
 ROOT = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 CONF = ROOT / "conf"
 SWEEPS = ROOT / "sweeps"
+BASE: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
+"""Keywords for Hydra's entry points; 1.4 has one behaviour and warns of `version_base`."""
 OPEN = ("lora.extra.", "trainer.extra.")
 """Keys handed on to a library; they exist only once given, so `++` is put before them."""
 TEXTS = ("data.prompt", "data.completion")

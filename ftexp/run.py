@@ -67,7 +67,7 @@ def _main() -> int:
     started: list[Path] = []
     plugin.Sweeper.started = started.append
     try:
-        hydra.main(version_base="1.3", config_path=str(overrides.CONF), config_name="config")(task)()
+        hydra.main(**overrides.BASE, config_path=str(overrides.CONF), config_name="config")(task)()
     finally:
         if started:
             _show(started[0])
@@ -81,7 +81,7 @@ def _main() -> int:
 def _check_single(argv: list[str]) -> Path:
     """Compose and check a single run before Hydra writes its folder, and return it."""
     given = overrides.given(argv)
-    with hydra.initialize_config_dir(str(overrides.CONF), version_base="1.3"):
+    with hydra.initialize_config_dir(str(overrides.CONF), **overrides.BASE):
         cfg = hydra.compose("config", given, return_hydra_config=True)
         folder = Path(cfg.hydra.run.dir)
         run = config.build(hydra.compose("config", given))

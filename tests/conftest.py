@@ -32,7 +32,7 @@ def composed():
     plugin.register()
 
     def build(*given: str) -> config.Run:
-        with initialize_config_dir(str(overrides.CONF), version_base="1.3"):
+        with initialize_config_dir(str(overrides.CONF), **overrides.BASE):
             return config.build(compose("config", list(given)))
 
     return build

@@ -82,7 +82,7 @@ def test_no_file_names_code():
 def test_folders_are_where_the_readme_says():
     config.register()
     plugin.register()
-    with initialize_config_dir(str(overrides.CONF), version_base="1.3"):
+    with initialize_config_dir(str(overrides.CONF), **overrides.BASE):
         cfg = compose("config", ["name=x"], return_hydra_config=True)
     assert cfg.hydra.run.dir == "outputs/runs/x"
     assert cfg.hydra.sweep.dir == "outputs/sweeps/x"

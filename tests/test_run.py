@@ -184,7 +184,7 @@ def test_every_verb_has_a_module_with_main(monkeypatch, capsys):
     from ftexp import __main__ as verbs
 
     for verb in verbs.VERBS:
-        assert callable(import_module(f"ftexp.{verb}").main)
+        assert callable(import_module(verbs.module(verb)).main)
     monkeypatch.setattr(sys, "argv", ["ftexp"])
     assert verbs.main() == 2
     assert "report" in capsys.readouterr().err

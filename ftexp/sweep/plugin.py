@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.core.utils import setup_globals
 from hydra.plugins.sweeper import Sweeper as HydraSweeper
@@ -392,7 +391,6 @@ def register() -> None:
     plugins = Plugins.instance()
     plugins.register(Sweeper)
     plugins.class_name_to_class[TARGET] = Sweeper
-    store = ConfigStore.instance()
-    store.store(group="hydra/sweeper", name="ftexp", node=Options(_target_=TARGET), provider="ftexp")
+    config.store("ftexp", Options(_target_=TARGET), "hydra/sweeper")
     for path in sorted(overrides.SWEEPS.glob("*.yaml")):
-        store.store(group="sweep", name=path.stem, node=OmegaConf.load(path), package="_global_", provider=str(path))
+        config.store(path.stem, OmegaConf.load(path), "sweep", "_global_")

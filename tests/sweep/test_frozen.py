@@ -19,7 +19,7 @@ def freeze(tmp_path, composed):
     composed()
 
     def hydra(point):
-        with initialize_config_dir(str(overrides.CONF), version_base="1.3"):
+        with initialize_config_dir(str(overrides.CONF), **overrides.BASE):
             return compose("config", ["model=tiny", *point])
 
     def make(*given, **options):
