@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 from scipy.integrate import quad
 from scipy.optimize import brentq
-from scipy.stats import binom, chi2, nct, norm, studentized_range, t
+from scipy.stats import binom, chi2, norm, studentized_range, t
 
 ALPHA = 0.05
 POWER = 0.8
@@ -89,9 +89,9 @@ def power(effect: float, rows: float, spread: Spread, seeds: int = 1, trials: in
 
     The test is the first step of `pairs.indistinguishable`: |T| above the studentised range over sqrt(2), which holds
     `alpha` over all pairs of the sweep (Tukey). With one seed T is noncentral Student's with rows - 1 degrees of
-    freedom. With more, the bar lies between those of the seed part (trials * (seeds - 1) degrees of freedom) and of the
-    row part, weighted by their variances (Cochran and Cox), and the seed part's variance is averaged over its
-    chi-square distribution. Within 3 points of simulated sweeps. Later steps find somewhat more.
+    freedom, here the average of normals over the chi-square distribution. With more, the bar lies between those of the
+    seed part (trials * (seeds - 1) degrees of freedom) and of the row part, weighted by their variances (Cochran and
+    Cox), and the average is over the seed part. Within 3 points of simulated sweeps. Later steps find somewhat more.
 
     With one seed the test does not see training noise. What is returned then is the chance that these two runs are told
     apart; with `effect` 0 it is the rate of false winners a pair, above `alpha` where the noise between seeds matters.
@@ -114,15 +114,14 @@ def power(effect: float, rows: float, spread: Spread, seeds: int = 1, trials: in
     if seen == 0:
         return float(effect != 0 or total > 0)
     shift = abs(effect) / math.sqrt(total)
+    middles = (np.arange(400) + 0.5) / 400  # of equally likely draws
     if seeds == 1:
-        bar = critical(trials, rows - 1, alpha) * math.sqrt(seen / total)
-        if rows > 1e5:
-            return float(norm.sf(bar - shift) + norm.cdf(-bar - shift))
-        return float(nct.sf(bar, rows - 1, shift) + nct.cdf(-bar, rows - 1, shift))
-    df = trials * (seeds - 1)
-    drawn = seed_part * chi2.ppf((np.arange(200) + 0.5) / 200, df) / df
-    weighted = drawn * critical(trials, df, alpha) + row_part * critical(trials, rows - 1, alpha)
-    bars = weighted / np.sqrt((drawn + row_part) * total)
+        bars = critical(trials, rows - 1, alpha) * np.sqrt(chi2.ppf(middles, rows - 1) / (rows - 1) * seen / total)
+    else:
+        df = trials * (seeds - 1)
+        drawn = seed_part * chi2.ppf(middles, df) / df
+        weighted = drawn * critical(trials, df, alpha) + row_part * critical(trials, rows - 1, alpha)
+        bars = weighted / np.sqrt((drawn + row_part) * total)
     return float((norm.sf(bars - shift) + norm.cdf(-bars - shift)).mean())
 
 
@@ -134,7 +133,7 @@ def critical(trials: int, df: float, alpha: float = ALPHA) -> float:
     """
     if trials == 2:
         return float(t.isf(alpha / 2, df))
-    return _range(trials, float(f"{min(df, 1e6):.3g}"), alpha)
+    return _range(trials, math.inf if df > 2000 else float(f"{df:.2g}" if df > 30 else f"{df:.3g}"), alpha)
 
 
 @lru_cache(maxsize=4096)

