@@ -6,17 +6,19 @@ A point is what was swept; its replicates differ in the seed alone and count as 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ftexp import metrics
 from ftexp.files import read_json
-from ftexp.metrics import METRICS
+from ftexp.metrics import METRICS, Direction
 from ftexp.stats import columns, explain, noise, pairs
 from ftexp.stats.columns import Column, Interval
 
 ALPHA = noise.ALPHA
+MOST_POINTS = 64
+"""Points that are compared, which takes some 3 seconds; of more, the best are."""
 RATIOS = {
     "valid/loss": ("tokens", 1.0),
     "valid/perplexity": ("tokens", 1.0),
@@ -49,6 +51,8 @@ class Verdict:
     """The metric that ranks."""
     points: tuple[Point, ...]
     """Points that can be compared, in the sweep's order."""
+    behind: int
+    """Points that score below the best `MOST_POINTS` and are not among `points`."""
     left_out: int
     """Points with a trial that is not complete, not finite or above a bound of `sweep.at_most`."""
     untested: str | None
@@ -69,8 +73,8 @@ class Verdict:
     """Held-out rows, or groups of rows with one prompt; 0 where nothing was tested."""
     importance: dict[str, Interval]
     """Share of each searched key in what sets the best points apart; empty for few points or one key."""
-    front: tuple[int, ...]
-    """Indices of the points no other beats in all objectives; empty for one objective."""
+    front: tuple[str, ...]
+    """Labels of the points no other beats in all objectives; empty for one objective."""
 
 
 def read(folder: Path, trials: list[dict[str, Any]], objective: str) -> Verdict:
@@ -82,7 +86,7 @@ def read(folder: Path, trials: list[dict[str, Any]], objective: str) -> Verdict:
         objective: the metric that ranks.
     """
     sweep = read_json(folder / "sweep.json") or {}
-    options = sweep.get("options", {})
+    options, direction = sweep.get("options", {}), METRICS[objective].direction
     grouped: dict[int, list[dict[str, Any]]] = {}
     for trial in trials:
         grouped.setdefault(trial["number"] // options.get("replicates", 1), []).append(trial)
@@ -90,32 +94,49 @@ def read(folder: Path, trials: list[dict[str, Any]], objective: str) -> Verdict:
         members for members in grouped.values()
         if len(members) == options.get("replicates", 1) and all(_counts(t, objective, options) for t in members)
     ]  # fmt: skip
-    left_out = len(grouped) - len(whole)
-    means = [math.fsum(t["scores"][objective] for t in m) / len(m) for m in whole]
-    best = metrics.best(means, METRICS[objective].direction)
-    found = _columns(folder, whole, objective, single=not sweep)
-    if isinstance(found, str) or not whole:
-        points = tuple(Point(_numbers(m), _label(m), Interval(v, math.nan, math.nan), math.nan)
-                       for m, v in zip(whole, means, strict=True))  # fmt: skip
-        reason = found if isinstance(found, str) else "no point is complete"
-        return Verdict(objective, points, left_out, reason, best, (), None, None, None, math.nan, 0,
-                       _importance(whole, means, sweep, objective), _front(whole, sweep))  # fmt: skip
-    table, groups = found
-    comparison = pairs.compare(table, METRICS[objective].direction, groups)
-    cost = _cost(whole)
-    costs = None if cost is None else [math.fsum(t["scores"][cost] for t in m) / len(m) for m in whole]
-    tied = pairs.indistinguishable(comparison, costs, ALPHA)
-    shown = _exp if objective == "valid/perplexity" else lambda interval: interval
-    points = tuple(Point(_numbers(m), _label(m), shown(s), p)
-                   for m, s, p in zip(whole, comparison.scores, comparison.p_best, strict=True))  # fmt: skip
+    ranked = sorted(whole, key=lambda m: _mean(m, objective), reverse=direction is Direction.maximize)[:MOST_POINTS]
+    kept = [members for members in whole if any(members is one for one in ranked)]
+    means = [_mean(m, objective) for m in kept]
+    found = "no point is complete" if not kept else _columns(folder, kept, objective, single=not sweep)
+    verdict = Verdict(
+        objective, tuple(Point(_numbers(m), _label(m), Interval(v, math.nan, math.nan), math.nan)
+                         for m, v in zip(kept, means, strict=True)),
+        len(whole) - len(kept), len(grouped) - len(whole), found if isinstance(found, str) else None,
+        metrics.best(means, direction), (), None, None, None, math.nan, 0, _importance(whole, sweep, objective),
+        _front(whole, sweep),
+    )  # fmt: skip
+    return verdict if isinstance(found, str) else _tested(verdict, kept, *found)
+
+
+def _tested(
+    verdict: Verdict, kept: list[list[dict[str, Any]]], table: list[list[Column]], groups: list[str] | None
+) -> Verdict:
+    """Add what the rows of the points tell."""
+    comparison = pairs.compare(table, METRICS[verdict.objective].direction, groups)
+    cost = _cost(kept)
+    tied = pairs.indistinguishable(comparison, None if cost is None else [_mean(m, cost) for m in kept], ALPHA)
+    same_cost = cost is None or len({_mean(kept[n], cost) for n in tied.members}) == 1
+    shown = _exp if verdict.objective == "valid/perplexity" else lambda interval: interval
     rows = len(table[0][0].num) if groups is None else len(set(groups))
-    detectable = math.nan
-    if len(whole) > 1:
-        detectable = noise.detectable(rows, comparison.spread, len(whole[0]), len(whole), ALPHA)
-    same_cost = costs is None or len({costs[n] for n in tied.members}) == 1
-    return Verdict(objective, points, left_out, None, comparison.best, tied.members,
-                   None if same_cost else tied.cheapest, cost, comparison, detectable, rows,
-                   _importance(whole, means, sweep, objective), _front(whole, sweep))  # fmt: skip
+    seeds = len(kept[0])
+    return replace(
+        verdict,
+        points=tuple(
+            replace(point, score=shown(score), p=p)
+            for point, score, p in zip(verdict.points, comparison.scores, comparison.p_best, strict=True)
+        ),
+        best=comparison.best,
+        same=tied.members,
+        cheapest=None if same_cost else tied.cheapest,
+        cost=cost,
+        comparison=comparison,
+        detectable=noise.detectable(rows, comparison.spread, seeds, len(kept), ALPHA) if len(kept) > 1 else math.nan,
+        rows=rows,
+    )
+
+
+def _mean(members: list[dict[str, Any]], name: str) -> float:
+    return math.fsum(t["scores"][name] for t in members) / len(members)
 
 
 def _counts(trial: dict[str, Any], objective: str, options: dict[str, Any]) -> bool:
@@ -196,31 +217,29 @@ def column(content: dict[str, list[Any]], objective: str) -> Column | None:
 
 
 def _cost(points: list[list[dict[str, Any]]]) -> str | None:
+    """Name the first cost that differs by more than chance moves memory, 2 %."""
     for name in COSTS:
-        known = {t["scores"].get(name) for members in points for t in members}
-        if None not in known and len(known) > 1:
+        known = [t["scores"].get(name) for members in points for t in members]
+        if None not in known and max(known) > 1.02 * min(known):
             return name
     return None
 
 
-def _importance(
-    points: list[list[dict[str, Any]]], means: list[float], sweep: dict[str, Any], objective: str
-) -> dict[str, Interval]:
+def _importance(points: list[list[dict[str, Any]]], sweep: dict[str, Any], objective: str) -> dict[str, Interval]:
     """Importance of the searched keys that stand in a trial's config; choices of whole files do not."""
     keys = [axis["key"] for axis in sweep.get("axes", []) if all(axis["key"] in m[0]["config"] for m in points)]
     if len(keys) < 2 or len(points) < explain.FEWEST:
         return {}
     params = {key: [m[0]["config"][key] for m in points] for key in keys}
-    return explain.importance(params, means, METRICS[objective].direction)
+    return explain.importance(params, [_mean(m, objective) for m in points], METRICS[objective].direction)
 
 
-def _front(points: list[list[dict[str, Any]]], sweep: dict[str, Any]) -> tuple[int, ...]:
+def _front(points: list[list[dict[str, Any]]], sweep: dict[str, Any]) -> tuple[str, ...]:
     names = sweep.get("objectives", [])
     if len(names) < 2 or not all(name in t["scores"] for m in points for t in m for name in names):
         return ()
-    table = [[math.fsum(t["scores"][name] for t in m) / len(m) for name in names] for m in points]
-    on = explain.pareto(table, [METRICS[name].direction for name in names])
-    return tuple(n for n, kept in enumerate(on) if kept)
+    on = explain.pareto([[_mean(m, name) for name in names] for m in points], [METRICS[n].direction for n in names])
+    return tuple(_label(members) for members, kept in zip(points, on, strict=True) if kept)
 
 
 def lines(verdict: Verdict) -> list[str]:
@@ -235,9 +254,12 @@ def lines(verdict: Verdict) -> list[str]:
         shares = [f"{k} {_percent(i)}" for k, i in verdict.importance.items()]
         told.append(f"What sets the best points apart (share, 95 % interval): {', '.join(shares)}.")
     if len(verdict.front) > 1:
-        told.append(f"On the Pareto front: {'; '.join(verdict.points[n].label for n in verdict.front)}.")
+        told.append(f"On the Pareto front: {'; '.join(verdict.front)}.")
+    if verdict.behind:
+        told.append(f"Compared are the best {len(verdict.points)} points; {verdict.behind} score below them.")
     if verdict.left_out and verdict.points:
-        told.append(f"Left out of the comparison: {verdict.left_out} points, not complete or above a bound.")
+        points = "1 point" if verdict.left_out == 1 else f"{verdict.left_out} points"
+        told.append(f"Left out of the comparison: {points}, not complete or above a bound.")
     return told
 
 

@@ -146,13 +146,25 @@ def test_cost_as_objective_has_no_test(sweep):
     found = read(sweep((64, 0, {}), (16, 0, {}), objectives=["cost/memory_gib", "valid/loss"]))
     assert found.untested.startswith("cost/memory_gib is one number a trial")
     assert found.comparison is None
-    assert len(found.front) == 1
+    assert found.front == ("lora.r=16",)  # equal memory: the loss decides
 
 
 def test_front_of_two_objectives(sweep):
     found = read(sweep((64, 0, {}), (16, 0.5, {}), (32, 0.9, {}), objectives=["valid/loss", "cost/trainable"]))
-    assert found.front == (0, 1)
+    assert found.front == ("lora.r=64", "lora.r=16")
     assert "On the Pareto front: lora.r=64; lora.r=16." in compare.lines(found)
+
+
+def test_of_many_points_the_best_are_compared(sweep, monkeypatch):
+    monkeypatch.setattr(compare, "MOST_POINTS", 3)
+    found = read(sweep((64, 0.5, {}), (32, 0, {}), (16, 0.9, {}), (8, 0.3, {}), (4, 0.7, {})))
+    assert [p.label for p in found.points] == ["lora.r=64", "lora.r=32", "lora.r=8"]
+    assert "Compared are the best 3 points; 2 score below them." in compare.lines(found)
+
+
+def test_memory_that_moves_by_chance_is_no_cost(sweep):
+    found = read(sweep((16, 0, {}), (16, 0, {})))
+    assert (found.cost, found.cheapest) == (None, None)
 
 
 def test_rows_with_one_prompt_are_one_unit(sweep):

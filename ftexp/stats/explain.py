@@ -181,8 +181,6 @@ def pareto(scores: Sequence[Sequence[float]], directions: Sequence[Direction]) -
     """
     signs = np.array([1.0 if d is Direction.minimize else -1.0 for d in directions])
     table = np.asarray(scores, dtype=float).reshape(len(scores), len(directions)) * signs
-    whole = ~np.isnan(table).any(axis=1)
-    with np.errstate(invalid="ignore"):
-        beaten = (table[None] <= table[:, None]).all(axis=2) & (table[None] < table[:, None]).any(axis=2)
-    front: list[bool] = (whole & ~np.any(beaten & whole, axis=1)).tolist()
-    return front
+    return [
+        not np.isnan(row).any() and not ((table <= row).all(axis=1) & (table < row).any(axis=1)).any() for row in table
+    ]

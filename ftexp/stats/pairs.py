@@ -141,7 +141,7 @@ def compare(
       runs each, this one 5 %); with no row part this is Tukey's studentised range. Two runs a point are enough, because
       six points then give six degrees of freedom; bootstrapping two seeds would halve their variance. Pooling takes
       training noise for equal everywhere: one of six points three times as noisy as the others, three runs each, brings
-      the rate from 5 to 10 %.
+      the rate from 5 to some 8 %.
     - Without replicates there is no seed part: p is then about these adapters on other rows of the kind, not about
       training again.
 
@@ -222,7 +222,7 @@ def indistinguishable(comparison: Comparison, costs: Sequence[float] | None = No
 
     - Holm over all pairs holds the same error, and pays for every pair at the first step and for pairs of points
       already out at the later ones. Here only pairs of points still in count, as dependent as they are. Six points,
-      one better by 0.55 of the paired standard deviation, 40 rows: this drops 72 % of the worse points, Holm 66 %.
+      one better by 0.55 of the paired standard deviation, 40 rows: this drops 84 % of the worse points, Holm 65 %.
     - Comparing each point with the best alone (Hsu 1981; Dunnett) takes a lower bar, but holds it only against a best
       named beforehand. Its claim for a dropped point is "not better than all others", which six equals fulfil; a
       reader takes it for "worse".
