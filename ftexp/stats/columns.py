@@ -20,7 +20,7 @@ Array = np.ndarray
 SEED = 0
 """Seed of every draw below: the same table gives the same figures, and no table gets draws of its own."""
 DRAWS = 4999
-"""Resamples of an interval; its ends then move by about 2 % of its width from seed to seed."""
+"""Resamples of an interval; its ends then move by 1 to 2 % of its width from seed to seed."""
 CHUNK = 1 << 22
 """Numbers held at once while draws are made."""
 

@@ -141,7 +141,7 @@ def compare(
       runs each, this one 5 %); with no row part this is Tukey's studentised range. Two runs a point are enough, because
       six points then give six degrees of freedom; bootstrapping two seeds would halve their variance. Pooling takes
       training noise for equal everywhere: one of six points three times as noisy as the others, three runs each, brings
-      the rate from 5 to some 8 %.
+      the rate from 5 to 8 or 10 %.
     - Without replicates there is no seed part: p is then about these adapters on other rows of the kind, not about
       training again.
 
