@@ -9,6 +9,7 @@ VERBS = {
     "run": "train and score one run, or a sweep with -m",
     "sweep": "list, look at, stop, resume and export sweeps",
     "report": "print the leaderboard of a sweep or a run",
+    "power": "tell the rows and seeds a comparison needs",
     "ui": "show runs and sweeps in the MLflow UI",
 }
 

@@ -158,10 +158,14 @@ def _shown(scores: dict[str, float], split: str, titles: list[str]) -> list[str]
 
 
 def show(folder: Path) -> None:
-    """Print the leaderboard."""
+    """Print the leaderboard, and below it what the ranking is worth."""
+    from ftexp import compare  # numpy and scipy, after the command line is checked
+
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     board = read(folder)
     console.print(leaderboard(board))
+    for line in compare.lines(compare.read(folder, board.trials, board.objective)):
+        console.print(line, markup=False, highlight=False)
     for trial in board.trials:
         if "error" in trial:
             console.print(f"trial {trial['number']} {trial['state']}: {trial['error']}", markup=False)

@@ -1,0 +1,313 @@
+"""What a sweep's scores are worth, from its files: which points differ, which is cheapest of the best, and how sure.
+
+A point is what was swept; its replicates differ in the seed alone and count as one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ftexp import metrics
+from ftexp.files import read_json
+from ftexp.metrics import METRICS, Direction
+from ftexp.stats import columns, explain, noise, pairs
+from ftexp.stats.columns import Column, Interval
+
+ALPHA = noise.ALPHA
+MOST_POINTS = 64
+"""Points that are compared, which takes some 3 seconds; of more, the best are."""
+RATIOS = {
+    "valid/loss": ("tokens", 1.0),
+    "valid/perplexity": ("tokens", 1.0),
+    "valid/bits_per_byte": ("bytes", math.log(2)),
+}
+"""Scores that are nats over something: over which column, and nats in a unit. Others are means of a column."""
+COSTS = {"cost/trainable": "weights", "cost/gpu_memory_gib": "GiB", "cost/memory_gib": "GiB"}
+"""What "cheapest" goes by: the first in which the points differ. Seconds differ by chance and are not among them."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a sweep with all its replicates complete."""
+
+    trials: tuple[int, ...]
+    """Numbers of its trials."""
+    label: str
+    """Its overrides."""
+    score: Interval
+    """The objective with its 95 % interval, mean over the trials."""
+    p: float
+    """Largest error rate at which it is not told apart from the best; NaN where nothing was tested."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What can be said about a sweep's objective."""
+
+    objective: str
+    """The metric that ranks."""
+    points: tuple[Point, ...]
+    """Points that can be compared, in the sweep's order."""
+    behind: int
+    """Points that score below the best `MOST_POINTS` and are not among `points`."""
+    left_out: int
+    """Points with a trial that is not complete, not finite or above a bound of `sweep.at_most`."""
+    untested: str | None
+    """Why there is no test; None where there is one."""
+    best: int | None
+    """Index of the best point; None where there is none."""
+    same: tuple[int, ...]
+    """Indices of the points that cannot be told from the best, the best included; empty where nothing was tested."""
+    cheapest: int | None
+    """Index of the cheapest of them; None where they cost the same or nothing was tested."""
+    cost: str | None
+    """The metric that says what is cheap."""
+    comparison: pairs.Comparison | None
+    """All pairs and what was measured about noise; for perplexity in units of loss."""
+    detectable: float
+    """Smallest difference such a sweep finds in four of five cases, in the unit of `comparison`; NaN where unknown."""
+    rows: int
+    """Held-out rows, or groups of rows with one prompt; 0 where nothing was tested."""
+    importance: dict[str, Interval]
+    """Share of each searched key in what sets the best points apart; empty for few points or one key."""
+    front: tuple[str, ...]
+    """Labels of the points no other beats in all objectives; empty for one objective."""
+
+
+def read(folder: Path, trials: list[dict[str, Any]], objective: str) -> Verdict:
+    """Compare the trials of a sweep's folder, or show the interval of a single run.
+
+    Args:
+        folder: of the sweep or the run.
+        trials: contents of each `trial.json`, with its `number`.
+        objective: the metric that ranks.
+    """
+    sweep = read_json(folder / "sweep.json") or {}
+    options, direction = sweep.get("options", {}), METRICS[objective].direction
+    grouped: dict[int, list[dict[str, Any]]] = {}
+    for trial in trials:
+        grouped.setdefault(trial["number"] // options.get("replicates", 1), []).append(trial)
+    whole = [
+        members for members in grouped.values()
+        if len(members) == options.get("replicates", 1) and all(_counts(t, objective, options) for t in members)
+    ]  # fmt: skip
+    ranked = sorted(whole, key=lambda m: _mean(m, objective), reverse=direction is Direction.maximize)[:MOST_POINTS]
+    kept = [members for members in whole if any(members is one for one in ranked)]
+    means = [_mean(m, objective) for m in kept]
+    found = "no point is complete" if not kept else _columns(folder, kept, objective, single=not sweep)
+    verdict = Verdict(
+        objective, tuple(Point(_numbers(m), _label(m), Interval(v, math.nan, math.nan), math.nan)
+                         for m, v in zip(kept, means, strict=True)),
+        len(whole) - len(kept), len(grouped) - len(whole), found if isinstance(found, str) else None,
+        metrics.best(means, direction), (), None, None, None, math.nan, 0, _importance(whole, sweep, objective),
+        _front(whole, sweep),
+    )  # fmt: skip
+    return verdict if isinstance(found, str) else _tested(verdict, kept, *found)
+
+
+def _tested(
+    verdict: Verdict, kept: list[list[dict[str, Any]]], table: list[list[Column]], groups: list[str] | None
+) -> Verdict:
+    """Add what the rows of the points tell."""
+    comparison = pairs.compare(table, METRICS[verdict.objective].direction, groups)
+    cost = _cost(kept)
+    tied = pairs.indistinguishable(comparison, None if cost is None else [_mean(m, cost) for m in kept], ALPHA)
+    same_cost = cost is None or len({_mean(kept[n], cost) for n in tied.members}) == 1
+    shown = _exp if verdict.objective == "valid/perplexity" else lambda interval: interval
+    rows = len(table[0][0].num) if groups is None else len(set(groups))
+    seeds = len(kept[0])
+    return replace(
+        verdict,
+        points=tuple(
+            replace(point, score=shown(score), p=p)
+            for point, score, p in zip(verdict.points, comparison.scores, comparison.p_best, strict=True)
+        ),
+        best=comparison.best,
+        same=tied.members,
+        cheapest=None if same_cost else tied.cheapest,
+        cost=cost,
+        comparison=comparison,
+        detectable=noise.detectable(rows, comparison.spread, seeds, len(kept), ALPHA) if len(kept) > 1 else math.nan,
+        rows=rows,
+    )
+
+
+def _mean(members: list[dict[str, Any]], name: str) -> float:
+    return math.fsum(t["scores"][name] for t in members) / len(members)
+
+
+def _counts(trial: dict[str, Any], objective: str, options: dict[str, Any]) -> bool:
+    """Whether a trial is complete, scored and within the sweep's bounds."""
+    if trial["state"] != "complete" or not math.isfinite(trial["scores"].get(objective, math.nan)):
+        return False
+    return all(trial["scores"].get(name, math.inf) <= bound for name, bound in options.get("at_most", {}).items())
+
+
+def _numbers(members: list[dict[str, Any]]) -> tuple[int, ...]:
+    return tuple(t["number"] for t in members)
+
+
+def _label(members: list[dict[str, Any]]) -> str:
+    return members[0]["label"].removesuffix(" seed+0")
+
+
+def _exp(interval: Interval) -> Interval:
+    return Interval(*(math.exp(min(v, 700)) for v in (interval.value, interval.low, interval.high)))
+
+
+def _columns(
+    folder: Path, points: list[list[dict[str, Any]]], objective: str, single: bool
+) -> tuple[list[list[Column]], list[str] | None] | str:
+    """Read the objective row by row, with the group of each row; or say why it cannot be tested."""
+    if objective.startswith("cost/"):
+        return f"{objective} is one number a trial, not one a row: nothing to test"
+    table, first, rows = [], None, None
+    for members in points:
+        table.append([])
+        for trial in members:
+            path = (folder if single else folder / str(trial["number"])) / "examples.parquet"
+            content = read_table(path)
+            if content is None:
+                return f"trial {trial['number']} has no {path.name} that can be read"
+            found = column(content, objective)
+            if found is None:
+                return f"{path.name} of trial {trial['number']} has no rows of {objective}"
+            told = trial["scores"][objective]
+            recomputed = math.exp(found.value) if objective == "valid/perplexity" else found.value
+            if not math.isclose(recomputed, told, rel_tol=1e-6, abs_tol=1e-9):
+                return (
+                    f"{path.name} of trial {trial['number']} gives {objective} {recomputed:.6g}, trial.json {told:.6g}"
+                )
+            here = [content["prompt"], content["reference"]]
+            first, rows = (trial["number"], here) if rows is None else (first, rows)
+            if here != rows:
+                return f"trials {first} and {trial['number']} were scored on other rows"
+            table[-1].append(found)
+    prompts = rows[0] if rows else []
+    return table, prompts if len(set(prompts)) < len(prompts) else None
+
+
+def read_table(path: Path) -> dict[str, list[Any]] | None:
+    """Read an `examples.parquet` as columns; None where there is none, or it is torn."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pydict()
+    except (FileNotFoundError, pyarrow.ArrowInvalid):
+        return None
+
+
+def column(content: dict[str, list[Any]], objective: str) -> Column | None:
+    """Take the objective's column out of a table of rows; None where the table does not hold it.
+
+    >>> rows = {"nats": [2.0, 0.4], "tokens": [1, 3], "reference": ["a", "bcd"]}
+    >>> column(rows, "valid/loss").value
+    0.6
+    """
+    if objective in RATIOS:
+        over, nats = RATIOS[objective]
+        den = [len(text.encode()) for text in content["reference"]] if over == "bytes" else content["tokens"]
+        return columns.ratio([n / nats for n in content["nats"]], den)
+    name = objective.removeprefix("valid/")
+    return columns.mean(content[name]) if name in content else None
+
+
+def _cost(points: list[list[dict[str, Any]]]) -> str | None:
+    """Name the first cost that differs by more than chance moves memory, 2 %."""
+    for name in COSTS:
+        known = [t["scores"].get(name) for members in points for t in members]
+        if None not in known and max(known) > 1.02 * min(known):
+            return name
+    return None
+
+
+def _importance(points: list[list[dict[str, Any]]], sweep: dict[str, Any], objective: str) -> dict[str, Interval]:
+    """Importance of the searched keys that stand in a trial's config; choices of whole files do not."""
+    keys = [axis["key"] for axis in sweep.get("axes", []) if all(axis["key"] in m[0]["config"] for m in points)]
+    if len(keys) < 2 or len(points) < explain.FEWEST:
+        return {}
+    params = {key: [m[0]["config"][key] for m in points] for key in keys}
+    return explain.importance(params, [_mean(m, objective) for m in points], METRICS[objective].direction)
+
+
+def _front(points: list[list[dict[str, Any]]], sweep: dict[str, Any]) -> tuple[str, ...]:
+    names = sweep.get("objectives", [])
+    if len(names) < 2 or not all(name in t["scores"] for m in points for t in m for name in names):
+        return ()
+    on = explain.pareto([[_mean(m, name) for name in names] for m in points], [METRICS[n].direction for n in names])
+    return tuple(_label(members) for members, kept in zip(points, on, strict=True) if kept)
+
+
+def lines(verdict: Verdict) -> list[str]:
+    """Tell a verdict in a few plain lines, for below the leaderboard."""
+    told = []
+    if verdict.best is not None and verdict.untested is None:
+        told += _ranking(verdict)
+        told += _noise(verdict)
+    elif len(verdict.points) > 1:
+        told.append(f"not tested: {verdict.untested}")
+    if verdict.importance:
+        shares = [f"{k} {_percent(i)}" for k, i in verdict.importance.items()]
+        told.append(f"What sets the best points apart (share, 95 % interval): {', '.join(shares)}.")
+    if len(verdict.front) > 1:
+        told.append(f"On the Pareto front: {'; '.join(verdict.front)}.")
+    if verdict.behind:
+        told.append(f"Compared are the best {len(verdict.points)} points; {verdict.behind} score below them.")
+    if verdict.left_out and verdict.points:
+        points = "1 point" if verdict.left_out == 1 else f"{verdict.left_out} points"
+        told.append(f"Left out of the comparison: {points}, not complete or above a bound.")
+    return told
+
+
+def _ranking(verdict: Verdict) -> list[str]:
+    best = verdict.points[verdict.best or 0]
+    name = verdict.objective.split("/")[1].replace("_", " ")
+    score = f"{name} {_number(best.score.value)}, 95 % interval {_number(best.score.low)} to {_number(best.score.high)}"
+    runs = f", mean of {len(best.trials)} seeds" if len(best.trials) > 1 else ""
+    if len(verdict.points) == 1:
+        return [f"{best.label}: {score}{runs}."]
+    others = [n for n in verdict.same if n != verdict.best]
+    if not others:
+        closest = max(p.p for n, p in enumerate(verdict.points) if n != verdict.best)
+        return [f"{best.label} is best ({score}{runs}), told apart from all others (p at most {_p(closest)})."]
+    listed = ", ".join(f"{verdict.points[n].label} (p={_p(verdict.points[n].p)})" for n in others[:8])
+    more = f" and {len(others) - 8} more" if len(others) > 8 else ""
+    told = [f"{best.label} is best ({score}{runs}); not told apart from it: {listed}{more}."]
+    if verdict.cheapest is not None:
+        what = (verdict.cost or "").removeprefix("cost/").replace("_", " ").removesuffix(" gib")
+        told.append(f"Cheapest of these {len(verdict.same)} by {what}: {verdict.points[verdict.cheapest].label}.")
+    return told
+
+
+def _noise(verdict: Verdict) -> list[str]:
+    comparison = verdict.comparison
+    if comparison is None or len(verdict.points) == 1:
+        return []
+    unit = " nats" if verdict.objective == "valid/perplexity" else ""
+    told = []
+    if not math.isnan(verdict.detectable):
+        found, ahead = f"{_number(verdict.detectable)}{unit}", f"{_number(comparison.optimism)}{unit}"
+        told.append(f"{verdict.rows} rows: this sweep finds a difference of {found} in four of five cases; were all "
+                    f"points equal, the best would look {ahead} too good.")  # fmt: skip
+    if comparison.seeds is None:
+        told.append("One run a point: p is about these adapters, not about training again (sweep.replicates=3).")
+    else:
+        told.append(f"Between seeds: standard deviation {_number(comparison.seeds.sd)}{unit}, 95 % interval "
+                    f"{_number(comparison.seeds.low)} to {_number(comparison.seeds.high)}.")  # fmt: skip
+    return told
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.2g}"
+
+
+def _p(value: float) -> str:
+    return f"{value:.2g}" if value >= 0.001 else "<0.001"
+
+
+def _percent(share: Interval) -> str:
+    return f"{100 * share.value:.0f} % ({100 * share.low:.0f} to {100 * share.high:.0f})"

@@ -1,0 +1,201 @@
+"""The comparison of a sweep from its folder alone: made tables with known answers, and a real sweep."""
+
+import math
+import shutil
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import TINY
+
+from ftexp import compare, report
+from ftexp.files import read_json, write_json
+
+TEXT = [f"row {n} é" for n in range(40)]
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Return a function that writes a sweep: for each trial rank, shift of its nats, and keys of trial.json."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 20, len(TEXT))
+    hard = tokens * rng.gamma(2, 0.2, len(TEXT))
+
+    def make(*trials, replicates=1, objectives=("valid/loss",), prompts=None, axes=(), **options):
+        folder = tmp_path / "sweep"
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(folder / "sweep.json", {"objectives": list(objectives), "axes": list(axes),
+                                           "options": {"replicates": replicates, "at_most": {}} | options})  # fmt: skip
+        for number, (rank, shift, keys) in enumerate(trials):
+            nats = hard + tokens * (shift + rng.normal(0, 0.02, len(TEXT)))
+            right = (np.arange(len(TEXT)) < 40 - rank // 2).astype(float)
+            loss = nats.sum() / tokens.sum()
+            octets = sum(len(t.encode()) for t in TEXT)
+            scores = {"valid/loss": loss, "valid/perplexity": math.exp(loss), "cost/trainable": rank * 1e6,
+                      "valid/bits_per_byte": nats.sum() / math.log(2) / octets, "valid/f1": right.mean(),
+                      "cost/memory_gib": 2.0, "cost/seconds": 60.0 + number}  # fmt: skip
+            seed = f" seed+{number % replicates}" if replicates > 1 else ""
+            write_json(folder / str(number) / "trial.json",
+                       {"label": f"lora.r={rank}{seed}", "state": "complete", "scores": scores,
+                        "config": {"lora.r": rank, "trainer.lr": 1e-3 + shift, "objectives": list(objectives)}} | keys)  # fmt: skip
+            rows = {"prompt": prompts or TEXT, "reference": TEXT, "nats": nats, "tokens": tokens, "f1": right}
+            pyarrow.parquet.write_table(pyarrow.table(rows), folder / str(number) / "examples.parquet")
+        return folder
+
+    return make
+
+
+def read(folder):
+    board = report.read(folder)
+    return compare.read(folder, board.trials, board.objective)
+
+
+def test_cheapest_of_those_that_cannot_be_told_apart(sweep):
+    found = read(sweep((64, 0, {}), (16, 0.006, {}), (8, 0.5, {})))
+    assert [found.points[n].label for n in found.same] == ["lora.r=64", "lora.r=16"]
+    assert found.points[found.cheapest].label == "lora.r=16"
+    assert found.cost == "cost/trainable"
+    assert found.points[2].p < 0.001
+    told = compare.lines(found)
+    assert told[0].startswith(f"lora.r=64 is best (loss {found.points[0].score.value:.4f}, 95 % interval ")
+    assert "not told apart from it: lora.r=16 (p=" in told[0]
+    assert told[1] == "Cheapest of these 2 by trainable: lora.r=16."
+    assert any("p is about these adapters, not about training again" in line for line in told)
+
+
+def test_clear_winner_is_called_one(sweep):
+    found = read(sweep((64, 0, {}), (16, 0.4, {}), (8, 0.5, {})))
+    assert found.same == (0,)
+    assert found.cheapest is None
+    assert compare.lines(found)[0].endswith("told apart from all others (p at most <0.001).")
+
+
+def test_replicates_are_one_point(sweep):
+    """Ranks 64 and 16 at two seeds each: noise between seeds of 0.1 hides a difference of 0.02."""
+    trials = [(64, 0, {}), (64, 0.14, {}), (16, 0.02, {}), (16, 0.16, {})]
+    found = read(sweep(*trials, replicates=2))
+    assert [(p.trials, p.label) for p in found.points] == [((0, 1), "lora.r=64"), ((2, 3), "lora.r=16")]
+    assert found.same == (0, 1)
+    assert found.comparison.seeds.sd == pytest.approx(0.14 / math.sqrt(2), rel=0.1)
+    assert any(line.startswith("Between seeds: standard deviation 0.") for line in compare.lines(found))
+    as_single = read(sweep(*trials))  # the twin: each run its own point, and noise passes for a winner
+    assert len(as_single.same) < 4
+
+
+def test_points_that_failed_are_left_out_and_counted(sweep):
+    failed = {"state": "failed", "error": "diverged"}
+    folder = sweep((64, 0, {}), (64, 0, {}), (16, 0, {}), (16, 0, failed), (8, 0, {}), (8, 0, {}), replicates=2)
+    found = read(folder)
+    assert [p.trials for p in found.points] == [(0, 1), (4, 5)]
+    assert found.left_out == 1
+    assert "Left out of the comparison: 1 point" in compare.lines(found)[-1]
+    nan = read_json(folder / "4" / "trial.json")
+    nan["scores"]["valid/loss"] = math.nan
+    write_json(folder / "4" / "trial.json", nan)
+    assert read(folder).left_out == 2
+
+
+def test_point_above_a_bound_is_never_best(sweep):
+    found = read(sweep((64, 0, {}), (8, 0.5, {}), at_most={"cost/trainable": 20e6}))
+    assert [p.label for p in found.points] == ["lora.r=8"]
+
+
+@pytest.mark.parametrize("objective", ["valid/loss", "valid/perplexity", "valid/bits_per_byte", "valid/f1"])
+def test_score_of_rows_is_the_score_of_the_trial(sweep, objective):
+    folder = sweep((64, 0.5, {}), (16, 0, {}), objectives=[objective])
+    found = read(folder)
+    for number, point in enumerate(found.points):
+        assert point.score.value == pytest.approx(read_json(folder / str(number) / "trial.json")["scores"][objective])
+        assert point.score.low < point.score.value < point.score.high
+    assert found.best == 1
+    assert found.best == report.read(folder).best
+
+
+def test_rows_that_do_not_add_up_are_not_tested(sweep):
+    folder = sweep((64, 0, {}), (16, 0, {}))
+    trial = read_json(folder / "1" / "trial.json")
+    trial["scores"]["valid/loss"] += 0.01
+    write_json(folder / "1" / "trial.json", trial)
+    assert "examples.parquet of trial 1 gives valid/loss" in read(folder).untested
+
+
+def test_other_rows_are_not_compared(sweep):
+    folder = sweep((64, 0, {}), (16, 0, {}))
+    path = folder / "1" / "examples.parquet"
+    table = pyarrow.parquet.read_table(path).to_pydict()
+    table["prompt"][0] = "another"
+    pyarrow.parquet.write_table(pyarrow.table(table), path)
+    found = read(folder)
+    assert found.untested == "trials 0 and 1 were scored on other rows"
+    assert compare.lines(found) == ["not tested: trials 0 and 1 were scored on other rows"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn"])
+def test_table_that_cannot_be_read_leaves_the_ranking(sweep, damage, capsys):
+    folder = sweep((64, 0, {}), (16, 0.3, {}))
+    path = folder / "1" / "examples.parquet"
+    path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:100])
+    report.show(folder)
+    out = capsys.readouterr().out
+    assert "0 best" in out
+    assert "not tested: trial 1 has no examples.parquet that can be read" in out
+
+
+def test_cost_as_objective_has_no_test(sweep):
+    found = read(sweep((64, 0, {}), (16, 0, {}), objectives=["cost/memory_gib", "valid/loss"]))
+    assert found.untested.startswith("cost/memory_gib is one number a trial")
+    assert found.comparison is None
+    assert found.front == ("lora.r=16",)  # equal memory: the loss decides
+
+
+def test_front_of_two_objectives(sweep):
+    found = read(sweep((64, 0, {}), (16, 0.5, {}), (32, 0.9, {}), objectives=["valid/loss", "cost/trainable"]))
+    assert found.front == ("lora.r=64", "lora.r=16")
+    assert "On the Pareto front: lora.r=64; lora.r=16." in compare.lines(found)
+
+
+def test_of_many_points_the_best_are_compared(sweep, monkeypatch):
+    monkeypatch.setattr(compare, "MOST_POINTS", 3)
+    found = read(sweep((64, 0.5, {}), (32, 0, {}), (16, 0.9, {}), (8, 0.3, {}), (4, 0.7, {})))
+    assert [p.label for p in found.points] == ["lora.r=64", "lora.r=32", "lora.r=8"]
+    assert "Compared are the best 3 points; 2 score below them." in compare.lines(found)
+
+
+def test_memory_that_moves_by_chance_is_no_cost(sweep):
+    found = read(sweep((16, 0, {}), (16, 0, {})))
+    assert (found.cost, found.cheapest) == (None, None)
+
+
+def test_rows_with_one_prompt_are_one_unit(sweep):
+    found = read(sweep((64, 0, {}), (16, 0, {}), prompts=[f"prompt {n // 4}" for n in range(40)]))
+    assert found.rows == 10
+
+
+def test_importance_of_searched_keys(sweep):
+    trials = [((8, 16, 64)[n % 3], 0.05 * n, {}) for n in range(18)]
+    found = read(sweep(*trials, axes=[{"key": "lora.r"}, {"key": "trainer.lr"}, {"key": "lora"}]))
+    assert list(found.importance) == ["trainer.lr", "lora.r"]
+    assert any(line.startswith("What sets the best points apart") for line in compare.lines(found))
+
+
+def test_single_run_shows_its_interval(sweep):
+    folder = sweep((64, 0, {})) / "0"
+    board = report.read(folder)
+    (line,) = compare.lines(compare.read(folder, board.trials, board.objective))
+    assert line.startswith("lora.r=64: loss 0.")
+    assert "95 % interval" in line
+
+
+def test_empty_sweep_says_nothing(sweep):
+    assert compare.lines(read(sweep())) == []
+
+
+def test_real_sweep_is_compared(cli, tmp_path):
+    code, out, err = cli(*TINY, "track=none", "eval=loss", "lora.r=2,4", "sweep.replicates=2", "name=real", "-m")
+    assert code == 0, err
+    found = read(tmp_path / "outputs" / "sweeps" / "real")
+    assert [p.trials for p in found.points] == [(0, 1), (2, 3)]
+    assert found.untested is None
+    assert found.rows == 12
+    assert f"{found.points[found.best].label} is best (loss " in out

@@ -1,0 +1,110 @@
+"""Rows and seeds needed, from numbers or from a sweep, and every mistake in one line."""
+
+import json
+import math
+import sys
+
+import pytest
+from test_compare import sweep  # noqa: F401
+
+from ftexp import power
+from ftexp.stats import noise
+
+
+@pytest.fixture
+def ask(monkeypatch, capsys):
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["power", *map(str, argv)])
+        code = power.main()
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_rows_by_hand(ask):
+    # paired t test, effect half a standard deviation, power 0.8: 34 rows in any table
+    code, out, _ = ask("effect=0.05", "sd_rows=0.1", "seeds=1")
+    assert code == 0
+    assert "1 seed a point: 34 rows find 0.05 with chance 0.81" in out
+    assert "Training noise counts as 0" in out
+
+
+def test_json_holds_the_numbers(ask):
+    code, out, _ = ask("effect=0.02", "sd=0.15", "correlation=0.8", "sd_seed=0.004", "trials=6", "rows=200", "--json")
+    told = json.loads(out)
+    spread = noise.Spread(0.15 * math.sqrt(0.4), 0.004)
+    assert told["spread"] == {"rows": pytest.approx(spread.rows), "seed": 0.004, "mixed": 0.0}
+    assert [p["seeds"] for p in told["plans"]] == [1, 2, 3, 5]
+    assert told["plans"][2] == pytest.approx(
+        {k: getattr(noise.needed(0.02, spread, 3, 6), k) for k in told["plans"][2]}
+    )
+    assert told["at"][0] == [
+        1,
+        *map(pytest.approx, (noise.power(0.02, 200, spread, 1, 6), noise.detectable(200, spread, 1, 6))),
+    ]
+
+
+def test_hopeless_and_false_are_said(ask):
+    _, out, _ = ask("effect=0.01", "sd_rows=0.1", "sd_seed=0.02", "seeds=1,2")
+    assert "2 seeds a point: no number of rows finds 0.01" in out
+    assert "equal points are told apart too" in out.splitlines()[1]
+
+
+def test_rows_alone_tell_the_smallest_effect(ask):
+    _, out, _ = ask("rows=34", "sd_rows=1", "seeds=1")
+    assert "34 rows, 1 seed a point: 0.495 is found with chance 0.8" in out
+
+
+def test_noise_is_read_from_a_sweep(ask, sweep):  # noqa: F811
+    folder = sweep((64, 0, {}), (64, 0.1, {}), (16, 0, {}), (16, 0.1, {}), (8, 0, {}), (8, 0.1, {}), replicates=2)
+    code, out, _ = ask("effect=0.05", "--from", folder, "--json")
+    told = json.loads(out)
+    assert (code, told["trials"]) == (0, 3)
+    assert told["source"] == "valid/loss of 3 points, 2 runs each, 40 rows"
+    assert told["spread"]["seed"] == pytest.approx(0.1 / math.sqrt(2), rel=0.1)
+    assert 0.02 < told["spread"]["mixed"] < 0.05  # 0.02 of a row, and what a shift of all tokens adds to long rows
+    _, out, _ = ask("effect=0.05", f"--from={folder}", "--json", "sd_seed=0", "trials=9")
+    assert (json.loads(out)["spread"]["seed"], json.loads(out)["trials"]) == (0, 9)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["effect=0", "sd_rows=1"], "effect must be above 0, got 0"),
+        (["effect=nan", "sd_rows=1"], "effect must be above 0, got nan"),
+        (["effect=x", "sd_rows=1"], "effect must be a number, got 'x'"),
+        (["effect=1"], "sd_rows, or sd and correlation, or --from a sweep must be given"),
+        (["sd_rows=1"], "effect or rows must be given"),
+        (["effect=1", "sd=1"], "sd and correlation must be given together"),
+        (["effect=1", "sd=1", "correlation=1.1"], "correlation must be between -1 and 1, got 1.1"),
+        (["effect=1", "sd_rows=1", "sd=1"], "sd and correlation have no part"),
+        (["effect=1", "sd_rows=1", "sd_seed=-1"], "sd_seed must be at least 0, got -1"),
+        (["effect=1", "sd_rows=1", "trials=1"], "trials must be between 2 and 10000, got 1"),
+        (["effect=1", "sd_rows=1", "trials=2.5"], "trials must be a whole number, got 2.5"),
+        (["effect=1", "sd_rows=1", "seeds=0,1"], "seeds must be between 1 and 1000, got 0"),
+        (["effect=1", "sd_rows=1", "alpha=1"], "alpha must be between 1e-06 and 0.5, got 1"),
+        (["effct=1", "sd_rows=1"], "effct=1: must be key=value with a key among effect,"),
+        (["effect"], "effect: must be key=value"),
+        (["effect=1", "--from"], "--from must be followed by the folder of a sweep"),
+    ],
+)
+def test_mistake_is_told_in_one_line(ask, argv, message):
+    code, out, err = ask(*argv)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+def test_folder_without_a_sweep(ask, tmp_path, sweep):  # noqa: F811
+    assert ask("effect=1", "--from", tmp_path)[0] == 4
+    code, _, err = ask("effect=1", "--from", sweep((64, 0, {})))
+    assert code == 4
+    assert "must hold two points to compare; it has one" in err
+
+
+@pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0)])
+def test_usage(ask, argv, code):
+    found, _, err = ask(*argv)
+    assert found == code
+    for key in (*power.KEYS, "seeds", "--from", "--json"):
+        assert f"\n  {key} " in err
