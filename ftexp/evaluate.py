@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 from ftexp import metrics
 from ftexp.config import Eval
 from ftexp.data.prompts import Example
-from ftexp.progress import progress
+from ftexp.data.splits import normalise
+from ftexp.progress import progress, say
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 LOGITS_BYTES = 1 << 30
 """Most memory one forward pass may spend on float32 logits; larger batches are split."""
+
+UNPARSABLE = 0.2
+"""Share of completions without content above which a warning is printed."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,25 @@ class Scored:
     """One entry a row, in the order of the rows: text, nats, tokens, and what was written."""
 
 
+def completions(examples: list[Example]) -> frozenset[str]:
+    """Collect what training rows answer, normalised: what an output is a copy of where it is memorised."""
+    return frozenset(normalise(e.row.completion) for e in examples)
+
+
 def score(
-    model: AnyModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], how: Eval, label: str
-) -> Scored:
-    """Score a model on rows; its mode is set to evaluation and put back."""
+    model: AnyModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], how: Eval, label: str,
+    trained: frozenset[str] = frozenset(),
+) -> Scored:  # fmt: skip
+    """Score a model on rows; its mode is set to evaluation and put back.
+
+    Args:
+        model: a causal language model, with or without an adapter.
+        tokenizer: its tokenizer.
+        examples: held-out rows.
+        how: what to score.
+        label: name of the work on the screen.
+        trained: `completions` of the training rows, for `memorised`.
+    """
     was_training = model.training
     model.eval()
     try:
@@ -46,26 +65,42 @@ def score(
         if how.generate:
             written = generate(model, tokenizer, examples, how, label)
             for entry, text in zip(table, written, strict=True):
-                entry["prediction"] = text
-                entry["exact_match"] = metrics.exact_match(text, entry["reference"])
-                entry["jaccard"] = metrics.jaccard(text, entry["reference"])
-                entry["f1"] = metrics.f1(text, entry["reference"])
+                entry |= {"prediction": text} | compare(text, entry["reference"], trained)
     finally:
         model.train(was_training)
-    return Scored(summary(table), table)
+    scores = summary(table)
+    if (share := scores.get("unparsable", 0)) > UNPARSABLE:
+        say(f"warning: {share:.0%} of the completions of {label} say nothing that can be scored; they count as wrong")
+    return Scored(scores, table)
+
+
+def compare(prediction: str, reference: str, trained: frozenset[str]) -> dict[str, float]:
+    """Score one completion. A run reports the mean of each over all rows."""
+    return {
+        "exact_match": metrics.exact_match(prediction, reference),
+        "jaccard": metrics.jaccard(prediction, reference),
+        "f1": metrics.f1(prediction, reference),
+        "chrf": metrics.chrf(prediction, reference),
+        "rouge_l": metrics.rouge_l(prediction, reference),
+        "memorised": metrics.memorised(prediction, trained),
+        "unparsable": metrics.unparsable(prediction),
+    }
 
 
 def summary(table: list[dict[str, Any]]) -> dict[str, float]:
-    """Compute a split's scores from its per-row table."""
+    """Compute a split's scores and counts from its per-row table: sums over tokens, means over all rows."""
     nats, tokens = [e["nats"] for e in table], [e["tokens"] for e in table]
     scores = {
         "loss": metrics.loss(nats, tokens),
         "perplexity": metrics.perplexity(nats, tokens),
         "bits_per_byte": metrics.bits_per_byte(nats, [len(e["reference"].encode()) for e in table]),
     }
+    scores |= {name: sum(e[name] for e in table) / len(table) for name in metrics.SCORES if name in table[0]}
     if "prediction" in table[0]:
-        scores |= {name: sum(e[name] for e in table) / len(table) for name in ("exact_match", "jaccard", "f1")}
-    return scores
+        written = [e["prediction"] for e in table]
+        scores |= {f"distinct_{n}": metrics.distinct(written, n) for n in (1, 2)}
+    # A row that is too long is refused when it is rendered, so no supervised token is ever cut.
+    return scores | {"rows": float(len(table)), "tokens": float(sum(tokens)), "tokens_cut": 0.0}
 
 
 def held_out(

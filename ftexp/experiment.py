@@ -30,7 +30,7 @@ def check(run: Run, folder: Path | None) -> None:
         MachineError: a model folder is not there.
     """
     for name in run.objectives:
-        metrics.check_objective(name, run.eval.generate)
+        metrics.check_objective(name, switched_on(run))
     if run.model.kind is Kind.tiny and run.quant.kind is not Format.none:
         raise ConfigError(f"quant.kind={run.quant.kind.value} needs stored weights: model=embedded or hub, got tiny")
     kept = None if folder is None else read_json(folder / "trial.json")
@@ -43,6 +43,11 @@ def check(run: Run, folder: Path | None) -> None:
         raise ConfigError(f"name={run.name}: the rows changed since the run in {folder}; choose another name")
     if run.model.kind is Kind.hub:
         model.source(run.model)
+
+
+def switched_on(run: Run) -> set[str]:
+    """Keys of this run that metrics need and that are on."""
+    return {"eval.generate"} if run.eval.generate else set()
 
 
 def prepare(run: Run) -> None:
@@ -188,7 +193,7 @@ def _execute(
         trial["mlflow_run"] = log.run_id
         write_json(folder / "trial.json", trial)  # so that a restart after a kill finds its run in the store
         log.params(track.flat(run))
-        untrained = base_scores(run, base, valid, splits.digest())
+        untrained = base_scores(run, base, train, valid, splits.digest())
         facts.reset_peak_memory()
         began = time.monotonic()
         with model.adapted(base, run.lora, run.seed) as tuned:
@@ -202,11 +207,13 @@ def _execute(
             except Pruned:
                 tuned.save_pretrained(str(folder / "adapter"))
                 raise
-            scored = evaluate.score(tuned, base.tokenizer, valid, run.eval, "valid")
+            seen = evaluate.completions(train)
+            scored = evaluate.score(tuned, base.tokenizer, valid, run.eval, "valid", seen)
             tuned.save_pretrained(str(folder / "adapter"))
         scores = {f"valid/{k}": v for k, v in scored.scores.items()} | {
-            f"base/{k}": v for k, v in untrained.scores.items()
+            f"base/{k}": v for k, v in untrained.scores.items() if k not in metrics.COUNTS
         }
+        scores["train/loss"] = trained["train/loss"]
         scores |= {"cost/trainable": float(trial["facts"]["parameters"]["trainable"])}
         scores |= {f"cost/{k}": v for k, v in facts.peak_memory_gib().items()}
         scores["cost/seconds"] = time.monotonic() - began
@@ -231,11 +238,14 @@ def tokenised(run: Run, splits: data.Splits) -> Tokenised:
 _base_scores: dict[str, evaluate.Scored] = {}
 
 
-def base_scores(run: Run, base: Base, valid: list[prompts.Example], rows: str) -> evaluate.Scored:
+def base_scores(
+    run: Run, base: Base, train: list[prompts.Example], valid: list[prompts.Example], rows: str
+) -> evaluate.Scored:
     """Score the model before training: once for a model, its rows and the way of scoring, not once a trial."""
     key = f"{base.weights} {base.key} {rows} {config.digest(run.data, run.eval)}"
     if key not in _base_scores:
-        _base_scores[key] = evaluate.score(base.model, base.tokenizer, valid, run.eval, "base")
+        seen = evaluate.completions(train)
+        _base_scores[key] = evaluate.score(base.model, base.tokenizer, valid, run.eval, "base", seen)
     return _base_scores[key]
 
 
@@ -265,8 +275,9 @@ def _store(
             for a, b in zip(before, after, strict=True)]  # fmt: skip
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "examples.parquet")
     log.metrics({"valid/loss": scores["valid/loss"]}, step)
-    log.metrics({k: v for k, v in scores.items() if k != "valid/loss"}, 0)  # single values: the UI draws bars
-    shown = ("prompt", "reference", "base_prediction", "prediction", "exact_match", "jaccard", "f1")
+    curves = ("valid/loss", "train/loss")
+    log.metrics({k: v for k, v in scores.items() if k not in curves}, 0)  # single values: the UI draws bars
+    shown = ("prompt", "reference", "base_prediction", "prediction", "exact_match", "jaccard", "f1", "chrf", "rouge_l")
     log.table([{k: row[k] for k in shown if k in row} for row in rows[: run.eval.examples]], "examples")
     log.files(folder / "examples.parquet")
     log.files(folder / "adapter", "adapter")

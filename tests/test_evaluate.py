@@ -143,28 +143,31 @@ def test_scoring_leaves_the_mode_as_it_was(base, examples):
     assert one == again  # dropout was off
 
 
+def entry(prediction, reference, nats, tokens):
+    known = frozenset({"copied it is"})
+    table = {"nats": nats, "tokens": tokens, "reference": reference, "prediction": prediction}
+    return table | evaluate.compare(prediction, reference, known)
+
+
 def test_summary_by_hand():
-    table = [
-        {
-            "nats": math.log(2) * 3,
-            "tokens": 3,
-            "reference": "ab",
-            "prediction": "ab",
-            "exact_match": 1.0,
-            "jaccard": 1.0,
-            "f1": 1.0,
-        },
-        {
-            "nats": math.log(4),
-            "tokens": 1,
-            "reference": "cd",
-            "prediction": "",
-            "exact_match": 0.0,
-            "jaccard": 0.0,
-            "f1": 0.0,
-        },
-    ]
-    scores = evaluate.summary(table)
+    rows = [entry("ab", "ab", math.log(2) * 3, 3), entry("", "cd", math.log(4), 1)]
+    scores = evaluate.summary(rows)
     assert scores["perplexity"] == pytest.approx(2**1.25)
     assert scores["bits_per_byte"] == pytest.approx(5 / 4)
-    assert scores["exact_match"] == 0.5  # an empty answer is wrong, not left out
+    assert scores["exact_match"] == scores["chrf"] == scores["rouge_l"] == 0.5  # an empty answer is wrong, not left out
+    assert (scores["unparsable"], scores["memorised"], scores["distinct_1"]) == (0.5, 0, 1)
+    assert (scores["rows"], scores["tokens"], scores["tokens_cut"]) == (2, 4, 0)
+
+
+def test_copies_of_training_completions_are_counted(base, examples):
+    known = evaluate.completions(examples)
+    scored = [evaluate.compare(text, "x", known)["memorised"] for text in (examples[3].row.completion.upper(), "new")]
+    assert scored == [1, 0]
+
+
+@pytest.mark.parametrize(("empty", "warned"), [(2, False), (3, True)])
+def test_many_empty_completions_are_told(base, examples, monkeypatch, capfd, empty, warned):
+    monkeypatch.setattr(evaluate, "generate", lambda *_: [" "] * empty + ["words"] * (10 - empty))
+    scored = evaluate.score(base.model, base.tokenizer, examples[:10], Eval(), "valid")
+    assert scored.scores["unparsable"] == empty / 10
+    assert ("warning: 30% of the completions of valid" in capfd.readouterr().err) == warned

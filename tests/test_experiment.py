@@ -1,11 +1,12 @@
 """One run from start to end on the tiny model: files, repeatability, refusals, and what a failure leaves."""
 
 import hashlib
+import json
 
 import pyarrow.parquet
 import pytest
 
-from ftexp import experiment
+from ftexp import experiment, metrics
 from ftexp.errors import ConfigError, DataError, Diverged, MachineError
 from ftexp.files import read_json, write_json
 
@@ -28,6 +29,37 @@ def test_run_leaves_scores_table_and_adapter(tiny, tmp_path):
     assert sum(r["nats"] for r in table) / sum(r["tokens"] for r in table) == pytest.approx(scores["valid/loss"])
     assert sum(r["base_nats"] for r in table) / sum(r["tokens"] for r in table) == pytest.approx(scores["base/loss"])
     assert all(r["where"].startswith("yoda:") for r in table)
+
+
+def test_every_number_of_a_run_has_a_direction_or_is_a_count(tiny, tmp_path):
+    """A new score without a row in METRICS fails here, and so does a row that no run reports."""
+    scores = experiment.execute(tiny(), tmp_path / "a", "x")
+    counts = {f"valid/{name}" for name in metrics.COUNTS}
+    assert set(scores) - counts == {name for name in metrics.METRICS if name != "cost/gpu_memory_gib"}
+    assert counts < set(scores)
+    assert not counts & set(metrics.METRICS)
+
+
+def test_means_over_rows_are_those_of_the_table(tiny, tmp_path):
+    scores = experiment.execute(tiny(), tmp_path / "a", "x")
+    table = pyarrow.parquet.read_table(tmp_path / "a" / "examples.parquet").to_pylist()
+    assert scores["valid/rows"] == len(table) == 12
+    assert scores["valid/tokens"] == sum(row["tokens"] for row in table)
+    told = {f"valid/{name}" for name in table[0] if f"valid/{name}" in scores} - {"valid/tokens"}
+    assert told == {
+        f"valid/{n}" for n in ("exact_match", "jaccard", "f1", "chrf", "rouge_l", "memorised", "unparsable")
+    }
+    for name in told:
+        assert scores[name] == pytest.approx(sum(row[name.removeprefix("valid/")] for row in table) / 12)
+
+
+def test_loss_of_the_last_step_can_rank(tiny, tmp_path):
+    run = tiny("objectives=[train/loss]")
+    experiment.check(run, None)
+    scores = experiment.execute(run, tmp_path / "a", "x")
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert scores["train/loss"] == [line["train/loss"] for line in lines if "train/loss" in line][-1]
+    assert len([line for line in lines if "train/loss" in line]) == 4  # the curve, not the single values
 
 
 def test_same_run_twice_gives_the_same_bits(tiny, tmp_path):
@@ -76,7 +108,7 @@ def test_folder_of_another_run_is_refused_with_the_difference(tiny, tmp_path):
 def test_base_is_scored_once_for_several_trials(tiny, tmp_path, monkeypatch):
     experiment._base_scores.clear()
     labels, honest = [], experiment.evaluate.score
-    monkeypatch.setattr(experiment.evaluate, "score", lambda *a: labels.append(a[-1]) or honest(*a))
+    monkeypatch.setattr(experiment.evaluate, "score", lambda *a: labels.append(a[4]) or honest(*a))
     for r in (2, 4):
         experiment.execute(tiny(f"lora.r={r}"), tmp_path / str(r), "x")
     assert labels == ["base", "valid", "valid"]
@@ -98,7 +130,7 @@ def test_failure_is_recorded_and_raised(tiny, tmp_path, monkeypatch):
     ("given", "error", "message"),
     [
         (["objectives=[valid/los]"], ConfigError, "objectives must be among"),
-        (["objectives=[valid/f1]", "eval=loss"], ConfigError, "needs eval.generate=true"),
+        (["objectives=[valid/f1]", "eval=loss"], ConfigError, "needs eval.generate, which is off"),
         (["quant=nf4"], ConfigError, "quant.kind=nf4 needs stored weights"),
         (["data=jsonl", "data.path=none.jsonl"], DataError, "none.jsonl: data.path must be a file"),
         (["model=hub", "model.path=./none"], MachineError, "model.path must be a folder"),

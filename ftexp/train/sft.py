@@ -54,7 +54,7 @@ def train(
         deadline: when to stop at the latest, on the monotonic clock.
 
     Returns:
-        `train/steps`, the optimizer steps taken.
+        `train/steps`, the optimizer steps taken, and `train/loss` of the last one.
 
     Raises:
         Diverged: loss, gradient or weights stopped being finite; names the step.
@@ -72,7 +72,8 @@ def train(
     if stopped:
         raise stopped[0]
     _check_weights(tuned, steps)
-    return {"train/steps": steps}
+    last = next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry)
+    return {"train/steps": steps, "train/loss": last}
 
 
 def planned_steps(trainer: Trainer, rows: int) -> int:
