@@ -341,6 +341,9 @@ class Eval:
     """Longest completion to write; null allows a quarter more than the longest reference, plus 8 tokens."""
     examples: int = 50
     """Rows of the table that shows base and tuned completions side by side."""
+    labels: str | None = None
+    """What stands between labels where a completion is a list of them, e.g. ", ": they are then scored as sets, each
+    row and each label too; null takes completions for text."""
 
     def __post_init__(self) -> None:
         require(1 <= self.batch <= 65536, "eval.batch", self.batch, "between 1 and 65536 rows")
@@ -349,6 +352,9 @@ class Eval:
             "eval.max_new_tokens", self.max_new_tokens, "null or between 1 and 1048576",
         )  # fmt: skip
         require(self.examples >= 0, "eval.examples", self.examples, "0 or more")
+        require(self.labels != "", "eval.labels", self.labels, "null or what stands between labels, like ', '")
+        if self.labels is not None and not self.generate:
+            raise ConfigError(f"eval.labels={self.labels!r} needs eval.generate=true: labels are read from completions")
 
 
 @dataclass

@@ -6,10 +6,10 @@ Batch size, padding and order change speed and memory, never a score.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from ftexp import metrics
+from ftexp import labels, metrics
 from ftexp.config import Eval
 from ftexp.data.prompts import Example
 from ftexp.data.splits import normalise
@@ -37,16 +37,29 @@ class Scored:
     """Metric name without the split -> value."""
     table: list[dict[str, Any]]
     """One entry a row, in the order of the rows: text, nats, tokens, and what was written."""
+    labels: list[dict[str, Any]] = field(default_factory=list)
+    """One entry a label, where completions are lists of labels."""
 
 
-def completions(examples: list[Example]) -> frozenset[str]:
-    """Collect what training rows answer, normalised: what an output is a copy of where it is memorised."""
-    return frozenset(normalise(e.row.completion) for e in examples)
+@dataclass(frozen=True)
+class Seen:
+    """What the rows of a run answer; completions are compared with it."""
+
+    completions: frozenset[str] = frozenset()
+    """Training completions, normalised: an output that is one of them is a copy."""
+    labels: frozenset[str] = frozenset()
+    """Labels of training and held-out rows: an output that names none of them is unparsable."""
+
+
+def seen(train: list[Example], valid: list[Example], how: Eval) -> Seen:
+    """Collect what rows answer."""
+    known = [labels.parse(e.row.completion, how.labels) for e in (*train, *valid)] if how.labels else []
+    return Seen(frozenset(normalise(e.row.completion) for e in train), frozenset().union(*known))
 
 
 def score(
     model: AnyModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], how: Eval, label: str,
-    trained: frozenset[str] = frozenset(),
+    known: Seen = Seen(),
 ) -> Scored:  # fmt: skip
     """Score a model on rows; its mode is set to evaluation and put back.
 
@@ -56,7 +69,7 @@ def score(
         examples: held-out rows.
         how: what to score.
         label: name of the work on the screen.
-        trained: `completions` of the training rows, for `memorised`.
+        known: what the rows of the run answer, for `memorised` and for labels.
     """
     was_training = model.training
     model.eval()
@@ -65,26 +78,36 @@ def score(
         if how.generate:
             written = generate(model, tokenizer, examples, how, label)
             for entry, text in zip(table, written, strict=True):
-                entry |= {"prediction": text} | compare(text, entry["reference"], trained)
+                entry |= {"prediction": text} | compare(text, entry["reference"], known, how)
     finally:
         model.train(was_training)
-    scores = summary(table)
+    scores, by_label = summary(table), []
+    if how.generate and how.labels is not None:
+        truth, named = ([labels.parse(e[side], how.labels) for e in table] for side in ("reference", "prediction"))
+        scores |= labels.scores(truth, named, known.labels)
+        by_label = labels.table(truth, named, sorted(known.labels))
     if (share := scores.get("unparsable", 0)) > UNPARSABLE:
         say(f"warning: {share:.0%} of the completions of {label} say nothing that can be scored; they count as wrong")
-    return Scored(scores, table)
+    return Scored(scores, table, by_label)
 
 
-def compare(prediction: str, reference: str, trained: frozenset[str]) -> dict[str, float]:
+def compare(prediction: str, reference: str, known: Seen, how: Eval) -> dict[str, float]:
     """Score one completion. A run reports the mean of each over all rows."""
-    return {
+    told = {
         "exact_match": metrics.exact_match(prediction, reference),
         "jaccard": metrics.jaccard(prediction, reference),
         "f1": metrics.f1(prediction, reference),
         "chrf": metrics.chrf(prediction, reference),
         "rouge_l": metrics.rouge_l(prediction, reference),
-        "memorised": metrics.memorised(prediction, trained),
+        "memorised": metrics.memorised(prediction, known.completions),
         "unparsable": metrics.unparsable(prediction),
     }
+    if how.labels is not None:
+        truth, named = labels.parse(reference, how.labels), labels.parse(prediction, how.labels)
+        told |= {"unparsable": float(not named & known.labels), "subset_accuracy": float(named == truth)}
+        told |= {"f1_samples": labels.row(labels.f1, truth, named)}
+        told |= {"jaccard_samples": labels.row(labels.jaccard, truth, named)}
+    return told
 
 
 def summary(table: list[dict[str, Any]]) -> dict[str, float]:

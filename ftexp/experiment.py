@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ftexp import config, data, evaluate, facts, metrics, model, track
+from ftexp import config, data, evaluate, facts, labels, metrics, model, track
 from ftexp.config import Format, Kind, Run
 from ftexp.data import prompts
 from ftexp.errors import ConfigError, DataError, FtexpError, Pruned
@@ -38,7 +38,9 @@ def check(run: Run, folder: Path | None) -> None:
         raise ConfigError(
             f"name={run.name} is taken by another run in {folder}: {_difference(kept['config'], identity(run))}"
         )
-    rows = data.load(run.data).digest()
+    splits = data.load(run.data)
+    _check_labels(run, splits)
+    rows = splits.digest()
     if kept is not None and kept.get("facts", {}).get("rows", {}).get("sha256", rows) != rows:
         raise ConfigError(f"name={run.name}: the rows changed since the run in {folder}; choose another name")
     if run.model.kind is Kind.hub:
@@ -47,7 +49,8 @@ def check(run: Run, folder: Path | None) -> None:
 
 def switched_on(run: Run) -> set[str]:
     """Keys of this run that metrics need and that are on."""
-    return {"eval.generate"} if run.eval.generate else set()
+    given = {"eval.generate": run.eval.generate, "eval.labels": run.eval.labels is not None}
+    return {key for key, on in given.items() if on}
 
 
 def prepare(run: Run) -> None:
@@ -71,6 +74,13 @@ def prepare(run: Run) -> None:
                 f"eval.max_new_tokens must leave room for the prompt of {asked.row.where}: the model takes at most "
                 f"{limit} tokens, the prompt has {len(asked.prompt)} and {room} may be written"
             )
+
+
+def _check_labels(run: Run, splits: data.Splits) -> None:
+    """Refuse a row without a label, where completions are lists of labels."""
+    for row in (*splits.train, *splits.valid) if run.eval.labels is not None else ():
+        if not labels.parse(row.completion, run.eval.labels or ""):
+            raise DataError(f"{row.where}: with eval.labels the completion must name a label, got {row.completion!r}")
 
 
 def identity(run: Run) -> dict[str, Any]:
@@ -193,7 +203,8 @@ def _execute(
         trial["mlflow_run"] = log.run_id
         write_json(folder / "trial.json", trial)  # so that a restart after a kill finds its run in the store
         log.params(track.flat(run))
-        untrained = base_scores(run, base, train, valid, splits.digest())
+        known = evaluate.seen(train, valid, run.eval)
+        untrained = base_scores(run, base, valid, splits.digest(), known)
         facts.reset_peak_memory()
         began = time.monotonic()
         with model.adapted(base, run.lora, run.seed) as tuned:
@@ -207,8 +218,7 @@ def _execute(
             except Pruned:
                 tuned.save_pretrained(str(folder / "adapter"))
                 raise
-            seen = evaluate.completions(train)
-            scored = evaluate.score(tuned, base.tokenizer, valid, run.eval, "valid", seen)
+            scored = evaluate.score(tuned, base.tokenizer, valid, run.eval, "valid", known)
             tuned.save_pretrained(str(folder / "adapter"))
         scores = {f"valid/{k}": v for k, v in scored.scores.items()} | {
             f"base/{k}": v for k, v in untrained.scores.items() if k not in metrics.COUNTS
@@ -218,6 +228,7 @@ def _execute(
         scores |= {f"cost/{k}": v for k, v in facts.peak_memory_gib().items()}
         scores["cost/seconds"] = time.monotonic() - began
         _store(run, folder, log, scores, untrained.table, scored.table, int(trained["train/steps"]))
+        _store_labels(folder, log, untrained.labels, scored.labels)
     return scores
 
 
@@ -238,14 +249,11 @@ def tokenised(run: Run, splits: data.Splits) -> Tokenised:
 _base_scores: dict[str, evaluate.Scored] = {}
 
 
-def base_scores(
-    run: Run, base: Base, train: list[prompts.Example], valid: list[prompts.Example], rows: str
-) -> evaluate.Scored:
+def base_scores(run: Run, base: Base, valid: list[prompts.Example], rows: str, known: evaluate.Seen) -> evaluate.Scored:
     """Score the model before training: once for a model, its rows and the way of scoring, not once a trial."""
     key = f"{base.weights} {base.key} {rows} {config.digest(run.data, run.eval)}"
     if key not in _base_scores:
-        seen = evaluate.completions(train)
-        _base_scores[key] = evaluate.score(base.model, base.tokenizer, valid, run.eval, "base", seen)
+        _base_scores[key] = evaluate.score(base.model, base.tokenizer, valid, run.eval, "base", known)
     return _base_scores[key]
 
 
@@ -281,3 +289,11 @@ def _store(
     log.table([{k: row[k] for k in shown if k in row} for row in rows[: run.eval.examples]], "examples")
     log.files(folder / "examples.parquet")
     log.files(folder / "adapter", "adapter")
+
+
+def _store_labels(folder: Path, log: track.Log, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+    """Write the per-label table, where completions are lists of labels."""
+    if after:
+        rows = [{**new, "base_f1": old["f1"]} for old, new in zip(before, after, strict=True)]
+        write_json(folder / "labels.json", rows)
+        log.table(rows, "labels")

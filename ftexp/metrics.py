@@ -61,6 +61,13 @@ SCORES = {
     "distinct_2": _most("share of the word pairs written", "eval.generate"),
     "memorised": _least("share of rows", "eval.generate"),
     "unparsable": _least("share of rows", "eval.generate"),
+    "f1_samples": _most("mean over rows", "eval.labels"),
+    "f1_micro": _most("over all labels of all rows", "eval.labels"),
+    "f1_macro": _most("mean over labels", "eval.labels"),
+    "jaccard_samples": _most("mean over rows", "eval.labels"),
+    "jaccard_micro": _most("over all labels of all rows", "eval.labels"),
+    "jaccard_macro": _most("mean over labels", "eval.labels"),
+    "subset_accuracy": _most("share of rows", "eval.labels"),
 }
 """What one model gets on one split, by its name without the split."""
 
@@ -78,6 +85,8 @@ COUNTS = {
     "rows": "rows scored; all of them, so also the denominator of every share and mean over rows",
     "tokens": "supervised tokens scored; the denominator of the loss",
     "tokens_cut": "supervised tokens left out; 0, since rows longer than `data.max_length` are refused",
+    "labels": "labels that training or held-out rows name, with `eval.labels`",
+    "labels_undefined": "those that no held-out row has and no completion names; left out of macro averages",
 }
 """Counts that a run reports as `valid/<name>` beside its scores."""
 

@@ -47,6 +47,8 @@ NAN, INF = math.nan, math.inf
         ("data.prompt='{a!r:>9}'", r"data\.prompt must be a format string"),
         ("eval.batch=0", r"eval\.batch must be between 1"),
         ("eval.max_new_tokens=0", r"eval\.max_new_tokens must be null or between 1"),
+        ("eval.labels=''", r"eval\.labels must be null or what stands between labels"),
+        ("eval=loss eval.labels='|'", r"eval\.labels='\|' needs eval\.generate=true"),
         ("eval.examples=-1", r"eval\.examples must be 0 or more"),
         ("model=hub model.path=''", r"model\.path must be a hub id or a folder when model=hub"),
         ("model=tiny model.path=x", r"model\.path must be empty when model=tiny"),

@@ -7,7 +7,7 @@ import torch
 
 from ftexp import evaluate, model
 from ftexp.config import Data, Eval, Kind, Lora, Model, Quant
-from ftexp.data import load, prompts
+from ftexp.data import Row, load, prompts
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +144,9 @@ def test_scoring_leaves_the_mode_as_it_was(base, examples):
 
 
 def entry(prediction, reference, nats, tokens):
-    known = frozenset({"copied it is"})
+    known = evaluate.Seen(frozenset({"copied it is"}))
     table = {"nats": nats, "tokens": tokens, "reference": reference, "prediction": prediction}
-    return table | evaluate.compare(prediction, reference, known)
+    return table | evaluate.compare(prediction, reference, known, Eval())
 
 
 def test_summary_by_hand():
@@ -160,8 +160,8 @@ def test_summary_by_hand():
 
 
 def test_copies_of_training_completions_are_counted(base, examples):
-    known = evaluate.completions(examples)
-    scored = [evaluate.compare(text, "x", known)["memorised"] for text in (examples[3].row.completion.upper(), "new")]
+    known, texts = evaluate.seen(examples, [], Eval()), (examples[3].row.completion.upper(), "new")
+    scored = [evaluate.compare(text, "x", known, Eval())["memorised"] for text in texts]
     assert scored == [1, 0]
 
 
@@ -171,3 +171,23 @@ def test_many_empty_completions_are_told(base, examples, monkeypatch, capfd, emp
     scored = evaluate.score(base.model, base.tokenizer, examples[:10], Eval(), "valid")
     assert scored.scores["unparsable"] == empty / 10
     assert ("warning: 30% of the completions of valid" in capfd.readouterr().err) == warned
+
+
+def test_completions_that_are_lists_of_labels(base, monkeypatch):
+    """Four rows by hand: right in another order, one too many, one missing and an unknown one, nothing known."""
+    references = ["comedy, drama", "drama", "comedy, drama", "horror"]
+    written = ["Drama, comedy", "drama, comedy", "comedy, jazz", "I do not know"]
+    rows = [Row("p", text, f"t:{n}") for n, text in enumerate(references)]
+    examples = prompts.render(tuple(rows), base.tokenizer, Data(max_length=256))
+    how = Eval(labels=", ")
+    monkeypatch.setattr(evaluate, "generate", lambda *_: written)
+    scored = evaluate.score(base.model, base.tokenizer, examples, how, "t", evaluate.seen([], examples, how))
+    told = scored.scores
+    assert told["unparsable"] == told["subset_accuracy"] == 1 / 4
+    assert told["f1_samples"] == pytest.approx((1 + 2 / 3 + 1 / 2 + 0) / 4)
+    assert told["jaccard_samples"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 0) / 4)
+    assert told["f1_micro"] == pytest.approx(2 * 4 / (2 * 4 + 3 + 2))  # hits 2 1 1 0, extra 0 1 1 1, missed 0 0 1 1
+    # comedy: 2 hits, 1 extra; drama: 2 hits, 1 missed; horror: 1 missed
+    assert told["f1_macro"] == pytest.approx((4 / 5 + 4 / 5 + 0) / 3)
+    assert (told["labels"], told["labels_undefined"]) == (3, 0)
+    assert [row["label"] for row in scored.labels] == ["comedy", "drama", "horror"]

@@ -33,11 +33,14 @@ def test_run_leaves_scores_table_and_adapter(tiny, tmp_path):
 
 def test_every_number_of_a_run_has_a_direction_or_is_a_count(tiny, tmp_path):
     """A new score without a row in METRICS fails here, and so does a row that no run reports."""
-    scores = experiment.execute(tiny(), tmp_path / "a", "x")
+    run = tiny("eval.labels=' '")
+    scores = experiment.execute(run, tmp_path / "a", "x")
     counts = {f"valid/{name}" for name in metrics.COUNTS}
-    assert set(scores) - counts == {name for name in metrics.METRICS if name != "cost/gpu_memory_gib"}
     assert counts < set(scores)
     assert not counts & set(metrics.METRICS)
+    given = {"", *experiment.switched_on(run)}
+    expected = {name for name, metric in metrics.METRICS.items() if metric.needs in given}
+    assert set(scores) - counts == expected - {"cost/gpu_memory_gib"}
 
 
 def test_means_over_rows_are_those_of_the_table(tiny, tmp_path):
@@ -134,12 +137,29 @@ def test_failure_is_recorded_and_raised(tiny, tmp_path, monkeypatch):
         (["quant=nf4"], ConfigError, "quant.kind=nf4 needs stored weights"),
         (["data=jsonl", "data.path=none.jsonl"], DataError, "none.jsonl: data.path must be a file"),
         (["model=hub", "model.path=./none"], MachineError, "model.path must be a folder"),
+        (
+            ["eval.labels='.'", "data=jsonl", "data.path=dots.jsonl"],
+            DataError,
+            r"dots\.jsonl:2: .*must name a label, got '\.'",
+        ),
         (["data.valid=500"], DataError, "data.valid=500 rows cannot be held out"),
     ],
 )
-def test_check_refuses_before_anything_runs(tiny, tmp_path, given, error, message):
+def test_check_refuses_before_anything_runs(tiny, tmp_path, monkeypatch, given, error, message):
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"prompt": f"p{n}", "completion": "." if n == 1 else "a. b"}) for n in range(120)]
+    (tmp_path / "dots.jsonl").write_text("\n".join(rows))
     with pytest.raises(error, match=message):
         experiment.check(tiny(*given), tmp_path)
+
+
+def test_label_run_writes_a_table_of_labels(tiny, tmp_path):
+    """Yoda's words as labels, which the tiny model gets wrong: what counts is that each label has its row."""
+    scores = experiment.execute(tiny("eval.labels=' '", "objectives=[valid/f1_macro]"), tmp_path / "a", "x")
+    rows = read_json(tmp_path / "a" / "labels.json")
+    assert len(rows) == scores["valid/labels"] > 50
+    assert sum(row["f1"] is None for row in rows) == scores["valid/labels_undefined"]
+    assert set(rows[0]) == {"label", "true", "predicted", "precision", "recall", "f1", "base_f1"}
 
 
 def test_loss_only_run_writes_no_completions(tiny, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import ftexp
 
 PACKAGE = Path(ftexp.__file__).parent
-ORDER = ["errors", "files", "progress", "config", "overrides", "data", "model", "metrics", "evaluate", "train", "facts",
+ORDER = ["errors", "files", "progress", "config", "overrides", "data", "model", "metrics", "labels", "evaluate", "train", "facts",
          "track", "experiment", "sweep", "report", "run", "ui", "__main__"]  # fmt: skip
 """A module imports only from those to its left."""
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "mlflow", "sklearn", "numpy", "pandas", "pyarrow"}
