@@ -344,6 +344,9 @@ class Eval:
     labels: str | None = None
     """What stands between labels where a completion is a list of them, e.g. ", ": they are then scored as sets, each
     row and each label too; null takes completions for text."""
+    forgetting: str | None = None
+    """General text whose loss is taken before and after training: `python-docs` (32 passages of the manual that comes
+    with Python) or a text file with blank lines between passages; null leaves it out."""
 
     def __post_init__(self) -> None:
         require(1 <= self.batch <= 65536, "eval.batch", self.batch, "between 1 and 65536 rows")
@@ -352,6 +355,7 @@ class Eval:
             "eval.max_new_tokens", self.max_new_tokens, "null or between 1 and 1048576",
         )  # fmt: skip
         require(self.examples >= 0, "eval.examples", self.examples, "0 or more")
+        require(self.forgetting != "", "eval.forgetting", self.forgetting, "null, python-docs or a text file")
         require(self.labels != "", "eval.labels", self.labels, "null or what stands between labels, like ', '")
         if self.labels is not None and not self.generate:
             raise ConfigError(f"eval.labels={self.labels!r} needs eval.generate=true: labels are read from completions")

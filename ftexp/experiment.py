@@ -9,7 +9,7 @@ from typing import Any
 
 from ftexp import config, data, evaluate, facts, labels, metrics, model, track
 from ftexp.config import Format, Kind, Run
-from ftexp.data import prompts
+from ftexp.data import general, prompts
 from ftexp.errors import ConfigError, DataError, FtexpError, Pruned
 from ftexp.files import read_json, write_json
 from ftexp.model import Base
@@ -40,6 +40,8 @@ def check(run: Run, folder: Path | None) -> None:
         )
     splits = data.load(run.data)
     _check_labels(run, splits)
+    if run.eval.forgetting is not None:
+        general.passages(run.eval.forgetting)
     rows = splits.digest()
     if kept is not None and kept.get("facts", {}).get("rows", {}).get("sha256", rows) != rows:
         raise ConfigError(f"name={run.name}: the rows changed since the run in {folder}; choose another name")
@@ -49,7 +51,11 @@ def check(run: Run, folder: Path | None) -> None:
 
 def switched_on(run: Run) -> set[str]:
     """Keys of this run that metrics need and that are on."""
-    given = {"eval.generate": run.eval.generate, "eval.labels": run.eval.labels is not None}
+    given = {
+        "eval.generate": run.eval.generate,
+        "eval.labels": run.eval.labels is not None,
+        "eval.forgetting": run.eval.forgetting is not None,
+    }
     return {key for key, on in given.items() if on}
 
 
@@ -64,6 +70,7 @@ def prepare(run: Run) -> None:
     sft.arguments(run.trainer, "cpu", run.seed, "", 1)
     train, valid = tokenised(run, data.load(run.data))
     limit = model.positions(run.model)
+    general_text(run, model.tokenizer(run.model))
     longest = max((*train, *valid), key=lambda e: len(e.ids))
     if limit is not None and len(longest.ids) > limit:
         raise DataError(f"{longest.row.where}: the model takes at most {limit} tokens, this row has {len(longest.ids)}")
@@ -205,6 +212,8 @@ def _execute(
         log.params(track.flat(run))
         known = evaluate.seen(train, valid, run.eval)
         untrained = base_scores(run, base, valid, splits.digest(), known)
+        text = general_text(run, base.tokenizer)
+        before = general_before(run, base, text)
         facts.reset_peak_memory()
         began = time.monotonic()
         with model.adapted(base, run.lora, run.seed) as tuned:
@@ -219,11 +228,16 @@ def _execute(
                 tuned.save_pretrained(str(folder / "adapter"))
                 raise
             scored = evaluate.score(tuned, base.tokenizer, valid, run.eval, "valid", known)
+            after = None if before is None else general_loss(run, base, tuned, text, "general text")
             tuned.save_pretrained(str(folder / "adapter"))
         scores = {f"valid/{k}": v for k, v in scored.scores.items()} | {
             f"base/{k}": v for k, v in untrained.scores.items() if k not in metrics.COUNTS
         }
         scores["train/loss"] = trained["train/loss"]
+        if before is not None and after is not None:
+            scores |= {
+                f"forgetting/{k}": v for k, v in (("before", before), ("after", after), ("loss", after - before))
+            }
         scores |= {"cost/trainable": float(trial["facts"]["parameters"]["trainable"])}
         scores |= {f"cost/{k}": v for k, v in facts.peak_memory_gib().items()}
         scores["cost/seconds"] = time.monotonic() - began
@@ -257,9 +271,34 @@ def base_scores(run: Run, base: Base, valid: list[prompts.Example], rows: str, k
     return _base_scores[key]
 
 
+def general_text(run: Run, tokenizer: Any) -> list[prompts.Example]:
+    """Return the passages of `eval.forgetting` as token ids; none where it is off."""
+    if run.eval.forgetting is None:
+        return []
+    return general.render(general.passages(run.eval.forgetting), tokenizer, model.positions(run.model))
+
+
+def general_loss(run: Run, base: Base, scored: Any, text: list[prompts.Example], label: str) -> float:
+    """Score a model, tuned or not, on general text: nats a token."""
+    table = evaluate.held_out(scored, base.tokenizer, text, run.eval, label)
+    return metrics.loss([e["nats"] for e in table], [e["tokens"] for e in table])
+
+
+_general: dict[str, float] = {}
+
+
+def general_before(run: Run, base: Base, text: list[prompts.Example]) -> float | None:
+    """Score the base on general text, once for a model and text; None where `eval.forgetting` is off."""
+    key = f"{base.weights} {base.key} {general.digest([e.row for e in text])}"
+    if text and key not in _general:
+        _general[key] = general_loss(run, base, base.model, text, "base general text")
+    return _general.get(key)
+
+
 def _facts(run: Run, base: Base, splits: data.Splits, tuned: Any) -> dict[str, Any]:
     """What the result depends on beside the config, and sizes that a reader asks for first."""
     return {
+        **({"general_sha256": general.digest(general.passages(run.eval.forgetting))} if run.eval.forgetting else {}),
         "rows": {"train": len(splits.train), "valid": len(splits.valid), "test": len(splits.test),
                  "duplicates": splits.duplicates, "sha256": splits.digest()},
         "template_sha256": prompts.template_digest(base.tokenizer, run.data),

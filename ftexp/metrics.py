@@ -74,6 +74,9 @@ SCORES = {
 METRICS = {
     **{f"{split}/{name}": metric for split in ("valid", "base") for name, metric in SCORES.items()},
     "train/loss": _least("nats a token, last step"),
+    "forgetting/loss": _least("nats a token of general text, after less before", "eval.forgetting"),
+    "forgetting/before": _least("nats a token of general text, base", "eval.forgetting"),
+    "forgetting/after": _least("nats a token of general text, tuned", "eval.forgetting"),
     "cost/trainable": _least("weights"),
     "cost/memory_gib": _least("GiB, peak of the process"),
     "cost/gpu_memory_gib": _least("GiB, peak of the GPU"),

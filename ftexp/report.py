@@ -22,6 +22,7 @@ SCORES = {  # column title -> metric without its split, format
     "exact match": ("exact_match", ".3f"),
     "Jaccard": ("jaccard", ".3f"),
     "F1": ("f1", ".3f"),
+    "labels F1": ("f1_macro", ".3f"),
 }
 WIDTH = 132
 """Columns of the table where the output is not a terminal."""

@@ -47,6 +47,7 @@ NAN, INF = math.nan, math.inf
         ("data.prompt='{a!r:>9}'", r"data\.prompt must be a format string"),
         ("eval.batch=0", r"eval\.batch must be between 1"),
         ("eval.max_new_tokens=0", r"eval\.max_new_tokens must be null or between 1"),
+        ("eval.forgetting=''", r"eval\.forgetting must be null, python-docs or a text file"),
         ("eval.labels=''", r"eval\.labels must be null or what stands between labels"),
         ("eval=loss eval.labels='|'", r"eval\.labels='\|' needs eval\.generate=true"),
         ("eval.examples=-1", r"eval\.examples must be 0 or more"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 
 import pyarrow.parquet
 import pytest
@@ -142,6 +143,7 @@ def test_failure_is_recorded_and_raised(tiny, tmp_path, monkeypatch):
             DataError,
             r"dots\.jsonl:2: .*must name a label, got '\.'",
         ),
+        (["eval.forgetting=none.txt"], DataError, "none.txt: eval.forgetting must be python-docs or a text file"),
         (["data.valid=500"], DataError, "data.valid=500 rows cannot be held out"),
     ],
 )
@@ -160,6 +162,27 @@ def test_label_run_writes_a_table_of_labels(tiny, tmp_path):
     assert len(rows) == scores["valid/labels"] > 50
     assert sum(row["f1"] is None for row in rows) == scores["valid/labels_undefined"]
     assert set(rows[0]) == {"label", "true", "predicted", "precision", "recall", "f1", "base_f1"}
+
+
+def test_forgetting_is_the_loss_on_general_text_after_less_before(tiny, tmp_path):
+    run = tiny("eval.forgetting=python-docs", "objectives=[forgetting/loss]", "eval=loss", "trainer.lr=0.5")
+    experiment.check(run, None)
+    scores = experiment.execute(run, tmp_path / "a", "x")
+    assert {metrics.METRICS[n].needs for n in scores if n.startswith("forgetting/")} == {"eval.forgetting"}
+    before, after = scores["forgetting/before"], scores["forgetting/after"]
+    assert before == pytest.approx(math.log(259), abs=0.2)  # random weights know nothing of English
+    assert scores["forgetting/loss"] == after - before < -0.01  # and have nothing to forget
+    assert len(read_json(tmp_path / "a" / "trial.json")["facts"]["general_sha256"]) == 64
+
+
+def test_base_is_scored_on_general_text_once(tiny, tmp_path, monkeypatch):
+    (tmp_path / "general.txt").write_text("Rain fell on the town.\n\nNobody knew why.")
+    experiment._general.clear()
+    labels, honest = [], experiment.general_loss
+    monkeypatch.setattr(experiment, "general_loss", lambda *a: labels.append(a[-1]) or honest(*a))
+    for r in (2, 4):
+        experiment.execute(tiny(f"lora.r={r}", f"eval.forgetting={tmp_path}/general.txt"), tmp_path / str(r), "x")
+    assert labels == ["base general text", "general text", "general text"]
 
 
 def test_loss_only_run_writes_no_completions(tiny, tmp_path):

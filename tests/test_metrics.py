@@ -104,7 +104,7 @@ def test_f1_equals_squad_scorer(a, b):
 
 
 SMALLER_IS_BETTER = {"loss", "perplexity", "bits_per_byte", "memorised", "unparsable", "trainable", "memory_gib",
-                     "gpu_memory_gib", "seconds"}  # fmt: skip
+                     "gpu_memory_gib", "seconds", "before", "after"}  # fmt: skip
 
 
 def test_directions_by_hand():
