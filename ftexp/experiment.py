@@ -280,7 +280,8 @@ def general_text(run: Run, tokenizer: Any) -> list[prompts.Example]:
 
 def general_loss(run: Run, base: Base, scored: Any, text: list[prompts.Example], label: str) -> float:
     """Score a model, tuned or not, on general text: nats a token."""
-    table = evaluate.held_out(scored, base.tokenizer, text, run.eval, label)
+    few = replace(run.eval, batch=min(8, run.eval.batch))  # passages are long: this must not be the peak of memory
+    table = evaluate.held_out(scored, base.tokenizer, text, few, label)
     return metrics.loss([e["nats"] for e in table], [e["tokens"] for e in table])
 
 

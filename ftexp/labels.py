@@ -197,7 +197,7 @@ def threshold(truth: Sequence[bool], scores: Sequence[float]) -> float | None:
 
     Half-way between two neighbouring scores. None where the label is never true, so that no F1 could tell thresholds
     apart. Fit it on other rows than those it is scored on: fitted on the same rows, scores of pure chance with a tenth
-    of true rows look as good as F1 0.21 instead of 0.17.
+    of true rows reach F1 0.21 where they are worth 0.17 (200 rows).
 
     >>> threshold([True, False, True], [0.9, 0.2, 0.6])
     0.4
