@@ -123,6 +123,9 @@ class Method(Enum):
 
     sft = "sft"
     """Supervised fine-tuning with TRL's SFTTrainer."""
+    classify = "classify"
+    """A fresh head on the model that tells the labels of a text: rows whose completion is a list of labels, parted by
+    `eval.labels` (a comma where that is null)."""
 
 
 class Scheduler(Enum):
@@ -307,6 +310,10 @@ class Trainer:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     report_steps: int = 10
     """Steps between two held-out losses of the curve; 0 scores at the end only."""
+    multi_label: bool = True
+    """With `kind=classify`: rows have any number of labels; false where each has exactly one."""
+    class_weights: bool = False
+    """With `kind=classify`: weigh labels in the training loss so that rare ones count as much as common ones."""
     extra: dict[str, Any] = field(default_factory=dict)
     """More keywords for `trl.SFTConfig`, which refuses those it does not know."""
 

@@ -137,7 +137,7 @@ def held_out(
     model.eval()
     try:
         with torch.no_grad(), progress(f"{label} loss", len(examples)) as advance:
-            for numbers in _batches([len(e.ids) for e in examples], how.batch, spread=0.75):
+            for numbers in batches([len(e.ids) for e in examples], how.batch, spread=0.75):
                 for part in _fitting(numbers, examples, model):
                     nats = _nats(model, [examples[n] for n in part], _pad(tokenizer))
                     for n, value in zip(part, nats, strict=True):
@@ -150,7 +150,7 @@ def held_out(
     return table
 
 
-def _batches(lengths: list[int], size: int, spread: float) -> Iterator[list[int]]:
+def batches(lengths: list[int], size: int, spread: float) -> Iterator[list[int]]:
     """Yield row numbers, longest rows first, so that memory peaks at once.
 
     A batch ends after `size` rows, or where a row is shorter than `spread` times the batch's longest: in a forward
@@ -253,7 +253,7 @@ def generate(
     model.eval()
     try:
         with torch.no_grad(), progress(f"{label} completions", len(examples)) as advance:
-            for numbers in _batches([len(e.prompt) for e in examples], how.batch, spread=0):
+            for numbers in batches([len(e.prompt) for e in examples], how.batch, spread=0):
                 ids, mask = _left_padded([examples[n].prompt for n in numbers], _pad(tokenizer))
                 out = model.generate(  # type: ignore
                     input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings

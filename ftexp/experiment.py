@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ftexp import config, data, evaluate, facts, labels, metrics, model, track
-from ftexp.config import Format, Kind, Run
+from ftexp.config import Format, Kind, Method, Run, Template
 from ftexp.data import general, prompts
 from ftexp.errors import ConfigError, DataError, FtexpError, Pruned
 from ftexp.files import read_json, write_json
 from ftexp.model import Base
 from ftexp.overrides import ROOT
 from ftexp.progress import say
-from ftexp.train import TRAINERS, sft
+from ftexp.train import TRAINERS, classify, sft
 from ftexp.train.sft import Judge
 
 Tokenised = tuple[list[prompts.Example], list[prompts.Example]]
@@ -40,6 +40,8 @@ def check(run: Run, folder: Path | None) -> None:
         )
     splits = data.load(run.data)
     _check_labels(run, splits)
+    if run.eval.forgetting is not None and run.trainer.kind is Method.classify:
+        raise ConfigError("eval.forgetting must be null with trainer.kind=classify: a classifier predicts no text")
     if run.eval.forgetting is not None:
         general.passages(run.eval.forgetting)
     rows = splits.digest()
@@ -51,7 +53,10 @@ def check(run: Run, folder: Path | None) -> None:
 
 def switched_on(run: Run) -> set[str]:
     """Keys of this run that metrics need and that are on."""
+    if run.trainer.kind is Method.classify:
+        return {metrics.CLASSIFY}
     given = {
+        metrics.SFT: True,
         "eval.generate": run.eval.generate,
         "eval.labels": run.eval.labels is not None,
         "eval.forgetting": run.eval.forgetting is not None,
@@ -68,6 +73,9 @@ def prepare(run: Run) -> None:
     """
     model.adapter(run.lora)
     sft.arguments(run.trainer, "cpu", run.seed, "", 1)
+    if run.trainer.kind is Method.classify:
+        _prepare_classifier(run)
+        return
     train, valid = tokenised(run, data.load(run.data))
     limit = model.positions(run.model)
     general_text(run, model.tokenizer(run.model))
@@ -81,6 +89,14 @@ def prepare(run: Run) -> None:
                 f"eval.max_new_tokens must leave room for the prompt of {asked.row.where}: the model takes at most "
                 f"{limit} tokens, the prompt has {len(asked.prompt)} and {room} may be written"
             )
+
+
+def _prepare_classifier(run: Run) -> None:
+    train, valid, _ = classified(run, data.load(run.data))
+    limit = model.positions(run.model)
+    longest = max((*train, *valid), key=lambda e: len(e.ids))
+    if limit is not None and len(longest.ids) > limit:
+        raise DataError(f"{longest.row.where}: the model takes at most {limit} tokens, this row has {len(longest.ids)}")
 
 
 def _check_labels(run: Run, splits: data.Splits) -> None:
@@ -155,7 +171,7 @@ def _fitting(
     """Run with smaller and smaller forward passes until one fits in memory."""
     while True:
         try:
-            return _execute(run, folder, label, parent, trial, judge, deadline)
+            return PATHS[run.trainer.kind](run, folder, label, parent, trial, judge, deadline)
         except Exception as error:
             smaller = halved(run) if out_of_memory(error) else None
             if smaller is None:
@@ -246,6 +262,78 @@ def _execute(
     return scores
 
 
+def _classify(
+    run: Run, folder: Path, label: str, parent: str | None, trial: dict[str, Any],
+    judge: Judge | None, deadline: float | None,
+) -> dict[str, float]:  # fmt: skip
+    """Do what `_execute` does for a classifier: a head instead of completions, TF-IDF instead of the base model."""
+    splits = data.load(run.data)
+    train, valid, known = classified(run, splits)
+    base = model.load(run.model, run.quant, len(known))
+    many = run.trainer.multi_label
+    with track.start(run, folder, label, parent, trial["mlflow_run"]) as log:
+        trial["mlflow_run"] = log.run_id
+        write_json(folder / "trial.json", trial)
+        log.params(track.flat(run))
+        plain = tfidf_scores(run, train, valid, known, splits.digest())
+        facts.reset_peak_memory()
+        began = time.monotonic()
+        with model.adapted(base, run.lora, run.seed) as tuned:
+            bare = replace(run, data=replace(run.data, template=Template.plain))  # texts are in no template
+            trial["facts"] = _facts(bare, base, splits, tuned)
+            log.tags({f"ftexp.{k}": v for k, v in config.flat(trial["facts"]).items()})
+            try:
+                trained = classify.train(
+                    run, base, tuned, train, valid, folder / "trainer", log.metrics, judge, deadline
+                )
+            except Pruned:
+                tuned.save_pretrained(str(folder / "adapter"))
+                raise
+            told = classify.logits(tuned, base.tokenizer, valid, run.eval, "valid")
+            tuned.save_pretrained(str(folder / "adapter"))
+        scored, trial["thresholds"] = classify.score(told, valid, known, many)
+        trial["labels"] = known
+        scores = {f"valid/{k}": v for k, v in scored.scores.items()}
+        scores |= {f"tfidf/{k}": v for k, v in plain.scores.items() if k not in metrics.COUNTS}
+        scores |= {
+            "train/loss": trained["train/loss"],
+            "cost/trainable": float(trial["facts"]["parameters"]["trainable"]),
+        }
+        scores |= {f"cost/{k}": v for k, v in facts.peak_memory_gib().items()}
+        scores["cost/seconds"] = time.monotonic() - began
+        _store(run, folder, log, scores, plain.table, scored.table, int(trained["train/steps"]), "tfidf")
+        _store_labels(folder, log, plain.labels, scored.labels, "tfidf")
+    return scores
+
+
+PATHS = {Method.sft: _execute, Method.classify: _classify}
+"""What a run does, by its training method."""
+
+
+def classified(run: Run, splits: data.Splits) -> tuple[list[classify.Example], list[classify.Example], list[str]]:
+    """Return train and valid rows of a classifier, and the labels they name."""
+    tokenizer = model.tokenizer(run.model)
+    train, valid = (classify.render(part, tokenizer, run) for part in (splits.train, splits.valid))
+    known = classify.names(train, valid)
+    if len(known) < 2 and not run.trainer.multi_label:
+        raise DataError(f"trainer.multi_label=false needs two labels to tell apart, the rows have {known}")
+    return train, valid, known
+
+
+_tfidf: dict[str, evaluate.Scored] = {}
+
+
+def tfidf_scores(
+    run: Run, train: list[classify.Example], valid: list[classify.Example], known: list[str], rows: str
+) -> evaluate.Scored:
+    """Score TF-IDF and logistic regression: once for the rows, not once a trial."""
+    key = f"{rows} {run.eval.labels} {run.trainer.multi_label}"
+    if key not in _tfidf:
+        told = classify.baseline(train, valid, known, run.trainer.multi_label)
+        _tfidf[key] = classify.score(told, valid, known, run.trainer.multi_label)[0]
+    return _tfidf[key]
+
+
 _tokens: tuple[str, Tokenised] | None = None
 
 
@@ -313,27 +401,39 @@ def _facts(run: Run, base: Base, splits: data.Splits, tuned: Any) -> dict[str, A
 
 def _store(
     run: Run, folder: Path, log: track.Log, scores: dict[str, float],
-    before: list[dict[str, Any]], after: list[dict[str, Any]], step: int,
+    before: list[dict[str, Any]], after: list[dict[str, Any]], step: int, rival: str = "base",
 ) -> None:  # fmt: skip
     """Write the per-row table, and show scores, examples and adapter in the tracking store."""
     import pyarrow
     import pyarrow.parquet
 
-    rows = [{**b, "base_nats": a["nats"], **({"base_prediction": a["prediction"]} if "prediction" in a else {})}
+    rows = [{**b, f"{rival}_nats": a["nats"], **({f"{rival}_prediction": a["prediction"]} if "prediction" in a else {})}
             for a, b in zip(before, after, strict=True)]  # fmt: skip
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "examples.parquet")
     log.metrics({"valid/loss": scores["valid/loss"]}, step)
     curves = ("valid/loss", "train/loss")
     log.metrics({k: v for k, v in scores.items() if k not in curves}, 0)  # single values: the UI draws bars
-    shown = ("prompt", "reference", "base_prediction", "prediction", "exact_match", "jaccard", "f1", "chrf", "rouge_l")
+    shown = (
+        "prompt",
+        "reference",
+        f"{rival}_prediction",
+        "prediction",
+        "exact_match",
+        "jaccard",
+        "f1",
+        "chrf",
+        "rouge_l",
+    )
     log.table([{k: row[k] for k in shown if k in row} for row in rows[: run.eval.examples]], "examples")
     log.files(folder / "examples.parquet")
     log.files(folder / "adapter", "adapter")
 
 
-def _store_labels(folder: Path, log: track.Log, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+def _store_labels(
+    folder: Path, log: track.Log, before: list[dict[str, Any]], after: list[dict[str, Any]], rival: str = "base"
+) -> None:
     """Write the per-label table, where completions are lists of labels."""
     if after:
-        rows = [{**new, "base_f1": old["f1"]} for old, new in zip(before, after, strict=True)]
+        rows = [{**new, f"{rival}_f1": old["f1"]} for old, new in zip(before, after, strict=True)]
         write_json(folder / "labels.json", rows)
         log.table(rows, "labels")

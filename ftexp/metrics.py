@@ -12,7 +12,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
 from typing import Any
@@ -36,22 +36,24 @@ class Metric:
     """Which way it improves."""
     unit: str
     """What it is measured in."""
-    needs: str = ""
-    """Key that must be switched on for it; empty where every run reports it."""
+    needs: tuple[str, ...] = ()
+    """Keys of which one must be switched on for it; empty where every run reports it."""
 
 
-def _least(unit: str, needs: str = "") -> Metric:
+def _least(unit: str, *needs: str) -> Metric:
     return Metric(Direction.minimize, unit, needs)
 
 
-def _most(unit: str, needs: str = "") -> Metric:
+def _most(unit: str, *needs: str) -> Metric:
     return Metric(Direction.maximize, unit, needs)
 
 
+SFT, CLASSIFY = "trainer.kind=sft", "trainer.kind=classify"
+
 SCORES = {
-    "loss": _least("nats a token"),
-    "perplexity": _least("exp(nats a token)"),
-    "bits_per_byte": _least("bits a byte of UTF-8"),
+    "loss": _least("nats a token; nats a decision with trainer.kind=classify"),
+    "perplexity": _least("exp(nats a token)", SFT),
+    "bits_per_byte": _least("bits a byte of UTF-8", SFT),
     "exact_match": _most("share of rows", "eval.generate"),
     "jaccard": _most("mean over rows", "eval.generate"),
     "f1": _most("mean over rows", "eval.generate"),
@@ -61,18 +63,28 @@ SCORES = {
     "distinct_2": _most("share of the word pairs written", "eval.generate"),
     "memorised": _least("share of rows", "eval.generate"),
     "unparsable": _least("share of rows", "eval.generate"),
-    "f1_samples": _most("mean over rows", "eval.labels"),
-    "f1_micro": _most("over all labels of all rows", "eval.labels"),
-    "f1_macro": _most("mean over labels", "eval.labels"),
-    "jaccard_samples": _most("mean over rows", "eval.labels"),
-    "jaccard_micro": _most("over all labels of all rows", "eval.labels"),
-    "jaccard_macro": _most("mean over labels", "eval.labels"),
-    "subset_accuracy": _most("share of rows", "eval.labels"),
+    "f1_samples": _most("mean over rows", "eval.labels", CLASSIFY),
+    "f1_micro": _most("over all labels of all rows", "eval.labels", CLASSIFY),
+    "f1_macro": _most("mean over labels", "eval.labels", CLASSIFY),
+    "jaccard_samples": _most("mean over rows", "eval.labels", CLASSIFY),
+    "jaccard_micro": _most("over all labels of all rows", "eval.labels", CLASSIFY),
+    "jaccard_macro": _most("mean over labels", "eval.labels", CLASSIFY),
+    "subset_accuracy": _most("share of rows", "eval.labels", CLASSIFY),
+    "roc_auc_macro": _most("mean over labels", CLASSIFY),
+    "roc_auc_micro": _most("over all labels of all rows", CLASSIFY),
 }
 """What one model gets on one split, by its name without the split."""
 
+_LANGUAGE = {
+    name: replace(m, needs=tuple(key for key in m.needs if key != CLASSIFY) or (SFT,))
+    for name, m in SCORES.items()
+    if m.needs != (CLASSIFY,)
+}
+_LABELS = {name: m for name, m in SCORES.items() if not m.needs or CLASSIFY in m.needs}
 METRICS = {
-    **{f"{split}/{name}": metric for split in ("valid", "base") for name, metric in SCORES.items()},
+    **{f"valid/{name}": m for name, m in SCORES.items()},
+    **{f"base/{name}": m for name, m in _LANGUAGE.items()},
+    **{f"tfidf/{name}": replace(m, needs=(CLASSIFY,)) for name, m in _LABELS.items()},
     "train/loss": _least("nats a token, last step"),
     "forgetting/loss": _least("nats a token of general text, after less before", "eval.forgetting"),
     "forgetting/before": _least("nats a token of general text, base", "eval.forgetting"),
@@ -90,6 +102,7 @@ COUNTS = {
     "tokens_cut": "supervised tokens left out; 0, since rows longer than `data.max_length` are refused",
     "labels": "labels that training or held-out rows name, with `eval.labels`",
     "labels_undefined": "those that no held-out row has and no completion names; left out of macro averages",
+    "roc_auc_undefined": "labels that every held-out row has, or none, with `trainer.kind=classify`",
 }
 """Counts that a run reports as `valid/<name>` beside its scores."""
 
@@ -106,12 +119,12 @@ def check_objective(name: str, given: Collection[str]) -> Metric:
     """
     if name not in METRICS:
         near = difflib.get_close_matches(name, METRICS, n=1)
-        known = ", ".join(n for n in METRICS if not n.startswith("base/"))
+        known = ", ".join(n for n in METRICS if not n.startswith(("base/", "tfidf/")))
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"objectives must be among {known} (or base/ for valid/), got {name!r}{hint}")
+        raise ConfigError(f"objectives must be among {known} (base/ and tfidf/ for valid/ too), got {name!r}{hint}")
     needs = METRICS[name].needs
-    if needs and needs not in given:
-        raise ConfigError(f"objectives: {name} needs {needs}, which is off")
+    if needs and not set(needs) & set(given):
+        raise ConfigError(f"objectives: {name} needs {' or '.join(needs)}, which is off")
     return METRICS[name]
 
 

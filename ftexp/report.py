@@ -74,9 +74,10 @@ def leaderboard(board: Board) -> Table:
     done = [t for t in board.trials if t["state"] == "complete"]
     bases: dict[tuple[str, ...], list[str]] = {}
     for trial in done:
-        bases.setdefault(tuple(_shown(trial, "base", titles)), []).append(str(trial["number"]))
-    for n, (cells, numbers) in enumerate(bases.items(), start=1):
-        name = "base" if len(bases) == 1 else f"base of {','.join(numbers)}"
+        rival = "base" if "base/loss" in trial["scores"] else "tfidf"  # a classifier's base has no head
+        bases.setdefault((rival, *_shown(trial, rival, titles)), []).append(str(trial["number"]))
+    for n, ((rival, *cells), numbers) in enumerate(bases.items(), start=1):
+        name = rival if len(bases) == 1 else f"{rival} of {','.join(numbers)}"
         table.add_row(name, "", "", "", *cells, "", "", style="dim", end_section=n == len(bases))
     sign = 1 if METRICS[board.objective].direction is Direction.minimize else -1
     for trial in sorted(done, key=lambda t: _rankable(sign * t["scores"][board.objective])):

@@ -34,14 +34,18 @@ def test_run_leaves_scores_table_and_adapter(tiny, tmp_path):
 
 def test_every_number_of_a_run_has_a_direction_or_is_a_count(tiny, tmp_path):
     """A new score without a row in METRICS fails here, and so does a row that no run reports."""
-    run = tiny("eval.labels=' '")
-    scores = experiment.execute(run, tmp_path / "a", "x")
-    counts = {f"valid/{name}" for name in metrics.COUNTS}
-    assert counts < set(scores)
+    counts, reported = {f"valid/{name}" for name in metrics.COUNTS}, set()
+    for n, given in enumerate(
+        (["eval.labels=' '"], ["eval=loss", "eval.forgetting=python-docs"], ["trainer.kind=classify"])
+    ):
+        run = tiny(*given)
+        scores = experiment.execute(run, tmp_path / str(n), "x")
+        on = experiment.switched_on(run)
+        expected = {name for name, metric in metrics.METRICS.items() if not metric.needs or {*metric.needs} & on}
+        assert set(scores) - counts == expected - {"cost/gpu_memory_gib"}
+        reported |= set(scores)
+    assert reported == (set(metrics.METRICS) | counts) - {"cost/gpu_memory_gib"}
     assert not counts & set(metrics.METRICS)
-    given = {"", *experiment.switched_on(run)}
-    expected = {name for name, metric in metrics.METRICS.items() if metric.needs in given}
-    assert set(scores) - counts == expected - {"cost/gpu_memory_gib"}
 
 
 def test_means_over_rows_are_those_of_the_table(tiny, tmp_path):
@@ -168,7 +172,7 @@ def test_forgetting_is_the_loss_on_general_text_after_less_before(tiny, tmp_path
     run = tiny("eval.forgetting=python-docs", "objectives=[forgetting/loss]", "eval=loss", "trainer.lr=0.5")
     experiment.check(run, None)
     scores = experiment.execute(run, tmp_path / "a", "x")
-    assert {metrics.METRICS[n].needs for n in scores if n.startswith("forgetting/")} == {"eval.forgetting"}
+    assert {metrics.METRICS[n].needs for n in scores if n.startswith("forgetting/")} == {("eval.forgetting",)}
     before, after = scores["forgetting/before"], scores["forgetting/after"]
     assert before == pytest.approx(math.log(259), abs=0.2)  # random weights know nothing of English
     assert scores["forgetting/loss"] == after - before < -0.01  # and have nothing to forget

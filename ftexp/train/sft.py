@@ -63,15 +63,20 @@ def train(
     """
     steps = planned_steps(run.trainer, len(rows))
     settings = arguments(run.trainer, base.compute.device, run.seed, str(folder), steps)
+
+    def curve(model: Any, label: str) -> float:
+        table = evaluate.held_out(model, base.tokenizer, valid, run.eval, label)
+        return metrics.loss([e["nats"] for e in table], [e["tokens"] for e in table])
+
     with progress(f"training {steps} steps", steps) as advance:
         stopped: list[Exception] = []
-        watch = _callback(run, base, valid, steps, report, advance, judge, deadline, stopped)
-        trainer = _trainer(base, tuned, settings, _dataset(rows), watch)
-        with _cleaned_up(trainer):
+        watcher = watch(run, curve, steps, report, advance, judge, deadline, stopped)
+        trainer = _trainer(base, tuned, settings, _dataset(rows), watcher)
+        with cleaned_up(trainer):
             trainer.train()
     if stopped:
         raise stopped[0]
-    _check_weights(tuned, steps)
+    check_weights(tuned, steps)
     last = next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry)
     return {"train/steps": steps, "train/loss": last}
 
@@ -165,7 +170,7 @@ def token_mean(model: Any, inputs: dict[str, Any], tokens: Any) -> Any:
 
 
 @contextmanager
-def _cleaned_up(trainer: Any):
+def cleaned_up(trainer: Any):
     """Take NEFTune's hook off however training ends; transformers leaves it on after an exception."""
     try:
         yield
@@ -176,11 +181,14 @@ def _cleaned_up(trainer: Any):
             trainer.neftune_hook_handle.remove()
 
 
-def _callback(
-    run: Run, base: Base, valid: list[Example], steps: int, report: Report, advance: Callable[..., None],
+def watch(
+    run: Run, curve: Callable[[Any, str], float], steps: int, report: Report, advance: Callable[..., None],
     judge: Judge | None, deadline: float | None, stopped: list[Exception],
 ) -> TrainerCallback:  # fmt: skip
-    """Make the callback that reports steps and held-out losses, and stops training that left the finite numbers."""
+    """Make the callback that reports steps and held-out losses, and stops training that left the finite numbers.
+
+    `curve` takes the model and a label for the screen, and returns the held-out loss.
+    """
     from transformers import TrainerCallback
 
     names = {"loss": "train/loss", "learning_rate": "train/lr", "grad_norm": "train/grad_norm"}
@@ -199,8 +207,7 @@ def _callback(
         def on_step_end(self, args, state, control, model=None, **kwargs):
             every, step = run.trainer.report_steps, state.global_step
             if every and step % every == 0 and step < steps:
-                table = evaluate.held_out(cast(Any, model), base.tokenizer, valid, run.eval, f"step {step}")
-                held_out = metrics.loss([e["nats"] for e in table], [e["tokens"] for e in table])
+                held_out = curve(model, f"step {step}")
                 if not math.isfinite(held_out):
                     raise Diverged(f"diverged at step {step}: valid/loss is {held_out}")
                 report({"valid/loss": held_out}, step)
@@ -214,7 +221,8 @@ def _callback(
     return Watch()
 
 
-def _check_weights(tuned: PeftModel, steps: int) -> None:
+def check_weights(tuned: PeftModel, steps: int) -> None:
+    """Refuse trained weights that are not finite."""
     for name, weight in tuned.named_parameters():
         if weight.requires_grad and not weight.isfinite().all():
             raise Diverged(f"diverged by step {steps}: {name} is not finite")
