@@ -328,6 +328,9 @@ class Trainer:
         require(0 <= self.weight_decay <= 1, "trainer.weight_decay", self.weight_decay, "in [0, 1]")
         require(self.max_grad_norm >= 0, "trainer.max_grad_norm", self.max_grad_norm, "0 or more")
         require(0 <= self.neftune <= 100, "trainer.neftune", self.neftune, "in [0, 100]")
+        if self.kind is not Method.classify:
+            require(self.multi_label, "trainer.multi_label", self.multi_label, "true unless trainer.kind=classify")
+            require(not self.class_weights, "trainer.class_weights", True, "false unless trainer.kind=classify")
         require(self.report_steps >= 0, "trainer.report_steps", self.report_steps, "0 or more")
         if self.scheduler is Scheduler.constant and self.warmup:
             raise ConfigError(

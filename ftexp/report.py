@@ -23,6 +23,7 @@ SCORES = {  # column title -> metric without its split, format
     "Jaccard": ("jaccard", ".3f"),
     "F1": ("f1", ".3f"),
     "labels F1": ("f1_macro", ".3f"),
+    "ROC-AUC": ("roc_auc_macro", ".3f"),
 }
 WIDTH = 132
 """Columns of the table where the output is not a terminal."""

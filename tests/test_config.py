@@ -36,6 +36,8 @@ NAN, INF = math.nan, math.inf
             "trainer.scheduler=constant trainer.warmup=0.05",
             r"trainer\.warmup must be 0 with trainer\.scheduler=constant, got 0\.05",
         ),
+        ("trainer.multi_label=false", r"trainer\.multi_label must be true unless trainer\.kind=classify"),
+        ("trainer.class_weights=true", r"trainer\.class_weights must be false unless trainer\.kind=classify"),
         ("data.max_length=1", r"data\.max_length must be between 8"),
         ("data.valid=0", r"data\.valid must be at least 1"),
         ("data.test=-1", r"data\.test must be 0 or more"),

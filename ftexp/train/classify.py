@@ -217,18 +217,31 @@ def loss(told: torch.Tensor, rows: list[Example], known: list[str], many: bool) 
     return metrics.loss(nats.flatten().tolist(), [1] * nats.numel())
 
 
-def score(told: torch.Tensor, rows: list[Example], known: list[str], many: bool) -> tuple[Scored, dict[str, float]]:
+def score(
+    told: torch.Tensor, rows: list[Example], known: list[str], many: bool, limits: dict[str, float] | None = None
+) -> tuple[Scored, dict[str, float]]:
     """Score logits on held-out rows, and fit the thresholds that other splits are to be decided by.
 
     No row is decided by a threshold that it helped to fit: each fifth of the rows takes those of the other four.
+
+    Args:
+        told: logits, (row, label).
+        rows: what they are of.
+        known: names of the labels.
+        many: whether rows have any number of labels.
+        limits: thresholds from other rows, such as `thresholds` of a `trial.json`; these are then used as they are.
 
     Returns:
         Scores with a table of rows and one of labels; and the threshold of each label, empty with one label a row.
     """
     shares = (told.sigmoid() if many else told.softmax(-1)).tolist()
     truth = [e.labels for e in rows]
-    chosen = cross_decided(truth, shares, known) if many else labels.choose(shares, known)
-    limits = labels.thresholds(truth, shares, known) if many else {}
+    if not many:
+        chosen, limits = labels.choose(shares, known), {}
+    elif limits is not None:
+        chosen = labels.decide(shares, limits)
+    else:
+        chosen, limits = cross_decided(truth, shares, known), labels.thresholds(truth, shares, known)
     nats = decisions(told, targets(rows, known, many), many, None).reshape(len(rows), -1)
     macro, undefined = labels.roc_auc_macro(truth, shares, known)
     scores = {"loss": loss(told, rows, known, many)} | labels.scores(truth, chosen, known)

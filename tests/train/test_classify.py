@@ -155,6 +155,13 @@ def test_class_weights():
     assert classify.class_weights(one, ["a", "b", "c"], True).tolist() == pytest.approx([1 / 3, 3, 1])
 
 
+def test_thresholds_of_other_rows_are_used_as_they_are():
+    rows, told = rows_of({"a"}, {"a"}, set()), torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
+    scored, limits = classify.score(told, rows, ["a"], True, {"a": 0.6})  # shares .5, .73, .88
+    assert [row["prediction"] for row in scored.table] == ["", "a", "a"]
+    assert limits == {"a": 0.6} and scored.labels[0]["threshold"] == 0.6
+
+
 def chance(seed):
     r = random.Random(seed)
     known = [f"l{n}" for n in range(20)]
@@ -225,3 +232,31 @@ def test_what_a_classifier_cannot_do_is_refused(genres):
     ):
         with pytest.raises(experiment.ConfigError, match=message):
             experiment.check(genres(given), None)
+
+
+def test_encoder_with_a_hidden_layer_in_its_head(genres, tmp_path):
+    """DistilBERT's head has two layers that no file has: both are trained and saved, the last starts at zero."""
+    from safetensors.torch import load_file
+    from transformers import DistilBertConfig, DistilBertModel
+
+    from ftexp.model import tiny as made
+
+    sizes = {
+        "dim": 32,
+        "hidden_dim": 64,
+        "n_layers": 2,
+        "n_heads": 2,
+        "vocab_size": 259,
+        "max_position_embeddings": 256,
+    }
+    DistilBertModel(DistilBertConfig(pad_token_id=0, **sizes)).save_pretrained(tmp_path / "encoder")
+    made.tokenizer().save_pretrained(tmp_path / "encoder")
+    run = genres("model=hub", f"model.path={tmp_path}/encoder", "trainer.steps=3", "lora.targets=[q_lin,v_lin]")
+    experiment.prepare(run)
+    base = parts(run)[0]
+    assert base.head == ("pre_classifier", "classifier")
+    scores = experiment.execute(run, tmp_path / "a", "x")
+    assert scores["valid/loss"] == pytest.approx(math.log(2), abs=0.05)  # a start is made
+    saved = load_file(tmp_path / "a" / "adapter" / "adapter_model.safetensors")
+    assert all(weight.abs().max() > 0 for weight in saved.values())  # the head moved off zero, and LoRA B too
+    assert {key.split(".")[-2] for key in saved if "lora" not in key} == {"pre_classifier", "classifier"}
