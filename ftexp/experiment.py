@@ -171,7 +171,8 @@ def _fitting(
     """Run with smaller and smaller forward passes until one fits in memory."""
     while True:
         try:
-            return PATHS[run.trainer.kind](run, folder, label, parent, trial, judge, deadline)
+            path = _classify if run.trainer.kind is Method.classify else _execute
+            return path(run, folder, label, parent, trial, judge, deadline)
         except Exception as error:
             smaller = halved(run) if out_of_memory(error) else None
             if smaller is None:
@@ -283,7 +284,7 @@ def _classify(
             trial["facts"] = _facts(bare, base, splits, tuned)
             log.tags({f"ftexp.{k}": v for k, v in config.flat(trial["facts"]).items()})
             try:
-                trained = classify.train(
+                trained = TRAINERS[run.trainer.kind](
                     run, base, tuned, train, valid, folder / "trainer", log.metrics, judge, deadline
                 )
             except Pruned:
@@ -304,10 +305,6 @@ def _classify(
         _store(run, folder, log, scores, plain.table, scored.table, int(trained["train/steps"]), "tfidf")
         _store_labels(folder, log, plain.labels, scored.labels, "tfidf")
     return scores
-
-
-PATHS = {Method.sft: _execute, Method.classify: _classify}
-"""What a run does, by its training method."""
 
 
 def classified(run: Run, splits: data.Splits) -> tuple[list[classify.Example], list[classify.Example], list[str]]:
