@@ -125,6 +125,9 @@ class Method(Enum):
 
     sft = "sft"
     """Supervised fine-tuning with TRL's SFTTrainer."""
+    classify = "classify"
+    """A fresh head on the model that tells the labels of a text: rows whose completion is a list of labels, parted by
+    `eval.labels` (a comma where that is null)."""
 
 
 class Scheduler(Enum):
@@ -311,6 +314,10 @@ class Trainer:
     """Steps between two held-out losses of the curve; 0 scores at the end only."""
     checkpoint_minutes: float | None = 5.0
     """Minutes between two checkpoints that a killed run goes on from; 0 writes one after every step, null none."""
+    multi_label: bool = True
+    """With `kind=classify`: rows have any number of labels; false where each has exactly one."""
+    class_weights: bool = False
+    """With `kind=classify`: weigh labels in the training loss so that rare ones count as much as common ones."""
     extra: dict[str, Any] = field(default_factory=dict)
     """More keywords for `trl.SFTConfig`, which refuses those it does not know."""
 
@@ -325,6 +332,9 @@ class Trainer:
         require(0 <= self.weight_decay <= 1, "trainer.weight_decay", self.weight_decay, "in [0, 1]")
         require(self.max_grad_norm >= 0, "trainer.max_grad_norm", self.max_grad_norm, "0 or more")
         require(0 <= self.neftune <= 100, "trainer.neftune", self.neftune, "in [0, 100]")
+        if self.kind is not Method.classify:
+            require(self.multi_label, "trainer.multi_label", self.multi_label, "true unless trainer.kind=classify")
+            require(not self.class_weights, "trainer.class_weights", True, "false unless trainer.kind=classify")
         require(self.report_steps >= 0, "trainer.report_steps", self.report_steps, "0 or more")
         require(
             self.checkpoint_minutes is None or self.checkpoint_minutes >= 0,
@@ -349,6 +359,12 @@ class Eval:
     """Longest completion to write; null allows a quarter more than the longest reference, plus 8 tokens."""
     examples: int = 50
     """Rows of the table that shows base and tuned completions side by side."""
+    labels: str | None = None
+    """What stands between labels where a completion is a list of them, e.g. ", ": they are then scored as sets, each
+    row and each label too; null takes completions for text."""
+    forgetting: str | None = None
+    """General text whose loss is taken before and after training: `python-docs` (32 passages of the manual that comes
+    with Python) or a text file with blank lines between passages; null leaves it out."""
 
     def __post_init__(self) -> None:
         require(1 <= self.batch <= 65536, "eval.batch", self.batch, "between 1 and 65536 rows")
@@ -357,6 +373,10 @@ class Eval:
             "eval.max_new_tokens", self.max_new_tokens, "null or between 1 and 1048576",
         )  # fmt: skip
         require(self.examples >= 0, "eval.examples", self.examples, "0 or more")
+        require(self.forgetting != "", "eval.forgetting", self.forgetting, "null, python-docs or a text file")
+        require(self.labels != "", "eval.labels", self.labels, "null or what stands between labels, like ', '")
+        if self.labels is not None and not self.generate:
+            raise ConfigError(f"eval.labels={self.labels!r} needs eval.generate=true: labels are read from completions")
 
 
 @dataclass
@@ -456,7 +476,7 @@ def register() -> None:
     """Make the schema known to Hydra as the config named `schema`, and the resolvers that configs may use."""
     store("schema", Run)
     old = omegaconf.__version__.startswith("2.3.")  # where `register_resolver` is another, retired function
-    register = OmegaConf.register_new_resolver if old else OmegaConf.register_resolver
+    register: Any = OmegaConf.register_new_resolver if old else OmegaConf.register_resolver
     register("mul", lambda *factors: math.prod(factors), replace=True)
 
 

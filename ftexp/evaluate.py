@@ -6,13 +6,14 @@ Batch size, padding and order change speed and memory, never a score.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from ftexp import metrics
+from ftexp import labels, metrics
 from ftexp.config import Eval
 from ftexp.data.prompts import Example
-from ftexp.progress import progress
+from ftexp.data.splits import normalise
+from ftexp.progress import progress, say
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 LOGITS_BYTES = 1 << 30
 """Most memory one forward pass may spend on float32 logits; larger batches are split."""
 
+UNPARSABLE = 0.2
+"""Share of completions without content above which a warning is printed."""
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -33,12 +37,40 @@ class Scored:
     """Metric name without the split -> value."""
     table: list[dict[str, Any]]
     """One entry a row, in the order of the rows: text, nats, tokens, and what was written."""
+    labels: list[dict[str, Any]] = field(default_factory=list)
+    """One entry a label, where completions are lists of labels."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the rows of a run answer; completions are compared with it."""
+
+    completions: frozenset[str] = frozenset()
+    """Training completions, normalised: an output that is one of them is a copy."""
+    labels: frozenset[str] = frozenset()
+    """Labels of training and held-out rows: an output that names none of them is unparsable."""
+
+
+def seen(train: list[Example], valid: list[Example], how: Eval) -> Seen:
+    """Collect what rows answer."""
+    known = [labels.parse(e.row.completion, how.labels) for e in (*train, *valid)] if how.labels else []
+    return Seen(frozenset(normalise(e.row.completion) for e in train), frozenset().union(*known))
 
 
 def score(
-    model: AnyModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], how: Eval, label: str
-) -> Scored:
-    """Score a model on rows; its mode is set to evaluation and put back."""
+    model: AnyModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], how: Eval, label: str,
+    known: Seen = Seen(),
+) -> Scored:  # fmt: skip
+    """Score a model on rows; its mode is set to evaluation and put back.
+
+    Args:
+        model: a causal language model, with or without an adapter.
+        tokenizer: its tokenizer.
+        examples: held-out rows.
+        how: what to score.
+        label: name of the work on the screen.
+        known: what the rows of the run answer, for `memorised` and for labels.
+    """
     was_training = model.training
     model.eval()
     try:
@@ -46,26 +78,52 @@ def score(
         if how.generate:
             written = generate(model, tokenizer, examples, how, label)
             for entry, text in zip(table, written, strict=True):
-                entry["prediction"] = text
-                entry["exact_match"] = metrics.exact_match(text, entry["reference"])
-                entry["jaccard"] = metrics.jaccard(text, entry["reference"])
-                entry["f1"] = metrics.f1(text, entry["reference"])
+                entry |= {"prediction": text} | compare(text, entry["reference"], known, how)
     finally:
         model.train(was_training)
-    return Scored(summary(table), table)
+    scores, by_label = summary(table), []
+    if how.generate and how.labels is not None:
+        truth, named = ([labels.parse(e[side], how.labels) for e in table] for side in ("reference", "prediction"))
+        scores |= labels.scores(truth, named, known.labels)
+        by_label = labels.table(truth, named, sorted(known.labels))
+    if (share := scores.get("unparsable", 0)) > UNPARSABLE:
+        say(f"warning: {share:.0%} of the completions of {label} say nothing that can be scored; they count as wrong")
+    return Scored(scores, table, by_label)
+
+
+def compare(prediction: str, reference: str, known: Seen, how: Eval) -> dict[str, float]:
+    """Score one completion. A run reports the mean of each over all rows."""
+    told = {
+        "exact_match": metrics.exact_match(prediction, reference),
+        "jaccard": metrics.jaccard(prediction, reference),
+        "f1": metrics.f1(prediction, reference),
+        "chrf": metrics.chrf(prediction, reference),
+        "rouge_l": metrics.rouge_l(prediction, reference),
+        "memorised": metrics.memorised(prediction, known.completions),
+        "unparsable": metrics.unparsable(prediction),
+    }
+    if how.labels is not None:
+        truth, named = labels.parse(reference, how.labels), labels.parse(prediction, how.labels)
+        told |= {"unparsable": float(not named & known.labels), "subset_accuracy": float(named == truth)}
+        told |= {"f1_samples": labels.row(labels.f1, truth, named)}
+        told |= {"jaccard_samples": labels.row(labels.jaccard, truth, named)}
+    return told
 
 
 def summary(table: list[dict[str, Any]]) -> dict[str, float]:
-    """Compute a split's scores from its per-row table."""
+    """Compute a split's scores and counts from its per-row table: sums over tokens, means over all rows."""
     nats, tokens = [e["nats"] for e in table], [e["tokens"] for e in table]
     scores = {
         "loss": metrics.loss(nats, tokens),
         "perplexity": metrics.perplexity(nats, tokens),
         "bits_per_byte": metrics.bits_per_byte(nats, [len(e["reference"].encode()) for e in table]),
     }
+    scores |= {name: sum(e[name] for e in table) / len(table) for name in metrics.SCORES if name in table[0]}
     if "prediction" in table[0]:
-        scores |= {name: sum(e[name] for e in table) / len(table) for name in ("exact_match", "jaccard", "f1")}
-    return scores
+        written = [e["prediction"] for e in table]
+        scores |= {f"distinct_{n}": metrics.distinct(written, n) for n in (1, 2)}
+    # A row that is too long is refused when it is rendered, so no supervised token is ever cut.
+    return scores | {"rows": float(len(table)), "tokens": float(sum(tokens)), "tokens_cut": 0.0}
 
 
 def held_out(
@@ -79,7 +137,7 @@ def held_out(
     model.eval()
     try:
         with torch.no_grad(), progress(f"{label} loss", len(examples)) as advance:
-            for numbers in _batches([len(e.ids) for e in examples], how.batch, spread=0.75):
+            for numbers in batches([len(e.ids) for e in examples], how.batch, spread=0.75):
                 for part in _fitting(numbers, examples, model):
                     nats = _nats(model, [examples[n] for n in part], _pad(tokenizer))
                     for n, value in zip(part, nats, strict=True):
@@ -92,7 +150,7 @@ def held_out(
     return table
 
 
-def _batches(lengths: list[int], size: int, spread: float) -> Iterator[list[int]]:
+def batches(lengths: list[int], size: int, spread: float) -> Iterator[list[int]]:
     """Yield row numbers, longest rows first, so that memory peaks at once.
 
     A batch ends after `size` rows, or where a row is shorter than `spread` times the batch's longest: in a forward
@@ -195,7 +253,7 @@ def generate(
     model.eval()
     try:
         with torch.no_grad(), progress(f"{label} completions", len(examples)) as advance:
-            for numbers in _batches([len(e.prompt) for e in examples], how.batch, spread=0):
+            for numbers in batches([len(e.prompt) for e in examples], how.batch, spread=0):
                 ids, mask = _left_padded([examples[n].prompt for n in numbers], _pad(tokenizer))
                 out = model.generate(  # type: ignore
                     input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ftexp import config, data, evaluate, facts, metrics, model, track
-from ftexp.config import Format, Kind, Run
-from ftexp.data import prompts
+from ftexp import config, data, evaluate, facts, labels, metrics, model, track
+from ftexp.config import Format, Kind, Method, Run, Template
+from ftexp.data import general, prompts
 from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned
 from ftexp.files import read_json, write_json
 from ftexp.model import Base
 from ftexp.overrides import ROOT
 from ftexp.progress import say
-from ftexp.train import TRAINERS, checkpoints, sft
+from ftexp.train import TRAINERS, checkpoints, classify, sft
 from ftexp.train.control import Control
 
 Tokenised = tuple[list[prompts.Example], list[prompts.Example]]
@@ -30,7 +31,7 @@ def check(run: Run, folder: Path | None) -> None:
         MachineError: a model folder is not there.
     """
     for name in run.objectives:
-        metrics.check_objective(name, run.eval.generate)
+        metrics.check_objective(name, switched_on(run))
     if run.model.kind is Kind.tiny and run.quant.kind is not Format.none:
         raise ConfigError(f"quant.kind={run.quant.kind.value} needs stored weights: model=embedded or hub, got tiny")
     kept = None if folder is None else read_json(folder / "trial.json")
@@ -38,11 +39,30 @@ def check(run: Run, folder: Path | None) -> None:
         raise ConfigError(
             f"name={run.name} is taken by another run in {folder}: {_difference(kept['config'], identity(run))}"
         )
-    rows = data.load(run.data).digest()
+    splits = data.load(run.data)
+    _check_labels(run, splits)
+    if run.eval.forgetting is not None and run.trainer.kind is Method.classify:
+        raise ConfigError("eval.forgetting must be null with trainer.kind=classify: a classifier predicts no text")
+    if run.eval.forgetting is not None:
+        general.passages(run.eval.forgetting)
+    rows = splits.digest()
     if kept is not None and kept.get("facts", {}).get("rows", {}).get("sha256", rows) != rows:
         raise ConfigError(f"name={run.name}: the rows changed since the run in {folder}; choose another name")
     if run.model.kind is Kind.hub:
         model.source(run.model)
+
+
+def switched_on(run: Run) -> set[str]:
+    """Keys of this run that metrics need and that are on."""
+    if run.trainer.kind is Method.classify:
+        return {metrics.CLASSIFY}
+    given = {
+        metrics.SFT: True,
+        "eval.generate": run.eval.generate,
+        "eval.labels": run.eval.labels is not None,
+        "eval.forgetting": run.eval.forgetting is not None,
+    }
+    return {key for key, on in given.items() if on}
 
 
 def prepare(run: Run) -> None:
@@ -54,8 +74,12 @@ def prepare(run: Run) -> None:
     """
     model.adapter(run.lora)
     sft.arguments(run.trainer, "cpu", run.seed, "", 1)
+    if run.trainer.kind is Method.classify:
+        _prepare_classifier(run)
+        return
     train, valid = tokenised(run, data.load(run.data))
     limit = model.positions(run.model)
+    general_text(run, model.tokenizer(run.model))
     longest = max((*train, *valid), key=lambda e: len(e.ids))
     if limit is not None and len(longest.ids) > limit:
         raise DataError(f"{longest.row.where}: the model takes at most {limit} tokens, this row has {len(longest.ids)}")
@@ -66,6 +90,21 @@ def prepare(run: Run) -> None:
                 f"eval.max_new_tokens must leave room for the prompt of {asked.row.where}: the model takes at most "
                 f"{limit} tokens, the prompt has {len(asked.prompt)} and {room} may be written"
             )
+
+
+def _prepare_classifier(run: Run) -> None:
+    train, valid, _ = classified(run, data.load(run.data))
+    limit = model.positions(run.model)
+    longest = max((*train, *valid), key=lambda e: len(e.ids))
+    if limit is not None and len(longest.ids) > limit:
+        raise DataError(f"{longest.row.where}: the model takes at most {limit} tokens, this row has {len(longest.ids)}")
+
+
+def _check_labels(run: Run, splits: data.Splits) -> None:
+    """Refuse a row without a label, where completions are lists of labels."""
+    for row in (*splits.train, *splits.valid) if run.eval.labels is not None else ():
+        if not labels.parse(row.completion, run.eval.labels or ""):
+            raise DataError(f"{row.where}: with eval.labels the completion must name a label, got {row.completion!r}")
 
 
 def identity(run: Run) -> dict[str, Any]:
@@ -195,16 +234,16 @@ def _execute(
     run: Run, folder: Path, label: str, parent: str | None, trial: dict[str, Any], control: Control
 ) -> dict[str, float]:
     splits = data.load(run.data)
-    train, valid = tokenised(run, splits)
-    base = model.load(run.model, run.quant)
-    trial["facts"] = _facts(run, base, splits)
+    task = TASKS[run.trainer.kind](run, splits)
+    base = model.load(run.model, run.quant, task.outputs)
+    trial["facts"] = _facts(task.run, base, splits)
     kept = checkpoints.store(folder / "checkpoints", fingerprint(run, trial["facts"]))
     done = kept.resume.step if kept.resume else 0
     with track.start(run, folder, label, parent, trial.get("mlflow_run"), done) as log:
-        trial |= {"mlflow_run": log.run_id, "steps": sft.planned_steps(run.trainer, len(train))}
+        trial |= {"mlflow_run": log.run_id, "steps": sft.planned_steps(run.trainer, len(task.train))}
         write_json(folder / "trial.json", trial)  # so that a restart after a kill finds its run in the store
         log.params(track.flat(run))
-        untrained = base_scores(run, base, valid, splits.digest())
+        before = task.before(base)
         facts.reset_peak_memory()
         began = time.monotonic()
         with model.adapted(base, run.lora, run.seed) as tuned:
@@ -217,19 +256,20 @@ def _execute(
                 _judge_again(log, control)
             train_adapter = TRAINERS[run.trainer.kind]
             try:
-                trained = train_adapter(run, base, tuned, train, valid, kept, log.metrics, control)
+                trained = train_adapter(run, base, tuned, task.train, task.valid, kept, log.metrics, control)
             except Pruned:
                 tuned.save_pretrained(str(folder / "adapter"))
                 raise
-            scored = evaluate.score(tuned, base.tokenizer, valid, run.eval, "valid")
+            after = task.after(base, tuned)
             tuned.save_pretrained(str(folder / "adapter"))
-        scores = {f"valid/{k}": v for k, v in scored.scores.items()} | {
-            f"base/{k}": v for k, v in untrained.scores.items()
-        }
+        trial |= after.kept
+        scores = {f"valid/{k}": v for k, v in after.scored.scores.items()}
+        scores |= {f"{task.rival}/{k}": v for k, v in before.scores.items() if k not in metrics.COUNTS} | after.more
+        scores["train/loss"] = trained["train/loss"]
         scores |= {"cost/trainable": float(trial["facts"]["parameters"]["trainable"])}
         scores |= {f"cost/{k}": v for k, v in facts.peak_memory_gib().items()}
         scores["cost/seconds"] = time.monotonic() - began
-        _store(run, folder, log, scores, untrained.table, scored.table, int(trained["train/steps"]))
+        _store(run, folder, log, scores, before, after.scored, int(trained["train/steps"]), task.rival)
     kept.clear()
     return scores
 
@@ -239,6 +279,106 @@ def _judge_again(log: track.Log, control: Control) -> None:
     if control.judge is not None:
         for value, step in log.curve("valid/loss"):
             control.judge(value, step)
+
+
+@dataclass(frozen=True)
+class After:
+    """What a trained model is worth."""
+
+    scored: evaluate.Scored
+    """On the held-out rows."""
+    more: dict[str, float] = field(default_factory=dict)
+    """Further metrics, by their full names."""
+    kept: dict[str, Any] = field(default_factory=dict)
+    """What else goes into `trial.json`."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a training method makes of the rows, and what its model is compared with."""
+
+    run: Run
+    """The config whose template the rows are in."""
+    train: list[Any]
+    """Training rows as the method takes them."""
+    valid: list[Any]
+    """Held-out rows."""
+    outputs: int
+    """Labels of a classifier's head; 0 where the model writes text."""
+    rival: str
+    """Name of what the trained model is compared with: `base` or `tfidf`."""
+    before: Callable[[Base], evaluate.Scored]
+    """Scores the rival; once for all trials that share it."""
+    after: Callable[[Base, Any], After]
+    """Scores the trained model."""
+
+
+def generation(run: Run, splits: data.Splits) -> Task:
+    """Rows are prompts and completions; the rival is the base model."""
+    train, valid = tokenised(run, splits)
+    known = evaluate.seen(train, valid, run.eval)
+
+    def before(base: Base) -> evaluate.Scored:
+        return base_scores(run, base, valid, splits.digest(), known)
+
+    def after(base: Base, tuned: Any) -> After:
+        scored = evaluate.score(tuned, base.tokenizer, valid, run.eval, "valid", known)
+        text = general_text(run, base.tokenizer)
+        if not text:
+            return After(scored)
+        with tuned.disable_adapter():
+            was = general_before(run, base, tuned, text)
+        now = general_loss(run, base, tuned, text, "general text")
+        return After(scored, {"forgetting/before": was, "forgetting/after": now, "forgetting/loss": now - was})
+
+    return Task(run, train, valid, 0, "base", before, after)
+
+
+def classification(run: Run, splits: data.Splits) -> Task:
+    """Rows are texts and labels; a base model has no head, so the rival is TF-IDF with logistic regression."""
+    train, valid, known = classified(run, splits)
+    many = run.trainer.multi_label
+
+    def before(base: Base) -> evaluate.Scored:
+        return tfidf_scores(run, train, valid, known, splits.digest())
+
+    def after(base: Base, tuned: Any) -> After:
+        told = classify.logits(tuned, base.tokenizer, valid, run.eval, "valid")
+        scored, thresholds = classify.score(told, valid, known, many)
+        return After(scored, {}, {"thresholds": thresholds, "labels": known})
+
+    bare = replace(run, data=replace(run.data, template=Template.plain))  # texts are in no template
+    return Task(bare, train, valid, len(known), "tfidf", before, after)
+
+
+TASKS = {
+    Method.sft: generation,
+    Method.classify: classification,
+}
+
+
+def classified(run: Run, splits: data.Splits) -> tuple[list[classify.Example], list[classify.Example], list[str]]:
+    """Return train and valid rows of a classifier, and the labels they name."""
+    tokenizer = model.tokenizer(run.model)
+    train, valid = (classify.render(part, tokenizer, run) for part in (splits.train, splits.valid))
+    known = classify.names(train, valid)
+    if len(known) < 2 and not run.trainer.multi_label:
+        raise DataError(f"trainer.multi_label=false needs two labels to tell apart, the rows have {known}")
+    return train, valid, known
+
+
+_tfidf: dict[str, evaluate.Scored] = {}
+
+
+def tfidf_scores(
+    run: Run, train: list[classify.Example], valid: list[classify.Example], known: list[str], rows: str
+) -> evaluate.Scored:
+    """Score TF-IDF and logistic regression: once for the rows, not once a trial."""
+    key = f"{rows} {run.eval.labels} {run.trainer.multi_label}"
+    if key not in _tfidf:
+        told = classify.baseline(train, valid, known, run.trainer.multi_label)
+        _tfidf[key] = classify.score(told, valid, known, run.trainer.multi_label)[0]
+    return _tfidf[key]
 
 
 _tokens: tuple[str, Tokenised] | None = None
@@ -258,17 +398,43 @@ def tokenised(run: Run, splits: data.Splits) -> Tokenised:
 _base_scores: dict[str, evaluate.Scored] = {}
 
 
-def base_scores(run: Run, base: Base, valid: list[prompts.Example], rows: str) -> evaluate.Scored:
+def base_scores(run: Run, base: Base, valid: list[prompts.Example], rows: str, known: evaluate.Seen) -> evaluate.Scored:
     """Score the model before training: once for a model, its rows and the way of scoring, not once a trial."""
     key = f"{base.weights} {base.key} {rows} {config.digest(run.data, run.eval)}"
     if key not in _base_scores:
-        _base_scores[key] = evaluate.score(base.model, base.tokenizer, valid, run.eval, "base")
+        _base_scores[key] = evaluate.score(base.model, base.tokenizer, valid, run.eval, "base", known)
     return _base_scores[key]
+
+
+def general_text(run: Run, tokenizer: Any) -> list[prompts.Example]:
+    """Return the passages of `eval.forgetting` as token ids; none where it is off."""
+    if run.eval.forgetting is None:
+        return []
+    return general.render(general.passages(run.eval.forgetting), tokenizer, model.positions(run.model))
+
+
+def general_loss(run: Run, base: Base, scored: Any, text: list[prompts.Example], label: str) -> float:
+    """Score a model, tuned or not, on general text: nats a token."""
+    few = replace(run.eval, batch=min(8, run.eval.batch))  # passages are long: this must not be the peak of memory
+    table = evaluate.held_out(scored, base.tokenizer, text, few, label)
+    return metrics.loss([e["nats"] for e in table], [e["tokens"] for e in table])
+
+
+_general: dict[str, float] = {}
+
+
+def general_before(run: Run, base: Base, untrained: Any, text: list[prompts.Example]) -> float:
+    """Score the base on general text: once for a model and text, not once a trial."""
+    key = f"{base.weights} {base.key} {general.digest([e.row for e in text])}"
+    if key not in _general:
+        _general[key] = general_loss(run, base, untrained, text, "base general text")
+    return _general[key]
 
 
 def _facts(run: Run, base: Base, splits: data.Splits) -> dict[str, Any]:
     """What the result depends on beside the config, and sizes that a reader asks for first."""
     return {
+        **({"general_sha256": general.digest(general.passages(run.eval.forgetting))} if run.eval.forgetting else {}),
         "rows": {"train": len(splits.train), "valid": len(splits.valid), "test": len(splits.test),
                  "duplicates": splits.duplicates, "sha256": splits.digest()},
         "template_sha256": prompts.template_digest(base.tokenizer, run.data),
@@ -282,18 +448,33 @@ def _facts(run: Run, base: Base, splits: data.Splits) -> dict[str, Any]:
 
 def _store(
     run: Run, folder: Path, log: track.Log, scores: dict[str, float],
-    before: list[dict[str, Any]], after: list[dict[str, Any]], step: int,
+    before: evaluate.Scored, after: evaluate.Scored, step: int, rival: str,
 ) -> None:  # fmt: skip
-    """Write the per-row table, and show scores, examples and adapter in the tracking store."""
+    """Write the tables of rows and labels, and show scores, examples and adapter in the tracking store."""
     import pyarrow
     import pyarrow.parquet
 
-    rows = [{**b, "base_nats": a["nats"], **({"base_prediction": a["prediction"]} if "prediction" in a else {})}
-            for a, b in zip(before, after, strict=True)]  # fmt: skip
+    rows = [{**b, f"{rival}_nats": a["nats"], **({f"{rival}_prediction": a["prediction"]} if "prediction" in a else {})}
+            for a, b in zip(before.table, after.table, strict=True)]  # fmt: skip
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "examples.parquet")
     log.metrics({"valid/loss": scores["valid/loss"]}, step)
-    log.metrics({k: v for k, v in scores.items() if k != "valid/loss"}, 0)  # single values: the UI draws bars
-    shown = ("prompt", "reference", "base_prediction", "prediction", "exact_match", "jaccard", "f1")
+    curves = ("valid/loss", "train/loss")
+    log.metrics({k: v for k, v in scores.items() if k not in curves}, 0)  # single values: the UI draws bars
+    shown = (
+        "prompt",
+        "reference",
+        f"{rival}_prediction",
+        "prediction",
+        "exact_match",
+        "jaccard",
+        "f1",
+        "chrf",
+        "rouge_l",
+    )
     log.table([{k: row[k] for k in shown if k in row} for row in rows[: run.eval.examples]], "examples")
     log.files(folder / "examples.parquet")
     log.files(folder / "adapter", "adapter")
+    if after.labels:
+        lines = [{**new, f"{rival}_f1": old["f1"]} for old, new in zip(before.labels, after.labels, strict=True)]
+        write_json(folder / "labels.json", lines)
+        log.table(lines, "labels")

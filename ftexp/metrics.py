@@ -5,15 +5,19 @@ Sums over tokens or rows, never means of means. No model, no files, no torch.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cache
+from typing import Any
 
+from ftexp.data.splits import normalise
 from ftexp.errors import ConfigError
 
 
@@ -32,34 +36,95 @@ class Metric:
     """Which way it improves."""
     unit: str
     """What it is measured in."""
-    generates: bool
-    """True when it needs written completions, so `eval.generate`."""
+    needs: tuple[str, ...] = ()
+    """Keys of which one must be switched on for it; empty where every run reports it."""
 
 
-METRICS = {
-    "valid/loss": Metric(Direction.minimize, "nats a token", False),
-    "valid/perplexity": Metric(Direction.minimize, "exp(nats a token)", False),
-    "valid/bits_per_byte": Metric(Direction.minimize, "bits a byte of UTF-8", False),
-    "valid/exact_match": Metric(Direction.maximize, "share of rows", True),
-    "valid/jaccard": Metric(Direction.maximize, "mean over rows", True),
-    "valid/f1": Metric(Direction.maximize, "mean over rows", True),
-    "cost/trainable": Metric(Direction.minimize, "weights", False),
-    "cost/memory_gib": Metric(Direction.minimize, "GiB, peak of the process", False),
-    "cost/gpu_memory_gib": Metric(Direction.minimize, "GiB, peak of the GPU", False),
-    "cost/seconds": Metric(Direction.minimize, "seconds of training and scoring", False),
+def _least(unit: str, *needs: str) -> Metric:
+    return Metric(Direction.minimize, unit, needs)
+
+
+def _most(unit: str, *needs: str) -> Metric:
+    return Metric(Direction.maximize, unit, needs)
+
+
+SFT, CLASSIFY = "trainer.kind=sft", "trainer.kind=classify"
+
+SCORES = {
+    "loss": _least("nats a token; nats a decision with trainer.kind=classify"),
+    "perplexity": _least("exp(nats a token)", SFT),
+    "bits_per_byte": _least("bits a byte of UTF-8", SFT),
+    "exact_match": _most("share of rows", "eval.generate"),
+    "jaccard": _most("mean over rows", "eval.generate"),
+    "f1": _most("mean over rows", "eval.generate"),
+    "chrf": _most("mean over rows, 0 to 1", "eval.generate"),
+    "rouge_l": _most("mean over rows", "eval.generate"),
+    "distinct_1": _most("share of the words written", "eval.generate"),
+    "distinct_2": _most("share of the word pairs written", "eval.generate"),
+    "memorised": _least("share of rows", "eval.generate"),
+    "unparsable": _least("share of rows", "eval.generate"),
+    "f1_samples": _most("mean over rows", "eval.labels", CLASSIFY),
+    "f1_micro": _most("over all labels of all rows", "eval.labels", CLASSIFY),
+    "f1_macro": _most("mean over labels", "eval.labels", CLASSIFY),
+    "jaccard_samples": _most("mean over rows", "eval.labels", CLASSIFY),
+    "jaccard_micro": _most("over all labels of all rows", "eval.labels", CLASSIFY),
+    "jaccard_macro": _most("mean over labels", "eval.labels", CLASSIFY),
+    "subset_accuracy": _most("share of rows", "eval.labels", CLASSIFY),
+    "roc_auc_macro": _most("mean over labels", CLASSIFY),
+    "roc_auc_micro": _most("over all labels of all rows", CLASSIFY),
 }
+"""What one model gets on one split, by its name without the split."""
+
+_LANGUAGE = {
+    name: replace(m, needs=tuple(key for key in m.needs if key != CLASSIFY) or (SFT,))
+    for name, m in SCORES.items()
+    if m.needs != (CLASSIFY,)
+}
+_LABELS = {name: m for name, m in SCORES.items() if not m.needs or CLASSIFY in m.needs}
+METRICS = {
+    **{f"valid/{name}": m for name, m in SCORES.items()},
+    **{f"base/{name}": m for name, m in _LANGUAGE.items()},
+    **{f"tfidf/{name}": replace(m, needs=(CLASSIFY,)) for name, m in _LABELS.items()},
+    "train/loss": _least("nats a token, last step"),
+    "forgetting/loss": _least("nats a token of general text, after less before", "eval.forgetting"),
+    "forgetting/before": _least("nats a token of general text, base", "eval.forgetting"),
+    "forgetting/after": _least("nats a token of general text, tuned", "eval.forgetting"),
+    "cost/trainable": _least("weights"),
+    "cost/memory_gib": _least("GiB, peak of the process"),
+    "cost/gpu_memory_gib": _least("GiB, peak of the GPU"),
+    "cost/seconds": _least("seconds of training and scoring"),
+}
+"""Every metric that can rank trials. A number that improves in no direction (`COUNTS`) has no place here."""
+
+COUNTS = {
+    "rows": "rows scored; all of them, so also the denominator of every share and mean over rows",
+    "tokens": "supervised tokens scored; the denominator of the loss",
+    "tokens_cut": "supervised tokens left out; 0, since rows longer than `data.max_length` are refused",
+    "labels": "labels that training or held-out rows name, with `eval.labels`",
+    "labels_undefined": "those that no held-out row has and no completion names; left out of macro averages",
+    "roc_auc_undefined": "labels that every held-out row has, or none, with `trainer.kind=classify`",
+}
+"""Counts that a run reports as `valid/<name>` beside its scores."""
 
 
-def check_objective(name: str, generates: bool) -> Metric:
+def check_objective(name: str, given: Collection[str]) -> Metric:
     """Look an objective up before anything runs.
 
+    Args:
+        name: of the metric.
+        given: keys that the run has switched on, among those that metrics need.
+
     Raises:
-        ConfigError: the metric is unknown, or needs generation and the run does none.
+        ConfigError: the metric is unknown or has no direction, or needs a key that is off.
     """
     if name not in METRICS:
-        raise ConfigError(f"objectives must be among {', '.join(METRICS)}, got {name!r}")
-    if METRICS[name].generates and not generates:
-        raise ConfigError(f"objectives: {name} needs eval.generate=true, got false")
+        near = difflib.get_close_matches(name, METRICS, n=1)
+        known = ", ".join(n for n in METRICS if not n.startswith(("base/", "tfidf/")))
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"objectives must be among {known} (base/ and tfidf/ for valid/ too), got {name!r}{hint}")
+    needs = METRICS[name].needs
+    if needs and not set(needs) & set(given):
+        raise ConfigError(f"objectives: {name} needs {' or '.join(needs)}, which is off")
     return METRICS[name]
 
 
@@ -189,3 +254,101 @@ def jaccard(prediction: str, reference: str) -> float:
     """
     common, p, r = _overlap(prediction, reference)
     return 1.0 if p == r == 0 else common / (p + r - common)
+
+
+def chrf(prediction: str, reference: str) -> float:
+    """F2 of character n-grams, n = 1 to 6, without white space (Popovic 2015, W15-3049), as sacrebleu computes it.
+
+    Precision and recall are averaged over the orders that both texts are long enough for; F2 = 5 p r / (4 p + r).
+    Case counts. Both empty: 1, where sacrebleu says 0; one empty: 0. sacrebleu's corpus score is on 0 to 100 and sums
+    n-gram counts over rows first; a run reports the mean over rows, so that trials can be compared row by row.
+
+    >>> round(chrf("Ready, am I.", "Ready, I am."), 3), chrf("", "Ready")
+    (0.521, 0.0)
+    """
+    if not prediction.strip() and not reference.strip():
+        return 1.0
+    return _chrf().sentence_score(prediction, [reference]).score / 100
+
+
+@cache
+def _chrf() -> Any:
+    from sacrebleu.metrics.chrf import CHRF
+
+    return CHRF(char_order=6, word_order=0, beta=2)
+
+
+def tokens(text: str) -> list[str]:
+    """Split a text into runs of letters and digits, in lower case.
+
+    On ASCII the tokens of Google's rouge-score without stemmer; that one drops every other script.
+
+    >>> tokens("The pilot's 2nd map; 지도")
+    ['the', 'pilot', 's', '2nd', 'map', '지도']
+    """
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """ROUGE-L: harmonic mean of precision and recall of the longest common subsequence (Lin 2004, W04-1013).
+
+    2 * LCS / (predicted + reference) over `tokens`, so word order counts and gaps do not. Lin's own F weights recall;
+    this is beta = 1, as in rouge-score. Both empty: 1, where rouge-score says 0; one empty: 0.
+
+    >>> rouge_l("ready am I", "Ready, I am.")
+    0.6666666666666666
+    """
+    p, r = tokens(prediction), tokens(reference)
+    return 1.0 if not p and not r else 2 * _common_subsequence(p, r) / (len(p) + len(r))
+
+
+def _common_subsequence(a: list[str], b: list[str]) -> int:
+    """Length of the longest common subsequence, bit-parallel (Crochemore et al. 2001): a zero bit is a match so far."""
+    places: dict[str, int] = {}
+    for n, token in enumerate(a):
+        places[token] = places.get(token, 0) | 1 << n
+    every = row = (1 << len(a)) - 1
+    for token in b:
+        hits = row & places.get(token, 0)
+        row = (row + hits | row - hits) & every
+    return len(a) - row.bit_count()
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Distinct n-grams of `tokens` over all n-grams, of all texts together (Li et al. 2016, arXiv:1510.03055).
+
+    Falls with the amount of text, so compare models on the same rows only. No n-gram at all: 0.
+
+    >>> distinct(["so it is", "so it was"], 1), distinct(["so it is", "so it was"], 2)
+    (0.6666666666666666, 0.75)
+    """
+    split = [tokens(text) for text in texts]
+    grams = [tuple(t[k : k + n]) for t in split for k in range(len(t) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def memorised(prediction: str, completions: Collection[str]) -> float:
+    """1 where an output is a copy of a training completion but for case, punctuation and spacing, else 0.
+
+    An empty output copies nothing. Where answers are few (labels, yes and no) right answers are copies too and the
+    share says nothing.
+
+    Args:
+        prediction: what was written.
+        completions: training completions after `normalise`.
+
+    >>> memorised("ready i AM", {"ready i am"}), memorised("Ready, I was.", {"ready i am"})
+    (1.0, 0.0)
+    """
+    return float(bool(prediction.strip()) and normalise(prediction) in completions)
+
+
+def unparsable(prediction: str) -> float:
+    """1 where an output holds nothing that could be scored, no character but white space, else 0.
+
+    Such a row is wrong, not left out: every other score counts it in its denominator.
+
+    >>> unparsable(" "), unparsable("?")
+    (1.0, 0.0)
+    """
+    return float(not prediction.strip())

@@ -24,6 +24,8 @@ SCORES = {  # column title -> metric without its split, format
     "exact match": ("exact_match", ".3f"),
     "Jaccard": ("jaccard", ".3f"),
     "F1": ("f1", ".3f"),
+    "labels F1": ("f1_macro", ".3f"),
+    "ROC-AUC": ("roc_auc_macro", ".3f"),
 }
 WIDTH = 132
 """Columns of the table where the output is not a terminal."""
@@ -115,9 +117,10 @@ def leaderboard(board: Board) -> Table:
     done = [point for point in board.points if point.complete]
     bases: dict[tuple[str, ...], list[str]] = {}
     for point in done:
-        bases.setdefault(tuple(_shown(point.scores, "base", titles)), []).append(point.numbers)
-    for n, (cells, numbers) in enumerate(bases.items(), start=1):
-        name = "base" if len(bases) == 1 else f"base of {','.join(numbers)}"
+        rival = "base" if "base/loss" in point.scores else "tfidf"  # a classifier's base has no head
+        bases.setdefault((rival, *_shown(point.scores, rival, titles)), []).append(point.numbers)
+    for n, ((rival, *cells), numbers) in enumerate(bases.items(), start=1):
+        name = rival if len(bases) == 1 else f"{rival} of {','.join(numbers)}"
         table.add_row(name, "", "", "", *cells, *gap, "", "", style="dim", end_section=n == len(bases))
     sign = 1 if METRICS[board.objective].direction is Direction.minimize else -1
     winner = None if board.best is None else board.points[board.best]

@@ -7,7 +7,7 @@ import torch
 
 from ftexp import evaluate, model
 from ftexp.config import Data, Eval, Kind, Lora, Model, Quant
-from ftexp.data import load, prompts
+from ftexp.data import Row, load, prompts
 
 
 @pytest.fixture(scope="module")
@@ -143,28 +143,51 @@ def test_scoring_leaves_the_mode_as_it_was(base, examples):
     assert one == again  # dropout was off
 
 
+def entry(prediction, reference, nats, tokens):
+    known = evaluate.Seen(frozenset({"copied it is"}))
+    table = {"nats": nats, "tokens": tokens, "reference": reference, "prediction": prediction}
+    return table | evaluate.compare(prediction, reference, known, Eval())
+
+
 def test_summary_by_hand():
-    table = [
-        {
-            "nats": math.log(2) * 3,
-            "tokens": 3,
-            "reference": "ab",
-            "prediction": "ab",
-            "exact_match": 1.0,
-            "jaccard": 1.0,
-            "f1": 1.0,
-        },
-        {
-            "nats": math.log(4),
-            "tokens": 1,
-            "reference": "cd",
-            "prediction": "",
-            "exact_match": 0.0,
-            "jaccard": 0.0,
-            "f1": 0.0,
-        },
-    ]
-    scores = evaluate.summary(table)
+    rows = [entry("ab", "ab", math.log(2) * 3, 3), entry("", "cd", math.log(4), 1)]
+    scores = evaluate.summary(rows)
     assert scores["perplexity"] == pytest.approx(2**1.25)
     assert scores["bits_per_byte"] == pytest.approx(5 / 4)
-    assert scores["exact_match"] == 0.5  # an empty answer is wrong, not left out
+    assert scores["exact_match"] == scores["chrf"] == scores["rouge_l"] == 0.5  # an empty answer is wrong, not left out
+    assert (scores["unparsable"], scores["memorised"], scores["distinct_1"]) == (0.5, 0, 1)
+    assert (scores["rows"], scores["tokens"], scores["tokens_cut"]) == (2, 4, 0)
+
+
+def test_copies_of_training_completions_are_counted(base, examples):
+    known, texts = evaluate.seen(examples, [], Eval()), (examples[3].row.completion.upper(), "new")
+    scored = [evaluate.compare(text, "x", known, Eval())["memorised"] for text in texts]
+    assert scored == [1, 0]
+
+
+@pytest.mark.parametrize(("empty", "warned"), [(2, False), (3, True)])
+def test_many_empty_completions_are_told(base, examples, monkeypatch, capfd, empty, warned):
+    monkeypatch.setattr(evaluate, "generate", lambda *_: [" "] * empty + ["words"] * (10 - empty))
+    scored = evaluate.score(base.model, base.tokenizer, examples[:10], Eval(), "valid")
+    assert scored.scores["unparsable"] == empty / 10
+    assert ("warning: 30% of the completions of valid" in capfd.readouterr().err) == warned
+
+
+def test_completions_that_are_lists_of_labels(base, monkeypatch):
+    """Four rows by hand: right in another order, one too many, one missing and an unknown one, nothing known."""
+    references = ["comedy, drama", "drama", "comedy, drama", "horror"]
+    written = ["Drama, comedy", "drama, comedy", "comedy, jazz", "I do not know"]
+    rows = [Row("p", text, f"t:{n}") for n, text in enumerate(references)]
+    examples = prompts.render(tuple(rows), base.tokenizer, Data(max_length=256))
+    how = Eval(labels=", ")
+    monkeypatch.setattr(evaluate, "generate", lambda *_: written)
+    scored = evaluate.score(base.model, base.tokenizer, examples, how, "t", evaluate.seen([], examples, how))
+    told = scored.scores
+    assert told["unparsable"] == told["subset_accuracy"] == 1 / 4
+    assert told["f1_samples"] == pytest.approx((1 + 2 / 3 + 1 / 2 + 0) / 4)
+    assert told["jaccard_samples"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 0) / 4)
+    assert told["f1_micro"] == pytest.approx(2 * 4 / (2 * 4 + 3 + 2))  # hits 2 1 1 0, extra 0 1 1 1, missed 0 0 1 1
+    # comedy: 2 hits, 1 extra; drama: 2 hits, 1 missed; horror: 1 missed
+    assert told["f1_macro"] == pytest.approx((4 / 5 + 4 / 5 + 0) / 3)
+    assert (told["labels"], told["labels_undefined"]) == (3, 0)
+    assert [row["label"] for row in scored.labels] == ["comedy", "drama", "horror"]

@@ -1,11 +1,13 @@
 """One run from start to end on the tiny model: files, repeatability, refusals, and what a failure leaves."""
 
 import hashlib
+import json
+import math
 
 import pyarrow.parquet
 import pytest
 
-from ftexp import experiment
+from ftexp import experiment, metrics
 from ftexp.errors import ConfigError, DataError, Diverged, MachineError
 from ftexp.files import read_json, write_json
 
@@ -28,6 +30,44 @@ def test_run_leaves_scores_table_and_adapter(tiny, tmp_path):
     assert sum(r["nats"] for r in table) / sum(r["tokens"] for r in table) == pytest.approx(scores["valid/loss"])
     assert sum(r["base_nats"] for r in table) / sum(r["tokens"] for r in table) == pytest.approx(scores["base/loss"])
     assert all(r["where"].startswith("yoda:") for r in table)
+
+
+def test_every_number_of_a_run_has_a_direction_or_is_a_count(tiny, tmp_path):
+    """A new score without a row in METRICS fails here, and so does a row that no run reports."""
+    counts, reported = {f"valid/{name}" for name in metrics.COUNTS}, set()
+    for n, given in enumerate(
+        (["eval.labels=' '"], ["eval=loss", "eval.forgetting=python-docs"], ["trainer.kind=classify"])
+    ):
+        run = tiny(*given)
+        scores = experiment.execute(run, tmp_path / str(n), "x")
+        on = experiment.switched_on(run)
+        expected = {name for name, metric in metrics.METRICS.items() if not metric.needs or {*metric.needs} & on}
+        assert set(scores) - counts == expected - {"cost/gpu_memory_gib"}
+        reported |= set(scores)
+    assert reported == (set(metrics.METRICS) | counts) - {"cost/gpu_memory_gib"}
+    assert not counts & set(metrics.METRICS)
+
+
+def test_means_over_rows_are_those_of_the_table(tiny, tmp_path):
+    scores = experiment.execute(tiny(), tmp_path / "a", "x")
+    table = pyarrow.parquet.read_table(tmp_path / "a" / "examples.parquet").to_pylist()
+    assert scores["valid/rows"] == len(table) == 12
+    assert scores["valid/tokens"] == sum(row["tokens"] for row in table)
+    told = {f"valid/{name}" for name in table[0] if f"valid/{name}" in scores} - {"valid/tokens"}
+    assert told == {
+        f"valid/{n}" for n in ("exact_match", "jaccard", "f1", "chrf", "rouge_l", "memorised", "unparsable")
+    }
+    for name in told:
+        assert scores[name] == pytest.approx(sum(row[name.removeprefix("valid/")] for row in table) / 12)
+
+
+def test_loss_of_the_last_step_can_rank(tiny, tmp_path):
+    run = tiny("objectives=[train/loss]")
+    experiment.check(run, None)
+    scores = experiment.execute(run, tmp_path / "a", "x")
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert scores["train/loss"] == [line["train/loss"] for line in lines if "train/loss" in line][-1]
+    assert len([line for line in lines if "train/loss" in line]) == 4  # the curve, not the single values
 
 
 def test_same_run_twice_gives_the_same_bits(tiny, tmp_path):
@@ -76,7 +116,7 @@ def test_folder_of_another_run_is_refused_with_the_difference(tiny, tmp_path):
 def test_base_is_scored_once_for_several_trials(tiny, tmp_path, monkeypatch):
     experiment._base_scores.clear()
     labels, honest = [], experiment.evaluate.score
-    monkeypatch.setattr(experiment.evaluate, "score", lambda *a: labels.append(a[-1]) or honest(*a))
+    monkeypatch.setattr(experiment.evaluate, "score", lambda *a: labels.append(a[4]) or honest(*a))
     for r in (2, 4):
         experiment.execute(tiny(f"lora.r={r}"), tmp_path / str(r), "x")
     assert labels == ["base", "valid", "valid"]
@@ -98,16 +138,55 @@ def test_failure_is_recorded_and_raised(tiny, tmp_path, monkeypatch):
     ("given", "error", "message"),
     [
         (["objectives=[valid/los]"], ConfigError, "objectives must be among"),
-        (["objectives=[valid/f1]", "eval=loss"], ConfigError, "needs eval.generate=true"),
+        (["objectives=[valid/f1]", "eval=loss"], ConfigError, "needs eval.generate, which is off"),
         (["quant=nf4"], ConfigError, "quant.kind=nf4 needs stored weights"),
         (["data=jsonl", "data.path=none.jsonl"], DataError, "none.jsonl: data.path must be a file"),
         (["model=hub", "model.path=./none"], MachineError, "model.path must be a folder"),
+        (
+            ["eval.labels='.'", "data=jsonl", "data.path=dots.jsonl"],
+            DataError,
+            r"dots\.jsonl:2: .*must name a label, got '\.'",
+        ),
+        (["eval.forgetting=none.txt"], DataError, "none.txt: eval.forgetting must be python-docs or a text file"),
         (["data.valid=500"], DataError, "data.valid=500 rows cannot be held out"),
     ],
 )
-def test_check_refuses_before_anything_runs(tiny, tmp_path, given, error, message):
+def test_check_refuses_before_anything_runs(tiny, tmp_path, monkeypatch, given, error, message):
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"prompt": f"p{n}", "completion": "." if n == 1 else "a. b"}) for n in range(120)]
+    (tmp_path / "dots.jsonl").write_text("\n".join(rows))
     with pytest.raises(error, match=message):
         experiment.check(tiny(*given), tmp_path)
+
+
+def test_label_run_writes_a_table_of_labels(tiny, tmp_path):
+    """Yoda's words as labels, which the tiny model gets wrong: what counts is that each label has its row."""
+    scores = experiment.execute(tiny("eval.labels=' '", "objectives=[valid/f1_macro]"), tmp_path / "a", "x")
+    rows = read_json(tmp_path / "a" / "labels.json")
+    assert len(rows) == scores["valid/labels"] > 50
+    assert sum(row["f1"] is None for row in rows) == scores["valid/labels_undefined"]
+    assert set(rows[0]) == {"label", "true", "predicted", "precision", "recall", "f1", "base_f1"}
+
+
+def test_forgetting_is_the_loss_on_general_text_after_less_before(tiny, tmp_path):
+    run = tiny("eval.forgetting=python-docs", "objectives=[forgetting/loss]", "eval=loss", "trainer.lr=0.5")
+    experiment.check(run, None)
+    scores = experiment.execute(run, tmp_path / "a", "x")
+    assert {metrics.METRICS[n].needs for n in scores if n.startswith("forgetting/")} == {("eval.forgetting",)}
+    before, after = scores["forgetting/before"], scores["forgetting/after"]
+    assert before == pytest.approx(math.log(259), abs=0.2)  # random weights know nothing of English
+    assert scores["forgetting/loss"] == after - before < -0.01  # and have nothing to forget
+    assert len(read_json(tmp_path / "a" / "trial.json")["facts"]["general_sha256"]) == 64
+
+
+def test_base_is_scored_on_general_text_once(tiny, tmp_path, monkeypatch):
+    (tmp_path / "general.txt").write_text("Rain fell on the town.\n\nNobody knew why.")
+    experiment._general.clear()
+    labels, honest = [], experiment.general_loss
+    monkeypatch.setattr(experiment, "general_loss", lambda *a: labels.append(a[-1]) or honest(*a))
+    for r in (2, 4):
+        experiment.execute(tiny(f"lora.r={r}", f"eval.forgetting={tmp_path}/general.txt"), tmp_path / str(r), "x")
+    assert labels == ["base general text", "general text", "general text"]
 
 
 def test_loss_only_run_writes_no_completions(tiny, tmp_path):

@@ -10,8 +10,8 @@ import pytest
 import ftexp
 
 PACKAGE = Path(ftexp.__file__).parent
-ORDER = ["errors", "files", "progress", "config", "overrides", "data", "model", "metrics", "evaluate", "train", "facts",
-         "track", "experiment", "sweep", "stats", "compare", "report", "power", "run", "ui", "__main__"]  # fmt: skip
+ORDER = ["errors", "files", "progress", "config", "overrides", "data", "model", "metrics", "labels",
+         "evaluate", "train", "facts", "track", "experiment", "sweep", "stats", "compare", "report", "power", "run", "ui", "__main__"]  # fmt: skip
 """A module imports only from those to its left."""
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "mlflow", "sklearn", "numpy", "pandas", "pyarrow"}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py"))

@@ -1,6 +1,7 @@
 """Metrics against independent implementations and numbers worked out by hand."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -102,31 +103,126 @@ def test_f1_equals_squad_scorer(a, b):
     assert metrics.f1(a, b) == pytest.approx(expected)
 
 
-def test_every_metric_has_a_direction():
-    assert {name: m.direction.value for name, m in METRICS.items() if name.startswith("valid/")} == {
-        "valid/loss": "minimize",
-        "valid/perplexity": "minimize",
-        "valid/bits_per_byte": "minimize",
-        "valid/exact_match": "maximize",
-        "valid/jaccard": "maximize",
-        "valid/f1": "maximize",
-    }
+SMALLER_IS_BETTER = {"loss", "perplexity", "bits_per_byte", "memorised", "unparsable", "trainable", "memory_gib",
+                     "gpu_memory_gib", "seconds", "before", "after"}  # fmt: skip
 
 
-def test_costs_are_minimized():
-    assert {m.direction for name, m in METRICS.items() if name.startswith("cost/")} == {Direction.minimize}
+def test_directions_by_hand():
+    assert {name.split("/")[1] for name, m in METRICS.items() if m.direction is Direction.minimize} == SMALLER_IS_BETTER
+
+
+def test_base_and_tuned_model_have_the_same_metrics():
+    for rival in ("base", "tfidf"):
+        shared = [name for name in metrics.SCORES if f"{rival}/{name}" in METRICS]
+        told = [
+            (METRICS[f"{s}/{name}"].direction, METRICS[f"{s}/{name}"].unit) for s in ("valid", rival) for name in shared
+        ]
+        assert len(shared) >= 10 and told[: len(shared)] == told[len(shared) :]
+    assert not set(metrics.SCORES) & set(metrics.COUNTS)
 
 
 @pytest.mark.parametrize(
-    ("name", "generates", "message"),
-    [("valid/los", True, "objectives must be among"), ("valid/f1", False, "needs eval.generate=true")],
+    ("name", "given", "message"),
+    [
+        ("valid/los", {"eval.generate"}, r"objectives must be among .*, got 'valid/los'; did you mean valid/loss\?"),
+        ("valid/tokens", {"eval.generate"}, "objectives must be among"),
+        ("train/grad_norm", {"eval.generate"}, "objectives must be among"),
+        ("valid/f1", set(), r"objectives: valid/f1 needs eval\.generate, which is off"),
+        ("base/chrf", set(), r"needs eval\.generate"),
+    ],
 )
-def test_impossible_objective_is_refused(name, generates, message):
+def test_impossible_objective_is_refused(name, given, message):
     with pytest.raises(ConfigError, match=message):
-        metrics.check_objective(name, generates)
+        metrics.check_objective(name, given)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_can_be_the_objective(name):
+    assert metrics.check_objective(name, {key for m in METRICS.values() for key in m.needs}) is METRICS[name]
 
 
 def test_nan_never_wins():
     for direction in Direction:
         assert not metrics.better(math.nan, 1.0, direction)
         assert metrics.better(1.0, math.nan, direction)
+
+
+def chrf_by_formula(prediction, reference):
+    """Popovic 2015: precision and recall averaged over the orders both texts have, then F2."""
+    p, r = ("".join(t.split()) for t in (prediction, reference))
+    precisions, recalls = [], []
+    for n in range(1, 7):
+        grams = [Counter(t[k : k + n] for k in range(len(t) - n + 1)) for t in (p, r)]
+        totals = [g.total() for g in grams]
+        if all(totals):
+            common = sum(min(count, grams[1][gram]) for gram, count in grams[0].items())
+            precisions.append(common / totals[0])
+            recalls.append(common / totals[1])
+    if not any(precisions):
+        return float(not p and not r)
+    precision, recall = sum(precisions) / len(precisions), sum(recalls) / len(recalls)
+    return 5 * precision * recall / (4 * precision + recall)
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXTS, TEXTS)
+def test_chrf_equals_its_formula(a, b):
+    assert metrics.chrf(a, b) == pytest.approx(chrf_by_formula(a, b), abs=1e-12)
+
+
+def test_chrf_by_hand():
+    # unigrams 2 of 3 and 2 of 2, bigrams 1 of 2 and 1 of 1: p = (2/3 + 1/2) / 2, r = 1, F2 = 5 p / (4 p + 1)
+    assert metrics.chrf("abc", "ab") == pytest.approx(5 * (7 / 12) / (4 * (7 / 12) + 1))
+
+
+def rouge_by_table(prediction, reference):
+    """The textbook table of longest common subsequences, cell by cell."""
+    a, b = metrics.tokens(prediction), metrics.tokens(reference)
+    if not a and not b:
+        return 1.0
+    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+    common = table[-1][-1]
+    if not common:
+        return 0.0
+    precision, recall = common / len(a), common / len(b)
+    return 2 * precision * recall / (precision + recall)
+
+
+LONG = st.text(alphabet="ab  c,", max_size=150)  # more than 64 tokens: no machine word holds them
+
+
+@settings(max_examples=200, deadline=None)
+@given(LONG, LONG)
+def test_rouge_l_equals_the_textbook_table(a, b):
+    assert metrics.rouge_l(a, b) == pytest.approx(rouge_by_table(a, b))
+
+
+@settings(max_examples=200, deadline=None)
+@given(LONG, LONG)
+def test_rouge_l_equals_googles(a, b):
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    if metrics.tokens(a) or metrics.tokens(b):
+        assert metrics.rouge_l(a, b) == pytest.approx(scorer.score(b, a)["rougeL"].fmeasure)
+
+
+def test_rouge_l_counts_order_where_f1_does_not():
+    assert metrics.rouge_l("am I ready", "Ready, I am.") == pytest.approx(1 / 3)
+    assert metrics.f1("am I ready", "Ready, I am.") == 1
+    assert metrics.rouge_l("지도", "지도") == 1  # every script has words
+
+
+def test_distinct_by_hand():
+    written = ["A b a b", "", "b"]
+    assert metrics.distinct(written, 1) == 2 / 5
+    assert metrics.distinct(written, 2) == 2 / 3  # ab ba ab; no pair crosses from one text to the next
+    assert metrics.distinct(["", "!"], 1) == 0
+
+
+def test_copies_of_training_rows_are_found():
+    trained = {"very brave the pilot is", "?!"}
+    assert metrics.memorised("VERY  brave, the pilot is", trained) == 1
+    assert metrics.memorised("Very brave the pilot was", trained) == 0
+    assert metrics.memorised("", trained | {""}) == 0  # silence copies nothing

@@ -89,6 +89,14 @@ def test_trial_without_completions_stands_beside_one_with(sweep):
     assert "1 best" in printed(sweep(trial(8, 0.3), bare))
 
 
+def test_classifier_stands_below_tfidf(sweep):
+    told = trial(8, 0.3)
+    told["scores"] = {k.replace("base/", "tfidf/"): v for k, v in told["scores"].items()} | {"valid/f1_macro": 0.625}
+    text = printed(sweep(told))
+    assert "tfidf" in text and "base" not in text
+    assert "labels F1" in text and "0.625" in text
+
+
 def test_failed_and_waiting_trials_are_shown(sweep, capsys):
     failed = {"label": "lora.r=16", "state": "failed", "error": "diverged at step 3: train/loss is nan", "config": {}}
     folder = sweep(trial(8, 0.3), failed, {"label": "lora.r=32", "state": "running", "config": {}})

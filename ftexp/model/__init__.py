@@ -33,6 +33,8 @@ class Base:
     """sha256 over every weight and buffer that is stored."""
     key: str
     """Digest of the config it was loaded for."""
+    head: tuple[str, ...] = ()
+    """Names of the modules of a fresh classification head, which a trial trains whole."""
 
 
 def source(model: Model) -> str:
@@ -94,23 +96,28 @@ def _loading(model: Model) -> Iterator[None]:
 _warm: Base | None = None
 
 
-def load(model: Model, quant: Quant) -> Base:
+def load(model: Model, quant: Quant, labels: int = 0) -> Base:
     """Load a base model, or hand out the one in memory when it was made from the same config.
 
     One base is kept: a sweep over trials of one model pays for loading once.
+
+    Args:
+        model: what to load.
+        quant: how to store it.
+        labels: outputs of a fresh classification head; 0 loads a language model.
 
     Raises:
         MachineError: the model cannot be found or loaded.
     """
     global _warm
-    key = config.digest(model, quant)
+    key = config.digest(model, quant) + (f"-{labels}" if labels else "")
     if _warm is None or _warm.key != key:
         _warm = None  # frees the other model before this one is loaded
-        _warm = _load(model, quant, key)
+        _warm = _load(model, quant, key, labels)
     return _warm
 
 
-def _load(model: Model, quant: Quant, key: str) -> Base:
+def _load(model: Model, quant: Quant, key: str, labels: int = 0) -> Base:
     import torch
     from transformers.utils import logging
 
@@ -118,21 +125,46 @@ def _load(model: Model, quant: Quant, key: str) -> Base:
     chosen = compute.policy(model)
     compute.apply(chosen)
     if model.kind is Kind.tiny:
-        loaded = tiny.model(chosen.attention).to(chosen.device, getattr(torch, chosen.dtype))  # type: ignore
+        loaded = tiny.model(chosen.attention, labels).to(chosen.device, getattr(torch, chosen.dtype))  # type: ignore
+        fresh = {"score.weight"}
     else:
-        loaded = _pretrained(model, quant, chosen)
+        loaded, fresh = _pretrained(model, quant, chosen, labels)
+    text = tokenizer(model)
+    if labels:
+        loaded.config.get_text_config().pad_token_id = cast(int, text.pad_token_id)
+    head = _head(loaded, fresh, labels) if labels else ()
     loaded.requires_grad_(False).eval()
-    loaded.generation_config = _greedy(loaded)
-    return Base(loaded, tokenizer(model), chosen, fingerprint(loaded), key)
+    if not labels:
+        loaded.generation_config = _greedy(loaded)
+    return Base(loaded, text, chosen, fingerprint(loaded), key, head)
 
 
-def _pretrained(model: Model, quant: Quant, chosen: Compute) -> PreTrainedModel:
+def _head(model: PreTrainedModel, fresh: set[str], labels: int) -> tuple[str, ...]:
+    """Name the modules whose weights came from no file, make them float32, and start the last of them at zero."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    with _loading(model):
-        return AutoModelForCausalLM.from_pretrained(
+    names = tuple(n for n, _ in model.named_modules() if n in {weight.rpartition(".")[0] for weight in fresh})
+    for name in names:
+        module = model.get_submodule(name).float()
+        module.register_forward_pre_hook(lambda _, given: (given[0].float(), *given[1:]))
+    last = [model.get_submodule(n) for n in names if getattr(model.get_submodule(n), "out_features", 0) == labels][-1]
+    for weight in last.parameters():
+        torch.nn.init.zeros_(weight)
+    return names
+
+
+def _pretrained(model: Model, quant: Quant, chosen: Compute, labels: int = 0) -> tuple[PreTrainedModel, set[str]]:
+    """Load a model, and tell which of its weights the files do not have."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kind: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+    with _loading(model), torch.random.fork_rng():
+        torch.manual_seed(0)  # hidden layers of a fresh head are drawn
+        loaded, told = kind.from_pretrained(
             source(model),
+            output_loading_info=True,
+            **({"num_labels": labels} if labels else {}),
             revision=model.revision,
             dtype=getattr(torch, chosen.dtype),
             attn_implementation=chosen.attention,
@@ -140,6 +172,7 @@ def _pretrained(model: Model, quant: Quant, chosen: Compute) -> PreTrainedModel:
             device_map={"": 0} if chosen.device == "cuda" else None,
             trust_remote_code=False,
         )
+    return loaded, set(told["missing_keys"])
 
 
 def _quantization(quant: Quant, chosen: Compute) -> Any:
@@ -183,8 +216,8 @@ def fingerprint(model: torch.nn.Module) -> str:
     return total.hexdigest()
 
 
-def adapter(lora: Lora) -> LoraConfig:
-    """Translate the config to peft's.
+def adapter(lora: Lora, head: tuple[str, ...] = ()) -> LoraConfig:
+    """Translate the config to peft's; the modules of a classification head are trained and saved whole.
 
     Raises:
         ConfigError: `lora.extra` names a keyword peft does not know, or gives one that the schema has.
@@ -199,7 +232,8 @@ def adapter(lora: Lora) -> LoraConfig:
         "target_modules": targets,
         "use_rslora": lora.variant is Variant.rslora,
         "use_dora": lora.variant is Variant.dora,
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
+        **({"modules_to_save": list(head)} if head else {}),
     }
     return cast("LoraConfig", accept(LoraConfig, own, lora.extra, "lora.extra"))
 
@@ -246,7 +280,8 @@ def adapted(base: Base, lora: Lora, seed: int) -> Iterator[PeftModel]:
     from transformers import set_seed
 
     check_targets(base.model, lora.targets)
-    wanted = adapter(lora)
+    wanted = adapter(lora, base.head)
+    heads = {name: base.model.get_submodule(name) for name in base.head}
     set_seed(seed)
     forward, hooks = base.model.__dict__.get("forward"), _hooks(base.model)
     try:
@@ -259,6 +294,8 @@ def adapted(base: Base, lora: Lora, seed: int) -> Iterator[PeftModel]:
         yield tuned
     finally:
         _strip(base, tuned, forward, hooks)
+        for name, module in heads.items():  # peft leaves the trained one
+            base.model.set_submodule(name, module.requires_grad_(False))
         if fingerprint(base.model) != base.weights:
             _warm = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 POSITIONS = 512
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -36,10 +36,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def model(attention: str) -> LlamaForCausalLM:
-    """Make the model, in float32 and always with the same weights."""
+def model(attention: str, labels: int = 0) -> LlamaForCausalLM | LlamaForSequenceClassification:
+    """Make the model, in float32 and always with the same weights; with a head for `labels`, where there are any."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     config = LlamaConfig(
         vocab_size=len(SPECIAL) + 256,
@@ -54,7 +54,8 @@ def model(attention: str) -> LlamaForCausalLM:
         eos_token_id=2,
         pad_token_id=0,
         attn_implementation=attention,  # type: ignore
+        **({"num_labels": labels} if labels else {}),
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return LlamaForCausalLM(config)
+        return LlamaForSequenceClassification(config) if labels else LlamaForCausalLM(config)

@@ -1,8 +1,9 @@
 """Training methods: a name of the config and the function that does it."""
 
 from ftexp.config import Method
-from ftexp.train import sft
+from ftexp.train import classify, sft
 
 TRAINERS = {
     Method.sft: sft.train,
+    Method.classify: classify.train,
 }

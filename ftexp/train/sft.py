@@ -50,7 +50,7 @@ def train(
         control: what may end the training early.
 
     Returns:
-        `train/steps`, the optimizer steps taken.
+        `train/steps`, the optimizer steps taken, and `train/loss` of the last one.
 
     Raises:
         Diverged: loss, gradient or weights stopped being finite; names the step.
@@ -60,18 +60,45 @@ def train(
     """
     steps = planned_steps(run.trainer, len(rows))
     settings = arguments(run.trainer, base.compute.device, run.seed, str(kept.folder), steps)
+
+    def curve(model: Any, label: str) -> float:
+        table = evaluate.held_out(model, base.tokenizer, valid, run.eval, label)
+        return metrics.loss([e["nats"] for e in table], [e["tokens"] for e in table])
+
+    def make(watching: TrainerCallback) -> Any:
+        return _trainer(base, tuned, settings, _dataset(rows), watching)
+
+    return optimise(run, tuned, steps, curve, make, kept, report, control)
+
+
+def optimise(
+    run: Run, tuned: PeftModel, steps: int, curve: Callable[[Any, str], float], make: Callable[[TrainerCallback], Any],
+    kept: Store, report: Report, control: Control,
+) -> dict[str, float]:  # fmt: skip
+    """Run a Trainer with what every method needs around it: checkpoints, rungs, an early end, a clean model after it.
+
+    Args:
+        run: the checked config.
+        tuned: the model with the adapter.
+        steps: optimizer steps.
+        curve: takes the model and a label for the screen, and returns the held-out loss.
+        make: takes a callback and returns the Trainer.
+        kept: checkpoints of this training, and the one to go on from.
+        report: takes metrics and their step.
+        control: what may end the training early.
+    """
     resume = kept.resume
     with progress(f"training {steps} steps", steps) as advance:
         advance(resume.step if resume else 0)
         stopped: list[BaseException] = []
-        watch = _callback(run, base, valid, steps, report, advance, kept, control, stopped)
-        trainer = _trainer(base, tuned, settings, _dataset(rows), watch)
-        with _cleaned_up(trainer), at_work():
+        trainer = make(watch(run, curve, steps, report, advance, kept, control, stopped))
+        with cleaned_up(trainer), at_work():
             trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
     if stopped:
         raise stopped[0]
-    _check_weights(tuned, steps)
-    return {"train/steps": steps}
+    check_weights(tuned, steps)
+    last = next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry)
+    return {"train/steps": steps, "train/loss": last}
 
 
 def planned_steps(trainer: Trainer, rows: int) -> int:
@@ -163,7 +190,7 @@ def token_mean(model: Any, inputs: dict[str, Any], tokens: Any) -> Any:
 
 
 @contextmanager
-def _cleaned_up(trainer: Any):
+def cleaned_up(trainer: Any):
     """Take NEFTune's hook off however training ends; transformers leaves it on after an exception."""
     try:
         yield
@@ -174,11 +201,14 @@ def _cleaned_up(trainer: Any):
             trainer.neftune_hook_handle.remove()
 
 
-def _callback(
-    run: Run, base: Base, valid: list[Example], steps: int, report: Report, advance: Callable[..., None],
+def watch(
+    run: Run, curve: Callable[[Any, str], float], steps: int, report: Report, advance: Callable[..., None],
     kept: Store, control: Control, stopped: list[BaseException],
 ) -> TrainerCallback:  # fmt: skip
-    """Make the callback that reports steps and held-out losses, writes checkpoints, and ends training early."""
+    """Make the callback that reports steps and held-out losses, writes checkpoints, and ends training early.
+
+    `curve` takes the model and a label for the screen, and returns the held-out loss.
+    """
     from transformers import TrainerCallback
 
     asked, minutes, saved = control, run.trainer.checkpoint_minutes, [time.monotonic()]
@@ -198,8 +228,7 @@ def _callback(
         def on_step_end(self, args, state, control, model=None, **kwargs):
             every, step = run.trainer.report_steps, state.global_step
             if every and step % every == 0 and step < steps:
-                table = evaluate.held_out(cast(Any, model), base.tokenizer, valid, run.eval, f"step {step}")
-                held_out = metrics.loss([e["nats"] for e in table], [e["tokens"] for e in table])
+                held_out = curve(model, f"step {step}")
                 if not math.isfinite(held_out):
                     raise Diverged(f"diverged at step {step}: valid/loss is {held_out}")
                 report({"valid/loss": held_out}, step)
@@ -222,7 +251,8 @@ def _callback(
     return Watch()
 
 
-def _check_weights(tuned: PeftModel, steps: int) -> None:
+def check_weights(tuned: PeftModel, steps: int) -> None:
+    """Refuse trained weights that are not finite."""
     for name, weight in tuned.named_parameters():
         if weight.requires_grad and not weight.isfinite().all():
             raise Diverged(f"diverged by step {steps}: {name} is not finite")

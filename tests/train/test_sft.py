@@ -61,16 +61,28 @@ def test_first_loss_is_the_token_mean_of_the_base(tiny, tmp_path):
 @pytest.mark.parametrize("shape", [("4", "2"), ("2", "4"), ("1", "8")])
 def test_accumulation_changes_nothing(tiny, tmp_path, shape):
     """One step of plain SGD on 8 rows: at once, or in pieces."""
-    base = ("trainer.steps=2", "trainer.optimizer=sgd", "trainer.lr=0.5", "trainer.max_grad_norm=0")
+    base = (
+        "trainer.steps=2",
+        "trainer.optimizer=sgd",
+        "trainer.lr=0.5",
+        "trainer.max_grad_norm=0",
+        "model.dtype=float32",
+    )
     whole = trained(tiny(*base, "trainer.batch=8"), tmp_path)
     pieces = trained(tiny(*base, f"trainer.batch={shape[0]}", f"trainer.accumulation={shape[1]}"), tmp_path)
-    start = trained(tiny(*base[:2], "trainer.lr=1e-12", "trainer.batch=8"), tmp_path)
+    start = trained(tiny(*base[:2], "model.dtype=float32", "trainer.lr=1e-12", "trainer.batch=8"), tmp_path)
     assert max((whole[k] - start[k]).abs().max() for k in whole) > 1e-4  # something was learned
     assert max((whole[k] - pieces[k]).abs().max() for k in whole) < 1e-6
 
 
 def test_sabotage_mean_over_each_piece_is_another_step(tiny, tmp_path, monkeypatch):
-    base = ("trainer.steps=2", "trainer.optimizer=sgd", "trainer.lr=0.5", "trainer.max_grad_norm=0")
+    base = (
+        "trainer.steps=2",
+        "trainer.optimizer=sgd",
+        "trainer.lr=0.5",
+        "trainer.max_grad_norm=0",
+        "model.dtype=float32",
+    )
     whole = trained(tiny(*base, "trainer.batch=8"), tmp_path)
     honest = sft.token_mean
     monkeypatch.setattr(sft, "token_mean", lambda model, inputs, tokens: honest(model, inputs, None))
@@ -80,7 +92,7 @@ def test_sabotage_mean_over_each_piece_is_another_step(tiny, tmp_path, monkeypat
 
 def test_supervised_rows_equal_the_loss_of_trl(tiny, tmp_path, monkeypatch):
     """The CPU's shortcut against SFTTrainer's own loss, to the end of three steps."""
-    run = tiny("trainer.steps=3")
+    run = tiny("trainer.steps=3", "model.dtype=float32")
     ours = []
     mine = trained(run, tmp_path, ours)
     from trl import SFTTrainer

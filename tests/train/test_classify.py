@@ -1,0 +1,272 @@
+"""Classification: known losses, padding, accumulation, thresholds from other rows, and the baseline beside it."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import log_loss
+from sklearn.utils.class_weight import compute_class_weight
+
+from ftexp import data, experiment, labels, model
+from ftexp.data import Row
+from ftexp.errors import DataError
+from ftexp.files import read_json
+from ftexp.train import checkpoints, classify
+from ftexp.train.control import Control
+
+WORDS = {"space": ["rocket", "planet"], "love": ["kiss", "heart"], "crime": ["thief", "murder"]}
+
+
+@pytest.fixture
+def genres(tiny, tmp_path):
+    """Return a function that composes a classifier of texts whose words give their genres away."""
+    r, rows = random.Random(0), []
+    for n in range(120):
+        told = r.sample(list(WORDS), r.choice([1, 2]))
+        rows.append(
+            {"text": f"{n}: " + " and ".join(r.choice(WORDS[t]) for t in told), "many": ", ".join(told), "one": told[0]}
+        )
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def build(*given, column="many"):
+        return tiny("data=jsonl", f"data.path={tmp_path}/rows.jsonl", "data.prompt='{text}'",
+                    f"data.completion='{{{column}}}'", "data.valid=40", "data.rows=120", "trainer.kind=classify", *given)  # fmt: skip
+
+    return build
+
+
+def parts(run):
+    train, valid, known = experiment.classified(run, data.load(run.data))
+    return model.load(run.model, run.quant, len(known)), train, valid, known
+
+
+def trained(run, folder, reports=None):
+    base, train, valid, _ = parts(run)
+    told = [] if reports is None else reports
+    with model.adapted(base, run.lora, run.seed) as tuned:
+        classify.train(
+            run,
+            base,
+            tuned,
+            train,
+            valid,
+            checkpoints.store(folder / "t", {}),
+            lambda v, s: told.append((s, v)),
+            Control(),
+        )
+        return {k: v.clone() for k, v in tuned.state_dict().items() if "lora_" in k or "modules_to_save" in k}
+
+
+@pytest.mark.parametrize(("given", "column", "expected"), [((), "many", 2), (("trainer.multi_label=false",), "one", 3)])
+def test_first_loss_is_known(genres, tmp_path, given, column, expected):
+    """The head starts at zero: every label is a fair coin, or each of three labels has one third."""
+    reports = []
+    trained(genres("trainer.steps=1", *given, column=column), tmp_path, reports)
+    assert reports[0][1]["train/loss"] == pytest.approx(math.log(expected), abs=1e-5)
+
+
+def test_classifier_learns_and_its_files_say_so(genres, tmp_path):
+    run = genres("trainer.steps=40", "trainer.batch=16", "objectives=[valid/roc_auc_macro]")
+    experiment.check(run, None)
+    experiment.prepare(run)
+    scores = experiment.execute(run, tmp_path / "a", "x")
+    assert scores["valid/loss"] < 0.55 < math.log(2)
+    assert scores["valid/roc_auc_macro"] > 0.8
+    assert scores["tfidf/f1_macro"] > 0.9  # the words give it away
+    kept, rows = read_json(tmp_path / "a" / "trial.json"), read_json(tmp_path / "a" / "labels.json")
+    assert kept["labels"] == sorted(WORDS) == [row["label"] for row in rows]
+    assert kept["thresholds"] == {row["label"]: row["threshold"] for row in rows}
+    assert all(0 < limit < 1 for limit in kept["thresholds"].values())
+
+
+@pytest.mark.parametrize("given", [(), ("trainer.multi_label=false",)])
+def test_saved_adapter_and_head_give_the_scores_that_were_reported(genres, tmp_path, given):
+    from peft import PeftModel
+
+    run = genres("trainer.steps=6", *given, column="one")
+    scores = experiment.execute(run, tmp_path / "a", "x")
+    _, _, valid, known = parts(run)
+    fresh = model._load(run.model, run.quant, "fresh", len(known))
+    loaded = PeftModel.from_pretrained(fresh.model, tmp_path / "a" / "adapter")
+    told = classify.logits(loaded, fresh.tokenizer, valid, run.eval, "again")
+    again, _ = classify.score(told, valid, known, run.trainer.multi_label)
+    assert again.scores == {k.removeprefix("valid/"): v for k, v in scores.items() if k.startswith("valid/")}
+
+
+def test_base_is_as_before_and_the_same_run_gives_the_same_bits(genres, tmp_path):
+    run = genres("trainer.neftune=5", "lora.dropout=0.1")
+    base = parts(run)[0]
+    one = trained(run, tmp_path)
+    assert parts(run)[0] is base  # the head was put back, or the weights would differ
+    two = trained(run, tmp_path)
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert any("modules_to_save" in k and v.abs().max() > 0 for k, v in one.items())
+
+
+SGD = ("trainer.steps=2", "trainer.optimizer=sgd", "trainer.lr=0.5", "trainer.max_grad_norm=0", "model.dtype=float32",
+       "trainer.warmup=0", "trainer.class_weights=true")  # fmt: skip
+
+
+def test_accumulation_changes_nothing(genres, tmp_path):
+    whole = trained(genres(*SGD, "trainer.batch=8"), tmp_path)
+    pieces = trained(genres(*SGD, "trainer.batch=2", "trainer.accumulation=4"), tmp_path)
+    assert max(v.abs().max() for k, v in whole.items() if "modules_to_save" in k) > 1e-3
+    assert max((whole[k] - pieces[k]).abs().max() for k in whole) < 1e-6
+
+
+def test_sabotage_mean_over_each_piece_is_another_step(genres, tmp_path, monkeypatch):
+    whole = trained(genres(*SGD, "trainer.batch=8"), tmp_path)
+    honest = classify.decisions
+    monkeypatch.setattr(classify, "decisions", lambda logits, *rest: honest(logits, *rest) * (8 / len(logits)))
+    pieces = trained(genres(*SGD, "trainer.batch=2", "trainer.accumulation=4"), tmp_path)
+    assert max((whole[k] - pieces[k]).abs().max() for k in whole) > 1e-4
+
+
+def test_logits_are_the_same_alone_and_in_a_batch(genres):
+    run = genres("model.dtype=float32", "eval.batch=1")
+    base, _, valid, _ = parts(run)
+    torch.nn.init.normal_(base.model.score.weight, generator=torch.Generator().manual_seed(0))
+    try:
+        alone = classify.logits(base.model, base.tokenizer, valid, run.eval, "t")
+        run.eval.batch = 37
+        batched = classify.logits(base.model, base.tokenizer, valid, run.eval, "t")
+        first = base.model(torch.tensor([valid[0].ids])).logits[0]
+    finally:
+        torch.nn.init.zeros_(base.model.score.weight)
+    assert len({len(e.ids) for e in valid}) > 1
+    torch.testing.assert_close(alone, batched, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(alone[0], first.double(), rtol=1e-5, atol=1e-6)
+
+
+def rows_of(*sets):
+    return [classify.Example(Row("x", ", ".join(sorted(s)), f"t:{n}"), (5,), frozenset(s)) for n, s in enumerate(sets)]
+
+
+def test_loss_equals_log_loss_of_sklearn():
+    r = torch.Generator().manual_seed(0)
+    told = torch.randn(20, 3, generator=r, dtype=torch.float64)
+    known, draw = ["a", "b", "c"], random.Random(0)
+    many = rows_of(*[{name for name in known if draw.random() < 0.4} for _ in range(20)])
+    truth = np.array([[name in e.labels for name in known] for e in many])
+    expected = log_loss(truth.ravel(), told.sigmoid().numpy().ravel())
+    assert classify.loss(told, many, known, True) == pytest.approx(expected, abs=1e-9)
+    one = rows_of(*[{draw.choice(known)} for _ in range(20)])
+    expected = log_loss([next(iter(e.labels)) for e in one], told.softmax(-1).numpy(), labels=known)
+    assert classify.loss(told, one, known, False) == pytest.approx(expected, abs=1e-9)
+
+
+def test_class_weights():
+    one = rows_of({"a"}, {"a"}, {"a"}, {"b"})
+    balanced = compute_class_weight("balanced", classes=np.array(["a", "b"]), y=["a", "a", "a", "b"])
+    assert classify.class_weights(one, ["a", "b"], False).tolist() == pytest.approx(balanced.tolist())
+    assert classify.class_weights(one, ["a", "b", "c"], True).tolist() == pytest.approx([1 / 3, 3, 1])
+
+
+def test_thresholds_of_other_rows_are_used_as_they_are():
+    rows, told = rows_of({"a"}, {"a"}, set()), torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
+    scored, limits = classify.score(told, rows, ["a"], True, {"a": 0.6})  # shares .5, .73, .88
+    assert [row["prediction"] for row in scored.table] == ["", "a", "a"]
+    assert limits == {"a": 0.6} and scored.labels[0]["threshold"] == 0.6
+
+
+def chance(seed):
+    r = random.Random(seed)
+    known = [f"l{n}" for n in range(20)]
+    return (
+        [{n for n in known if r.random() < 0.1} for _ in range(200)],
+        [[r.random() for _ in known] for _ in range(200)],
+        known,
+    )
+
+
+def gain_of_cross_decisions():
+    gains = []
+    for seed in range(6):
+        truth, shares, known = chance(seed)
+        ways = (classify.cross_decided(truth, shares, known), labels.decide(shares, dict.fromkeys(known, 0.5)))
+        crossed, half = (labels.macro(labels.f1, truth, way, known)[0] for way in ways)
+        gains.append(crossed - half)
+    return sum(gains) / len(gains)
+
+
+def test_thresholds_from_other_rows_gain_nothing_from_chance():
+    assert gain_of_cross_decisions() < 0.01
+
+
+def test_sabotage_thresholds_from_the_same_rows_gain_from_chance(monkeypatch):
+    monkeypatch.setattr(
+        classify,
+        "cross_decided",
+        lambda truth, shares, known: labels.decide(shares, labels.thresholds(truth, shares, known)),
+    )
+    assert gain_of_cross_decisions() > 0.03
+
+
+def test_baseline_knows_words_and_frequencies():
+    texts = [
+        ("red apple", {"fruit", "thing"}),
+        ("red brick", {"thing"}),
+        ("green apple", {"fruit", "thing"}),
+        ("grey brick", {"thing"}),
+    ] * 5
+    rows = [classify.Example(Row(text, "", f"t:{n}"), (5,), frozenset(told)) for n, (text, told) in enumerate(texts)]
+    told = classify.baseline(rows, rows[:2], ["fruit", "never", "thing"], True)
+    assert told[0, 0] > 0 > told[1, 0]
+    assert told[0].sigmoid()[1:].tolist() == pytest.approx([1 / 40, 39 / 40])  # never and always, half a row away
+    one = [classify.Example(e.row, e.ids, e.labels & {"fruit"} or frozenset({"stone"})) for e in rows]
+    shares = classify.baseline(one, one[:2], ["fruit", "stone", "unseen"], False).exp()
+    assert shares.argmax(-1).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "told", "given", "message"),
+    [
+        ("fine", "a, b", ("trainer.multi_label=false",), r"one label \(trainer.multi_label=false\), got 'a, b'"),
+        ("fine", " ,", (), r"x:1: the completion must name a label"),
+        ("x" * 300, "a", (), r"x:1: a row must be at most data\.max_length=256 tokens, this one has 300"),
+        ("stop <|endoftext|>", "a", (), "holds the padding token"),
+    ],
+)
+def test_row_that_cannot_be_classified_is_refused(genres, text, told, given, message):
+    with pytest.raises(DataError, match=message):
+        classify.render([Row(text, told, "x:1")], model.tokenizer(genres().model), genres(*given))
+
+
+def test_what_a_classifier_cannot_do_is_refused(genres):
+    for given, message in (
+        ("eval.forgetting=python-docs", "predicts no text"),
+        ("objectives=[valid/perplexity]", "sft"),
+    ):
+        with pytest.raises(experiment.ConfigError, match=message):
+            experiment.check(genres(given), None)
+
+
+def test_encoder_with_a_hidden_layer_in_its_head(genres, tmp_path):
+    """DistilBERT's head has two layers that no file has: both are trained and saved, the last starts at zero."""
+    from safetensors.torch import load_file
+    from transformers import DistilBertConfig, DistilBertModel
+
+    from ftexp.model import tiny as made
+
+    sizes = {
+        "dim": 32,
+        "hidden_dim": 64,
+        "n_layers": 2,
+        "n_heads": 2,
+        "vocab_size": 259,
+        "max_position_embeddings": 256,
+    }
+    DistilBertModel(DistilBertConfig(pad_token_id=0, **sizes)).save_pretrained(tmp_path / "encoder")
+    made.tokenizer().save_pretrained(tmp_path / "encoder")
+    run = genres("model=hub", f"model.path={tmp_path}/encoder", "trainer.steps=3", "lora.targets=[q_lin,v_lin]")
+    experiment.prepare(run)
+    base = parts(run)[0]
+    assert base.head == ("pre_classifier", "classifier")
+    scores = experiment.execute(run, tmp_path / "a", "x")
+    assert scores["valid/loss"] == pytest.approx(math.log(2), abs=0.05)  # a start is made
+    saved = load_file(tmp_path / "a" / "adapter" / "adapter_model.safetensors")
+    assert all(weight.abs().max() > 0 for weight in saved.values())  # the head moved off zero, and LoRA B too
+    assert {key.split(".")[-2] for key in saved if "lora" not in key} == {"pre_classifier", "classifier"}
