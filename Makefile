@@ -25,15 +25,15 @@ demo: $(READY) ## fine-tune SmolLM2-135M at rank 8, 16 and 64, score and compare
 	$(BIN)/python -m ftexp.run lora.r=8,16,64 -m
 	@echo "curves and examples: make ui, then http://127.0.0.1:5000"
 
-test: $(READY) ## run every check and test
+test: $(READY) ## run every check and test, two at a time
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(READY) ## run the fast tests only
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "not slow and not chaos"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not chaos"
 
 chaos: $(READY) ## kill a sweep 40 times and compare it with a calm one, byte by byte (about 10 minutes)
 	$(BIN)/python -m pytest -m chaos -s tests/chaos

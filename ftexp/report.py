@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -95,7 +94,8 @@ def _point(trials: list[dict[str, Any]], size: int, objective: str) -> Point:
         return Point(trials, False, {}, None)
     names = [name for name in trials[0]["scores"] if all(name in t["scores"] for t in trials)]
     means = {name: math.fsum(t["scores"][name] for t in trials) / size for name in names}
-    spread = statistics.stdev(t["scores"][objective] for t in trials) if size > 1 else None
+    off = [t["scores"][objective] - means[objective] for t in trials]
+    spread = math.sqrt(math.fsum(d * d for d in off) / (size - 1)) if size > 1 else None
     return Point(trials, True, means, spread)
 
 
