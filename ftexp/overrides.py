@@ -22,8 +22,8 @@ PACKAGE = Path(__file__).parent
 ROOT = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 CONF = ROOT / "conf"
 SWEEPS = ROOT / "sweeps"
-OPEN = ("lora.extra.", "trainer.extra.")
-"""Keys handed on to a library; they exist only once given, so `++` is put before them."""
+OPEN = ("lora.extra.", "trainer.extra.", "data.columns.")
+"""Keys that exist only once given, so `++` is put before them."""
 TEXTS = ("data.prompt", "data.completion")
 """Keys whose values are format strings."""
 SWEEP_KEYS = (
