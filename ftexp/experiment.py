@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ftexp import config, data, evaluate, facts, metrics, model, track
-from ftexp.config import Format, Kind, Run
+from ftexp.config import Format, Kind, Method, Run
 from ftexp.data import prompts
 from ftexp.errors import ConfigError, DataError, FtexpError, Pruned
 from ftexp.files import read_json, write_json
@@ -38,11 +38,26 @@ def check(run: Run, folder: Path | None) -> None:
         raise ConfigError(
             f"name={run.name} is taken by another run in {folder}: {_difference(kept['config'], identity(run))}"
         )
-    rows = data.load(run.data).digest()
+    splits = data.load(run.data)
+    _check_shape(run, splits)
+    rows = splits.digest()
     if kept is not None and kept.get("facts", {}).get("rows", {}).get("sha256", rows) != rows:
         raise ConfigError(f"name={run.name}: the rows changed since the run in {folder}; choose another name")
     if run.model.kind is Kind.hub:
         model.source(run.model)
+
+
+def _check_shape(run: Run, splits: data.Splits) -> None:
+    """Refuse rows that the method or the scoring cannot use."""
+    pair = next((row for row in splits.train if row.rejected), None)
+    if pair is not None and run.trainer.kind is Method.sft:
+        raise ConfigError(
+            f"trainer.kind=sft cannot learn from pairs of answers, as in {pair.where}; "
+            "data.completion='{chosen}' learns the chosen ones"
+        )
+    text = next((row for row in splits.valid if not row.prompt), None)
+    if text is not None and run.eval.generate:
+        raise ConfigError(f"eval.generate must be false, {text.where} has no prompt to complete; use eval=loss")
 
 
 def prepare(run: Run) -> None:
@@ -192,7 +207,7 @@ def _execute(
         facts.reset_peak_memory()
         began = time.monotonic()
         with model.adapted(base, run.lora, run.seed) as tuned:
-            trial["facts"] = _facts(run, base, splits, tuned)
+            trial["facts"] = _facts(run, base, splits, (train, valid), tuned)
             log.tags({f"ftexp.{k}": v for k, v in config.flat(trial["facts"]).items()})
             train_adapter = TRAINERS[run.trainer.kind]
             try:
@@ -239,11 +254,10 @@ def base_scores(run: Run, base: Base, valid: list[prompts.Example], rows: str) -
     return _base_scores[key]
 
 
-def _facts(run: Run, base: Base, splits: data.Splits, tuned: Any) -> dict[str, Any]:
+def _facts(run: Run, base: Base, splits: data.Splits, used: Tokenised, tuned: Any) -> dict[str, Any]:
     """What the result depends on beside the config, and sizes that a reader asks for first."""
     return {
-        "rows": {"train": len(splits.train), "valid": len(splits.valid), "test": len(splits.test),
-                 "duplicates": splits.duplicates, "sha256": splits.digest()},
+        "rows": _counts(splits, used),
         "template_sha256": prompts.template_digest(base.tokenizer, run.data),
         "weights_sha256": base.weights,
         "parameters": asdict(model.count(tuned)),
@@ -251,6 +265,14 @@ def _facts(run: Run, base: Base, splits: data.Splits, tuned: Any) -> dict[str, A
         "versions": facts.versions(),
         "git": facts.git(ROOT),
     }  # fmt: skip
+
+
+def _counts(splits: data.Splits, used: Tokenised) -> dict[str, Any]:
+    """Count rows; read = train + valid + test + dropped, by reason. The sealed rows were not tokenised."""
+    kept = {"train": len(used[0]), "valid": len(used[1]), "test": len(splits.test)}
+    lost = len(splits.train) + len(splits.valid) - kept["train"] - kept["valid"]
+    dropped = splits.dropped() | ({"length": lost} if lost else {})
+    return {"read": splits.read, **kept, "duplicates": splits.duplicates, "dropped": dropped, "sha256": splits.digest()}
 
 
 def _store(

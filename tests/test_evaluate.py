@@ -148,6 +148,7 @@ def test_summary_by_hand():
         {
             "nats": math.log(2) * 3,
             "tokens": 3,
+            "bytes": 2,
             "reference": "ab",
             "prediction": "ab",
             "exact_match": 1.0,
@@ -157,6 +158,7 @@ def test_summary_by_hand():
         {
             "nats": math.log(4),
             "tokens": 1,
+            "bytes": 2,
             "reference": "cd",
             "prediction": "",
             "exact_match": 0.0,
