@@ -7,6 +7,7 @@ from importlib import import_module
 
 VERBS = {
     "run": "train and score one run, or a sweep with -m",
+    "show": "show data: print rows as the model will see them, and their lengths",
     "report": "print the leaderboard of a sweep or a run",
     "ui": "show runs and sweeps in the MLflow UI",
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 from ftexp import config, data, evaluate, facts, metrics, model, track
 from ftexp.config import Format, Kind, Method, Run
-from ftexp.data import prompts
+from ftexp.data import gates, prompts
 from ftexp.errors import ConfigError, DataError, FtexpError, Pruned
 from ftexp.files import read_json, write_json
 from ftexp.model import Base
@@ -65,7 +65,7 @@ def prepare(run: Run) -> None:
 
     Raises:
         ConfigError: peft or TRL refuses a keyword, or a template or token is missing.
-        DataError: a row is longer than `data.max_length` or the model.
+        DataError: a row is longer than `data.max_length` or the model, or a held-out row nearly one of another split.
     """
     model.adapter(run.lora)
     sft.arguments(run.trainer, "cpu", run.seed, "", 1)
@@ -237,6 +237,7 @@ def tokenised(run: Run, splits: data.Splits) -> Tokenised:
     global _tokens
     key = f"{splits.digest()} {config.digest(run.model, run.data)}"
     if _tokens is None or _tokens[0] != key:
+        gates.near_leaks(splits, run.data)
         tokenizer = model.tokenizer(run.model)
         train = prompts.render(splits.train, tokenizer, run.data)
         _tokens = key, (train, prompts.render(splits.valid, tokenizer, run.data))

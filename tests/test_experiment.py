@@ -126,7 +126,9 @@ def test_rows_that_sft_cannot_learn_from_are_refused(tiny, tmp_path):
 
 
 def test_text_without_prompts_is_scored_by_its_loss(tiny, tmp_path):
-    given = write(tmp_path / "t.jsonl", *[{"text": word * 3} for word in "one two three four five six seven".split()])
+    given = write(
+        tmp_path / "t.jsonl", *[{"text": word * 3} for word in ("one", "two", "three", "four", "five", "six", "seven")]
+    )
     with pytest.raises(ConfigError, match=r"eval\.generate must be false, .*t\.jsonl:\d has no prompt"):
         experiment.check(tiny(*given), None)
     scores = experiment.execute(tiny(*given, "eval=loss"), tmp_path / "run", "x")

@@ -11,7 +11,8 @@ import ftexp
 
 PACKAGE = Path(ftexp.__file__).parent
 ORDER = ["errors", "files", "progress", "config", "overrides", "data", "model", "metrics", "evaluate", "train", "facts",
-         "track", "experiment", "sweep", "report", "run", "ui", "__main__"]  # fmt: skip
+         "track", "experiment", "sweep", "report", "run", "show", "ui",
+         "__main__"]  # fmt: skip
 """A module imports only from those to its left."""
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "mlflow", "sklearn", "numpy", "pandas", "pyarrow"}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py"))
@@ -48,7 +49,7 @@ def test_imports_point_left(path):
 
 
 def test_the_command_imports_nothing_heavy():
-    code = "import sys, ftexp.run, ftexp.report, ftexp.ui; print(*sys.modules)"
+    code = "import sys, ftexp.run, ftexp.report, ftexp.show, ftexp.ui; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not HEAVY & set(loaded)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from ftexp.config import Data, Gate
@@ -24,11 +24,24 @@ Leak = tuple[Row, Row, str]
 
 
 def leaks(splits: Splits, data: Data) -> None:
-    """Refuse held-out rows that are given away by rows of another split.
+    """Refuse held-out rows whose prompt or group stands in another split; needs no import.
 
     Raises:
         DataError: names the first such row, its twin, and how many there are.
     """
+    _refuse(splits, data, equal)
+
+
+def near_leaks(splits: Splits, data: Data) -> None:
+    """Refuse held-out rows whose text is nearly that of a row in another split.
+
+    Raises:
+        DataError: names the first such row, its twin, and how many there are.
+    """
+    _refuse(splits, data, lambda held, rows: alike(held, rows, data.dedup_threshold))
+
+
+def _refuse(splits: Splits, data: Data, search: Callable[[tuple[Row, ...], tuple[Row, ...]], Iterator[Leak]]) -> None:
     if Gate.leaks in data.allow:
         return
     for name, held, other, rows in (
@@ -37,7 +50,7 @@ def leaks(splits: Splits, data: Data) -> None:
         ("test", splits.test, "valid", splits.valid),
     ):
         found: dict[int, Leak] = {}
-        for leak in (*equal(held, rows), *alike(held, rows, data)):
+        for leak in search(held, rows):
             found.setdefault(id(leak[0]), leak)
         if found:
             row, twin, how = next(iter(found.values()))
@@ -58,21 +71,21 @@ def equal(held: tuple[Row, ...], rows: tuple[Row, ...]) -> Iterator[Leak]:
             yield found, row, f"has the group {row.group!r} of"
 
 
-def alike(held: tuple[Row, ...], rows: tuple[Row, ...], data: Data) -> Iterator[Leak]:
-    """Yield held-out rows whose text is nearly that of another row, by `data.dedup_threshold`."""
+def alike(held: tuple[Row, ...], rows: tuple[Row, ...], threshold: float) -> Iterator[Leak]:
+    """Yield held-out rows whose text is nearly that of another row."""
     import numpy as np
 
     if not held or not rows:
         return
     texts = [hygiene.normalised(row) for row in held]
-    keys = hygiene.band_keys(hygiene.minhashes(texts), data.dedup_threshold)
+    keys = hygiene.band_keys(hygiene.minhashes(texts), threshold)
     known = np.unique(keys)
     for start in range(0, len(rows), CHUNK):
         others = [hygiene.normalised(row) for row in rows[start : start + CHUNK]]
-        theirs = hygiene.band_keys(hygiene.minhashes(others), data.dedup_threshold)
+        theirs = hygiene.band_keys(hygiene.minhashes(others), threshold)
         for n in np.flatnonzero(np.isin(theirs, known).any(axis=1)):
             for m in np.flatnonzero((keys == theirs[n]).any(axis=1)):
-                if (likeness := hygiene.likeness(texts[m], others[n])) >= data.dedup_threshold:
+                if (likeness := hygiene.likeness(texts[m], others[n])) >= threshold:
                     yield held[m], rows[start + n], f"is a near copy (likeness {likeness:.2f}) of"
 
 

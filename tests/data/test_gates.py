@@ -25,7 +25,7 @@ def test_twelve_of_twelve_planted_leaks_are_found_and_none_in_a_thousand():
     exact, edited, near = planted(rows)
     held = (*exact, *edited, *near, *rows[1000:])
     train = tuple(rows[:1000])
-    found = {row.where for row, _, _ in (*gates.equal(held, train), *gates.alike(held, train, Data()))}
+    found = {row.where for row, _, _ in (*gates.equal(held, train), *gates.alike(held, train, 0.8))}
     assert found == {row.where for row in (*exact, *edited, *near)}
     with pytest.raises(
         DataError,
@@ -41,8 +41,8 @@ def test_near_copy_under_another_prompt_leaks():
     words = (train[3].prompt + " zzz").split()
     row = Row(" ".join(words), train[3].completion, "v:1")
     with pytest.raises(DataError, match=r"v:1: 1 of 1 valid rows leak .* is a near copy \(likeness 0\.9\d\) of o:3"):
-        gates.leaks(splits(train, [row]), Data())
-    gates.leaks(splits(train, [row]), Data(dedup_threshold=1.0))
+        gates.near_leaks(splits(train, [row]), Data())
+    gates.near_leaks(splits(train, [row]), Data(dedup_threshold=1.0))
 
 
 def test_sealed_rows_may_leak_nowhere():
