@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ftexp import config
-from ftexp.config import Data
-from ftexp.data import reader, shapes, yoda
+from ftexp.config import Data, Source
+from ftexp.data import genres, korean, latex, packages, preference, reader, shapes, yoda
 from ftexp.data.shapes import Row
 
 __all__ = ["GENERATED", "Row", "read", "read_file"]
@@ -39,11 +39,32 @@ def read_file(path: str, data: Data) -> list[Row]:
 
 
 def _made(data: Data) -> Iterator[tuple[dict[str, Any], str]]:
-    """Number the records of a generator."""
+    """Number the records of a generator, or of a set inside a package."""
+    made: Iterable[Mapping[str, Any]]
     match data.kind:
-        case config.Source.yoda:
-            made = ({"prompt": a, "completion": b} for a, b in yoda.pairs(data.seed))
+        case Source.yoda:
+            made = _asked(yoda.pairs(data.seed))
+        case Source.latex:
+            made = _asked(latex.pairs(data.seed))
+        case Source.korean:
+            made = _asked(korean.pairs(data.seed))
+        case Source.genres:
+            made = genres.records(data.seed)
+        case Source.preference:
+            made = preference.records(data.seed)
+        case Source.quotes:
+            made = packages.quotes()
+        case Source.chat:
+            made = packages.chat("english")
+        case Source.chat_ko:
+            made = packages.chat("korean")
+        case Source.interface_ko:
+            made = packages.interface_ko()
         case _:
             raise AssertionError(data.kind)
     for number, record in enumerate(made):
-        yield record, f"{data.kind.value}:{number}"
+        yield dict(record), f"{data.kind.value}:{number}"
+
+
+def _asked(pairs: Iterable[tuple[str, str]]) -> Iterator[dict[str, str]]:
+    return ({"prompt": prompt, "completion": completion} for prompt, completion in pairs)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 
-from ftexp.config import Data
+from ftexp.config import Data, Gate
 from ftexp.data.hygiene import Copy, deduplicate, normalise
 from ftexp.data.shapes import Row
 from ftexp.errors import DataError
@@ -64,7 +64,8 @@ def split(rows: list[Row], data: Data, source: str, given: dict[str, list[Row]] 
     """Leave out copies, and hold out `data.valid` and `data.test` rows, drawn with `data.seed` or the last ones.
 
     Rows that are drawn stay together where their prompts are equal after `normalise`, and where `data.group_by` is
-    equal, so no held-out prompt or group is trained on. With groups the counts are the most that is held out.
+    equal, so no held-out prompt or group is trained on; `data.allow=[leaks]` lets equal prompts be parted. With groups
+    the counts are the most that is held out.
 
     Args:
         rows: of the source.
@@ -118,7 +119,7 @@ def _last(rows: list[Row], wanted: dict[str, int], _: Data) -> dict[str, list[Ro
 
 
 def _drawn(rows: list[Row], wanted: dict[str, int], data: Data) -> dict[str, list[Row]]:
-    groups = grouped(rows)
+    groups = grouped(rows, by_prompt=Gate.leaks not in data.allow)
     order = sorted(groups)
     random.Random(data.seed).shuffle(order)
     picked: dict[str, str] = {}
@@ -131,10 +132,10 @@ def _drawn(rows: list[Row], wanted: dict[str, int], data: Data) -> dict[str, lis
     return {name: [row for row in rows if chosen[id(row)] == name] for name in ("train", *wanted)}
 
 
-def grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:
+def grouped(rows: Iterable[Row], by_prompt: bool = True) -> dict[str, list[Row]]:
     """Put rows together that may not be parted: equal prompts after `normalise`, and equal `group`, in any chain.
 
-    Rows without a prompt are compared by their whole text.
+    Rows without a prompt are compared by their whole text, and so are all rows where prompts may be parted.
     """
     found: dict[str, str] = {}  # key -> a key of the same group, up to the group's name, which names itself
 
@@ -146,7 +147,7 @@ def grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
     keys = []
     for row in rows:
-        key = normalise(row.prompt or row.completion)
+        key = normalise(row.prompt or row.completion) if by_prompt else row.text()
         if row.group:
             one, other = sorted((name(key), name(f"group\0{row.group}")))
             found[other] = one

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftexp.config import Data, Source
+from ftexp.config import Data, Gate, Source
 from ftexp.data import load
 from ftexp.data.hygiene import normalise
 from ftexp.data.rows import Row
@@ -195,3 +195,9 @@ def test_digest_is_that_of_one_json_list():
     splits = split(made(*"abcdé"), Data(valid=1, test=1), "t")
     parts = [[(r.prompt, r.completion) for r in part] for part in (splits.train, splits.valid, splits.test)]
     assert splits.digest() == hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def test_one_prompt_with_many_answers_can_be_parted_where_leaks_are_allowed():
+    rows = made(*["same"] * 9)
+    splits = split(rows, Data(valid=3, allow=[Gate.leaks]), "t")
+    assert (len(splits.train), len(splits.valid)) == (6, 3)
