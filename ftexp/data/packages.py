@@ -64,9 +64,7 @@ TOPICS = {  # topic -> words a quote about it holds; the first that fits counts
     "speech": "word words speak speech tongue silence",
     "work": "work labor labour idle busy",
 }
-AUTHORS = frozenset(
-    " ".join(
-        """
+NAMES = """
 Abraham Lincoln, Adam Smith, Aesop, Alexander Pope, Ambrose Bierce, Aristotle, Arthur Schopenhauer, Benjamin Disraeli,
 Benjamin Franklin, Blaise Pascal, Buddha, Cato The Elder, Charles Caleb Colton, Charles Dickens, Cicero, Confucius,
 Count Leo Nikolaevich Tolstoy, Democritus, Diogenes of Sinope, Dr. Samuel Johnson, Edgar Allan Poe, Edmund Burke,
@@ -84,9 +82,8 @@ Scott, Sir William Temple, Socrates, Sophocles, St. Augustine, Sydney Smith, Tac
 Fuller, Thomas Huxley, Thomas Jefferson, Thomas Paine, Titus Maccius Plautus, Victor Hugo, Virgil, Voltaire, Walt
 Whitman, Walter Savage Landor, William Blake, William Ellery Channing, William Hazlitt, William James, William M.
 Thackeray, William Penn, William Shakespear, William Wordsworth, Zoroaster
-""".split()
-    ).split(", ")
-)
+"""
+AUTHORS = {" ".join(name.split()) for name in NAMES.split(",")}
 """As the package spells them; all died before 1926."""
 SPARED = {"politics.yml", "gossip.yml", "psychology.yml", "humor.yml"}
 """Parts of the small talk that are left out as edgy."""
