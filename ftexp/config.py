@@ -13,6 +13,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
@@ -387,6 +388,7 @@ def _countable(amount: int | float) -> bool:
 FORMAT_RULE = "a format string with at least one plain column in braces, like '{prompt}'"
 
 
+@lru_cache
 def _columns(template: str) -> list[str] | None:
     """Column names in a format string, or None where it has none or asks for more than a column."""
     import string

@@ -245,7 +245,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
 def _object(text: str, where: str, array: bool = False) -> dict[str, Any]:
     hint = "; is the file one array? use data=json" if array else ""
     try:
-        row = json.loads(text, object_pairs_hook=_pairs, parse_constant=_no_constant)
+        row = STRICT.decode(text)
     except json.JSONDecodeError as error:
         if "\r" in text.rstrip("\r\n"):
             hint = "; lines must end in LF or CRLF, here a CR stands alone"
@@ -270,6 +270,9 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is no JSON value")
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_no_constant)
 
 
 class _Window:
@@ -352,7 +355,6 @@ def _lone_object(text: str) -> dict[str, Any] | None:
 
 
 def _elements(window: _Window) -> Iterator[Record]:
-    decoder = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_no_constant)
     window.go(window.at + 1)
     sign = window.peek()
     if sign == "]":
@@ -361,7 +363,7 @@ def _elements(window: _Window) -> Iterator[Record]:
         where = window.where()
         if sign != "{":
             raise DataError(f"{where}: must be an array of objects, got {window.rest()!r}")
-        yield _element(window, decoder, where), where
+        yield _element(window, where), where
         sign = window.peek()
         if sign == "]":
             break
@@ -374,11 +376,11 @@ def _elements(window: _Window) -> Iterator[Record]:
         raise DataError(f"{window.where()}: must end behind the array, got {window.rest()!r}")
 
 
-def _element(window: _Window, decoder: json.JSONDecoder, where: str) -> dict[str, Any]:
+def _element(window: _Window, where: str) -> dict[str, Any]:
     """Parse the object the window begins with, reading on until it is whole."""
     while True:
         try:
-            made, end = decoder.raw_decode(window.text, window.at)
+            made, end = STRICT.raw_decode(window.text, window.at)
             window.go(end)
             return made
         except json.JSONDecodeError as error:

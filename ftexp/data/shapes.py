@@ -41,7 +41,7 @@ Turn = tuple[str, str]
 """Role and text."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One example, before any tokenizer has seen it."""
 
@@ -128,6 +128,8 @@ def _row(record: dict[str, Any], where: str, shape: Shape, data: Data) -> Row:
     for part in ("completion",) if shape is Shape.text else ("prompt", "completion"):
         if not getattr(made, part).strip():
             raise DataError(f"{where}: the {part} must have text, got {getattr(made, part)!r}")
+    if data.group_by is None and data.stratify_by is None:
+        return made
     group, stratum = (
         "" if name is None else _value(record, name, where, f"{key} names it")
         for key, name in (("data.group_by", data.group_by), ("data.stratify_by", data.stratify_by))
