@@ -170,6 +170,8 @@ class Dedup(Enum):
     """Equal but for case, width, punctuation and spacing."""
     near = "near"
     """Alike in at least `data.dedup_threshold` of their five-letter pieces (Jaccard; Broder 1997)."""
+    semantic = "semantic"
+    """Instead of `near`: alike in meaning, by the cosine of sentence embeddings (`ftexp/data/encoder.py`)."""
 
 
 class Long(Enum):
@@ -343,7 +345,7 @@ class Data:
     dedup: Dedup = Dedup.exact
     """Which copies of a row are left out."""
     dedup_threshold: float = 0.8
-    """Least likeness of two rows that makes one a near copy, in (0, 1]; also that of the gate for leaks."""
+    """Least likeness of two rows that makes one a near or semantic copy, in (0, 1]; also that of the gate for leaks."""
     allow: list[Gate] = field(default_factory=list)
     """Checks that are switched off."""
     seed: int = 0

@@ -1,4 +1,4 @@
-"""Copies of rows: equal, equal after normalisation, or nearly equal; found within and across files.
+"""Copies of rows: equal, equal after normalisation, nearly equal, or of one meaning; found within and across files.
 
 Near copies: the likeness of two rows is the Jaccard index of their sets of five-letter pieces after normalisation,
 |A and B| / |A or B| (Broder 1997, "On the resemblance and containment of documents"). Pairs to compare are found by
@@ -22,6 +22,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ftexp.config import Data, Dedup
+from ftexp.data import encoder
 from ftexp.data.shapes import Row
 from ftexp.progress import progress
 
@@ -49,7 +50,7 @@ class Copy:
     kind: Dedup
     """How they are alike."""
     likeness: float
-    """Jaccard index, 1 for equal rows."""
+    """Jaccard index or cosine, 1 for equal rows."""
 
 
 def normalise(text: str) -> str:
@@ -101,10 +102,12 @@ def deduplicate(parts: dict[str, list[Row]], data: Data) -> tuple[dict[str, list
     copies: list[Copy] = []
     if data.dedup is not Dedup.none:
         rows = _unique(rows, copies, Dedup.exact)
-    if data.dedup in (Dedup.normalised, Dedup.near):
+    if data.dedup in (Dedup.normalised, Dedup.near, Dedup.semantic):
         rows = _unique(rows, copies, Dedup.normalised)
     if data.dedup is Dedup.near:
         rows = _unlike(rows, copies, data.dedup_threshold)
+    if data.dedup is Dedup.semantic:
+        rows = _unlike_in_meaning(rows, copies, data.dedup_threshold)
     kept: dict[str, list[Row]] = {name: [] for name in parts}
     for rank, row in rows:
         kept[names[rank]].append(row)
@@ -164,6 +167,30 @@ def _unlike(rows: list[tuple[int, Row]], copies: list[Copy], threshold: float) -
                     seen[key].append(n)
             advance()
     return [ranked for n, ranked in enumerate(rows) if n not in gone]
+
+
+def _unlike_in_meaning(rows: list[tuple[int, Row]], copies: list[Copy], threshold: float) -> list[tuple[int, Row]]:
+    """Keep rows of which no two have embeddings of a cosine of `threshold` or more; compares every row with all kept.
+
+    Cosines are rounded to four decimals, so that the last bits of a machine's arithmetic rarely decide.
+    """
+    import numpy as np
+
+    order = sorted(range(len(rows)), key=lambda n: _order(rows[n]))
+    vectors = encoder.embed([rows[n][1].text() for n in order])
+    chosen: list[int] = []
+    kept = np.empty_like(vectors)
+    for n, vector in enumerate(vectors):
+        cosines = np.round(kept[: len(chosen)] @ vector, 4)
+        best = int(cosines.argmax()) if chosen else -1
+        if best >= 0 and cosines[best] >= threshold:
+            of = rows[order[chosen[best]]][1]
+            copies.append(Copy(rows[order[n]][1], of, Dedup.semantic, float(cosines[best])))
+        else:
+            kept[len(chosen)] = vector
+            chosen.append(n)
+    left = {order[n] for n in chosen}
+    return [ranked for n, ranked in enumerate(rows) if n in left]
 
 
 @lru_cache
@@ -234,10 +261,10 @@ def told(copies: list[Copy], read: int) -> str:
     """Say how many rows were left out and why, with the least alike pair of each kind as an example."""
     counts = Counter(copy.kind for copy in copies)
     parts = []
-    for kind in (Dedup.exact, Dedup.normalised, Dedup.near):
+    for kind in Dedup:
         if counts[kind]:
             least = min((c for c in copies if c.kind is kind), key=lambda c: (c.likeness, c.row.where))
             example = f"{least.row.where} of {least.of.where}"
-            alike = f", likeness {least.likeness:.2f}" if kind is Dedup.near else ""
+            alike = f", likeness {least.likeness:.2f}" if kind in (Dedup.near, Dedup.semantic) else ""
             parts.append(f"{counts[kind]} {kind.value} copies ({example}{alike})")
     return f"left out {len(copies)} of {read} rows: {', '.join(parts)}"

@@ -164,6 +164,24 @@ def test_what_was_left_out_is_told_with_its_reason():
     assert "likeness 0." in told
 
 
+def test_rows_of_one_meaning_are_left_out_by_their_cosine(monkeypatch):
+    """Vectors at 0, 30 and 90 degrees: cosines 0.866 and 0.5, by hand."""
+    angles = {"a\nx": 0, "b\nx": 30, "c\nx": 90}
+    rows = [Row(name[0], "x", f"t:{name[0]}") for name in angles]
+
+    def embed(texts):
+        radians = np.radians([angles[text] for text in texts])
+        return np.stack([np.cos(radians), np.sin(radians)], axis=1).astype(np.float32)
+
+    monkeypatch.setattr(hygiene.encoder, "embed", embed)
+    for shuffled in (rows, rows[::-1]):
+        copies = dropped(shuffled, Dedup.semantic, 0.8)
+        assert [{c.row.where, c.of.where} for c in copies] == [{"t:a", "t:b"}]
+        assert copies[0].likeness == pytest.approx(3**0.5 / 2, abs=1e-4)
+    assert dropped(rows, Dedup.semantic, 0.9) == []
+    assert "1 semantic copies (" in hygiene.told(copies, 3)
+
+
 def test_the_same_row_object_twice_is_one_row():
     row = originals(1)[0]
     assert len(dropped([row, row, row], Dedup.exact)) == 2
