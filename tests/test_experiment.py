@@ -162,6 +162,22 @@ def test_rows_add_up_in_the_facts(tiny, tmp_path):
     assert told["read"] == 32 == told["train"] + told["valid"] + told["test"] + sum(told["dropped"].values())
 
 
+def test_sealed_rows_reach_no_tokenizer_and_no_file(tiny, tmp_path, monkeypatch):
+    from ftexp import data
+
+    run = tiny("data.test=9", "data.seed=5")
+    sealed = data.load(run.data).test
+    seen, honest = [], experiment.prompts.render
+    monkeypatch.setattr(experiment.prompts, "render", lambda rows, *more: seen.extend(rows) or honest(rows, *more))
+    experiment._tokens = None
+    experiment.prepare(run)
+    experiment.execute(run, tmp_path / "run", "x")
+    assert len(sealed) == 9
+    assert len(seen) == 111 and not set(seen) & set(sealed)
+    table = pyarrow.parquet.read_table(tmp_path / "run" / "examples.parquet").to_pylist()
+    assert not {row["where"] for row in table} & {row.where for row in sealed}
+
+
 def test_loss_only_run_writes_no_completions(tiny, tmp_path):
     scores = experiment.execute(tiny("eval=loss"), tmp_path / "a", "x")
     assert "valid/exact_match" not in scores

@@ -16,6 +16,7 @@ from ftexp.config import Data, Gate, Long, Template
 from ftexp.data import gates
 from ftexp.data.shapes import Row
 from ftexp.errors import ConfigError, DataError
+from ftexp.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,7 +101,11 @@ def render(rows: tuple[Row, ...], tokenizer: PreTrainedTokenizerBase, data: Data
             the prompt once the answer follows; the message starts with the row's place.
     """
     chat = template(tokenizer, data)
-    made = [_fitted(_checked(_example(row, tokenizer, chat), tokenizer, data), data) for row in rows]
+    made = []
+    with progress("tokenising", len(rows)) as advance:
+        for row in rows:
+            made.append(_fitted(_checked(_example(row, tokenizer, chat), tokenizer, data), data))
+            advance()
     return gates.tokens(rows, made, _end(tokenizer), data)
 
 

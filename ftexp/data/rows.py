@@ -25,17 +25,17 @@ def read(data: Data) -> list[Row]:
         DataError: the file or one of its lines cannot be used; the message starts with `file:line`.
     """
     if data.kind in config.FILES:
-        return read_file(data.path, data)
+        return read_file(data.path, data, data.rows)
     return list(shapes.rows(islice(_made(data), data.rows or GENERATED), data))
 
 
-def read_file(path: str, data: Data) -> list[Row]:
-    """Read the rows of one file, the first `data.rows` of them where that is set.
+def read_file(path: str, data: Data, count: int | None = None) -> list[Row]:
+    """Read the rows of one file, or the first `count` of them.
 
     Raises:
         DataError: the file or one of its lines cannot be used; the message starts with `file:line`.
     """
-    return list(shapes.rows(islice(reader.records(Path(path), data.kind), data.rows), data))
+    return list(shapes.rows(islice(reader.records(Path(path), data.kind), count), data))
 
 
 def _made(data: Data) -> Iterator[tuple[dict[str, Any], str]]:

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import random
 from collections import Counter
 from dataclasses import replace
@@ -182,6 +183,8 @@ def test_given_splits_are_taken_whole(tmp_path):
     assert [r.prompt for r in splits.valid] == ["p4", "p5", "p6", "p7"]  # p8 is a test row
     assert [r.prompt for r in splits.train] == ["p0", "p1", "p2", "p3"]
     assert (splits.read, splits.dropped()) == (13, {"exact": 3})
+    first = load(Data(kind=Source.file, path=str(tmp_path / "train.jsonl"), rows=2, **given))
+    assert (len(first.train), len(first.valid), len(first.test)) == (2, 4, 2)
 
 
 def test_turns_and_worse_answers_are_part_of_the_digest():
@@ -201,3 +204,25 @@ def test_one_prompt_with_many_answers_can_be_parted_where_leaks_are_allowed():
     rows = made(*["same"] * 9)
     splits = split(rows, Data(valid=3, allow=[Gate.leaks]), "t")
     assert (len(splits.train), len(splits.valid)) == (6, 3)
+
+
+def test_file_that_changed_is_loaded_anew_though_size_and_time_are_the_same(tmp_path):
+    path = tmp_path / "a.jsonl"
+    data = Data(kind=Source.file, path=str(path), valid=1)
+
+    def put(word):
+        path.write_text("\n".join(json.dumps({"prompt": f"{n} {word}", "completion": word * n}) for n in range(1, 9)))
+        os.utime(path, ns=(0, 0))
+        return load(data)
+
+    one, other = put("cat"), put("dog")
+    assert one.digest() != other.digest()
+    assert put("cat") is one
+
+
+def test_copies_are_told_once(tmp_path, capsys):
+    path = tmp_path / "b.jsonl"
+    path.write_text("\n".join([json.dumps({"prompt": p, "completion": p}) for p in "abcdea"]))
+    for _ in range(3):
+        load(Data(kind=Source.file, path=str(path), valid=1))
+    assert capsys.readouterr().err.count("left out 1 of 6 rows: 1 exact copies") == 1
