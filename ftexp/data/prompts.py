@@ -40,7 +40,7 @@ class Example:
     earlier: tuple[tuple[int, int], ...] = ()
     """Begin and end of the answers of earlier turns within `prompt`; supervised too."""
     unseen: int = 0
-    """Bytes of the row's text that nothing comes before, so that they cannot be predicted."""
+    """Bytes of the row's text that are not supervised: nothing comes before them, or they were cut off."""
 
     @property
     def ids(self) -> list[int]:
@@ -104,7 +104,7 @@ def render(rows: tuple[Row, ...], tokenizer: PreTrainedTokenizerBase, data: Data
     made = []
     with progress("tokenising", len(rows)) as advance:
         for row in rows:
-            made.append(_fitted(_checked(_example(row, tokenizer, chat), tokenizer, data), data))
+            made.append(_fitted(_checked(_example(row, tokenizer, chat), tokenizer, data), tokenizer, data))
             advance()
     return gates.tokens(rows, made, _end(tokenizer), data)
 
@@ -199,7 +199,7 @@ def _checked(example: Example, tokenizer: PreTrainedTokenizerBase, data: Data) -
     return example
 
 
-def _fitted(example: Example, data: Data) -> Example | None:
+def _fitted(example: Example, tokenizer: PreTrainedTokenizerBase, data: Data) -> Example | None:
     length, most = len(example.prompt) + len(example.completion), data.max_length
     if length <= most:
         return example
@@ -207,11 +207,19 @@ def _fitted(example: Example, data: Data) -> Example | None:
         case Long.drop:
             return None
         case Long.cut:
-            answers = tuple((begin, min(end, most)) for begin, end in example.earlier if begin < most)
-            room = max(0, most - len(example.prompt))
-            return replace(example, prompt=example.prompt[:most], completion=example.completion[:room], earlier=answers)
+            return _cut(example, tokenizer, most)
         case Long.refuse:
             raise DataError(
                 f"{example.row.where}: a row must be at most data.max_length={most} tokens, this one has {length}; "
                 "data.long=drop or cut accepts such rows"
             )
+
+
+def _cut(example: Example, tokenizer: PreTrainedTokenizerBase, most: int) -> Example:
+    """Keep the first tokens of a row, and count the bytes of what is still supervised."""
+    completion = example.completion[: max(0, most - len(example.prompt))]
+    earlier = tuple((begin, min(end, most)) for begin, end in example.earlier if begin < most)
+    learned = [*(example.prompt[begin:end] for begin, end in earlier), completion]
+    text = "".join(cast(str, tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in learned)
+    unseen = len(example.row.supervised().encode()) - len(text.encode())
+    return replace(example, prompt=example.prompt[:most], completion=completion, earlier=earlier, unseen=max(0, unseen))
