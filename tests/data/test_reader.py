@@ -224,3 +224,20 @@ def test_memory_is_bounded_by_the_longest_line(tmp_path, name, head, unit):
     told, peak = done.stdout.splitlines()
     assert "at most 16 MiB" in told
     assert int(peak) < 160 * 1024  # KiB
+
+
+TABLE = files.parquet({"prompt": ["a", "b"] * 20, "completion": ["x", "y"] * 20})
+SEEDS = [content for _, content in CASES.values() if len(content) < 400] + [TABLE]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_bytes_are_read_or_refused_without_a_traceback(tmp_path_factory, data):
+    """Bad files with bytes changed, put in and taken out."""
+    content = bytearray(data.draw(st.sampled_from(SEEDS)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(content)))
+        content[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    ending = data.draw(st.sampled_from(["csv", "tsv", "jsonl", "json", "parquet"]))
+    told = files.told(tmp_path_factory.mktemp("f"), ending, bytes(content))
+    assert told.startswith(("DIR/rows", "read: "))
