@@ -204,14 +204,14 @@ def read_table(path: Path) -> dict[str, list[Any]] | None:
 def column(content: dict[str, list[Any]], objective: str) -> Column | None:
     """Take the objective's column out of a table of rows; None where the table does not hold it.
 
-    >>> rows = {"nats": [2.0, 0.4], "tokens": [1, 3], "reference": ["a", "bcd"]}
+    >>> rows = {"nats": [2.0, 0.4], "tokens": [1, 3]}
     >>> column(rows, "valid/loss").value
     0.6
     """
     if objective in RATIOS:
         over, nats = RATIOS[objective]
-        den = [len(text.encode()) for text in content["reference"]] if over == "bytes" else content["tokens"]
-        return columns.ratio([n / nats for n in content["nats"]], den)
+        over = "decisions" if "decisions" in content and objective == "valid/loss" else over  # of a classifier
+        return columns.ratio([n / nats for n in content["nats"]], content[over]) if over in content else None
     name = objective.removeprefix("valid/")
     return columns.mean(content[name]) if name in content else None
 

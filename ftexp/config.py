@@ -13,6 +13,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Any, cast
 
 import omegaconf
@@ -105,8 +106,101 @@ class Source(Enum):
 
     yoda = "yoda"
     """Generated English sentences and the same in Yoda's word order (`ftexp/data/yoda.py`)."""
+    latex = "latex"
+    """Generated descriptions of formulas and the same in LaTeX (`ftexp/data/latex.py`)."""
+    korean = "korean"
+    """Generated Korean sentences, polite and plain (`ftexp/data/korean.py`)."""
+    genres = "genres"
+    """Generated synopses with one to four of twenty genres (`ftexp/data/genres.py`)."""
+    preference = "preference"
+    """Yoda sentences with a right and a spoiled answer (`ftexp/data/preference.py`)."""
+    quotes = "quotes"
+    """Quotes by topic, from a package (`ftexp/data/packages.py`), as are the next three."""
+    chat = "chat"
+    """English small talk."""
+    chat_ko = "chat_ko"
+    """Korean small talk."""
+    interface_ko = "interface_ko"
+    """Texts of JupyterLab in English and Korean."""
+    file = "file"
+    """A file in the format its ending names."""
+    csv = "csv"
+    """A file with a header and columns separated by commas."""
+    tsv = "tsv"
+    """A file with a header and columns separated by tabs."""
     jsonl = "jsonl"
     """A file with one JSON object a line."""
+    json = "json"
+    """A file with one JSON array of objects."""
+    parquet = "parquet"
+    """An Apache Parquet file."""
+
+
+FILES = (Source.file, Source.csv, Source.tsv, Source.jsonl, Source.json, Source.parquet)
+"""Sources that read `data.path`."""
+
+
+class Shape(Enum):
+    """What the columns of a row mean; a column of another name is mapped with `data.columns`."""
+
+    auto = "auto"
+    """The first of these whose columns the first row has."""
+    completion = "completion"
+    """`prompt` and `completion`, or the format strings `data.prompt` and `data.completion`."""
+    messages = "messages"
+    """`messages`: a list of `role` (system, user, assistant) and `content`. Every answer is supervised."""
+    sharegpt = "sharegpt"
+    """`conversations`: a list of `from` (system, human, gpt) and `value`. Every answer is supervised."""
+    alpaca = "alpaca"
+    """`instruction`, perhaps `input`, and `output`."""
+    preference = "preference"
+    """`prompt`, `chosen` and `rejected`."""
+    labels = "labels"
+    """`text` and `labels`: one label or a list; the labels, joined by commas, are the completion."""
+    text = "text"
+    """`text`: all of it is supervised, and there is no prompt."""
+
+
+class Dedup(Enum):
+    """Which copies of a row are left out; each kind includes those before it."""
+
+    none = "none"
+    """None."""
+    exact = "exact"
+    """Equal to the letter."""
+    normalised = "normalised"
+    """Equal but for case, width, punctuation and spacing."""
+    near = "near"
+    """Alike in at least `data.dedup_threshold` of their five-letter pieces (Jaccard; Broder 1997)."""
+    semantic = "semantic"
+    """Instead of `near`: alike in meaning, by the cosine of sentence embeddings (`ftexp/data/encoder.py`)."""
+
+
+class Long(Enum):
+    """What happens to a row of more than `data.max_length` tokens."""
+
+    refuse = "refuse"
+    """The run does not start."""
+    drop = "drop"
+    """The row is left out and counted."""
+    cut = "cut"
+    """The row loses its end, and with it the token that teaches the model to stop."""
+
+
+class Gate(Enum):
+    """Checks on rows and tokens, on unless named in `data.allow`."""
+
+    leaks = "leaks"
+    """No held-out row has a prompt, or nearly the text, of a training row; without this check equal prompts, such as
+    one topic of many texts, are drawn into any split."""
+    double_bos = "double_bos"
+    """No row begins with two begin-of-sequence tokens."""
+    unsupervised = "unsupervised"
+    """Every row has a supervised token; without this check such rows are left out and counted."""
+    no_eos = "no_eos"
+    """Most training rows show the model where to stop."""
+    lost = "lost"
+    """At most a twentieth of the rows is lost to `data.long`."""
 
 
 class Template(Enum):
@@ -222,9 +316,17 @@ class Data:
     kind: Source = Source.yoda
     """Where rows come from."""
     path: str = ""
-    """File with the rows, for `kind=jsonl`."""
+    """File with the rows, for `data=file` and its formats."""
+    valid_path: str = ""
+    """File with the held-out rows, all of them; `data.valid` is not read then."""
+    test_path: str = ""
+    """File with the sealed rows, all of them; `data.test` is not read then."""
     rows: int | None = None
     """Rows to generate, or to keep from the start of a file; null keeps all."""
+    shape: Shape = Shape.auto
+    """What the columns mean."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our name of a column -> the file's, as in `data.columns.text=synopsis data.columns.labels=genres`."""
     prompt: str = "{prompt}"
     """The model's input: a format string over the columns of a row."""
     completion: str = "{completion}"
@@ -232,30 +334,68 @@ class Data:
     template: Template = Template.model
     """How prompt and completion become one text."""
     max_length: int = 1024
-    """Longest row in tokens; a longer row is refused, so that nothing is cut unnoticed."""
-    valid: int = 128
-    """Rows held out to compare trials."""
-    test: int = 0
-    """Rows held out and left sealed: no sweep reads them."""
+    """Longest row in tokens."""
+    long: Long = Long.refuse
+    """What happens to a longer row; by default nothing is cut or dropped unnoticed."""
+    valid: int | float = 128
+    """Rows held out to compare trials: a count, or a share of all rows below 1."""
+    test: int | float = 0
+    """Rows held out and left sealed, no sweep reads them: a count, or a share of all rows below 1."""
+    shuffle: bool = True
+    """Draw the held-out rows; false takes the last ones in the order of the file, valid before test."""
+    group_by: str | None = None
+    """Column whose equal values stay in one split, such as an author; counts are the most that is held out then."""
+    stratify_by: str | None = None
+    """Column whose values are held out in proportion, such as a label."""
+    dedup: Dedup = Dedup.exact
+    """Which copies of a row are left out."""
+    dedup_threshold: float = 0.8
+    """Least likeness of two rows that makes one a near or semantic copy, in (0, 1]; also that of the gate for leaks."""
+    allow: list[Gate] = field(default_factory=list)
+    """Checks that are switched off."""
     seed: int = 0
     """Seed of the generator and of the split. Apart from `seed`, so that replicates share their splits."""
 
     def __post_init__(self) -> None:
-        if self.kind is Source.jsonl:
-            require(bool(self.path), "data.path", self.path, "a file when data=jsonl")
-        else:
-            require(not self.path, "data.path", self.path, f"empty when data={self.kind.value} (use data=jsonl)")
+        _finite("data", self)
+        for key in ("path", "valid_path", "test_path"):
+            value = getattr(self, key)
+            if self.kind not in FILES:
+                rule = f"empty when data={self.kind.value} (use data=file)"
+                require(not value, f"data.{key}", value, rule)
+        require(
+            self.kind not in FILES or bool(self.path), "data.path", self.path, f"a file when data={self.kind.value}"
+        )
         require(self.rows is None or self.rows >= 2, "data.rows", self.rows, "null or at least 2")
         require(8 <= self.max_length <= 1 << 20, "data.max_length", self.max_length, "between 8 and 1048576 tokens")
-        require(self.valid >= 1, "data.valid", self.valid, "at least 1: without held-out rows no trial can be scored")
-        require(self.test >= 0, "data.test", self.test, "0 or more")
+        rule = "at least 1, or a share below 1: without held-out rows no trial can be scored"
+        require(self.valid > 0 and _countable(self.valid), "data.valid", self.valid, rule)
+        require(
+            self.test >= 0 and _countable(self.test),
+            "data.test",
+            self.test,
+            "0 or more, or a share of the rows below 1",
+        )
+        require(0 < self.dedup_threshold <= 1, "data.dedup_threshold", self.dedup_threshold, "above 0 and at most 1")
+        for key in ("group_by", "stratify_by"):
+            value = getattr(self, key)
+            require(self.shuffle or value is None, f"data.{key}", value, "null when data.shuffle=false")
+        given = {"data.prompt": self.prompt != "{prompt}", "data.completion": self.completion != "{completion}"}
+        for key in (key for key, own in given.items() if own):
+            require(self.shape in (Shape.auto, Shape.completion), "data.shape", self.shape.value,
+                    f"completion where {key} is given")  # fmt: skip
         for key in ("prompt", "completion"):
             require(_columns(getattr(self, key)) is not None, f"data.{key}", getattr(self, key), FORMAT_RULE)
+
+
+def _countable(amount: int | float) -> bool:
+    return amount < 1 or isinstance(amount, int)
 
 
 FORMAT_RULE = "a format string with at least one plain column in braces, like '{prompt}'"
 
 
+@lru_cache
 def _columns(template: str) -> list[str] | None:
     """Column names in a format string, or None where it has none or asks for more than a column."""
     import string
@@ -463,6 +603,10 @@ RETIRED = {
     "eval_strategy": "trainer.report_steps",
     "max_seq_length": "data.max_length",
     "max_length": "data.max_length",
+    "test_size": "data.valid",
+    "val_size": "data.valid",
+    "validation_split": "data.valid",
+    "dataset_text_field": "data.columns",
     "report_to": "track.kind",
     "logging_dir": "track.uri",
     "output_dir": "name",

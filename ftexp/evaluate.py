@@ -116,7 +116,7 @@ def summary(table: list[dict[str, Any]]) -> dict[str, float]:
     scores = {
         "loss": metrics.loss(nats, tokens),
         "perplexity": metrics.perplexity(nats, tokens),
-        "bits_per_byte": metrics.bits_per_byte(nats, [len(e["reference"].encode()) for e in table]),
+        "bits_per_byte": metrics.bits_per_byte(nats, [e["bytes"] for e in table]),
     }
     scores |= {name: sum(e[name] for e in table) / len(table) for name in metrics.SCORES if name in table[0]}
     if "prediction" in table[0]:
@@ -141,9 +141,9 @@ def held_out(
                 for part in _fitting(numbers, examples, model):
                     nats = _nats(model, [examples[n] for n in part], _pad(tokenizer))
                     for n, value in zip(part, nats, strict=True):
-                        row = examples[n].row
+                        e, row = examples[n], examples[n].row
                         table[n] = {"where": row.where, "prompt": row.prompt, "reference": row.completion,
-                                    "nats": value, "tokens": len(examples[n].completion)}  # fmt: skip
+                                    "nats": value, "tokens": e.supervised, "bytes": e.bytes}  # fmt: skip
                     advance(len(part))
     finally:
         model.train(was_training)
@@ -172,7 +172,7 @@ def _fitting(numbers: list[int], examples: list[Example], model: AnyModel) -> It
     room = LOGITS_BYTES // (4 * cast(int, model.config.get_text_config().vocab_size))
     part: list[int] = []
     for n in numbers:
-        if part and sum(len(examples[m].completion) for m in (*part, n)) > room:
+        if part and sum(examples[m].supervised for m in (*part, n)) > room:
             yield part
             part = []
         part.append(n)
@@ -192,12 +192,12 @@ def _nats(model: AnyModel, rows: list[Example], pad: int) -> list[float]:
     labels = torch.full((len(rows), width), -100)
     for n, e in enumerate(rows):
         ids[n, : len(e.ids)] = torch.tensor(e.ids)
-        labels[n, len(e.prompt) : len(e.ids)] = torch.tensor(e.completion)
+        labels[n, : len(e.ids)] = torch.tensor(e.labels)
     mask = torch.arange(width)[None, :] < torch.tensor([len(e.ids) for e in rows])[:, None]
     device = model.device
     logits, targets = supervised_logits(model, ids.to(device), mask.long().to(device), labels.to(device))
     nats = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none").double()
-    return [part.sum().item() for part in nats.split([len(e.completion) for e in rows])]
+    return [part.sum().item() for part in nats.split([e.supervised for e in rows])]
 
 
 def supervised_logits(

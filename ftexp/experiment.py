@@ -10,7 +10,7 @@ from typing import Any
 
 from ftexp import config, data, evaluate, facts, labels, metrics, model, track
 from ftexp.config import Format, Kind, Method, Run, Template
-from ftexp.data import general, prompts
+from ftexp.data import gates, general, prompts
 from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned
 from ftexp.files import read_json, write_json
 from ftexp.model import Base
@@ -40,6 +40,7 @@ def check(run: Run, folder: Path | None) -> None:
             f"name={run.name} is taken by another run in {folder}: {_difference(kept['config'], identity(run))}"
         )
     splits = data.load(run.data)
+    _check_shape(run, splits)
     _check_labels(run, splits)
     if run.eval.forgetting is not None and run.trainer.kind is Method.classify:
         raise ConfigError("eval.forgetting must be null with trainer.kind=classify: a classifier predicts no text")
@@ -65,12 +66,25 @@ def switched_on(run: Run) -> set[str]:
     return {key for key, on in given.items() if on}
 
 
+def _check_shape(run: Run, splits: data.Splits) -> None:
+    """Refuse rows that the method or the scoring cannot use."""
+    pair = next((row for row in splits.train if row.rejected), None)
+    if pair is not None and run.trainer.kind is Method.sft:
+        raise ConfigError(
+            f"trainer.kind=sft cannot learn from pairs of answers, as in {pair.where}; "
+            "data.completion='{chosen}' learns the chosen ones"
+        )
+    text = next((row for row in splits.valid if not row.prompt), None)
+    if text is not None and run.eval.generate:
+        raise ConfigError(f"eval.generate must be false, {text.where} has no prompt to complete; use eval=loss")
+
+
 def prepare(run: Run) -> None:
     """Refuse what only the libraries and the tokenizer can see to be wrong; imports them, loads no weights.
 
     Raises:
         ConfigError: peft or TRL refuses a keyword, or a template or token is missing.
-        DataError: a row is longer than `data.max_length` or the model.
+        DataError: a row is longer than `data.max_length` or the model, or a held-out row nearly one of another split.
     """
     model.adapter(run.lora)
     sft.arguments(run.trainer, "cpu", run.seed, "", 1)
@@ -236,7 +250,7 @@ def _execute(
     splits = data.load(run.data)
     task = TASKS[run.trainer.kind](run, splits)
     base = model.load(run.model, run.quant, task.outputs)
-    trial["facts"] = _facts(task.run, base, splits)
+    trial["facts"] = _facts(task.run, base, splits, (task.train, task.valid))
     kept = checkpoints.store(folder / "checkpoints", fingerprint(run, trial["facts"]))
     done = kept.resume.step if kept.resume else 0
     with track.start(run, folder, label, parent, trial.get("mlflow_run"), done) as log:
@@ -359,6 +373,7 @@ TASKS = {
 
 def classified(run: Run, splits: data.Splits) -> tuple[list[classify.Example], list[classify.Example], list[str]]:
     """Return train and valid rows of a classifier, and the labels they name."""
+    gates.near_leaks(splits, run.data)
     tokenizer = model.tokenizer(run.model)
     train, valid = (classify.render(part, tokenizer, run) for part in (splits.train, splits.valid))
     known = classify.names(train, valid)
@@ -389,6 +404,7 @@ def tokenised(run: Run, splits: data.Splits) -> Tokenised:
     global _tokens
     key = f"{splits.digest()} {config.digest(run.model, run.data)}"
     if _tokens is None or _tokens[0] != key:
+        gates.near_leaks(splits, run.data)
         tokenizer = model.tokenizer(run.model)
         train = prompts.render(splits.train, tokenizer, run.data)
         _tokens = key, (train, prompts.render(splits.valid, tokenizer, run.data))
@@ -431,12 +447,11 @@ def general_before(run: Run, base: Base, untrained: Any, text: list[prompts.Exam
     return _general[key]
 
 
-def _facts(run: Run, base: Base, splits: data.Splits) -> dict[str, Any]:
+def _facts(run: Run, base: Base, splits: data.Splits, used: Tokenised) -> dict[str, Any]:
     """What the result depends on beside the config, and sizes that a reader asks for first."""
     return {
         **({"general_sha256": general.digest(general.passages(run.eval.forgetting))} if run.eval.forgetting else {}),
-        "rows": {"train": len(splits.train), "valid": len(splits.valid), "test": len(splits.test),
-                 "duplicates": splits.duplicates, "sha256": splits.digest()},
+        "rows": _counts(splits, used),
         "template_sha256": prompts.template_digest(base.tokenizer, run.data),
         "weights_sha256": base.weights,
         "compute": asdict(base.compute),
@@ -444,6 +459,14 @@ def _facts(run: Run, base: Base, splits: data.Splits) -> dict[str, Any]:
         "code_sha256": facts.code(),
         "git": facts.git(ROOT),
     }  # fmt: skip
+
+
+def _counts(splits: data.Splits, used: Tokenised) -> dict[str, Any]:
+    """Count rows; read = train + valid + test + dropped, by reason. The sealed rows were not tokenised."""
+    kept = {"train": len(used[0]), "valid": len(used[1]), "test": len(splits.test)}
+    lost = len(splits.train) + len(splits.valid) - kept["train"] - kept["valid"]
+    dropped = splits.dropped() | ({"length": lost} if lost else {})
+    return {"read": splits.read, **kept, "duplicates": splits.duplicates, "dropped": dropped, "sha256": splits.digest()}
 
 
 def _store(

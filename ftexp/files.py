@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -12,6 +13,12 @@ from typing import Any
 def cache() -> Path:
     """Return the folder for what is fetched or built once: `$FTEXP_CACHE`, else `~/.cache/ftexp`."""
     return Path(os.environ.get("FTEXP_CACHE") or Path.home() / ".cache" / "ftexp")
+
+
+def sha256(path: Path) -> str:
+    """Hash the bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -26,8 +26,8 @@ CONF = ROOT / "conf"
 SWEEPS = ROOT / "sweeps"
 BASE: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
 """Keywords for Hydra's entry points; 1.4 has one behaviour and warns of `version_base`."""
-OPEN = ("lora.extra.", "trainer.extra.")
-"""Keys handed on to a library; they exist only once given, so `++` is put before them."""
+OPEN = ("lora.extra.", "trainer.extra.", "data.columns.")
+"""Keys that exist only once given, so `++` is put before them."""
 TEXTS = ("data.prompt", "data.completion")
 """Keys whose values are format strings."""
 SWEEP_KEYS = (

@@ -39,7 +39,14 @@ def sweep(tmp_path):
             write_json(folder / str(number) / "trial.json",
                        {"label": f"lora.r={rank}{seed}", "state": "complete", "scores": scores,
                         "config": {"lora.r": rank, "trainer.lr": 1e-3 + shift, "objectives": list(objectives)}} | keys)  # fmt: skip
-            rows = {"prompt": prompts or TEXT, "reference": TEXT, "nats": nats, "tokens": tokens, "f1": right}
+            rows = {
+                "prompt": prompts or TEXT,
+                "reference": TEXT,
+                "nats": nats,
+                "tokens": tokens,
+                "bytes": [len(text.encode()) for text in TEXT],
+                "f1": right,
+            }
             pyarrow.parquet.write_table(pyarrow.table(rows), folder / str(number) / "examples.parquet")
         return folder
 

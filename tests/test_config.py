@@ -41,6 +41,18 @@ NAN, INF = math.nan, math.inf
         ("data.max_length=1", r"data\.max_length must be between 8"),
         ("data.valid=0", r"data\.valid must be at least 1"),
         ("data.test=-1", r"data\.test must be 0 or more"),
+        ("data.valid=1.5", r"data\.valid must be at least 1, or a share below 1.*, got 1\.5"),
+        ("data.valid=nan", r"data\.valid must be a finite number"),
+        ("data.valid=-0.1", r"data\.valid must be at least 1"),
+        ("data.test=2.0", r"data\.test must be 0 or more"),
+        ("data.valid_path=x.csv", r"data\.valid_path must be empty when data=yoda \(use data=file\), got 'x\.csv'"),
+        ("data=csv data.path=''", r"data\.path must be a file when data=csv"),
+        ("data.dedup_threshold=0", r"data\.dedup_threshold must be above 0 and at most 1"),
+        (
+            "data.shuffle=false data.group_by=author",
+            r"data\.group_by must be null when data\.shuffle=false, got 'author'",
+        ),
+        ("data.shuffle=false data.stratify_by=a", r"data\.stratify_by must be null when data\.shuffle=false"),
         ("data.rows=1", r"data\.rows must be null or at least 2"),
         ("data.path=x.jsonl", r"data\.path must be empty when data=yoda"),
         ("data=jsonl data.path=''", r"data\.path must be a file when data=jsonl"),
@@ -67,6 +79,17 @@ NAN, INF = math.nan, math.inf
 def test_bad_value_is_refused_with_key_rule_and_value(composed, given, message):
     with pytest.raises(ConfigError, match=message):
         composed(*given.split(" ") if "data.prompt" not in given else [given])
+
+
+def test_format_string_and_another_shape_are_at_odds():
+    with pytest.raises(ConfigError, match=r"data\.shape must be completion where data\.prompt is given, got 'text'"):
+        Data(shape=config.Shape.text, prompt="{a}")
+
+
+def test_shares_counts_columns_and_gates_compose(composed):
+    data = composed("data.valid=0.1", "data.test=5", "++data.columns.text=plot", "data.allow=[leaks,lost]").data
+    assert (data.valid, data.test, data.columns) == (0.1, 5, {"text": "plot"})
+    assert data.allow == [config.Gate.leaks, config.Gate.lost]
 
 
 def test_default_alpha_follows_rank(composed):

@@ -145,7 +145,8 @@ def test_scoring_leaves_the_mode_as_it_was(base, examples):
 
 def entry(prediction, reference, nats, tokens):
     known = evaluate.Seen(frozenset({"copied it is"}))
-    table = {"nats": nats, "tokens": tokens, "reference": reference, "prediction": prediction}
+    size = len(reference.encode())
+    table = {"nats": nats, "tokens": tokens, "bytes": size, "reference": reference, "prediction": prediction}
     return table | evaluate.compare(prediction, reference, known, Eval())
 
 

@@ -189,6 +189,72 @@ def test_base_is_scored_on_general_text_once(tiny, tmp_path, monkeypatch):
     assert labels == ["base general text", "general text", "general text"]
 
 
+def write(path, *records):
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    return ["data=file", f"data.path={path}", "data.valid=2"]
+
+
+def test_rows_that_sft_cannot_learn_from_are_refused(tiny, tmp_path):
+    pairs = [{"prompt": f"p{n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(9)]
+    given = write(tmp_path / "p.jsonl", *pairs)
+    with pytest.raises(ConfigError, match=r"trainer\.kind=sft cannot learn from pairs of answers, as in .*p\.jsonl:\d"):
+        experiment.check(tiny(*given), None)
+    experiment.check(tiny(*given, "data.completion='{chosen}'"), None)
+
+
+def test_text_without_prompts_is_scored_by_its_loss(tiny, tmp_path):
+    given = write(
+        tmp_path / "t.jsonl", *[{"text": word * 3} for word in ("one", "two", "three", "four", "five", "six", "seven")]
+    )
+    with pytest.raises(ConfigError, match=r"eval\.generate must be false, .*t\.jsonl:\d has no prompt"):
+        experiment.check(tiny(*given), None)
+    scores = experiment.execute(tiny(*given, "eval=loss"), tmp_path / "run", "x")
+    assert scores["valid/loss"] > 0
+
+
+def test_conversations_are_trained_and_scored_on_every_answer(tiny, tmp_path):
+    talks = [
+        {
+            "messages": [
+                {"role": role, "content": f"{role} {n} {turn}"} for turn in range(2) for role in ("user", "assistant")
+            ]
+        }
+        for n in range(9)
+    ]
+    given = write(tmp_path / "t.jsonl", *talks)
+    scores = experiment.execute(tiny(*given), tmp_path / "run", "x")
+    table = pyarrow.parquet.read_table(tmp_path / "run" / "examples.parquet").to_pylist()
+    assert [row["tokens"] for row in table] == [row["bytes"] + 2 for row in table]  # bytes are tokens, and two ends
+    assert table[0]["reference"].endswith(" 1")
+    bits = sum(r["nats"] for r in table) / sum(r["bytes"] for r in table) / math.log(2)
+    assert scores["valid/bits_per_byte"] == pytest.approx(bits)
+
+
+def test_rows_add_up_in_the_facts(tiny, tmp_path):
+    rows = [{"prompt": f"p{n}", "completion": "x" * (5 if n else 250)} for n in range(30)]
+    given = write(tmp_path / "t.jsonl", *rows, rows[3], rows[4])
+    experiment.execute(tiny(*given, "data.long=drop", "data.seed=1"), tmp_path / "run", "x")
+    told = read_json(tmp_path / "run" / "trial.json")["facts"]["rows"]
+    assert told["dropped"] == {"exact": 2, "length": 1}
+    assert told["read"] == 32 == told["train"] + told["valid"] + told["test"] + sum(told["dropped"].values())
+
+
+def test_sealed_rows_reach_no_tokenizer_and_no_file(tiny, tmp_path, monkeypatch):
+    from ftexp import data
+
+    run = tiny("data.test=9", "data.seed=5")
+    sealed = data.load(run.data).test
+    seen, honest = [], experiment.prompts.render
+    monkeypatch.setattr(experiment.prompts, "render", lambda rows, *more: seen.extend(rows) or honest(rows, *more))
+    experiment._tokens = None
+    experiment.prepare(run)
+    experiment.execute(run, tmp_path / "run", "x")
+    assert len(sealed) == 9
+    assert len(seen) == 111 and not set(seen) & set(sealed)
+    table = pyarrow.parquet.read_table(tmp_path / "run" / "examples.parquet").to_pylist()
+    assert not {row["where"] for row in table} & {row.where for row in sealed}
+
+
 def test_loss_only_run_writes_no_completions(tiny, tmp_path):
     scores = experiment.execute(tiny("eval=loss"), tmp_path / "a", "x")
     assert "valid/exact_match" not in scores

@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from ftexp import config
 from ftexp.config import Data
-from ftexp.data.rows import Row, read
+from ftexp.data import gates, hygiene
+from ftexp.data.rows import Row, read, read_file
 from ftexp.data.splits import Splits, split
 from ftexp.errors import DataError
+from ftexp.files import sha256
+from ftexp.progress import say
 
 __all__ = ["Row", "Splits", "load"]
 
+KEPT = 4
+"""Results of `load` kept in memory; trials of a sweep ask for the same few again and again."""
+
+_loaded: dict[str, Splits] = {}
+
 
 def load(data: Data) -> Splits:
-    """Read the rows of a run and split them. Nothing is cached: a file that changed is read anew.
+    """Read the rows of a run, leave out copies, split them and check that nothing leaks.
+
+    The last few results are kept in memory by the content of config and files, so a file that changed is read anew.
 
     Raises:
-        DataError: a row cannot be used, or too few are left; the message starts with `file:line` or the source.
+        DataError: a row cannot be used, too few are left, or held-out rows leak; the message starts with `file:line`
+            or the source.
     """
+    key = config.digest(data) + "".join(sha256(Path(path)) for path in _paths(data) if Path(path).is_file())
+    if key not in _loaded:
+        made = _load(data)
+        while len(_loaded) >= KEPT:
+            del _loaded[next(iter(_loaded))]
+        _loaded[key] = made
+    return _loaded[key]
+
+
+def _paths(data: Data) -> list[str]:
+    return [path for path in (data.path, data.valid_path, data.test_path) if path]
+
+
+def _load(data: Data) -> Splits:
     source = data.path or data.kind.value
     rows = read(data)
     if not rows:
         raise DataError(f"{source}: must have rows, got none")
-    return split(rows, data, source)
+    paths = {"valid": data.valid_path, "test": data.test_path}
+    splits = split(rows, data, source, {name: read_file(path, data) for name, path in paths.items() if path})
+    if splits.copies:
+        say(f"{source}: {hygiene.told(list(splits.copies), splits.read)}")
+    gates.leaks(splits, data)
+    return splits

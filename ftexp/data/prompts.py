@@ -1,19 +1,22 @@
 """The one render: prompt and completion to token ids, for training, held-out loss and generation alike.
 
 Prompt and completion are tokenised apart, so the ids the model is given when it generates are a prefix of the ids it
-was trained on, whatever the tokenizer would merge across the border. Only the completion and its end-of-sequence are
-supervised; no `{% generation %}` tags in the chat template are needed.
+was trained on, whatever the tokenizer would merge across the border. Only answers and their end-of-sequence are
+supervised, of a conversation every answer; they are found by rendering the conversation up to each, so no
+`{% generation %}` tags in the chat template are needed. A text without a prompt is taken as it is, without template.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from ftexp.config import Data, Template
-from ftexp.data.rows import Row
+from ftexp.config import Data, Gate, Long, Template
+from ftexp.data import gates
+from ftexp.data.shapes import Row
 from ftexp.errors import ConfigError, DataError
+from ftexp.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,14 +34,36 @@ class Example:
     row: Row
     """Where it comes from."""
     prompt: tuple[int, ...]
-    """Token ids of the prompt; not supervised."""
+    """Token ids up to the last answer: what the model is given when it writes."""
     completion: tuple[int, ...]
-    """Token ids of the completion, end-of-sequence included; all supervised."""
+    """Token ids of the last answer, end-of-sequence included; all supervised."""
+    earlier: tuple[tuple[int, int], ...] = ()
+    """Begin and end of the answers of earlier turns within `prompt`; supervised too."""
+    unseen: int = 0
+    """Bytes of the row's text that are not supervised: nothing comes before them, or they were cut off."""
 
     @property
     def ids(self) -> list[int]:
         """Token ids of the whole row."""
         return [*self.prompt, *self.completion]
+
+    @property
+    def labels(self) -> list[int]:
+        """Token ids of the whole row, -100 where they are not supervised."""
+        labels = [-100] * len(self.prompt)
+        for begin, end in self.earlier:
+            labels[begin:end] = self.prompt[begin:end]
+        return [*labels, *self.completion]
+
+    @property
+    def supervised(self) -> int:
+        """Count the supervised tokens."""
+        return len(self.completion) + sum(end - begin for begin, end in self.earlier)
+
+    @property
+    def bytes(self) -> int:
+        """Count the bytes of the text that is supervised."""
+        return len(self.row.supervised().encode()) - self.unseen
 
 
 def template(tokenizer: PreTrainedTokenizerBase, data: Data) -> str | None:
@@ -69,32 +94,66 @@ def template_digest(tokenizer: PreTrainedTokenizerBase, data: Data) -> str:
 
 
 def render(rows: tuple[Row, ...], tokenizer: PreTrainedTokenizerBase, data: Data) -> list[Example]:
-    """Tokenise rows.
+    """Tokenise rows; what `data.long` and `data.allow` leave out is told.
 
     Raises:
         DataError: a row is longer than `data.max_length`, begins with two BOS tokens, or has a template that rewrites
             the prompt once the answer follows; the message starts with the row's place.
     """
     chat = template(tokenizer, data)
-    return [_checked(_example(row, tokenizer, chat), tokenizer, data) for row in rows]
+    made = []
+    with progress("tokenising", len(rows)) as advance:
+        for row in rows:
+            made.append(_fitted(_checked(_example(row, tokenizer, chat), tokenizer, data), tokenizer, data))
+            advance()
+    return gates.tokens(rows, made, _end(tokenizer), data)
 
 
 def _example(row: Row, tokenizer: PreTrainedTokenizerBase, chat: str | None) -> Example:
+    if not row.prompt:
+        return _text(row, tokenizer)
     if chat is None:
+        if row.turns:
+            raise DataError(f"{row.where}: a conversation of several turns needs a template, use data.template=chatml")
         prompt = _ids(tokenizer, row.prompt, special=True)
         while prompt and prompt[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
             prompt.pop()
         return Example(row, tuple(prompt), tuple(_closed(_ids(tokenizer, row.completion), tokenizer, row)))
-    turns = [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.completion}]
-    asked = _templated(tokenizer, turns[:1], chat, row, add_generation_prompt=True)
-    full = _templated(tokenizer, turns, chat, row)
-    if not full.startswith(asked):
-        raise DataError(
-            f"{row.where}: the chat template changes the prompt once an answer follows; use another data.template"
-        )
-    return Example(
-        row, tuple(_ids(tokenizer, asked)), tuple(_closed(_ids(tokenizer, full[len(asked) :]), tokenizer, row))
-    )
+    return _conversation(row, tokenizer, chat)
+
+
+def _text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Supervise a whole text but its first token, which nothing comes before where the tokenizer puts no BOS there."""
+    ids = _ids(tokenizer, row.completion, special=True)
+    while ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    first = ids[:1]
+    unseen = 0 if first == [tokenizer.bos_token_id] else len(cast(str, tokenizer.decode(first)).encode())
+    return Example(row, tuple(first), tuple(_closed(ids[1:], tokenizer, row)), unseen=unseen)
+
+
+def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase, chat: str) -> Example:
+    """Find every answer by rendering the conversation up to it, without and with the answer."""
+    told = row.turns or (("user", row.prompt), ("assistant", row.completion))
+    turns = [{"role": role, "content": text} for role, text in told]
+    answers = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
+    done, prompt, earlier, answer = "", [], [], []
+    for n in answers:
+        asked = _templated(tokenizer, turns[:n], chat, row, add_generation_prompt=True)
+        full = _templated(tokenizer, turns[: n + 1], chat, row)
+        for longer, shorter in ((asked, done), (full, asked)):
+            if not longer.startswith(shorter):
+                raise DataError(
+                    f"{row.where}: the chat template changes the prompt once an answer follows; use another "
+                    "data.template"
+                )
+        prompt += [*answer, *_ids(tokenizer, asked[len(done) :])]
+        answer = _ids(tokenizer, full[len(asked) :])
+        if n != answers[-1]:
+            end = answer.index(_end(tokenizer)) + 1 if _end(tokenizer) in answer else len(answer)
+            earlier.append((len(prompt), len(prompt) + end))
+        done = full
+    return Example(row, tuple(prompt), tuple(_closed(answer, tokenizer, row)), tuple(earlier))
 
 
 def _templated(
@@ -112,13 +171,17 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -
     return list(cast(list[int], tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]))
 
 
+def _end(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer has no end-of-sequence token, so a model could never learn to stop")
+    return cast(int, tokenizer.eos_token_id)
+
+
 def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
     """End a completion at its end-of-sequence token, or add one: a model never shown it never stops."""
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ConfigError("the tokenizer has no end-of-sequence token, so a model could never learn to stop")
+    eos = _end(tokenizer)
     if eos not in ids:
-        return [*ids, cast(int, eos)]
+        return [*ids, eos]
     first = ids.index(eos)
     if cast(str, tokenizer.decode(ids[first + 1 :])).strip():
         raise DataError(
@@ -128,14 +191,35 @@ def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase, row: Row) -> lis
 
 
 def _checked(example: Example, tokenizer: PreTrainedTokenizerBase, data: Data) -> Example:
-    where, length = example.row.where, len(example.ids)
-    if length > data.max_length:
-        raise DataError(
-            f"{where}: a row must be at most data.max_length={data.max_length} tokens, this one has {length}"
-        )
-    bos = tokenizer.bos_token_id
-    if bos is not None and example.ids[:2] == [bos, bos]:
+    where, bos = example.row.where, tokenizer.bos_token_id
+    if bos is not None and example.ids[:2] == [bos, bos] and Gate.double_bos not in data.allow:
         raise DataError(f"{where}: the row begins with two BOS tokens, one from the text and one from the tokenizer")
     if not example.prompt:
         raise DataError(f"{where}: the prompt has no tokens, so the first token of the completion cannot be predicted")
     return example
+
+
+def _fitted(example: Example, tokenizer: PreTrainedTokenizerBase, data: Data) -> Example | None:
+    length, most = len(example.prompt) + len(example.completion), data.max_length
+    if length <= most:
+        return example
+    match data.long:
+        case Long.drop:
+            return None
+        case Long.cut:
+            return _cut(example, tokenizer, most)
+        case Long.refuse:
+            raise DataError(
+                f"{example.row.where}: a row must be at most data.max_length={most} tokens, this one has {length}; "
+                "data.long=drop or cut accepts such rows"
+            )
+
+
+def _cut(example: Example, tokenizer: PreTrainedTokenizerBase, most: int) -> Example:
+    """Keep the first tokens of a row, and count the bytes of what is still supervised."""
+    completion = example.completion[: max(0, most - len(example.prompt))]
+    earlier = tuple((begin, min(end, most)) for begin, end in example.earlier if begin < most)
+    learned = [*(example.prompt[begin:end] for begin, end in earlier), completion]
+    text = "".join(cast(str, tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in learned)
+    unseen = len(example.row.supervised().encode()) - len(text.encode())
+    return replace(example, prompt=example.prompt[:most], completion=completion, earlier=earlier, unseen=max(0, unseen))

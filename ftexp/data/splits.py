@@ -1,16 +1,19 @@
-"""Train, valid and test rows that share no prompt."""
+"""Train, valid and test rows: drawn or in the order of the file, in groups that stay together, or as given."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
-import re
-import unicodedata
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
 
-from ftexp.config import Data
-from ftexp.data.rows import Row
+from ftexp.config import Data, Gate
+from ftexp.data.hygiene import Copy, deduplicate, normalise
+from ftexp.data.shapes import Row
 from ftexp.errors import DataError
 
 
@@ -23,61 +26,136 @@ class Splits:
     test: tuple[Row, ...]
     """Sealed: nothing in a sweep reads these."""
     read: int
-    """Rows read; read = train + valid + test + duplicates."""
-    duplicates: int
-    """Rows left out because prompt and completion stood in an earlier row."""
+    """Rows read; read = train + valid + test + copies."""
+    copies: tuple[Copy, ...] = ()
+    """Rows left out because another says the same."""
+
+    @property
+    def duplicates(self) -> int:
+        """Count the rows that were left out as copies."""
+        return len(self.copies)
+
+    def dropped(self) -> dict[str, int]:
+        """Count the rows that were left out, by reason."""
+        return dict(Counter(copy.kind.value for copy in self.copies))
 
     def digest(self) -> str:
         """Hash the content of all three splits: equal text in equal splits, equal digest, on any machine."""
-        parts = [[(r.prompt, r.completion) for r in part] for part in (self.train, self.valid, self.test)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        made = hashlib.sha256()
+        for n, part in enumerate((self.train, self.valid, self.test)):  # the bytes of one JSON list, piece by piece
+            made.update(b", [" if n else b"[[")
+            for m, row in enumerate(part):
+                made.update((", " if m else "").encode() + json.dumps(_content(row)).encode())
+            made.update(b"]")
+        made.update(b"]")
+        return made.hexdigest()
 
 
-def normalise(text: str) -> str:
-    """Fold case, width, punctuation and spacing, so that trivially edited copies compare equal.
-
-    >>> normalise("The  Pilot, is ready!") == normalise("the pilot is ready")
-    True
-    """
-    text = unicodedata.normalize("NFKC", text).casefold()
-    folded = re.sub(r"[\W_]+", " ", text).strip()
-    return folded or text.strip()  # a prompt of nothing but signs is its own key
+def _content(row: Row) -> list[object]:
+    more = [*([row.turns] if row.turns else []), *([row.rejected] if row.rejected else [])]
+    return [row.prompt, row.completion, *more]
 
 
-def split(rows: list[Row], data: Data, source: str) -> Splits:
-    """Hold out `data.valid` and `data.test` rows, drawn with `data.seed`.
+def split(rows: list[Row], data: Data, source: str, given: dict[str, list[Row]] | None = None) -> Splits:
+    """Leave out copies, and hold out `data.valid` and `data.test` rows, drawn with `data.seed` or the last ones.
 
-    Rows whose prompts are equal after `normalise` stay together, so no held-out prompt is trained on. Exact repeats
-    of a row are left out and counted.
+    Rows that are drawn stay together where their prompts are equal after `normalise`, and where `data.group_by` is
+    equal, so no held-out prompt or group is trained on; `data.allow=[leaks]` lets equal prompts be parted. With groups
+    the counts are the most that is held out.
+
+    Args:
+        rows: of the source.
+        data: the config.
+        source: for messages.
+        given: rows of splits that have their own files; those splits are not drawn.
 
     Raises:
-        DataError: too few rows are left to train on, or the repeats make the counts unreachable.
+        DataError: too few rows are left to train on, or the groups make the counts unreachable.
     """
-    groups: dict[str, list[Row]] = {}
-    seen: set[tuple[str, str]] = set()
-    for row in rows:
-        if (row.prompt, row.completion) not in seen:
-            seen.add((row.prompt, row.completion))
-            groups.setdefault(normalise(row.prompt), []).append(row)
+    given = given or {}
+    kept, copies = deduplicate({"train": rows, **given}, data)
+    amounts = {name: getattr(data, name) for name in ("valid", "test") if name not in given}
+    wanted = {name: counted(amount, len(kept["train"])) for name, amount in amounts.items()}
+    parts = kept | (_drawn if data.shuffle else _last)(kept["train"], wanted, data)
+    for name in wanted:
+        short = not parts[name] if data.group_by and wanted[name] else len(parts[name]) != wanted[name]
+        if short or (name == "valid" and not parts[name]):
+            grouped_by = f" in groups of equal {data.group_by}" if data.group_by else ""
+            told = f"cannot be held out of {len(kept['train'])} different rows{grouped_by}"
+            raise DataError(f"{source}: data.{name}={amounts[name]} rows {told}")
+    if not parts["train"]:
+        raise DataError(
+            f"{source}: no row is left to train on: {len(rows)} read, {len(copies)} copies, data.valid={data.valid}, "
+            f"data.test={data.test}"
+        )
+    for name in given:
+        if not parts[name]:
+            raise DataError(f"{source}: no {name} row is left, all are copies of test rows")
+    read = len(rows) + sum(map(len, given.values()))
+    return Splits(*(tuple(parts[name]) for name in ("train", "valid", "test")), read=read, copies=tuple(copies))
+
+
+def counted(amount: int | float, rows: int) -> int:
+    """Return how many rows a count or a share of all rows is, rounded down.
+
+    >>> counted(48, 1000), counted(0.2, 12344), counted(0.29, 100)
+    (48, 2468, 29)
+    """
+    return int(amount if amount >= 1 else Fraction(repr(amount)) * rows)
+
+
+def _last(rows: list[Row], wanted: dict[str, int], _: Data) -> dict[str, list[Row]]:
+    """Take the rows at the end, test behind valid; a split that cannot be filled stays empty."""
+    parts, end = {}, len(rows)
+    for name in sorted(wanted):  # test, valid
+        begin = end - wanted[name]
+        parts[name] = rows[begin:end] if begin >= 0 else []
+        end = max(begin, 0)
+    return parts | {"train": rows[:end]}
+
+
+def _drawn(rows: list[Row], wanted: dict[str, int], data: Data) -> dict[str, list[Row]]:
+    groups = grouped(rows, by_prompt=Gate.leaks not in data.allow)
     order = sorted(groups)
     random.Random(data.seed).shuffle(order)
     picked: dict[str, str] = {}
-    for name, wanted in (("valid", data.valid), ("test", data.test)):
-        _pick(picked, groups, order, name, wanted)
-    parts: dict[str, list[Row]] = {"train": [], "valid": [], "test": []}
-    for key, members in groups.items():
-        parts[picked.get(key, "train")] += members
-    for name, wanted in (("valid", data.valid), ("test", data.test)):
-        if len(parts[name]) != wanted:
-            raise DataError(f"{source}: data.{name}={wanted} rows cannot be held out of {len(seen)} different rows")
-    if not parts["train"]:
-        raise DataError(
-            f"{source}: no row is left to train on: {len(rows)} read, {len(rows) - len(seen)} repeats, "
-            f"data.valid={data.valid}, data.test={data.test}"
-        )
-    return Splits(
-        *(tuple(parts[n]) for n in ("train", "valid", "test")), read=len(rows), duplicates=len(rows) - len(seen)
-    )
+    for name, count in wanted.items():
+        if data.stratify_by is None:
+            _pick(picked, groups, order, name, count)
+        else:
+            _pick_alike(picked, groups, order, name, count)
+    chosen = {id(row): picked.get(key, "train") for key, members in groups.items() for row in members}
+    return {name: [row for row in rows if chosen[id(row)] == name] for name in ("train", *wanted)}
+
+
+def grouped(rows: Iterable[Row], by_prompt: bool = True) -> dict[str, list[Row]]:
+    """Put rows together that may not be parted: equal prompts after `normalise`, and equal `group`, in any chain.
+
+    Rows without a prompt are compared by their whole text, and so are all rows where prompts may be parted.
+    """
+    found: dict[str, str] = {}  # key -> a key of the same group, up to the group's name, which names itself
+
+    def name(key: str) -> str:
+        while found.setdefault(key, key) != key:
+            found[key] = found[found[key]]
+            key = found[key]
+        return key
+
+    keys = []
+    for row in rows:
+        key = normalise(row.prompt or row.completion) if by_prompt else row.text()
+        if row.group:
+            one, other = sorted((name(key), name(f"group\0{row.group}")))
+            found[other] = one
+        keys.append((key, row))
+    groups: dict[str, list[Row]] = {}
+    for key, row in keys:
+        groups.setdefault(name(key), []).append(row)
+    return groups
 
 
 def _pick(picked: dict[str, str], groups: dict[str, list[Row]], order: list[str], name: str, wanted: int) -> None:
@@ -88,3 +166,26 @@ def _pick(picked: dict[str, str], groups: dict[str, list[Row]], order: list[str]
             wanted -= len(groups[key])
         if not wanted:
             return
+
+
+def _pick_alike(picked: dict[str, str], groups: dict[str, list[Row]], order: list[str], name: str, wanted: int) -> None:
+    """Give groups to a split so that it has each stratum in proportion; a group counts as the stratum of its first.
+
+    Every stratum gets its share rounded down; rows that are still missing come from those with the largest
+    remainders (Hamilton's method).
+    """
+    strata: dict[str, list[str]] = {}
+    for key in order:
+        strata.setdefault(min(row.stratum for row in groups[key]), []).append(key)
+    sizes = {stratum: sum(len(groups[key]) for key in keys) for stratum, keys in strata.items()}
+    total = sum(sizes.values())
+    shares = {stratum: divmod(wanted * size, total) for stratum, size in sizes.items()}
+    quota = {stratum: whole for stratum, (whole, _) in shares.items()}
+    largest = sorted(shares, key=lambda stratum: (-shares[stratum][1], stratum))
+    for stratum in largest[: wanted - sum(quota.values())]:
+        quota[stratum] += 1
+    for stratum in sorted(strata):
+        before = len(picked)
+        _pick(picked, groups, strata[stratum], name, quota[stratum])
+        wanted -= sum(len(groups[key]) for key in list(picked)[before:])
+    _pick(picked, groups, order, name, wanted)  # what groups larger than a quota left over

@@ -291,8 +291,11 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     config.register()
-    control.listen()
-    sweep = frozen.load(Path(sys.argv[1]))
+    with control.listening():
+        return _main(frozen.load(Path(sys.argv[1])))
+
+
+def _main(sweep: Frozen) -> int:
     record = open_study(sweep)
     if sweep.code != facts.code():
         record.set_user_attr(STOP, "the code of ftexp was edited while the sweep ran; the same command goes on with it")

@@ -149,7 +149,7 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
 def _dataset(rows: list[Example]) -> Dataset:
     from datasets import Dataset
 
-    return Dataset.from_list([{"input_ids": e.ids, "labels": [-100] * len(e.prompt) + [*e.completion]} for e in rows])
+    return Dataset.from_list([{"input_ids": e.ids, "labels": e.labels} for e in rows])
 
 
 def _trainer(base: Base, tuned: PeftModel, settings: SFTConfig, dataset: Dataset, watch: TrainerCallback) -> Any:

@@ -1,10 +1,12 @@
 """Ids and masks as a model would be taught them."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ftexp.config import Data, Source, Template
 from ftexp.data import prompts
-from ftexp.data.rows import Row
+from ftexp.data.shapes import Row
 from ftexp.errors import ConfigError, DataError
 from ftexp.model import tiny
 
@@ -106,3 +108,101 @@ def test_template_digest_tells_templates_apart(tokenizer):
 
 def test_render_is_the_same_for_generated_rows():
     assert Data(kind=Source.yoda).prompt == "{prompt}"
+
+
+TALK = (("system", "Be brief."), ("user", "Hi"), ("assistant", "yo"), ("user", "Bye"), ("assistant", "see ya"))
+LONG = Row("told", "see ya", "t:1", TALK)
+
+
+def supervised(tokenizer, example):
+    return tokenizer.decode([i for i in example.labels if i != -100])
+
+
+@pytest.mark.parametrize("template", [Template.model, Template.chatml])
+def test_every_answer_of_a_conversation_is_supervised_and_nothing_else(tokenizer, template):
+    example = one(tokenizer, LONG, template=template)
+    assert supervised(tokenizer, example) == "yo<|im_end|>see ya<|im_end|>"
+    assert tokenizer.decode(example.completion) == "see ya<|im_end|>"
+    assert tokenizer.decode(example.ids) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n"
+        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\nsee ya<|im_end|>"
+    )
+    assert example.supervised == sum(label != -100 for label in example.labels)
+    assert 0 < example.supervised < len(example.ids)
+    assert [i for i, label in zip(example.ids, example.labels, strict=True) if label not in (-100, i)] == []
+
+
+def test_conversation_of_two_turns_is_the_row_it_says(tokenizer):
+    turns = Row("Hi", "yo", "t:1", (("user", "Hi"), ("assistant", "yo")))
+    plain, talk = one(tokenizer), one(tokenizer, turns)
+    assert (plain.prompt, plain.completion, plain.labels) == (talk.prompt, talk.completion, talk.labels)
+
+
+def test_sabotage_tags_of_a_template_would_mask_nothing(tokenizer):
+    """What libraries rely on: without generation tags the mask of answers is empty."""
+    turns = [{"role": role, "content": text} for role, text in TALK]
+    made = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True, tokenize=True)
+    assert not any(made["assistant_masks"])
+
+
+def test_end_of_turn_that_is_no_end_of_sequence_stays_within_a_conversation():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }};{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    example = one(tokenizer, LONG)
+    assert supervised(tokenizer, example) == "yo;see ya;<|im_end|>"
+    assert tokenizer.decode(example.ids).count("<|im_end|>") == 1
+
+
+def test_template_that_rewrites_earlier_turns_is_refused():
+    """Some templates drop the thoughts of all answers but the last."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' and loop.last %}[thought]{% endif %}"
+        "{{ m['content'] }}<|im_end|>{% endfor %}"
+    )
+    with pytest.raises(DataError, match="t:1: the chat template changes the prompt"):
+        one(tokenizer, LONG)
+
+
+def test_conversation_needs_a_template(tokenizer):
+    with pytest.raises(DataError, match=r"t:1: a conversation of several turns needs a template"):
+        one(tokenizer, LONG, template=Template.plain)
+
+
+def test_text_is_supervised_but_for_its_first_token(tokenizer):
+    example = one(tokenizer, Row("", "abc", "t:1"))
+    assert tokenizer.decode(example.prompt) == "a"
+    assert supervised(tokenizer, example) == "bc<|im_end|>"
+    assert example.bytes == 2
+
+
+def test_text_behind_a_bos_is_supervised_whole(tokenizer):
+    example = one(tokenizer, Row("", "<|im_start|>abc", "t:1"))
+    assert tokenizer.decode(example.prompt) == "<|im_start|>"
+    assert supervised(tokenizer, example) == "abc<|im_end|>"
+
+
+def test_cut_conversation_keeps_the_answers_before_the_cut(tokenizer):
+    from ftexp.config import Gate, Long
+
+    whole = one(tokenizer, LONG)
+    keys = {"long": Long.cut, "allow": [Gate.no_eos]}
+    for most in range(60, len(whole.ids)):
+        if not any(label != -100 for label in whole.labels[:most]):
+            continue
+        cut = one(tokenizer, LONG, max_length=most, **keys)
+        assert cut.ids == whole.ids[:most]
+        assert cut.labels == whole.labels[:most]
+        assert cut.supervised == sum(label != -100 for label in cut.labels)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.text("ab \n", min_size=1), st.text("cd \n", min_size=1)), min_size=1, max_size=5))
+def test_mask_of_any_conversation_is_its_answers(pairs):
+    tokenizer = tiny.tokenizer()
+    turns = tuple(turn for asked, answer in pairs for turn in (("user", asked), ("assistant", answer)))
+    example = one(tokenizer, Row("p", pairs[-1][1], "t:1", turns), max_length=4096)
+    assert supervised(tokenizer, example) == "".join(f"{answer}<|im_end|>" for _, answer in pairs)

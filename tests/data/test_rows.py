@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ftexp.config import Data, Source
-from ftexp.data import rows
+from ftexp.data import reader, rows
 from ftexp.errors import DataError
 
 
@@ -44,7 +44,7 @@ def test_bad_line_is_named(tmp_path, bad, message):
 
 
 def test_line_that_never_ends_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "LONGEST_LINE", 2**20)
+    monkeypatch.setattr(reader, "LONGEST", 2**20)
     data = jsonl(tmp_path / "my.jsonl", GOOD, "x" * 2**21)
     with pytest.raises(DataError, match=r"my\.jsonl:2: a line must be at most 1 MiB"):
         rows.read(data)

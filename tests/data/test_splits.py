@@ -1,11 +1,19 @@
+import hashlib
+import json
+import os
+import random
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftexp.config import Data
+from ftexp.config import Data, Gate, Source
 from ftexp.data import load
+from ftexp.data.hygiene import normalise
 from ftexp.data.rows import Row
-from ftexp.data.splits import normalise, split
+from ftexp.data.splits import split
 from ftexp.errors import DataError
 
 
@@ -83,3 +91,138 @@ def test_too_few_rows_are_refused(count, valid, message):
 def test_one_prompt_with_many_answers_cannot_be_split():
     with pytest.raises(DataError, match="cannot be held out"):
         split(made(*["same"] * 9), Data(valid=3), "t")
+
+
+def test_shares_are_of_the_rows_that_are_left():
+    rows = made(*map(str, range(50))) + made(*map(str, range(25)))  # 25 copies
+    splits = split(rows, Data(valid=0.2, test=0.1), "t")
+    assert (len(splits.train), len(splits.valid), len(splits.test)) == (35, 10, 5)
+
+
+def test_a_share_of_nothing_is_refused():
+    with pytest.raises(DataError, match=r"data\.valid=0\.01 rows cannot be held out of 20 different rows"):
+        split(made(*map(str, range(20))), Data(valid=0.01), "t")
+
+
+def test_sequential_split_is_that_of_the_recipe():
+    """12344 rows, the first 80 % rounded up to train on: 9876 and 2468, in their order."""
+    rows = made(*map(str, range(12344)))
+    splits = split(rows, Data(valid=0.2, shuffle=False), "t")
+    assert (len(splits.train), len(splits.valid)) == (9876, 2468)
+    assert [*splits.train, *splits.valid] == rows
+
+
+def test_sequential_test_rows_stand_behind_valid_rows():
+    rows = made(*"abcdefgh")
+    splits = split(rows, Data(valid=3, test=2, shuffle=False), "t")
+    assert [r.prompt for r in splits.valid] == list("def")
+    assert [r.prompt for r in splits.test] == list("gh")
+    with pytest.raises(DataError, match="cannot be held out"):
+        split(rows, Data(valid=5, test=4, shuffle=False), "t")
+
+
+def grouped(count, groups, seed=0):
+    r = random.Random(seed)
+    return [Row(f"p{n}", f"c{n}", f"t:{n}", group=f"g{r.randrange(groups)}") for n in range(count)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 99))
+def test_a_group_is_never_parted(seed):
+    rows = [*grouped(200, 40, seed), Row("P1!", "x", "t:x", group="g0"), Row("p2.", "x", "t:y", group="other")]
+    splits = split(rows, Data(valid=20, test=20, group_by="g", seed=seed), "t")
+    parts = (splits.train, splits.valid, splits.test)
+    for keys in (lambda r: r.group, lambda r: normalise(r.prompt)):
+        held = [{keys(r) for r in part} for part in parts]
+        assert not held[0] & held[1] and not held[0] & held[2] and not held[1] & held[2]
+    assert all(10 <= len(part) <= 20 for part in parts[1:])
+
+
+def test_sabotage_without_groups_they_are_parted():
+    splits = split([replace(r, group="") for r in grouped(200, 40)], Data(valid=20), "t")
+    group = {r.where: r.group for r in grouped(200, 40)}
+    assert {group[r.where] for r in splits.valid} & {group[r.where] for r in splits.train}
+
+
+def test_order_of_groups_is_of_no_account():
+    rows = grouped(200, 40)
+    one, other = (split(r, Data(valid=20, group_by="g"), "t") for r in (rows, rows[::-1]))
+    assert {r.where for r in one.valid} == {r.where for r in other.valid}
+
+
+def test_group_larger_than_what_is_held_out_is_told():
+    rows = [replace(r, group="all") for r in made(*map(str, range(9)))]
+    with pytest.raises(DataError, match="cannot be held out of 9 different rows in groups of equal author"):
+        split(rows, Data(valid=3, group_by="author"), "t")
+
+
+def test_labels_are_held_out_in_proportion():
+    """70, 20, 9 and 1 rows: a tenth of them is 7, 2 and 1, by hand (largest remainders)."""
+    labels = ["a"] * 70 + ["b"] * 20 + ["c"] * 9 + ["d"]
+    rows = [replace(r, stratum=labels[n]) for n, r in enumerate(made(*map(str, range(100))))]
+    for seed in range(20):
+        splits = split(rows, Data(valid=0.1, stratify_by="label", seed=seed), "t")
+        assert Counter(r.stratum for r in splits.valid) == {"a": 7, "b": 2, "c": 1}
+
+
+def test_sabotage_plain_draw_is_not_in_proportion():
+    labels = ["a"] * 70 + ["b"] * 20 + ["c"] * 9 + ["d"]
+    rows = [replace(r, stratum=labels[n]) for n, r in enumerate(made(*map(str, range(100))))]
+    draws = {tuple(sorted(Counter(r.stratum for r in split(rows, Data(valid=0.1, seed=s), "t").valid).items()))
+             for s in range(20)}  # fmt: skip
+    assert len(draws) > 5
+
+
+def test_given_splits_are_taken_whole(tmp_path):
+    for name, rows in (("train", range(6)), ("valid", range(4, 9)), ("test", range(8, 10))):
+        lines = [json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}) for n in rows]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    given = {"valid_path": str(tmp_path / "valid.jsonl"), "test_path": str(tmp_path / "test.jsonl")}
+    splits = load(Data(kind=Source.file, path=str(tmp_path / "train.jsonl"), **given))
+    assert [r.prompt for r in splits.test] == ["p8", "p9"]
+    assert [r.prompt for r in splits.valid] == ["p4", "p5", "p6", "p7"]  # p8 is a test row
+    assert [r.prompt for r in splits.train] == ["p0", "p1", "p2", "p3"]
+    assert (splits.read, splits.dropped()) == (13, {"exact": 3})
+    first = load(Data(kind=Source.file, path=str(tmp_path / "train.jsonl"), rows=2, **given))
+    assert (len(first.train), len(first.valid), len(first.test)) == (2, 4, 2)
+
+
+def test_turns_and_worse_answers_are_part_of_the_digest():
+    rows = made(*"abcd")
+    digests = {split([replace(rows[0], **more), *rows[1:]], Data(valid=1), "t").digest()
+               for more in ({}, {"turns": (("user", "a"),)}, {"rejected": "no"})}  # fmt: skip
+    assert len(digests) == 3
+
+
+def test_digest_is_that_of_one_json_list():
+    splits = split(made(*"abcdé"), Data(valid=1, test=1), "t")
+    parts = [[(r.prompt, r.completion) for r in part] for part in (splits.train, splits.valid, splits.test)]
+    assert splits.digest() == hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def test_one_prompt_with_many_answers_can_be_parted_where_leaks_are_allowed():
+    rows = made(*["same"] * 9)
+    splits = split(rows, Data(valid=3, allow=[Gate.leaks]), "t")
+    assert (len(splits.train), len(splits.valid)) == (6, 3)
+
+
+def test_file_that_changed_is_loaded_anew_though_size_and_time_are_the_same(tmp_path):
+    path = tmp_path / "a.jsonl"
+    data = Data(kind=Source.file, path=str(path), valid=1)
+
+    def put(word):
+        path.write_text("\n".join(json.dumps({"prompt": f"{n} {word}", "completion": word * n}) for n in range(1, 9)))
+        os.utime(path, ns=(0, 0))
+        return load(data)
+
+    one, other = put("cat"), put("dog")
+    assert one.digest() != other.digest()
+    assert put("cat") is one
+
+
+def test_copies_are_told_once(tmp_path, capsys):
+    path = tmp_path / "b.jsonl"
+    path.write_text("\n".join([json.dumps({"prompt": p, "completion": p}) for p in "abcdea"]))
+    for _ in range(3):
+        load(Data(kind=Source.file, path=str(path), valid=1))
+    assert capsys.readouterr().err.count("left out 1 of 6 rows: 1 exact copies") == 1

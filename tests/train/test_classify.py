@@ -12,7 +12,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from ftexp import data, experiment, labels, model
 from ftexp.data import Row
-from ftexp.errors import DataError
+from ftexp.errors import DataError, Preempted
 from ftexp.files import read_json
 from ftexp.train import checkpoints, classify
 from ftexp.train.control import Control
@@ -33,7 +33,8 @@ def genres(tiny, tmp_path):
 
     def build(*given, column="many"):
         return tiny("data=jsonl", f"data.path={tmp_path}/rows.jsonl", "data.prompt='{text}'",
-                    f"data.completion='{{{column}}}'", "data.valid=40", "data.rows=120", "trainer.kind=classify", *given)  # fmt: skip
+                    f"data.completion='{{{column}}}'", "data.valid=40", "data.rows=120",
+                    "data.allow=[leaks]", "trainer.kind=classify", *given)  # fmt: skip
 
     return build
 
@@ -270,3 +271,25 @@ def test_encoder_with_a_hidden_layer_in_its_head(genres, tmp_path):
     saved = load_file(tmp_path / "a" / "adapter" / "adapter_model.safetensors")
     assert all(weight.abs().max() > 0 for weight in saved.values())  # the head moved off zero, and LoRA B too
     assert {key.split(".")[-2] for key in saved if "lora" not in key} == {"pre_classifier", "classifier"}
+
+
+def test_left_classifier_goes_on_to_the_same_bits(genres, tmp_path):
+    class After:
+        """Set once it was looked at three times: leaves at that step."""
+
+        looks = 0
+
+        def is_set(self):
+            self.looks += 1
+            return self.looks >= 3
+
+    def weights(folder):
+        return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    run = genres("trainer.steps=6", "lora.dropout=0.1")
+    experiment.execute(run, tmp_path / "calm", "x")
+    with pytest.raises(Preempted):
+        experiment.execute(run, tmp_path / "left", "x", control=Control(leave=After()))
+    experiment.execute(run, tmp_path / "left", "x")
+    assert read_json(tmp_path / "left" / "trial.json")["resumed_at"] == [3]
+    assert weights(tmp_path / "left") == weights(tmp_path / "calm")

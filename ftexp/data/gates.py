@@ -1,0 +1,131 @@
+"""Checks that the rows of a run must pass, each switched off by its name in `data.allow`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from ftexp.config import Data, Gate
+from ftexp.data import hygiene
+from ftexp.data.hygiene import normalise
+from ftexp.data.shapes import Row
+from ftexp.data.splits import Splits
+from ftexp.errors import DataError
+from ftexp.progress import say
+
+if TYPE_CHECKING:
+    from ftexp.data.prompts import Example
+
+LOST = 0.05
+"""Largest share of rows that may be lost to their length, or not show the model where to stop."""
+CHUNK = 4096
+Leak = tuple[Row, Row, str]
+"""A held-out row, the row that gives it away, and how."""
+
+
+def leaks(splits: Splits, data: Data) -> None:
+    """Refuse held-out rows whose prompt or group stands in another split; needs no import.
+
+    Raises:
+        DataError: names the first such row, its twin, and how many there are.
+    """
+    _refuse(splits, data, equal)
+
+
+def near_leaks(splits: Splits, data: Data) -> None:
+    """Refuse held-out rows whose text is nearly that of a row in another split.
+
+    Raises:
+        DataError: names the first such row, its twin, and how many there are.
+    """
+    _refuse(splits, data, lambda held, rows: alike(held, rows, data.dedup_threshold))
+
+
+def _refuse(splits: Splits, data: Data, search: Callable[[tuple[Row, ...], tuple[Row, ...]], Iterator[Leak]]) -> None:
+    if Gate.leaks in data.allow:
+        return
+    for name, held, other, rows in (
+        ("valid", splits.valid, "training", splits.train),
+        ("test", splits.test, "training", splits.train),
+        ("test", splits.test, "valid", splits.valid),
+    ):
+        found: dict[int, Leak] = {}
+        for leak in search(held, rows):
+            found.setdefault(id(leak[0]), leak)
+        if found:
+            row, twin, how = next(iter(found.values()))
+            raise DataError(
+                f"{row.where}: {len(found)} of {len(held)} {name} rows leak into the {other} rows, this one {how} "
+                f"{twin.where}; remove copies with data.dedup=near, or accept them with data.allow=[leaks]"
+            )
+
+
+def equal(held: tuple[Row, ...], rows: tuple[Row, ...]) -> Iterator[Leak]:
+    """Yield held-out rows that have the prompt or the group of another row."""
+    prompts = {normalise(row.prompt or row.completion): row for row in held}
+    groups = {row.group: row for row in held if row.group}
+    for row in rows:
+        if (found := prompts.get(normalise(row.prompt or row.completion))) is not None:
+            yield found, row, "has the prompt of"
+        if (found := groups.get(row.group)) is not None:
+            yield found, row, f"has the group {row.group!r} of"
+
+
+def alike(held: tuple[Row, ...], rows: tuple[Row, ...], threshold: float) -> Iterator[Leak]:
+    """Yield held-out rows whose text is nearly that of another row."""
+    import numpy as np
+
+    if not held or not rows:
+        return
+    texts = [hygiene.normalised(row) for row in held]
+    keys = hygiene.band_keys(hygiene.minhashes(texts), threshold)
+    known = np.unique(keys)
+    for start in range(0, len(rows), CHUNK):
+        others = [hygiene.normalised(row) for row in rows[start : start + CHUNK]]
+        theirs = hygiene.band_keys(hygiene.minhashes(others), threshold)
+        for n in np.flatnonzero(np.isin(theirs, known).any(axis=1)):
+            for m in np.flatnonzero((keys == theirs[n]).any(axis=1)):
+                if (likeness := hygiene.likeness(texts[m], others[n])) >= threshold:
+                    yield held[m], rows[start + n], f"is a near copy (likeness {likeness:.2f}) of"
+
+
+def tokens(rows: tuple[Row, ...], made: list[Example | None], ends: int, data: Data) -> list[Example]:
+    """Refuse rendered rows of which too many were lost, teach nothing, or do not show where to stop.
+
+    Args:
+        rows: before they were rendered.
+        made: one for each row, None where it was dropped for its length.
+        ends: id of the end-of-sequence token.
+        data: the config.
+
+    Returns:
+        The rows that teach something.
+
+    Raises:
+        DataError: names the first such row and how many there are.
+    """
+    kept = [example for example in made if example is not None]
+    if not rows:
+        return kept
+    gone = [row for row, example in zip(rows, made, strict=True) if example is None]
+    if gone:
+        told = f"{len(gone)} of {len(rows)} rows have more than data.max_length={data.max_length} tokens"
+        say(f"left out: {told}, the first is {gone[0].where}")
+        if len(gone) > LOST * len(rows) and Gate.lost not in data.allow:
+            raise DataError(f"{gone[0].where}: {told}; more than {LOST:.0%} may be lost with data.allow=[lost]")
+    mute = [example for example in kept if not example.supervised]
+    if mute:
+        told = f"{len(mute)} of {len(rows)} rows have no supervised token within data.max_length={data.max_length}"
+        if Gate.unsupervised not in data.allow:
+            raise DataError(f"{mute[0].row.where}: {told}; leave them out with data.allow=[unsupervised]")
+        say(f"left out: {told}, the first is {mute[0].row.where}")
+        kept = [example for example in kept if example.supervised]
+    endless = [example for example in kept if example.completion[-1:] != (ends,)]
+    if len(endless) > LOST * len(rows) and Gate.no_eos not in data.allow:
+        raise DataError(
+            f"{endless[0].row.where}: {len(endless)} of {len(rows)} rows lost their end-of-sequence token to "
+            f"data.long=cut, so the model would not learn to stop; accept it with data.allow=[no_eos]"
+        )
+    if not kept:
+        raise DataError(f"{rows[0].where}: no row is left of {len(rows)}")
+    return kept

@@ -1,0 +1,237 @@
+"""Records of a file -> rows: what the columns mean, and one row of text from each.
+
+| shape      | columns                                                    | prompt                  | completion      |
+|------------|------------------------------------------------------------|-------------------------|-----------------|
+| completion | prompt, completion, or format strings                      | as it is                | as it is        |
+| messages   | messages: role and content                                 | all before the answer   | the last answer |
+| sharegpt   | conversations: from and value                              | all before the answer   | the last answer |
+| alpaca     | instruction, perhaps input, and output                     | instruction, then input | output          |
+| preference | prompt (perhaps in the answers), chosen, rejected          | prompt                  | chosen          |
+| labels     | text, and label or labels: one or a list                   | text                    | joined by ", "  |
+| text       | text                                                       | none                    | all             |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ftexp import config
+from ftexp.config import Data, Shape
+from ftexp.errors import DataError
+
+COLUMNS = {
+    Shape.completion: ("prompt", "completion"),
+    Shape.messages: ("messages",),
+    Shape.sharegpt: ("conversations",),
+    Shape.alpaca: ("instruction", "output"),
+    Shape.preference: ("chosen", "rejected"),
+    Shape.labels: ("text", "labels"),
+    Shape.text: ("text",),
+}
+"""What a shape is recognised by; the first that fits counts, so a set with `text` beside its parts is read by parts."""
+ROLES = {
+    "system": "system",
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+}  # fmt: skip
+
+Turn = tuple[str, str]
+"""Role and text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example, before any tokenizer has seen it."""
+
+    prompt: str
+    """What the model is given; of a conversation all before the last answer, to be read by people."""
+    completion: str
+    """What it should answer; without a prompt all of a text."""
+    where: str
+    """`file:line`, or the generator and number."""
+    turns: tuple[Turn, ...] = ()
+    """A conversation that is more than one question and its answer; every answer is supervised."""
+    rejected: str = ""
+    """The worse answer of a preference pair."""
+    group: str = ""
+    """Value of `data.group_by`."""
+    stratum: str = ""
+    """Value of `data.stratify_by`."""
+
+    def text(self) -> str:
+        """Return all the row says, for comparison with other rows."""
+        return f"{self.prompt}\n{self.completion}" if self.prompt else self.completion
+
+    def supervised(self) -> str:
+        """Return all the text that is learned."""
+        return "".join(text for role, text in self.turns if role == "assistant") or self.completion
+
+
+def rows(records: Iterable[tuple[dict[str, Any], str]], data: Data) -> Iterator[Row]:
+    """Convert records; their shape is that of the first one.
+
+    Raises:
+        DataError: a record lacks a column, or holds what is no text; the message starts with its place.
+    """
+    shape = None
+    for record, where in records:
+        record = _renamed(record, where, data)
+        shape = shape or recognised(record, where, data)
+        yield _row(record, where, shape, data)
+
+
+def recognised(record: dict[str, Any], where: str, data: Data) -> Shape:
+    """Return the shape of a record: the one asked for, else by its columns."""
+    if data.shape is not Shape.auto:
+        return data.shape
+    if (data.prompt, data.completion) != ("{prompt}", "{completion}"):
+        return Shape.completion
+    names = {"labels" if name == "label" else name for name in record}
+    found = next((shape for shape, needed in COLUMNS.items() if names.issuperset(needed)), None)
+    if found is None and not names & {"prompt", "completion"}:
+        shapes = "; ".join(", ".join(needed) for needed in COLUMNS.values())
+        raise DataError(
+            f"{where}: the columns must have a known shape ({shapes}), got {', '.join(record) or 'none'}; "
+            "set data.prompt and data.completion, or data.columns"
+        )
+    return found or Shape.completion
+
+
+def _renamed(record: dict[str, Any], where: str, data: Data) -> dict[str, Any]:
+    for ours, theirs in data.columns.items():
+        if theirs not in record:
+            _missing(theirs, record, where, f"data.columns.{ours} names it")
+        record = {**{k: v for k, v in record.items() if k != theirs}, ours: record[theirs]}
+    return record
+
+
+def _row(record: dict[str, Any], where: str, shape: Shape, data: Data) -> Row:
+    match shape:
+        case Shape.messages | Shape.sharegpt:
+            made = _conversation(_turns(record, COLUMNS[shape][0], where), where)
+        case Shape.preference:
+            made = _preference(record, where)
+        case Shape.alpaca:
+            given = "" if record.get("input") is None else _text(record, "input", where)
+            asked = _text(record, "instruction", where)
+            made = Row(f"{asked}\n\n{given}" if given.strip() else asked, _text(record, "output", where), where)
+        case Shape.labels:
+            name = "label" if "label" in record and "labels" not in record else "labels"
+            made = Row(_text(record, "text", where), _value(record, name, where), where)
+        case Shape.text:
+            made = Row("", _text(record, "text", where), where)
+        case _:
+            texts = [_filled(template, record, where) for template in (data.prompt, data.completion)]
+            made = Row(texts[0], texts[1], where)
+    for part in ("completion",) if shape is Shape.text else ("prompt", "completion"):
+        if not getattr(made, part).strip():
+            raise DataError(f"{where}: the {part} must have text, got {getattr(made, part)!r}")
+    if data.group_by is None and data.stratify_by is None:
+        return made
+    group, stratum = (
+        "" if name is None else _value(record, name, where, f"{key} names it")
+        for key, name in (("data.group_by", data.group_by), ("data.stratify_by", data.stratify_by))
+    )
+    return replace(made, group=group, stratum=stratum)
+
+
+def _filled(template: str, record: dict[str, Any], where: str) -> str:
+    hint = "set data.prompt and data.completion"
+    return template.format(**{name: _text(record, name, where, hint) for name in config.columns(template)})
+
+
+def _missing(name: str, record: dict[str, Any], where: str, hint: str) -> None:
+    have = ", ".join(record) or "none"
+    raise DataError(f"{where}: column {name!r} is missing, the row has {have}" + (f"; {hint}" if hint else ""))
+
+
+def _text(record: dict[str, Any], name: str, where: str, hint: str = "") -> str:
+    if name not in record:
+        _missing(name, record, where, hint)
+    return _checked(record[name], f"column {name!r}", where)
+
+
+def _checked(value: Any, what: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {what} must be text, got {value!r:.60}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: {what} must be text, it holds half of a surrogate pair") from error
+    if "\0" in value:
+        raise DataError(f"{where}: {what} must be text, it holds a NUL character")
+    return value
+
+
+def _value(record: dict[str, Any], name: str, where: str, hint: str = "") -> str:
+    """Return a label or key as text: text, a whole number, or a list of such, joined by commas."""
+    if name not in record:
+        _missing(name, record, where, hint)
+    value = record[name]
+    parts = value if isinstance(value, list) else [value]
+    texts = [str(p) if type(p) is int else _checked(p, f"column {name!r}", where) for p in parts]
+    if not texts or not all(text.strip() for text in texts):
+        raise DataError(f"{where}: column {name!r} must hold a label, got {value!r:.60}")
+    return ", ".join(texts)
+
+
+def _turns(record: dict[str, Any], name: str, where: str) -> list[Turn]:
+    """Read a list of messages, under the names of either convention."""
+    if name not in record:
+        _missing(name, record, where, "")
+    messages = record[name]
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: column {name!r} must be a list of messages, got {messages!r:.60}")
+    turns = []
+    for number, message in enumerate(messages, 1):
+        what = f"message {number} of {name!r}"
+        if not isinstance(message, dict):
+            raise DataError(f"{where}: {what} must have role and content, got {message!r:.60}")
+        held = {key: value for key, value in message.items() if value is not None}  # parquet fills up with nulls
+        keys = ("from", "value") if "from" in held else ("role", "content")
+        for key in keys:
+            if key not in held:
+                raise DataError(
+                    f"{where}: {what} must have {keys[0]} and {keys[1]}, got {', '.join(message) or 'none'}"
+                )
+        role, text = held[keys[0]], _checked(held[keys[1]], what, where)
+        if not isinstance(role, str) or role not in ROLES:
+            raise DataError(f"{where}: the role of {what} must be one of {', '.join(ROLES)}, got {role!r:.60}")
+        if not text.strip():
+            raise DataError(f"{where}: {what} must have text, got {text!r}")
+        turns.append((ROLES[role], text))
+    return turns
+
+
+def _conversation(turns: list[Turn], where: str) -> Row:
+    roles = [role for role, _ in turns]
+    if roles[-1] != "assistant":
+        raise DataError(f"{where}: the last message must be the assistant's, it is the {roles[-1]}'s")
+    if "user" not in roles[: roles.index("assistant")]:
+        raise DataError(f"{where}: a message of the user must stand before the assistant's first")
+    if "system" in roles[1:]:
+        raise DataError(f"{where}: a system message must be the first, message {roles.index('system', 1) + 1} is one")
+    if roles == ["user", "assistant"]:
+        return Row(turns[0][1], turns[1][1], where)
+    told = "\n".join(f"{role}: {text}" for role, text in turns[:-1])
+    return Row(told, turns[-1][1], where, tuple(turns))
+
+
+def _preference(record: dict[str, Any], where: str) -> Row:
+    """Read a pair of answers: two texts under a prompt, or two conversations that differ in their last message."""
+    for name in ("chosen", "rejected"):
+        if name not in record:
+            _missing(name, record, where, "")
+    if isinstance(record["chosen"], str):
+        made = Row(_text(record, "prompt", where), _text(record, "chosen", where), where)
+        worse = _text(record, "rejected", where)
+    else:
+        better, others = _turns(record, "chosen", where), _turns(record, "rejected", where)
+        if better[:-1] != others[:-1]:
+            raise DataError(f"{where}: chosen and rejected must be equal up to their last message")
+        made, worse = _conversation(better, where), others[-1][1]
+    if not worse.strip() or worse == made.completion:
+        raise DataError(f"{where}: rejected must have text other than chosen, got {worse!r:.60}")
+    return replace(made, rejected=worse)

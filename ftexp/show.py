@@ -1,0 +1,190 @@
+"""`python -m ftexp.show data ...`: the rows as the model will see them.
+
+Takes the overrides of `ftexp.run`. Supervised tokens are green on a terminal and stand in ⟦ ⟧ elsewhere; special
+tokens are spelled out, line ends and tabs have a sign. The sealed test rows are counted and never shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+from hydra.errors import HydraException
+from rich.console import Console
+from rich.text import Text
+
+from ftexp import config, data, model, overrides
+from ftexp.config import Data, Run
+from ftexp.data import gates, prompts
+from ftexp.data.prompts import Example
+from ftexp.errors import ConfigError, FtexpError, MachineError
+from ftexp.sweep import plugin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BINS = 12
+BAR = 50
+"""Letters of the longest bar."""
+SIGNS = str.maketrans({"\n": "⏎\n", "\t": "⇥", "\r": "␍"})
+ASKED, LEARNED, SPECIAL = "dim", "bold green", "reverse"
+
+
+def compose(given: list[str]) -> Run:
+    """Compose and check a run from overrides.
+
+    Raises:
+        ConfigError: a key is unknown, or a value out of range.
+    """
+    config.register()
+    plugin.register()
+    overrides.check(given)
+    try:
+        with hydra.initialize_config_dir(str(overrides.CONF), version_base="1.3"):
+            return config.build(hydra.compose("config", overrides.given(overrides.prepare(given))))
+    except HydraException as error:
+        raise ConfigError(str(error).strip().splitlines()[0]) from error
+
+
+def spans(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool, bool]]:
+    """Cut a row where supervision or special tokens begin and end: text, supervised, special."""
+    special = set(tokenizer.all_special_ids)
+    found: list[tuple[list[int], bool, bool]] = []
+    for token, label in zip(example.ids, example.labels, strict=True):
+        learned, spelled = label != -100, token in special
+        if not found or found[-1][1:] != (learned, spelled) or spelled:
+            found.append(([], learned, spelled))
+        found[-1][0].append(token)
+    return [(str(tokenizer.decode(ids)), learned, spelled) for ids, learned, spelled in found]
+
+
+def coloured(example: Example, tokenizer: PreTrainedTokenizerBase, brackets: bool) -> Text:
+    """Return a row as text with colours, and with brackets where there are none."""
+    text, before = Text(), False
+    for part, learned, special in [*spans(example, tokenizer), ("", False, False)]:
+        if brackets and learned != before:
+            text.append("⟦" if learned else "⟧")
+        text.append(part.translate(SIGNS), f"{LEARNED if learned else ASKED}{f' {SPECIAL}' if special else ''}")
+        before = learned
+    return text
+
+
+def histogram(lengths: list[int]) -> list[tuple[int, int, int]]:
+    """Count lengths in at most `BINS` bins of equal whole width: first length, last length, rows.
+
+    >>> histogram([1, 2, 2, 40])
+    [(1, 4, 3), (5, 8, 0), (9, 12, 0), (13, 16, 0), (17, 20, 0), (21, 24, 0), (25, 28, 0), (29, 32, 0), (33, 36, 0), \
+(37, 40, 1)]
+    """
+    low, high = min(lengths), max(lengths)
+    width = -(-(high - low + 1) // BINS)
+    bins = [0] * ((high - low) // width + 1)
+    for length in lengths:
+        bins[(length - low) // width] += 1
+    return [(low + n * width, low + (n + 1) * width - 1, count) for n, count in enumerate(bins)]
+
+
+def show(run: Run, console: Console, rows: int, split: str, png: Path | None) -> None:
+    """Print counts, rows and lengths of the data of a run.
+
+    Raises:
+        FtexpError: the run would be refused for its data; all that can be shown is shown first.
+    """
+    splits = data.load(run.data)
+    tokenizer = model.tokenizer(run.model)
+    lenient = replace(run.data, max_length=1 << 20)
+    parts = {"train": splits.train, "valid": splits.valid}
+    made = {name: prompts.render(part, tokenizer, lenient) for name, part in parts.items()}
+    for example in made[split][:rows]:
+        known = len(example.ids) - example.supervised
+        console.rule(f"{split}  {example.row.where}  {known} + {example.supervised} supervised tokens", align="left")
+        console.print(coloured(example, tokenizer, brackets=not console.is_terminal), soft_wrap=True)
+    console.rule()
+    dropped = ", ".join(f"{count} {reason} copies left out" for reason, count in splits.dropped().items())
+    console.print(
+        f"rows: {splits.read} read = {len(splits.train)} train + {len(splits.valid)} valid + {len(splits.test)} test"
+        + (f"; {dropped}" if dropped else ""), highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    examples = [example for part in made.values() for example in part]
+    _lengths(console, examples, run.data)
+    if png is not None:
+        picture(examples, run.data, png)
+        console.print(f"picture: {png}", highlight=False, markup=False)
+    gates.near_leaks(splits, run.data)
+    for part in parts.values():
+        prompts.render(part, tokenizer, run.data)
+
+
+def _lengths(console: Console, examples: list[Example], how: Data) -> None:
+    lengths = sorted(len(example.ids) for example in examples)
+    learned = sum(example.supervised for example in examples)
+    told = {name: lengths[min(len(lengths) - 1, int(share * len(lengths)))]
+            for name, share in (("least", 0), ("median", 0.5), ("95 %", 0.95), ("most", 1))}  # fmt: skip
+    spread = ", ".join(f"{name} {value}" for name, value in told.items())
+    console.print(
+        f"tokens: {sum(lengths)}, {learned / sum(lengths):.1%} supervised; a row has {spread}", highlight=False,
+        soft_wrap=True,
+    )  # fmt: skip
+    counts = histogram(lengths)
+    widest, most = len(str(counts[-1][1])), max(count for *_, count in counts)
+    for first, last, count in counts:
+        bar = "█" * max(round(count / most * BAR), int(count > 0))
+        style = "red" if first > how.max_length else "green"
+        console.print(Text.assemble(f"{first:>{widest}}-{last:<{widest}} ", (bar, style), f" {count}" if count else ""))
+    over = sum(length > how.max_length for length in lengths)
+    verb = {"refuse": "refused", "drop": "dropped", "cut": "cut"}[how.long.value]
+    console.print(f"{over} rows have more than data.max_length={how.max_length} tokens"
+                  + (f" and are {verb}" if over else ""), highlight=False)  # fmt: skip
+
+
+def picture(examples: list[Example], how: Data, path: Path) -> None:
+    """Draw the lengths of rows, and of what is supervised in them, as a PNG file.
+
+    Raises:
+        MachineError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MachineError("--png needs the package matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    whole, learned = [len(example.ids) for example in examples], [example.supervised for example in examples]
+    for lengths, label in ((whole, "whole row"), (learned, "supervised")):
+        axes.hist(lengths, bins=40, range=(0, max(whole)), label=label, alpha=0.7)
+    if max(whole) > 0.5 * how.max_length:
+        axes.axvline(how.max_length, color="red", label="data.max_length")
+    axes.set(xlabel="tokens", ylabel="rows")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, format="png")
+    pyplot.close(figure)
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(prog="ftexp show", description="Show the rows as the model will see them.")
+    parser.add_argument("what", choices=["data"])
+    parser.add_argument("overrides", nargs="*", help="as for ftexp.run, such as data=file data.path=my.csv")
+    parser.add_argument("--rows", type=int, default=3, help="rows to print (default: %(default)s)")
+    parser.add_argument("--split", choices=["train", "valid"], default="train", help="default: %(default)s")
+    parser.add_argument("--png", type=Path, help="file for a picture of the lengths")
+    args = parser.parse_intermixed_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        show(compose(args.overrides), Console(), args.rows, args.split, args.png)
+    except FtexpError as error:
+        print(f"ftexp: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

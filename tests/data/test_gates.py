@@ -1,0 +1,134 @@
+"""Each gate stops what it is for, lets through what is right, and can be switched off by its name."""
+
+import pytest
+from test_hygiene import originals, planted
+
+from ftexp.config import Data, Gate, Long, Source, Template
+from ftexp.data import gates, load, prompts
+from ftexp.data.shapes import Row
+from ftexp.data.splits import Splits
+from ftexp.errors import DataError
+from ftexp.model import tiny
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.tokenizer()
+
+
+def splits(train, valid, test=()):
+    return Splits(tuple(train), tuple(valid), tuple(test), read=0)
+
+
+def test_twelve_of_twelve_planted_leaks_are_found_and_none_in_a_thousand():
+    rows = originals(1100)
+    exact, edited, near = planted(rows)
+    held = (*exact, *edited, *near, *rows[1000:])
+    train = tuple(rows[:1000])
+    found = {row.where for row, _, _ in (*gates.equal(held, train), *gates.alike(held, train, 0.8))}
+    assert found == {row.where for row in (*exact, *edited, *near)}
+    with pytest.raises(
+        DataError,
+        match=r"exact:0: 12 of 112 valid rows leak into the training rows, this one has the prompt of o:0; remove",
+    ):
+        gates.leaks(splits(train, held), Data())
+    gates.leaks(splits(train, rows[1000:]), Data())
+    gates.leaks(splits(train, held), Data(allow=[Gate.leaks]))
+
+
+def test_near_copy_under_another_prompt_leaks():
+    train = originals(20)
+    words = (train[3].prompt + " zzz").split()
+    row = Row(" ".join(words), train[3].completion, "v:1")
+    with pytest.raises(DataError, match=r"v:1: 1 of 1 valid rows leak .* is a near copy \(likeness 0\.9\d\) of o:3"):
+        gates.near_leaks(splits(train, [row]), Data())
+    gates.near_leaks(splits(train, [row]), Data(dedup_threshold=1.0))
+
+
+def test_sealed_rows_may_leak_nowhere():
+    rows = originals(9)
+    with pytest.raises(DataError, match="of 1 test rows leak into the training rows"):
+        gates.leaks(splits(rows, [], rows[:1]), Data())
+    with pytest.raises(DataError, match="of 1 test rows leak into the valid rows"):
+        gates.leaks(splits(rows[3:], rows[:2], rows[:1]), Data())
+
+
+def test_group_in_two_splits_leaks():
+    one, other = originals(2)
+    one, other = (Row(r.prompt, r.completion, r.where, group="me") for r in (one, other))
+    with pytest.raises(DataError, match="has the group 'me' of"):
+        gates.leaks(splits([one], [other]), Data(group_by="author"))
+
+
+def test_sequential_split_of_repeated_prompts_is_stopped(tmp_path):
+    lines = [f'{{"prompt": "topic {n % 5}", "completion": "quote {n} is {"xyz"[n % 3] * 9}"}}' for n in range(30)]
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    keys = {"kind": Source.file, "path": str(tmp_path / "q.jsonl"), "valid": 0.2}
+    with pytest.raises(DataError, match=r"q\.jsonl:25: 5 of 6 valid rows leak|q\.jsonl:2\d: \d of 6 valid rows leak"):
+        load(Data(**keys, shuffle=False))
+    load(Data(**keys, shuffle=False, allow=[Gate.leaks]))
+
+
+def rows_of(*lengths):
+    return tuple(Row("a" * 4, "b" * n, f"r:{at}") for at, n in enumerate(lengths))
+
+
+def render(tokenizer, rows, **keys):
+    return prompts.render(rows, tokenizer, Data(template=Template.plain, max_length=32, **keys))
+
+
+def test_long_row_is_refused_by_default(tokenizer):
+    with pytest.raises(
+        DataError,
+        match=r"r:1: a row must be at most data\.max_length=32 tokens, this one has 45; data\.long=drop or cut",
+    ):
+        render(tokenizer, rows_of(5, 40))
+
+
+def test_dropped_rows_are_counted_and_more_than_a_twentieth_is_refused(tokenizer, capsys):
+    rows = rows_of(*[5] * 39, 40)
+    assert len(render(tokenizer, rows, long=Long.drop)) == 39
+    assert (
+        "left out: 1 of 40 rows have more than data.max_length=32 tokens, the first is r:39"
+        in capsys.readouterr().err.replace("\n", " ")
+    )
+    with pytest.raises(
+        DataError, match=r"r:5: 2 of 7 rows have more than .*; more than 5% may be lost with data\.allow=\[lost\]"
+    ):
+        render(tokenizer, rows_of(5, 5, 5, 5, 5, 40, 41), long=Long.drop)
+    assert len(render(tokenizer, rows_of(5, 40), long=Long.drop, allow=[Gate.lost])) == 1
+    with pytest.raises(DataError, match="no row is left of 2"):
+        render(tokenizer, rows_of(40, 40), long=Long.drop, allow=[Gate.lost])
+
+
+def test_cut_rows_that_do_not_show_the_end_are_refused(tokenizer):
+    with pytest.raises(DataError, match=r"r:1: 1 of 2 rows lost their end-of-sequence token to data\.long=cut"):
+        render(tokenizer, rows_of(5, 40), long=Long.cut)
+    cut = render(tokenizer, rows_of(5, 40), long=Long.cut, allow=[Gate.no_eos])[1]
+    assert len(cut.ids) == 32
+    assert cut.supervised == cut.bytes == 28  # a token of this tokenizer is a byte
+    assert tokenizer.eos_token_id not in cut.completion
+
+
+def test_few_cut_rows_pass(tokenizer):
+    assert len(render(tokenizer, rows_of(*[5] * 39, 40), long=Long.cut)) == 40
+
+
+def test_row_without_supervised_tokens_is_refused(tokenizer):
+    rows = (*rows_of(*[5] * 39), Row("a" * 40, "b", "r:x"))
+    with pytest.raises(DataError, match=r"r:x: 1 of 40 rows have no supervised token within data\.max_length=32"):
+        render(tokenizer, rows, long=Long.cut)
+    kept = render(tokenizer, rows, long=Long.cut, allow=[Gate.unsupervised])
+    assert len(kept) == 39
+    assert all(example.supervised for example in kept)
+
+
+def test_two_bos_are_refused_unless_allowed(tokenizer):
+    row = (Row("<|im_start|><|im_start|>twice", "b", "t:1"),)
+    with pytest.raises(DataError, match="t:1: the row begins with two BOS"):
+        render(tokenizer, row)
+    assert len(render(tokenizer, row, allow=[Gate.double_bos])) == 1
+
+
+def test_no_rows_pass(tokenizer):
+    assert render(tokenizer, ()) == []

@@ -1,0 +1,110 @@
+"""What the columns of a row mean, and the text that comes of it."""
+
+import json
+
+import pytest
+
+from ftexp.config import Data, Shape, Source
+from ftexp.data import rows, shapes
+from ftexp.errors import DataError
+
+TALK = [("user", "Hi"), ("assistant", "Hello."), ("user", "Bye"), ("assistant", "Goodbye.")]
+
+
+def messages(turns):
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def sharegpt(turns):
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    return [{"from": names[role], "value": text} for role, text in turns]
+
+
+def one(record, **keys):
+    return next(shapes.rows([(record, "t:1")], Data(**keys)))
+
+
+@pytest.mark.parametrize(
+    ("record", "shape", "prompt", "completion"),
+    [
+        ({"prompt": "a", "completion": "b"}, "completion", "a", "b"),
+        ({"messages": messages(TALK[:2])}, "messages", "Hi", "Hello."),
+        ({"conversations": sharegpt(TALK[:2])}, "sharegpt", "Hi", "Hello."),
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, "alpaca", "Add.\n\n1 2", "3"),
+        ({"instruction": "Add.", "input": "", "output": "3"}, "alpaca", "Add.", "3"),
+        ({"instruction": "Add.", "input": None, "output": "3"}, "alpaca", "Add.", "3"),
+        ({"instruction": "Add.", "output": "3", "text": "all of it"}, "alpaca", "Add.", "3"),
+        ({"text": "a film", "labels": ["drama", "war"]}, "labels", "a film", "drama, war"),
+        ({"text": "a film", "label": 3}, "labels", "a film", "3"),
+        ({"text": "once upon a time"}, "text", "", "once upon a time"),
+        ({"prompt": "q", "chosen": "good", "rejected": "bad"}, "preference", "q", "good"),
+        ({"prompt": "q", "chosen": messages(TALK[:2]), "rejected": messages([TALK[0], ("assistant", "No.")])},
+         "preference", "Hi", "Hello."),
+        ({"prompt": "id 7", "messages": messages(TALK[:2])}, "messages", "Hi", "Hello."),
+    ],
+)  # fmt: skip
+def test_shape_is_recognised_and_converted(record, shape, prompt, completion):
+    assert shapes.recognised(record, "t:1", Data()) is Shape(shape)
+    row = one(record)
+    assert (row.prompt, row.completion) == (prompt, completion)
+    assert row.rejected == ({"good": "bad", "Hello.": "No."}[completion] if shape == "preference" else "")
+
+
+@pytest.mark.parametrize("form", [messages, sharegpt])
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_conversation_keeps_its_turns(form, column):
+    row = one({column: form([("system", "Be brief."), *TALK])})
+    assert row.turns == (("system", "Be brief."), *TALK)
+    assert row.completion == "Goodbye."
+    assert row.prompt == "system: Be brief.\nuser: Hi\nassistant: Hello.\nuser: Bye"
+    assert row.supervised() == "Hello.Goodbye."
+
+
+def test_format_strings_win_over_a_shape():
+    record = {"instruction": "Add.", "output": "3", "prompt": "p"}
+    assert one(record, prompt="Do: {instruction}", completion="{output}!").completion == "3!"
+
+
+def test_asked_shape_wins_over_the_recognised_one():
+    record = {"prompt": "p", "completion": "c", "text": "whole"}
+    assert one(record, shape=Shape.text).completion == "whole"
+    with pytest.raises(DataError, match="t:1: column 'messages' is missing"):
+        one(record, shape=Shape.messages)
+
+
+def test_columns_are_mapped():
+    record = {"synopsis": "a film", "genres": ["war"]}
+    assert one(record, columns={"text": "synopsis", "labels": "genres"}).completion == "war"
+    with pytest.raises(
+        DataError, match=r"t:1: column 'plot' is missing, the row has synopsis, genres; data\.columns\.text"
+    ):
+        one(record, columns={"text": "plot"})
+
+
+def test_shape_is_that_of_the_first_row():
+    with pytest.raises(DataError, match="t:2: column 'text' is missing"):
+        list(shapes.rows([({"text": "a"}, "t:1"), ({"prompt": "a", "completion": "b"}, "t:2")], Data()))
+
+
+def test_group_and_stratum_are_kept():
+    row = one({"prompt": "a", "completion": "b", "by": "me", "kind": 4}, group_by="by", stratify_by="kind")
+    assert (row.group, row.stratum) == ("me", "4")
+    with pytest.raises(DataError, match=r"column 'by' is missing, .*; data\.group_by names it"):
+        one({"prompt": "a", "completion": "b"}, group_by="by")
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    records = [{"prompt": f"naïve {n}", "completion": "NA"} for n in range(3)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    for ending, sep in (("csv", ","), ("tsv", "\t")):
+        lines = [f"prompt{sep}completion"] + [f"{r['prompt']}{sep}{r['completion']}" for r in records]
+        (tmp_path / f"a.{ending}").write_text("\n".join(lines))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    for ending in ("jsonl", "json", "csv", "tsv", "parquet"):
+        for kind in (Source.file, Source(ending)):
+            read = rows.read(Data(kind=kind, path=str(tmp_path / f"a.{ending}")))
+            assert [(r.prompt, r.completion) for r in read] == [(r["prompt"], "NA") for r in records]

@@ -1,0 +1,114 @@
+"""What `ftexp show data` prints: the rows as the model sees them, and what a run would be refused for."""
+
+import io
+import sys
+
+import pytest
+from rich.console import Console
+
+from ftexp import show
+from ftexp.config import Data, Template
+from ftexp.data import prompts
+from ftexp.data.shapes import Row
+from ftexp.model import tiny
+
+SMALL = ["model=tiny", "data.rows=120", "data.valid=12", "data.max_length=256"]
+
+
+@pytest.fixture
+def shown(monkeypatch, capsys):
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["ftexp show", "data", *argv])
+        code = show.main()
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def example(completion="yo", prompt="Hi\t[b]", template=Template.model):
+    return prompts.render((Row(prompt, completion, "t:1"),), tiny.tokenizer(), Data(template=template))[0]
+
+
+def test_supervised_text_stands_in_brackets_where_there_are_no_colours():
+    text = show.coloured(example(), tiny.tokenizer(), brackets=True)
+    assert text.plain == "<|im_start|>user⏎\nHi⇥[b]<|im_end|>⏎\n<|im_start|>assistant⏎\n⟦yo<|im_end|>⟧"
+
+
+def test_supervised_text_is_coloured_on_a_terminal():
+    made = example("naïve 한")
+    text = show.coloured(made, tiny.tokenizer(), brackets=False)
+    learned = "".join(text.plain[s.start : s.end] for s in text.spans if show.LEARNED in str(s.style))
+    assert learned == "naïve 한<|im_end|>"
+    special = [text.plain[s.start : s.end] for s in text.spans if show.SPECIAL in str(s.style)]
+    assert special == ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"]
+
+
+def test_nothing_of_a_row_is_lost():
+    made = example("a\nb", template=Template.plain)
+    assert "".join(part for part, *_ in show.spans(made, tiny.tokenizer())) == tiny.tokenizer().decode(made.ids)
+
+
+def test_rows_counts_and_lengths_are_printed(shown):
+    code, out, _ = shown(*SMALL, "--rows", "2")
+    assert code == 0
+    assert out.count("⟦") == out.count("⟧") == 2
+    assert "rows: 120 read = 108 train + 12 valid + 0 test" in out
+    assert "0 rows have more than data.max_length=256 tokens" in out
+    counts = [int(line.rsplit(" ", 1)[1]) for line in out.splitlines() if "█" in line]
+    assert sum(counts) == 120
+
+
+def test_valid_rows_are_shown_and_sealed_ones_never(shown):
+    from ftexp import data
+
+    given = [*SMALL, "data.test=5"]
+    _, out, _ = shown(*given, "--split", "valid", "--rows", "99")
+    splits = data.load(show.compose(given).data)
+    assert all(row.completion in out for row in splits.valid)
+    assert not any(row.completion in out for row in splits.test)
+    with pytest.raises(SystemExit):
+        shown(*given, "--split", "test")
+
+
+def test_row_that_is_too_long_is_shown_and_then_refused(shown):
+    code, out, err = shown(*SMALL, "data.max_length=60")
+    assert code == 3
+    assert "rows have more than data.max_length=60 tokens and are refused" in out
+    assert "ftexp: yoda:0: a row must be at most data.max_length=60 tokens" in err
+
+
+def test_mistake_is_told_in_a_line(shown):
+    for given, code, message in (("data.typo=1", 2, "unknown key"), ("data.valid=0", 2, "data.valid must be"),
+                                 ("data.dedup=fuzzy", 2, "data.dedup=fuzzy")):  # fmt: skip
+        got, _, err = shown(given)
+        assert got == code
+        assert message in err
+        assert len(err.splitlines()) == 1
+
+
+def test_picture_is_a_png(shown, tmp_path):
+    code, _, err = shown(*SMALL, "--png", str(tmp_path / "a" / "lengths.png"))
+    assert code == 0, err
+    assert (tmp_path / "a" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_picture_needs_its_package(tmp_path, monkeypatch):
+    from ftexp.errors import MachineError
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MachineError, match="--png needs the package matplotlib"):
+        show.picture([example()], Data(), tmp_path / "a.png")
+
+
+def test_histogram_counts_every_length():
+    lengths = [3, 3, 5, 900, 17, 17, 18]
+    bins = show.histogram(lengths)
+    assert len(bins) <= show.BINS
+    assert sum(count for *_, count in bins) == len(lengths)
+    assert all(count == sum(first <= n <= last for n in lengths) for first, last, count in bins)
+
+
+def test_colours_are_written_to_a_terminal():
+    out = io.StringIO()
+    Console(file=out, force_terminal=True).print(show.coloured(example(), tiny.tokenizer(), brackets=False))
+    assert "\x1b[1;32m" in out.getvalue()
