@@ -34,12 +34,13 @@ def test_run_leaves_scores_table_and_adapter(tiny, tmp_path):
 
 def test_every_number_of_a_run_has_a_direction_or_is_a_count(tiny, tmp_path):
     """A new score without a row in METRICS fails here, and so does a row that no run reports."""
-    counts, reported = {f"valid/{name}" for name in metrics.COUNTS}, set()
+    counts = {f"{split}/{name}" for name in metrics.COUNTS for split in ("valid", "test")}
+    reported = set()
     for n, given in enumerate(
         (["eval.labels=' '"], ["eval=loss", "eval.forgetting=python-docs"], ["trainer.kind=classify"])
     ):
-        run = tiny(*given)
-        scores = experiment.execute(run, tmp_path / str(n), "x")
+        run = tiny(*given, "data.test=9")
+        scores = experiment.execute(run, tmp_path / str(n), "x", opened=1)
         on = experiment.switched_on(run)
         expected = {name for name, metric in metrics.METRICS.items() if not metric.needs or {*metric.needs} & on}
         assert set(scores) - counts == expected - {"cost/gpu_memory_gib"}
