@@ -10,6 +10,7 @@ VERBS = {
     "sweep": "list, look at, stop, resume and export sweeps",
     "show": "show data: print rows as the model will see them, and their lengths",
     "report": "print the leaderboard of a sweep or a run",
+    "confirm": "train a sweep's winner again and score it once on the sealed rows",
     "power": "tell the rows and seeds a comparison needs",
     "ui": "show runs and sweeps in the MLflow UI",
 }

@@ -169,6 +169,8 @@ def show(folder: Path) -> None:
     console.print(leaderboard(board))
     for line in compare.lines(compare.read(folder, board.trials, board.objective)):
         console.print(line, markup=False, highlight=False)
+    if confirmed := read_json(folder / "confirm.json"):
+        console.print(confirmed["line"], markup=False, highlight=False)
     for trial in board.trials:
         if "error" in trial:
             console.print(f"trial {trial['number']} {trial['state']}: {trial['error']}", markup=False)

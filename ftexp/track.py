@@ -208,6 +208,12 @@ def close_parent(
     _close(log, "FAILED" if failed else "FINISHED")
 
 
+def tag(track: Track, run_id: str | None, tags: dict[str, Any]) -> None:
+    """Tag a run that has ended; none where nothing is tracked."""
+    if run_id is not None and track.kind is not Tracker.none:
+        Log(Path(), store(track)[0], run_id).tags(tags)
+
+
 def _close(log: Log, status: str) -> None:
     log._try(lambda client, run_id: client.set_terminated(run_id, status))
 
