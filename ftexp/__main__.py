@@ -10,6 +10,8 @@ VERBS = {
     "sweep": "list, look at, stop, resume and export sweeps",
     "show": "show data: print rows as the model will see them, and their lengths",
     "report": "print the leaderboard of a sweep or a run",
+    "diff": "tell what differs between two runs, and whether it is chance",
+    "reproduce": "train a run again and compare it step by step",
     "power": "tell the rows and seeds a comparison needs",
     "ui": "show runs and sweeps in the MLflow UI",
 }

@@ -26,7 +26,14 @@ MAKES = [c for c in COMMANDS if c.startswith("make ")]
 def test_readme_has_commands_and_all_are_run_here():
     assert len(RUNS) >= 5
     others = [c for c in COMMANDS if c not in (*RUNS, *MAKES)]
-    assert {c.split()[0:3][-1] for c in others} <= {"ftexp.report", "ftexp.power", "ftexp.show", "ftexp.sweep"}, others
+    assert {c.split()[0:3][-1] for c in others} <= {
+        "ftexp.diff",
+        "ftexp.reproduce",
+        "ftexp.report",
+        "ftexp.power",
+        "ftexp.show",
+        "ftexp.sweep",
+    }, others
 
 
 @pytest.mark.parametrize("command", MAKES)
