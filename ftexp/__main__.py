@@ -12,6 +12,7 @@ VERBS = {
     "report": "print the leaderboard of a sweep or a run",
     "diff": "tell what differs between two runs, and whether it is chance",
     "reproduce": "train a run again and compare it step by step",
+    "sync": "bring to MLflow what its store missed",
     "power": "tell the rows and seeds a comparison needs",
     "ui": "show runs and sweeps in the MLflow UI",
 }

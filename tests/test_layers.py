@@ -11,7 +11,7 @@ import ftexp
 
 PACKAGE = Path(ftexp.__file__).parent
 ORDER = ["errors", "files", "progress", "config", "overrides", "data", "model", "metrics", "labels",
-         "evaluate", "train", "facts", "track", "experiment", "runs", "sweep", "stats", "compare", "report", "power", "diff", "reproduce", "run",
+         "evaluate", "train", "facts", "track", "experiment", "runs", "sync", "sweep", "stats", "compare", "report", "power", "diff", "reproduce", "run",
          "show", "ui", "__main__"]  # fmt: skip
 """A module imports only from those to its left."""
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "mlflow", "sklearn", "numpy", "pandas", "pyarrow"}
