@@ -11,6 +11,9 @@ VERBS = {
     "show": "show data: print rows as the model will see them, and their lengths",
     "report": "print the leaderboard of a sweep or a run",
     "confirm": "train a sweep's winner again and score it once on the sealed rows",
+    "diff": "tell what differs between two runs, and whether it is chance",
+    "reproduce": "train a run again and compare it step by step",
+    "sync": "bring to MLflow what its store missed",
     "power": "tell the rows and seeds a comparison needs",
     "ui": "show runs and sweeps in the MLflow UI",
 }

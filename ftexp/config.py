@@ -674,6 +674,26 @@ def build(cfg: DictConfig) -> Run:
     return run
 
 
+def rebuild(told: dict[str, Any]) -> Run:
+    """Build a run from the flat config that its `trial.json` keeps; keys that are not in it get their defaults.
+
+    Raises:
+        ConfigError: it was written by another version of ftexp, whose keys or limits were others.
+    """
+    nested: dict[str, Any] = {}
+    for key, value in told.items():
+        *path, last = key.split(".")
+        node = nested
+        for name in path:
+            node = node.setdefault(name, {})
+        node[last] = value
+    try:
+        cfg = OmegaConf.merge(OmegaConf.structured(Run), nested)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error)) from error
+    return build(cast(DictConfig, cfg))
+
+
 def _first_line(error: Exception) -> str:
     key = getattr(error, "full_key", None)
     text = str(error).strip().splitlines()[0]

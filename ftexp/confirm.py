@@ -31,7 +31,7 @@ from ftexp.config import Run
 from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, MachineError, Preempted, TrialsFailed
 from ftexp.files import read_json, write_json
 from ftexp.metrics import METRICS, SCORES, Direction
-from ftexp.progress import say
+from ftexp.progress import quiet_libraries, say
 from ftexp.sweep import __main__ as sweeps
 from ftexp.sweep import plugin
 from ftexp.sweep.frozen import Frozen
@@ -511,6 +511,7 @@ def main() -> int:
     args = parser().parse_args()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     config.register()
     try:
         if args.seeds is not None and not 1 <= args.seeds <= 100:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ftexp import config, data, evaluate, facts, labels, metrics, model, track
-from ftexp.config import Format, Kind, Method, Run, Template
+from ftexp.config import Format, Kind, Method, Run, Template, Tracker
 from ftexp.data import gates, general, prompts
 from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned
 from ftexp.files import read_json, write_json
@@ -193,6 +193,8 @@ def execute(
     trial: dict[str, Any] = {"label": label, "state": "running", "config": identity(run), "folder": str(folder)}
     trial |= {key: before[key] for key in ("mlflow_run", "resumed_at") if key in before}
     trial |= {"opened": opened} if opened else {}
+    if run.track.kind is Tracker.mlflow:
+        trial["track"] = {"uri": run.track.uri, "experiment": run.track.experiment, "parent": parent}
     write_json(folder / "trial.json", trial)
     try:
         scores = _fitting(run, folder, label, parent, trial, control or Control(), opened)

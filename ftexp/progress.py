@@ -55,6 +55,18 @@ def _lines(label: str, total: int) -> Iterator[Callable[..., None]]:
     yield advance
 
 
+def quiet_libraries() -> None:
+    """Silence what libraries tell their own callers: deprecations of theirs, and kernels they could do without."""
+    import logging
+    import sys
+    import warnings
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        for library in ("transformers", "trl", "peft", "torch", "mlflow"):
+            warnings.filterwarnings("ignore", module=library)
+
+
 def say(text: str) -> None:
     """Print one line on stderr, above any bar."""
     console.print(text, soft_wrap=True, markup=False)

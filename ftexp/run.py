@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ftexp import config, experiment, overrides, report
 from ftexp.errors import ConfigError, FtexpError, Preempted
+from ftexp.progress import quiet_libraries
 from ftexp.sweep import plugin
 from ftexp.train import control
 
@@ -36,9 +36,7 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hands errors to us, to be told in one line
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.warnoptions:
-        for library in ("transformers", "trl", "peft", "torch", "mlflow"):  # their notes to their own callers
-            warnings.filterwarnings("ignore", module=library)
+    quiet_libraries()
     try:
         with control.listening():
             return _main()

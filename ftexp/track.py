@@ -116,7 +116,8 @@ class Log:
             send(self.client, self.run_id)
         except (MlflowException, SQLAlchemyError, OSError) as error:
             self.client = None  # one warning, and no more waiting; the files of the run are complete
-            say(f"warning: MLflow failed, the run goes on with files only: {str(error).splitlines()[0]}")
+            say(f"warning: MLflow failed, the run goes on with files only: {str(error).splitlines()[0][:200]}; "
+                "bring them later with: python -m ftexp.sync")  # fmt: skip
 
 
 @contextmanager
@@ -137,7 +138,7 @@ def start(
     folder.mkdir(parents=True, exist_ok=True)
     _cut(folder / FILE, done)
     log = Log(folder)
-    if run.track.kind is Tracker.mlflow:
+    if _reached(run.track):
         found = None if before is None else _reopen(run.track, before)
         log.client, log.run_id, log._last = found or (*_open(run.track, label, folder, parent), {})
     try:
@@ -189,17 +190,15 @@ def _reopen(track: Track, run_id: str) -> tuple[MlflowClient, str, dict[str, int
 
 
 def open_parent(track: Track, name: str, folder: Path) -> str | None:
-    """Open the run of a sweep, under which its trials appear; return its id."""
-    if track.kind is Tracker.none:
-        return None
-    return _open(track, name, folder, None)[1]
+    """Open the run of a sweep, under which its trials appear; return its id, or None where nothing can be opened."""
+    return _open(track, name, folder, None)[1] if _reached(track) else None
 
 
 def close_parent(
     track: Track, run_id: str | None, tags: dict[str, Any], metrics: dict[str, float], failed: bool
 ) -> None:
     """Close the run of a sweep with its summary."""
-    if run_id is None or track.kind is Tracker.none:
+    if run_id is None or not _reached(track):
         return
     log = Log(Path(), store(track)[0], run_id)
     log.tags(tags)
@@ -216,6 +215,11 @@ def tag(track: Track, run_id: str | None, tags: dict[str, Any]) -> None:
 
 def _close(log: Log, status: str) -> None:
     log._try(lambda client, run_id: client.set_terminated(run_id, status))
+
+
+def create(track: Track, label: str, folder: Path, parent: str | None) -> str:
+    """Make a run in the store and return its id."""
+    return _open(track, label, folder, parent)[1]
 
 
 def _open(track: Track, label: str, folder: Path, parent: str | None) -> tuple[MlflowClient, str]:
@@ -236,6 +240,24 @@ def _open(track: Track, label: str, folder: Path, parent: str | None) -> tuple[M
 
 
 _stores: dict[tuple[str, str], tuple[MlflowClient, str]] = {}
+_dead: set[str] = set()
+
+
+class Unreachable(MachineError):
+    """A tracking server that does not answer: the run goes on with its files, and `ftexp sync` brings them later."""
+
+
+def _reached(track: Track) -> bool:
+    """Tell whether there is a store to write to; a server that does not answer is warned of and waited for once."""
+    if track.kind is Tracker.none or track.uri in _dead:
+        return False
+    try:
+        store(track)
+    except Unreachable as error:
+        _dead.add(track.uri)
+        say(f"warning: {error}; the run goes on with files only, bring them later with: python -m ftexp.sync")
+        return False
+    return True
 
 
 def store(track: Track) -> tuple[MlflowClient, str]:
@@ -277,7 +299,8 @@ def _connect(track: Track) -> tuple[MlflowClient, str]:
             found = client.get_experiment_by_name(track.experiment)
             experiment = found.experiment_id if found else client.create_experiment(track.experiment, artifacts, KIND)
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise MachineError(f"track.uri={track.uri} cannot be opened: {str(error).splitlines()[0]}") from error
+        kind = Unreachable if track.uri.startswith("http") else MachineError
+        raise kind(f"track.uri={track.uri} cannot be opened: {str(error).splitlines()[0][:200]}") from error
     return client, experiment
 
 

@@ -1,6 +1,7 @@
 """The shape of the package: imports point one way, tests mirror modules, every key is documented."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import ftexp
 
 PACKAGE = Path(ftexp.__file__).parent
 ORDER = ["errors", "files", "progress", "config", "overrides", "data", "model", "metrics", "labels",
-         "evaluate", "train", "facts", "track", "experiment", "sweep", "stats", "compare", "report", "confirm", "power", "run",
+         "evaluate", "train", "facts", "track", "experiment", "runs", "sync", "sweep", "stats", "compare", "report", "confirm", "power", "diff", "reproduce", "run",
          "show", "ui", "__main__"]  # fmt: skip
 """A module imports only from those to its left."""
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "mlflow", "sklearn", "numpy", "pandas", "pyarrow"}
@@ -91,3 +92,23 @@ def test_no_config_object_behind_the_door():
     for path in MODULES:
         if str(path.relative_to(PACKAGE)) not in allowed:
             assert "omegaconf" not in path.read_text(), path
+
+
+def test_a_wheel_holds_every_module_and_file_of_values(tmp_path):
+    """Installed without the checkout, the command finds `conf/`, `sweeps/` and all modules."""
+    import zipfile
+
+    root = PACKAGE.parent
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("ftexp", "conf", "sweeps", "pyproject.toml", "README.md", "LICENSE"):
+        (shutil.copytree if (root / name).is_dir() else shutil.copy)(root / name, source / name)
+    subprocess.run([*build, str(source)], check=True, capture_output=True)
+    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    modules = {str(p.relative_to(root)) for p in MODULES}
+    values = {f"ftexp/{p.relative_to(root)}" for folder in ("conf", "sweeps") for p in (root / folder).rglob("*.yaml")}
+    data = {
+        str(p.relative_to(root)) for p in PACKAGE.rglob("*") if p.suffix in (".json", ".yaml", ".css", ".js", ".txt")
+    }
+    assert modules | values | data <= names

@@ -26,7 +26,14 @@ MAKES = [c for c in COMMANDS if c.startswith("make ")]
 def test_readme_has_commands_and_all_are_run_here():
     assert len(RUNS) >= 5
     others = [c for c in COMMANDS if c not in (*RUNS, *MAKES)]
-    assert {c.split()[0:3][-1] for c in others} <= {"ftexp.report", "ftexp.ui"}, others
+    assert {c.split()[0:3][-1] for c in others} <= {
+        "ftexp.diff",
+        "ftexp.reproduce",
+        "ftexp.report",
+        "ftexp.power",
+        "ftexp.show",
+        "ftexp.sweep",
+    }, others
 
 
 @pytest.mark.parametrize("command", MAKES)
@@ -67,16 +74,20 @@ def test_run_works(command, cli, folder, monkeypatch):
     assert out
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "ftexp.report" in c])
-def test_report_works_after_its_sweep(command, cli, folder, monkeypatch, capsys):
-    from ftexp import report
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in (*RUNS, *MAKES)])
+def test_other_verbs_work_after_their_sweep(command, cli, folder, monkeypatch, capsys):
+    from importlib import import_module
+
+    from ftexp import __main__ as verbs
 
     monkeypatch.chdir(folder)
     code, _, err = cli("lora.r=8,16,64", "-m", *TINY, "track=none", "name=lora.r-8-16-64")
     assert code == 0, err
-    monkeypatch.setattr(sys, "argv", ["ftexp.report", *shlex.split(command)[3:]])
-    assert report.main() == 0
-    assert "best" in capsys.readouterr().out
+    capsys.readouterr()
+    verb, *argv = shlex.split(command)[2:]
+    monkeypatch.setattr(sys, "argv", [verb, *argv, *(["model=tiny"] if verb == "ftexp.show" else [])])
+    assert import_module(verbs.module(verb.removeprefix("ftexp."))).main() == 0
+    assert capsys.readouterr().out
 
 
 def test_exit_codes_of_the_readme_are_those_of_the_code():

@@ -340,7 +340,10 @@ def _null(
             rows = (ahead[a] - ahead[b]) * math.sqrt(n / max(1, n - 1)) * unsure[0]
             noisy = rows * share[:, None] + (trained[a] - trained[b]) * unsure[1]
             ahead = ahead * float(np.median(share)) + trained
-        yield np.abs(noisy) / np.where(scale > 0, scale, 1)[:, None], ahead.max(axis=0)
+        best = (
+            ahead.max(axis=0) - ahead.min(axis=0)
+        ) / 2  # mean of a draw and its mirror image, which `exact` leaves out
+        yield np.abs(noisy) / np.where(scale > 0, scale, 1)[:, None], best
 
 
 def _resampled(units: Sequence[Sequence[Column]], draws: int) -> Array:

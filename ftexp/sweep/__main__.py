@@ -18,7 +18,7 @@ from rich.table import Table
 from ftexp import config
 from ftexp.errors import FtexpError, MachineError, Preempted
 from ftexp.files import read_json
-from ftexp.progress import say
+from ftexp.progress import quiet_libraries, say
 from ftexp.sweep import frozen
 from ftexp.sweep.frozen import Frozen
 
@@ -204,6 +204,7 @@ def main() -> int:
     from ftexp.train import control
 
     args = parser().parse_args()
+    quiet_libraries()
     config.register()
     try:
         with control.listening():

@@ -130,7 +130,7 @@ def _cells(sweep: Frozen, trial: FrozenTrial) -> list[str]:
     began, ended = trial.datetime_start, trial.datetime_complete
     if state == "running":
         step, loss = _step(sweep.folder / str(number))
-        values[0] = loss and f"({loss})"
+        values[0] = loss and f"train {loss}"
     else:
         step = ""
     took = "" if began is None else _span(((ended or datetime.now()) - began).total_seconds())

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftexp import config, data, experiment, facts, metrics
 from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, OutOfTime, Pruned
-from ftexp.progress import say
+from ftexp.progress import quiet_libraries, say
 from ftexp.sweep import frozen, study
 from ftexp.sweep.frozen import Frozen
 from ftexp.train import control
@@ -290,6 +290,7 @@ def main() -> int:
     """Run the command line; return the exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     config.register()
     with control.listening():
         return _main(frozen.load(Path(sys.argv[1])))

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
     from trl import SFTConfig
 
+DEAD_STEPS = 3
+"""Steps in a row without any gradient after which a training is over: a step too large has left nothing to learn."""
+
 
 def train(
     run: Run,
@@ -212,6 +215,7 @@ def watch(
     from transformers import TrainerCallback
 
     asked, minutes, saved = control, run.trainer.checkpoint_minutes, [time.monotonic()]
+    dead: list[int] = []
     names = {"loss": "train/loss", "learning_rate": "train/lr", "grad_norm": "train/grad_norm"}
 
     class Watch(TrainerCallback):
@@ -222,6 +226,9 @@ def watch(
             for name, value in told.items():
                 if not math.isfinite(value):
                     raise Diverged(f"diverged at step {state.global_step}: {name} is {value}")
+            dead[:] = [*dead, state.global_step] if told.get("train/grad_norm") == 0.0 else []
+            if len(dead) == DEAD_STEPS:
+                raise Diverged(f"diverged at step {state.global_step}: no gradient for {DEAD_STEPS} steps")
             report(told, state.global_step)
             advance(1, f"loss {told.get('train/loss', math.nan):.3f}")
 

@@ -94,7 +94,7 @@ def test_table_shows_how_far_running_trials_are(sweep):
     add(record, 1, "FAIL", kind="oom")
     text = drawn(screen.table(made, record))
     assert "7/20" in text
-    assert "(1.250)" in text
+    assert "train 1.250" in text
     assert "node7:42" in text
     assert "failed: oom" in text
 

@@ -243,3 +243,17 @@ def test_rows_are_handed_over_with_their_masks():
     handed = sft._dataset([example])[0]
     assert handed["input_ids"] == example.ids
     assert handed["labels"] == [-100] * len(example.prompt) + list(example.completion)
+
+
+def test_training_without_gradients_is_over(tiny, tmp_path, monkeypatch):
+    """A loss that no weight moves is finite and looks healthy; transformers trains on it to the end."""
+    honest = sft.token_mean
+
+    def stuck(*args):
+        return honest(*args) * 0 + 5.0
+
+    monkeypatch.setattr(sft, "token_mean", stuck)
+    with pytest.raises(Diverged, match="diverged at step 3: no gradient for 3 steps"):
+        trained(tiny("trainer.steps=6"), tmp_path)
+    monkeypatch.setattr(sft, "DEAD_STEPS", 99)  # without the guard it ends well
+    trained(tiny("trainer.steps=6"), tmp_path)

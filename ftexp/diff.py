@@ -1,0 +1,141 @@
+"""`python -m ftexp.diff RUN RUN`: what differs between two runs in config, data, environment and scores."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ftexp import compare, metrics, runs
+from ftexp.errors import FtexpError
+from ftexp.metrics import METRICS
+from ftexp.runs import Kept
+from ftexp.stats import pairs
+
+USAGE = """usage: python -m ftexp.diff RUN RUN [--json]
+
+  RUN     folder of a run or trial, or its MLflow id or the beginning of it (8 letters at least)
+  --json  one JSON object on stdout
+"""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of two runs."""
+
+    first: float | None
+    second: float | None
+    p: float | None
+    """Of the paired permutation test over the rows both were scored on; None where there are no such rows."""
+    low: float | None
+    """Lower end of the 95 % interval of second less first."""
+    high: float | None
+    """Upper end of it."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs between two runs."""
+
+    config: dict[str, tuple[Any, Any]]
+    """Key -> both values."""
+    facts: dict[str, tuple[Any, Any]]
+    """Rows, template, weights, compute, versions, code."""
+    scores: dict[str, Score]
+    """Every metric that either has, equal ones too."""
+    same_rows: bool
+    """Whether both were scored on the same rows."""
+
+
+def difference(first: Kept, second: Kept) -> Difference:
+    """Set two runs side by side."""
+    tables = [compare.read_table(kept.folder / "examples.parquet") for kept in (first, second)]
+    here = [None if t is None else (t["prompt"], t["reference"]) for t in tables]
+    same = here[0] is not None and here[0] == here[1]
+    names = [n for n in METRICS if any(n in kept.trial.get("scores", {}) for kept in (first, second))]
+    return Difference(
+        runs.changed(first.trial["config"], second.trial["config"]),
+        runs.changed(runs.facts(first), runs.facts(second)),
+        {name: _score(name, first, second, tables if same else None) for name in names},
+        same,
+    )
+
+
+def _score(name: str, first: Kept, second: Kept, tables: list[Any] | None) -> Score:
+    values = [kept.trial.get("scores", {}).get(name) for kept in (first, second)]
+    found = [compare.column(t, name) for t in tables or () if name.startswith("valid/")]
+    if len(found) != 2 or None in found or None in values or name == "valid/perplexity":
+        return Score(values[0], values[1], None, None, None)
+    [pair] = pairs.compare([[c] for c in found if c is not None], METRICS[name].direction).pairs
+    return Score(values[0], values[1], pair.p, -pair.high, -pair.low)
+
+
+def show(difference: Difference, names: list[str]) -> None:
+    """Print what differs."""
+    console = Console(width=None if sys.stdout.isatty() else 132, highlight=False)
+    for title, changes in (("config", difference.config), ("facts", difference.facts)):
+        if not changes:
+            console.print(f"{title}: no difference")
+            continue
+        table = Table(title=title, title_justify="left")
+        for column in ("key", *names):
+            table.add_column(column)
+        for key, (old, new) in changes.items():
+            table.add_row(key, _told(old), _told(new))
+        console.print(table)
+    table = Table(title="scores", title_justify="left")
+    for column in ("metric", *names, "second less first", "95 % interval", "p"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, score in difference.scores.items():
+        if score.first is None or score.second is None:
+            table.add_row(name, _number(score.first), _number(score.second), "", "", "")
+            continue
+        better = metrics.better(score.second, score.first, METRICS[name].direction)
+        change = _number(score.second - score.first) + (" better" if better else "")
+        ends = "" if score.low is None else f"{_number(score.low)} to {_number(score.high)}"
+        table.add_row(
+            name, _number(score.first), _number(score.second), change, ends, "" if score.p is None else f"{score.p:.2g}"
+        )
+    console.print(table)
+    if not difference.same_rows:
+        console.print("not tested: the runs were not scored on the same rows")
+
+
+def _told(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 48 else f"{text[:45]}..."
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 10_000 or not math.isfinite(value) else f"{value:.4g}"
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    words = [word for word in sys.argv[1:] if word != "--json"]
+    if len(words) != 2 or any(word.startswith("-") for word in words):
+        print(USAGE, file=sys.stderr, end="")
+        return 0 if words in (["-h"], ["--help"]) else 2
+    try:
+        first, second = (runs.find(word) for word in words)
+        told = difference(first, second)
+    except FtexpError as error:
+        print(f"ftexp: {error}", file=sys.stderr)
+        return error.exit_code
+    if "--json" in sys.argv[1:]:
+        scores = {name: vars(score) for name, score in told.scores.items()}
+        print(json.dumps({**vars(told), "scores": scores}, indent=1))
+    else:
+        show(told, [first.name, second.name] if first.name != second.name else [str(k.folder) for k in (first, second)])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

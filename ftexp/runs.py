@@ -1,0 +1,82 @@
+"""Runs that are there: found by folder or MLflow id, read back, and set side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftexp import config
+from ftexp.config import Run
+from ftexp.errors import MachineError
+from ftexp.files import read_json
+
+OUTPUTS = Path("outputs")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A run as its folder tells it."""
+
+    folder: Path
+    trial: dict[str, Any]
+    """Contents of `trial.json`."""
+
+    @property
+    def name(self) -> str:
+        """The folder below `outputs/runs` or `outputs/sweeps`."""
+        return f"{self.folder.parent.name}/{self.folder.name}" if self.folder.name.isdigit() else self.folder.name
+
+    def points(self) -> list[dict[str, float]]:
+        """Read the points of `metrics.jsonl`, in order; a line that a kill tore is left out."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+    def adapter(self) -> str | None:
+        """Hash the adapter's weights; None where there is none."""
+        path = self.folder / "adapter" / "adapter_model.safetensors"
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+    def config(self) -> Run:
+        """Build the run's config again, checked; its name and tracking are the defaults."""
+        return config.rebuild(self.trial["config"])
+
+
+def find(target: str) -> Kept:
+    """Find a run by its folder, or by its MLflow id or the beginning of it (8 letters at least).
+
+    Raises:
+        MachineError: there is none, or several begin so.
+    """
+    folder = Path(target)
+    if (kept := read_json(folder / "trial.json")) is not None:
+        return Kept(folder, kept)
+    found = []
+    for path in sorted(OUTPUTS.glob("**/trial.json")) if len(target) >= 8 else ():
+        kept = read_json(path) or {}
+        if str(kept.get("mlflow_run") or "").startswith(target):
+            found.append(Kept(path.parent, kept))
+    if len(found) != 1:
+        told = "no run" if not found else f"{len(found)} runs"
+        raise MachineError(
+            f"{target}: must be the folder of a run, or an MLflow run id; {told} of this id in {OUTPUTS}"
+        )
+    return found[0]
+
+
+def facts(kept: Kept) -> dict[str, Any]:
+    """What a result depends on beside the config, flat; the time and place it was made are left out."""
+    return config.flat({k: v for k, v in kept.trial.get("facts", {}).items() if k != "parameters"})
+
+
+def changed(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """List the keys whose values differ, in alphabetical order.
+
+    >>> changed({"a": 1, "b": 2}, {"b": 3})
+    {'a': (1, None), 'b': (2, 3)}
+    """
+    return {k: (old.get(k), new.get(k)) for k in sorted(old | new) if old.get(k) != new.get(k)}

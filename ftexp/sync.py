@@ -1,0 +1,152 @@
+"""`python -m ftexp.sync`: bring to MLflow what its store missed; our files have every point.
+
+A server that was dead, slow or full costs a run one warning. What it missed is brought later, each point once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ftexp import config, runs, track
+from ftexp.config import Track
+from ftexp.errors import FtexpError, MachineError
+from ftexp.files import read_json, write_json
+from ftexp.progress import progress, quiet_libraries
+from ftexp.runs import Kept
+from ftexp.track import Log
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+ENDED = {"complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "preempted": "KILLED"}
+
+
+@dataclass
+class Brought:
+    """What was brought to the store."""
+
+    runs: int = 0
+    """Runs that were not there."""
+    points: int = 0
+    """Points of metrics that were not there."""
+    files: int = 0
+    """Files and folders that were not there."""
+
+
+def sync(folders: list[Path], uri: str | None = None) -> Brought:
+    """Bring runs to the tracking store they were meant for, or to another.
+
+    Args:
+        folders: searched for runs.
+        uri: tracking store; None takes the one each run was started with. Runs with `track=none` are left out.
+
+    Raises:
+        MachineError: a store cannot be reached.
+    """
+    told, parents = Brought(), {}
+    found = [path for folder in folders for path in sorted(folder.glob("**/trial.json"))]
+    with progress("bringing runs", len(found)) as advance:
+        for path in found:
+            kept = Kept(path.parent, read_json(path) or {})
+            if "track" in kept.trial and kept.trial.get("state") != "running":
+                _bring(kept, uri or kept.trial["track"]["uri"], told, parents)
+            advance(1)
+    return told
+
+
+def _bring(kept: Kept, uri: str, told: Brought, parents: dict[Path, str]) -> None:
+    where = Track(uri=uri, experiment=kept.trial["track"]["experiment"])
+    client, _ = track.store(where)
+    run_id = _known(client, kept.trial.get("mlflow_run"))
+    if run_id is None:
+        run_id = track.create(where, kept.trial["label"], kept.folder, _parent(kept, where, client, parents, told))
+        write_json(kept.folder / "trial.json", kept.trial | {"mlflow_run": run_id})
+        told.runs += 1
+    log = Log(kept.folder, client, run_id)
+    _points(kept, client, log, told)
+    stored = client.get_run(run_id)
+    if not stored.data.params:
+        log.params(kept.trial["config"])
+    if "facts" in kept.trial:
+        log.tags({f"ftexp.{k}": v for k, v in config.flat(kept.trial["facts"]).items()})
+    there = {entry.path for entry in client.list_artifacts(run_id)}
+    for name in ("examples.parquet", "labels.json", "adapter"):
+        if name not in there and (kept.folder / name).exists():
+            log.files(kept.folder / name, "adapter" if name == "adapter" else None)
+            told.files += 1
+    if log.client is None:
+        raise MachineError(f"track.uri={uri} failed while {kept.folder} was brought; the same command goes on")
+    if stored.info.status in ("RUNNING", "SCHEDULED") and kept.trial["state"] in ENDED:
+        client.set_terminated(run_id, ENDED[kept.trial["state"]])
+
+
+def _known(client: MlflowClient, run_id: str | None) -> str | None:
+    """Return a run's id where the store holds it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return None if run_id is None else client.get_run(run_id).info.run_id
+    except MlflowException:
+        return None
+
+
+def _parent(
+    kept: Kept, where: Track, client: MlflowClient, parents: dict[Path, str], told: Brought
+) -> str | None:  # fmt: skip
+    """Return the run of the trial's sweep, made where the store does not hold it; None for a single run."""
+    folder = kept.folder.parent
+    sweep = read_json(folder / "sweep.json")
+    if sweep is None:
+        return None
+    if folder not in parents:
+        known = _known(client, sweep["mlflow_run"])
+        parents[folder] = known or track.create(where, sweep["name"], folder, None)
+        if known is None:
+            client.set_terminated(parents[folder], "FINISHED")
+            write_json(folder / "sweep.json", sweep | {"mlflow_run": parents[folder]})
+            told.runs += 1
+    return parents[folder]
+
+
+def _points(kept: Kept, client: MlflowClient, log: Log, told: Brought) -> None:
+    """Bring the points the store does not hold; equal steps of a metric count as the same point."""
+    missing: dict[str, dict[int, tuple[float, int]]] = {}
+    for point in kept.points():
+        for name, value in point.items():
+            if name not in ("step", "time"):
+                missing.setdefault(name, {})[int(point["step"])] = (value, int(point["time"]))
+    for name, points in missing.items():
+        there = {m.step for m in client.get_metric_history(log.run_id or "", name)}
+        new = {step: told for step, told in points.items() if step not in there}
+        log._points += [(name, value, when, step) for step, (value, when) in new.items()]
+        told.points += len(new)
+    log.flush()
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser("ftexp sync", description="Bring to MLflow what its store missed.")
+    parser.add_argument("folders", nargs="*", type=Path, default=[runs.OUTPUTS], help="default: %(default)s")
+    parser.add_argument("--uri", help="tracking store; default: the one each run was started with")
+    parser.add_argument("--json", action="store_true", help="for scripts")
+    args = parser.parse_args()
+    quiet_libraries()
+    try:
+        told = sync(args.folders, args.uri)
+    except FtexpError as error:
+        print(f"ftexp: {error}", file=sys.stderr)
+        return error.exit_code
+    if args.json:
+        print(json.dumps(asdict(told)))
+    else:
+        print(f"brought {told.runs} runs, {told.points} points and {told.files} files that were not there")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Two runs side by side: what differs, and whether it is chance."""
+
+import json
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from ftexp import diff, experiment, runs
+from ftexp.files import read_json, write_json
+
+
+def test_differences_of_real_runs_are_told(tiny, tmp_path, capsys, monkeypatch):
+    experiment.execute(tiny("lora.r=2"), tmp_path / "a", "x")
+    experiment.execute(tiny("lora.r=4", "trainer.steps=12"), tmp_path / "b", "x")
+    told = diff.difference(runs.find(str(tmp_path / "a")), runs.find(str(tmp_path / "b")))
+    assert set(told.config) == {"lora.r", "lora.alpha", "trainer.steps"}
+    assert told.facts == {}
+    assert told.same_rows
+    loss = told.scores["valid/loss"]
+    assert loss.low <= loss.second - loss.first <= loss.high < 0  # more steps are better, and it is no chance
+    assert loss.p < 0.05
+    assert told.scores["cost/trainable"].p is None
+    monkeypatch.setattr(sys, "argv", ["ftexp.diff", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert diff.main() == 0
+    out = capsys.readouterr().out
+    assert "trainer.steps" in out
+    assert "better" in out
+    monkeypatch.setattr(sys, "argv", ["ftexp.diff", "--json", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert diff.main() == 0
+    assert json.loads(capsys.readouterr().out)["config"]["lora.r"] == [2, 4]
+
+
+def made(folder, right, prompts=("p",) * 40, **facts):
+    write_json(folder / "trial.json", {
+        "state": "complete", "config": {"seed": 0}, "facts": facts, "scores": {"valid/exact_match": sum(right) / len(right)},
+    })  # fmt: skip
+    rows = [
+        {"prompt": f"{p}{n}", "reference": "r", "exact_match": r}
+        for n, (p, r) in enumerate(zip(prompts, right, strict=True))
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "examples.parquet")
+    return runs.Kept(folder, read_json(folder / "trial.json"))
+
+
+def test_equal_runs_are_no_difference(tmp_path):
+    one, two = (made(tmp_path / n, [1.0, 0.0] * 20) for n in "ab")
+    told = diff.difference(one, two)
+    assert (told.config, told.facts) == ({}, {})
+    assert told.scores["valid/exact_match"].p == 1
+
+
+def test_environment_is_told_and_other_rows_are_not_tested(tmp_path):
+    one = made(tmp_path / "a", [1.0, 0.0] * 20, versions={"torch": "1"}, parameters={"trainable": 3})
+    two = made(
+        tmp_path / "b", [0.0, 0.0] * 20, prompts=("q",) * 40, versions={"torch": "2"}, parameters={"trainable": 4}
+    )
+    told = diff.difference(one, two)
+    assert told.facts == {"versions.torch": ("1", "2")}
+    assert not told.same_rows
+    assert told.scores["valid/exact_match"].p is None
+
+
+@pytest.mark.parametrize(("words", "code"), [([], 2), (["a"], 2), (["--help"], 0), (["none", "none"], 4)])
+def test_wrong_command_line_ends_in_usage_or_one_line(words, code, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ftexp.diff", *words])
+    assert diff.main() == code
+    assert capsys.readouterr().err.startswith("ftexp: " if code == 4 else "usage: ")

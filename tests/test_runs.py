@@ -1,0 +1,52 @@
+"""Runs found by folder or id, and their configs built again."""
+
+import pytest
+
+from ftexp import config, experiment, runs
+from ftexp.errors import ConfigError, MachineError
+from ftexp.files import write_json
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Three runs in `outputs/`, with ids of a store."""
+    monkeypatch.chdir(tmp_path)
+    for where, run_id in (("runs/a", "aaaa1111bbbb"), ("sweeps/s/0", "aaaa1111cccc"), ("sweeps/s/1", None)):
+        write_json(tmp_path / "outputs" / where / "trial.json", {"mlflow_run": run_id, "config": {}})
+    return tmp_path
+
+
+def test_run_is_found_by_folder_and_by_the_beginning_of_its_id(kept):
+    assert runs.find("outputs/runs/a").trial["mlflow_run"] == "aaaa1111bbbb"
+    assert runs.find("aaaa1111b").folder.name == "a"
+    assert runs.find("aaaa1111cccc").name == "s/0"
+
+
+@pytest.mark.parametrize(("target", "told"), [("aaaa1111", "2 runs"), ("ffff0000", "no run"), ("aaaa", "no run")])
+def test_doubtful_id_is_refused(kept, target, told):
+    with pytest.raises(MachineError, match=f"{target}: must be the folder of a run, or an MLflow run id; {told}"):
+        runs.find(target)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [[], ["lora=dora", "lora.targets=[q_proj,v_proj]", "data.rows=50"], ["++lora.extra.use_rslora=true", "quant=nf4"],
+     ["eval=loss", "trainer.checkpoint_minutes=null", "objectives=[valid/loss,cost/seconds]"]],
+)  # fmt: skip
+def test_config_is_built_again_from_what_a_trial_keeps(composed, given):
+    run = composed(*given)
+    again = config.rebuild(experiment.identity(run))
+    assert experiment.identity(again) == experiment.identity(run)
+
+
+def test_config_of_another_version_is_refused(composed):
+    told = experiment.identity(composed())
+    with pytest.raises(ConfigError, match=r"gone"):
+        config.rebuild(told | {"lora.gone": 1})
+    with pytest.raises(ConfigError, match=r"lora\.r must be a rank"):
+        config.rebuild(told | {"lora.r": 0})
+
+
+def test_torn_last_point_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "tra')
+    assert runs.Kept(tmp_path, {}).points() == [{"step": 1, "train/loss": 2.0}]

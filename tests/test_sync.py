@@ -1,0 +1,129 @@
+"""A tracking store that was not there: training is unharmed, and every point is brought later, once."""
+
+import json
+import sys
+
+import pytest
+from conftest import TINY
+
+from ftexp import sync, track
+from ftexp.config import Track
+from ftexp.errors import MachineError
+from ftexp.files import read_json
+
+DEAD = "track.uri=http://127.0.0.1:9"
+
+
+@pytest.fixture(autouse=True)
+def forget(monkeypatch):
+    monkeypatch.setattr(track, "_dead", set())
+    monkeypatch.setattr(track, "_stores", {})
+
+
+@pytest.fixture
+def verb(monkeypatch, capsys):
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["ftexp.sync", *argv])
+        code = sync.main()
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def histories(uri):
+    """All points of all runs in a store: run name -> metric -> [(step, value)]."""
+    client, experiment = track.store(Track(uri=uri))
+    return {
+        r.info.run_name: {
+            name: sorted((m.step, m.value) for m in client.get_metric_history(r.info.run_id, name)) for name in r.data.metrics
+        }
+        for r in client.search_runs([experiment])
+    }  # fmt: skip
+
+
+def in_files(folder):
+    told = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        point = json.loads(line)
+        for name in point.keys() - {"step", "time"}:
+            told.setdefault(name, []).append((point["step"], point[name]))
+    return {name: sorted(points) for name, points in told.items()}
+
+
+def test_sweep_without_its_server_ends_well_and_is_brought_later_once(cli, verb, tmp_path):
+    code, _, err = cli("lora.r=2,4", *TINY, "name=s", DEAD, "-m")
+    assert code == 0, err
+    assert err.count("warning: track.uri=http://127.0.0.1:9 cannot be opened") == 1
+    uri = f"sqlite:///{tmp_path}/ml.db"
+    code, out, err = verb("--uri", uri)
+    assert code == 0, err
+    points = [in_files(tmp_path / "outputs" / "sweeps" / "s" / str(n)) for n in range(2)]
+    total = sum(len(p) for told in points for p in told.values())
+    assert out == f"brought 3 runs, {total} points and 4 files that were not there\n"
+    told = histories(uri)
+    assert [told["lora.r=2"], told["lora.r=4"]] == points
+    client, experiment = track.store(Track(uri=uri))
+    runs = {r.info.run_name: r for r in client.search_runs([experiment])}
+    assert {r.info.status for r in runs.values()} == {"FINISHED"}
+    assert runs["lora.r=2"].data.tags["mlflow.parentRunId"] == runs["s"].info.run_id
+    assert runs["lora.r=4"].data.params["lora.r"] == "4"
+    assert verb("--uri", uri)[1] == "brought 0 runs, 0 points and 0 files that were not there\n"
+    assert histories(uri) == told
+
+
+def test_points_missed_in_mid_run_are_brought_and_the_others_not_again(cli, verb, tmp_path, monkeypatch):
+    from mlflow.exceptions import MlflowException
+
+    uri = f"sqlite:///{tmp_path}/ml.db"
+    honest, calls = track.Log.flush, []
+
+    def breaks(log):
+        calls.append(1)
+        if len(calls) == 1:
+            honest(log)
+            monkeypatch.setattr(
+                log.client, "log_batch", lambda *_, **__: (_ for _ in ()).throw(MlflowException("gone"))
+            )
+        else:
+            honest(log)
+
+    monkeypatch.setattr(track, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(track.Log, "flush", breaks)
+    code, _, err = cli(*TINY, "name=one", f"track.uri={uri}")
+    assert code == 0, err
+    assert err.count("MLflow failed") == 1
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    track._stores.clear()
+    run = tmp_path / "outputs" / "runs" / "one"
+    before = histories(uri)["one"]
+    assert 0 < sum(map(len, before.values())) < sum(map(len, in_files(run).values()))
+    run_id = read_json(run / "trial.json")["mlflow_run"]
+    assert sync.sync([tmp_path / "outputs"]).runs == 0
+    assert histories(uri)["one"] == in_files(run)
+    assert read_json(run / "trial.json")["mlflow_run"] == run_id
+
+
+def test_sabotage_without_a_look_at_the_store_points_are_brought_again(cli, tmp_path, monkeypatch):
+    """SQLite drops a point that is equal to the millisecond; a server behind another database would show it twice."""
+    from mlflow import MlflowClient
+
+    assert cli(*TINY, "name=one", f"track.uri=sqlite:///{tmp_path}/ml.db")[0] == 0
+    assert sync.sync([tmp_path / "outputs"]).points == 0
+    monkeypatch.setattr(MlflowClient, "get_metric_history", lambda *_: [])
+    assert sync.sync([tmp_path / "outputs"]).points > 0
+
+
+def test_dead_store_is_named(cli, verb, tmp_path):
+    assert cli(*TINY, "name=one", DEAD)[0] == 0
+    code, _, err = verb()
+    assert code == 4
+    assert "track.uri=http://127.0.0.1:9 cannot be opened" in err
+    with pytest.raises(MachineError):
+        sync.sync([tmp_path / "outputs"])
+
+
+def test_run_without_tracking_is_left_out(cli, verb):
+    assert cli(*TINY, "name=one", "track=none")[0] == 0
+    assert json.loads(verb("--json")[1]) == {"runs": 0, "points": 0, "files": 0}
