@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ftexp import compare, config, data, experiment, facts, report, track
+from ftexp import config, data, experiment, facts, report, track
 from ftexp.config import Run
 from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, MachineError, Preempted, TrialsFailed
 from ftexp.files import read_json, write_json
@@ -128,6 +128,7 @@ def _keep(folder: Path, entries: list[dict[str, Any]]) -> None:
 
 def _plan(sweep: Frozen, record: Any) -> Plan:
     """Find the points to confirm in a finished sweep."""
+    from ftexp import compare  # numpy and scipy, after the command line is checked
     from ftexp.sweep import screen
 
     objective = sweep.objectives[0]
@@ -287,6 +288,8 @@ def _warn(entry: dict[str, Any]) -> None:
 
 def _result(plan: Plan, entry: dict[str, Any]) -> dict[str, Any]:
     """Score the points that were trained again, from the files of their runs."""
+    from ftexp import compare
+
     ran: list[list[dict[str, Any]]] = [[] for _ in plan.members]
     tables: list[list[dict[str, list[Any]]]] = [[] for _ in plan.members]
     for planned in entry["runs"]:
@@ -332,6 +335,7 @@ def _scores(
     name: str, ran: list[list[dict[str, Any]]], tables: list[list[dict[str, list[Any]]]], groups: Sequence[str] | None
 ) -> tuple[list[Interval], Comparison | None]:
     """Return each point's score over rows and seeds; without ends and test where it is no mean or ratio over rows."""
+    from ftexp import compare
     from ftexp.stats import pairs
     from ftexp.stats.columns import Interval
 
@@ -461,6 +465,8 @@ def scores(result: dict[str, Any]) -> Table:
 
 def lines(entry: dict[str, Any]) -> list[str]:
     """Tell a result in a few plain lines, for below the table."""
+    from ftexp.stats.noise import ALPHA
+
     result = entry["result"]
     winner, told = result["members"][0], [line(entry)]
     expected = result["expected_optimism"]
@@ -472,7 +478,7 @@ def lines(entry: dict[str, Any]) -> list[str]:
     if result["replicates"] == 1:
         told.append("One run a point in the sweep: its noise between seeds is not in the interval of the optimism.")
     if (pair := result["pair"]) is not None:
-        verdict = "are not told apart" if pair["p"] > compare.ALPHA else "differ"
+        verdict = "are not told apart" if pair["p"] > ALPHA else "differ"
         told.append(f"Winner less cheapest: {_told({'value': pair['difference'], **pair})}{result['unit']}, "
                     f"p={pair['p']:.2g}: they {verdict} on sealed rows.")  # fmt: skip
     told += [f"The winner alone: {result['alone']}."] if result["alone"] else []
