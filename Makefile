@@ -38,8 +38,9 @@ check: $(READY) ## run the fast tests only
 chaos: $(READY) ## kill a sweep 40 times and compare it with a calm one, byte by byte (about 10 minutes)
 	$(BIN)/python -m pytest -m chaos -s tests/chaos
 
-bench: $(READY) ## measure what the sweeper costs a trial and how busy it keeps workers
+bench: $(READY) ## time a sweep beside a shell loop over a TRL script, and what the sweeper itself costs (about 15 minutes)
 	$(BIN)/python tests/bench/sweeper.py
+	$(BIN)/python tests/bench/loop.py
 
 ui: $(READY) ## open the MLflow UI on 127.0.0.1:5000
 	$(BIN)/python -m ftexp.ui
