@@ -9,7 +9,7 @@ VERBS = {
     "run": "train and score one run, or a sweep with -m",
     "sweep": "list, look at, stop, resume and export sweeps",
     "show": "show data: print rows as the model will see them, and their lengths",
-    "report": "print the leaderboard of a sweep or a run",
+    "report": "print the leaderboard of a sweep or a run, and write it as a page",
     "power": "tell the rows and seeds a comparison needs",
     "ui": "show runs and sweeps in the MLflow UI",
 }
