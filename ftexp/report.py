@@ -21,6 +21,7 @@ from ftexp import track
 from ftexp.board import Board, read
 from ftexp.errors import FtexpError, MachineError
 from ftexp.files import read_json
+from ftexp.page.text import visible
 
 if TYPE_CHECKING:
     from ftexp.compare import Verdict
@@ -177,17 +178,17 @@ def export(folder: Path, form: str) -> str:
     board = read(folder)
     if form == "md":
         rows = [boards.titles(board), *(line.cells for line in boards.lines(board))]
-        told = ["| " + " | ".join(_cell(c) for c in row) + " |" for row in rows]
+        told = ["| " + " | ".join(markdown(c) for c in row) + " |" for row in rows]
         return "\n".join([told[0], "|---|---|" + "---:|" * (len(rows[0]) - 2), *told[1:]]) + "\n"
     found = data(gather(folder))
     return json.dumps(found, indent=1, ensure_ascii=False) + "\n" if form == "json" else _csv(found["points"])
 
 
-def _cell(text: str) -> str:
+def markdown(text: str) -> str:
     """Escape what ends a cell, a line or the table's text in Markdown, where HTML passes through."""
     for sign, instead in (("\\", "\\\\"), ("|", "\\|"), ("&", "&amp;"), ("<", "&lt;"), ("`", "\\`")):
         text = text.replace(sign, instead)
-    return " ".join(text.split())
+    return visible(" ".join(text.split()))
 
 
 def _csv(points: list[dict[str, Any]]) -> str:

@@ -12,7 +12,7 @@ import ftexp
 PACKAGE = Path(ftexp.__file__).parent
 ORDER = ["errors", "files", "progress", "config", "overrides", "data", "model", "metrics", "labels",
          "evaluate", "train", "facts", "track", "experiment", "sweep", "stats", "board", "compare", "examples", "page", "report",
-         "power", "run", "show", "ui", "__main__"]  # fmt: skip
+         "notebooks", "power", "run", "show", "ui", "__main__"]  # fmt: skip
 """A module imports only from those to its left."""
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "mlflow", "sklearn", "numpy", "pandas", "pyarrow"}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py"))

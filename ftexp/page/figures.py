@@ -157,3 +157,36 @@ def spread(sweep: Sweep, key: str) -> Svg | None:
         for v, p in sorted(zip(known, sweep.complete, strict=True), key=lambda pair: pair[1] is sweep.winner)
     ]  # fmt: skip
     return svg.dots(marks, key, name, f"{name} against {key}, {len(marks)} points")
+
+
+def sure(sweep: Sweep, most: int = 20) -> Svg | None:
+    """Draw the compared points' scores with their intervals, best first; None where nothing was tested."""
+    verdict = sweep.verdict
+    if verdict.comparison is None:
+        return None
+    sign = 1 if METRICS[verdict.objective].direction is Direction.minimize else -1
+    order = sorted(range(len(verdict.points)), key=lambda n: sign * verdict.points[n].score.value)[:most]
+    looks = {n: "best" if n == verdict.best else "same" if n in verdict.same else "plain" for n in order}
+    told = [(n, verdict.points[n]) for n in order]
+    rows = [(brief(p.label), p.score.value, p.score.low, p.score.high, looks[n]) for n, p in told]
+    return svg.ladder(rows, verdict.objective, f"{verdict.objective} of {len(rows)} points with 95 % intervals")
+
+
+def ranges(bins: Sequence[Bin], x: str, title: str) -> Svg:
+    """Draw the means of bins with their intervals."""
+    return svg.ladder([(named(b), b.mean, *b.ends, "plain") for b in bins], x, title)
+
+
+def named(found: Bin) -> str:
+    """Name a bin by its value or its range, and say how many points it holds."""
+    low, high = (f"{v:.3g}" if isinstance(v, float) else str(v) for v in (found.low, found.high))
+    return f"{low if found.low == found.high else f'{low} to {high}'} ({found.trials})"
+
+
+def brief(label: str) -> str:
+    """Leave the groups out of the overrides of a point, for a drawing.
+
+    >>> brief("lora.r=8 trainer.lr=0.001 lora=dora")
+    'r=8 lr=0.001 lora=dora'
+    """
+    return re.sub(r"(^| )\+?(?:\w+\.)+(?=\w+=)", r"\1", label)

@@ -41,7 +41,7 @@ def page(sweep: Sweep) -> str:
     body = "".join(
         f'<section id="{k}" aria-labelledby="{k}-h"><h2 id="{k}-h">{t}</h2>{b}</section>' for k, t, b in there
     )
-    text = (
+    return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{style.POLICY}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" '
@@ -49,7 +49,6 @@ def page(sweep: Sweep) -> str:
         f'<a class="skip" href="#decision">To the decision</a>{_header(sweep)}<nav aria-label="Sections">'
         f"<ul>{links}</ul></nav></header><main>{body}</main><script>{style.SCRIPT}</script></body></html>\n"
     )
-    return text.encode("utf-8", "replace").decode()  # half a surrogate cannot be written to a file
 
 
 def _header(sweep: Sweep) -> str:

@@ -13,6 +13,8 @@ WIDTH, HEIGHT = 520, 320
 LEFT, RIGHT, TOP, BOTTOM = 62, 30, 26, 46
 STRIP = 240
 """Width of a strip in a table's cell."""
+MOST_NAME = 32
+"""Characters of a name beside a mark."""
 DENSE = 24
 """Lines above which each is drawn thin and pale."""
 MOST_STEPS = 120
@@ -179,6 +181,32 @@ def dots(marks: Sequence[Dot], x: str, y: str, title: str, front: Sequence[tuple
     return _framed("".join(drawn), title)
 
 
+def ladder(rows: Sequence[tuple[str, float, float, float, str]], x: str, title: str) -> Svg:
+    """Draw values with their intervals below one another.
+
+    Args:
+        rows: name, value, lower and upper end (NaN where there is none), and class of the mark.
+        x: what runs to the right.
+        title: what a screen reader says.
+    """
+    left, step = 232, 24
+    bottom = TOP + step * len(rows)
+    across = scale([v for row in rows for v in row[1:4]], left, WIDTH - RIGHT, log=False)
+    drawn = [_text(WIDTH - RIGHT, bottom + 36, x, "end title")]
+    for value in ticks(across):
+        at = across.at(value)
+        drawn.append(f'<path class="grid" d="M{at} {TOP}V{bottom}"/>{_text(at, bottom + 18, short(value), "mid")}')
+    for n, (name, value, low, high, look) in enumerate(rows):
+        at = TOP + step * (n + 0.5)
+        told = name if len(name) <= MOST_NAME else f"{name[: MOST_NAME - 1]}\u2026"
+        drawn.append(_text(left - 10, at + 4, told, "end"))
+        if math.isfinite(low) and math.isfinite(high):
+            drawn.append(f'<path class="span {look}" d="M{across.at(low)} {at}H{across.at(high)}"/>')
+        mark = f'<circle class="dot {look}" cx="{across.at(value)}" cy="{at}" r="5">'
+        drawn.append(f"{mark}<title>{escape(name)}: {value:.4g}</title></circle>")
+    return _framed("".join(drawn), title, height=bottom + BOTTOM)
+
+
 def strip(value: float, low: float, high: float, axis: Scale, look: str = "plain", bar: bool = False) -> str:
     """Draw a value and its interval for a cell of a table, which holds the numbers as text.
 
@@ -204,9 +232,9 @@ def strip(value: float, low: float, high: float, axis: Scale, look: str = "plain
     )
 
 
-def _framed(inner: str, title: str, look: str = "") -> Svg:
+def _framed(inner: str, title: str, look: str = "", height: int = HEIGHT) -> Svg:
     return Svg(
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="plot{look}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="plot{look}" viewBox="0 0 {WIDTH} {height}" role="img" '
         f'aria-label="{escape(title)}">{inner}</svg>'
     )
 
