@@ -5,7 +5,7 @@ READY := .venv/.ready-$(shell cat requirements.lock pyproject.toml | cksum | cut
 SWEEP ?= outputs/sweeps/lora.r-8-16-64
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check chaos bench ui report clean
+.PHONY: help setup demo test check chaos bench ui report notebooks clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -45,8 +45,11 @@ bench: $(READY) ## time a sweep beside a shell loop over a TRL script, and what 
 ui: $(READY) ## open the MLflow UI on 127.0.0.1:5000
 	$(BIN)/python -m ftexp.ui
 
-report: $(READY) ## print the leaderboard of SWEEP=outputs/sweeps/<name>
+report: $(READY) ## print the leaderboard of SWEEP=outputs/sweeps/<name> and write its page
 	$(BIN)/python -m ftexp.report $(SWEEP)
+
+notebooks: $(READY) ## run the notebooks of analysis/ on SWEEP and keep what they show
+	$(BIN)/python -m ftexp.notebooks $(SWEEP)
 
 clean: ## remove caches of tools; outputs/ and .venv stay
 	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info

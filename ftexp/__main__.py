@@ -9,7 +9,7 @@ VERBS = {
     "run": "train and score one run, or a sweep with -m",
     "sweep": "list, look at, stop, resume and export sweeps",
     "show": "show data: print rows as the model will see them, and their lengths",
-    "report": "print the leaderboard of a sweep or a run",
+    "report": "print the leaderboard of a sweep or a run, and write it as a page",
     "confirm": "train a sweep's winner again and score it once on the sealed rows",
     "diff": "tell what differs between two runs, and whether it is chance",
     "reproduce": "train a run again and compare it step by step",

@@ -12,7 +12,8 @@ import ftexp
 
 PACKAGE = Path(ftexp.__file__).parent
 ORDER = ["errors", "files", "progress", "config", "overrides", "data", "model", "metrics", "labels",
-         "evaluate", "train", "facts", "track", "experiment", "runs", "sync", "sweep", "stats", "compare", "report", "confirm", "power", "diff", "reproduce", "run",
+         "evaluate", "train", "facts", "track", "experiment", "runs", "sync", "sweep", "stats", "board", "compare",
+         "examples", "page", "report", "confirm", "notebooks", "power", "diff", "reproduce", "run",
          "show", "ui", "__main__"]  # fmt: skip
 """A module imports only from those to its left."""
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "mlflow", "sklearn", "numpy", "pandas", "pyarrow"}
