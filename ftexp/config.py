@@ -187,6 +187,19 @@ class Long(Enum):
     """The row loses its end, and with it the token that teaches the model to stop."""
 
 
+class Packing(Enum):
+    """How training rows share the positions of a forward pass."""
+
+    none = "none"
+    """A row each, padded on the right to the longest of its batch."""
+    bfd = "bfd"
+    """Whole rows behind each other, up to `data.max_length` tokens, best fit first (arXiv:2404.10830); no row sees
+    another. `trainer.batch` counts packs then, and NEFTune's noise, which shrinks with length, is that of a pack."""
+    wrapped = "wrapped"
+    """All rows as one stream cut every `data.max_length` tokens: rows are torn and see each other. As some recipes do;
+    a warning says how many rows."""
+
+
 class Gate(Enum):
     """Checks on rows and tokens, on unless named in `data.allow`."""
 
@@ -337,6 +350,8 @@ class Data:
     """Longest row in tokens."""
     long: Long = Long.refuse
     """What happens to a longer row; by default nothing is cut or dropped unnoticed."""
+    packing: Packing = Packing.none
+    """How training rows share a forward pass; held-out rows are never packed."""
     valid: int | float = 128
     """Rows held out to compare trials: a count, or a share of all rows below 1."""
     test: int | float = 0
@@ -456,6 +471,8 @@ class Trainer:
     """Minutes between two checkpoints that a killed run goes on from; 0 writes one after every step, null none."""
     multi_label: bool = True
     """With `kind=classify`: rows have any number of labels; false where each has exactly one."""
+    group_by_length: bool = False
+    """Draw batches of rows of about equal length: less padding, and an order that is less random."""
     class_weights: bool = False
     """With `kind=classify`: weigh labels in the training loss so that rare ones count as much as common ones."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -475,6 +492,8 @@ class Trainer:
         if self.kind is not Method.classify:
             require(self.multi_label, "trainer.multi_label", self.multi_label, "true unless trainer.kind=classify")
             require(not self.class_weights, "trainer.class_weights", True, "false unless trainer.kind=classify")
+        else:
+            require(not self.group_by_length, "trainer.group_by_length", True, "false with trainer.kind=classify")
         require(self.report_steps >= 0, "trainer.report_steps", self.report_steps, "0 or more")
         require(
             self.checkpoint_minutes is None or self.checkpoint_minutes >= 0,
@@ -607,6 +626,11 @@ RETIRED = {
     "val_size": "data.valid",
     "validation_split": "data.valid",
     "dataset_text_field": "data.columns",
+    "packing": "data.packing",
+    "packing_strategy": "data.packing",
+    "padding_free": "data.packing",
+    "group_by_length": "trainer.group_by_length",
+    "train_sampling_strategy": "trainer.group_by_length",
     "report_to": "track.kind",
     "logging_dir": "track.uri",
     "output_dir": "name",

@@ -201,8 +201,9 @@ def _nats(model: AnyModel, rows: list[Example], pad: int) -> list[float]:
 
 
 def supervised_logits(
-    model: AnyModel, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    model: AnyModel, ids: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor,
+    positions: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Run a forward pass that projects onto the vocabulary only the positions that predict a supervised token.
 
     A hook picks those positions in front of the output layer, so whatever a model does behind it (scaling, soft
@@ -211,8 +212,9 @@ def supervised_logits(
     Args:
         model: a causal language model, with or without an adapter.
         ids: token ids, (row, position).
-        mask: 1 for tokens and 0 for padding, (row, position).
+        mask: 1 for tokens and 0 for padding, (row, position); None with `positions`.
         labels: token ids, -100 where not supervised, (row, position); the first position cannot be predicted.
+        positions: of packed rows: 0 where a row begins, (row, position). A mask beside it would hide where rows end.
 
     Returns:
         Logits (supervised, vocabulary) and the tokens they should predict (supervised,), row after row.
@@ -222,7 +224,8 @@ def supervised_logits(
     head: Any = model.get_output_embeddings()  # type: ignore
     hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][:, :-1][picked][None], *hidden[1:]))
     try:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
+        more = {} if positions is None else {"position_ids": positions}
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **more).logits[0]
     finally:
         hook.remove()
     return logits, targets[picked]

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ftexp import config, data, evaluate, facts, labels, metrics, model, track
-from ftexp.config import Format, Kind, Method, Run, Template
+from ftexp.config import Format, Kind, Method, Packing, Run, Template
 from ftexp.data import gates, general, prompts
 from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned
 from ftexp.files import read_json, write_json
 from ftexp.model import Base
 from ftexp.overrides import ROOT
 from ftexp.progress import say
-from ftexp.train import TRAINERS, checkpoints, classify, sft
+from ftexp.train import TRAINERS, checkpoints, classify, lengths, sft
 from ftexp.train.control import Control
 
 Tokenised = tuple[list[prompts.Example], list[prompts.Example]]
@@ -39,6 +39,7 @@ def check(run: Run, folder: Path | None) -> None:
         raise ConfigError(
             f"name={run.name} is taken by another run in {folder}: {_difference(kept['config'], identity(run))}"
         )
+    _check_lengths(run)
     splits = data.load(run.data)
     _check_shape(run, splits)
     _check_labels(run, splits)
@@ -64,6 +65,19 @@ def switched_on(run: Run) -> set[str]:
         "eval.forgetting": run.eval.forgetting is not None,
     }
     return {key for key, on in given.items() if on}
+
+
+def _check_lengths(run: Run) -> None:
+    """Refuse ways to share a forward pass that do not go together."""
+    how = run.data.packing
+    if how is not Packing.none and run.trainer.kind is Method.classify:
+        raise ConfigError(
+            f"data.packing must be none with trainer.kind=classify, got {how.value}: it scores whole rows"
+        )
+    if how is not Packing.none and run.trainer.group_by_length:
+        raise ConfigError(
+            f"trainer.group_by_length must be false with data.packing={how.value}: packs are of one length"
+        )
 
 
 def _check_shape(run: Run, splits: data.Splits) -> None:
@@ -97,6 +111,11 @@ def prepare(run: Run) -> None:
     longest = max((*train, *valid), key=lambda e: len(e.ids))
     if limit is not None and len(longest.ids) > limit:
         raise DataError(f"{longest.row.where}: the model takes at most {limit} tokens, this row has {len(longest.ids)}")
+    if limit is not None and run.data.packing is Packing.wrapped and run.data.max_length > limit:
+        raise ConfigError(
+            f"data.max_length must be at most the {limit} tokens the model takes with data.packing=wrapped, "
+            f"got {run.data.max_length}"
+        )
     if run.eval.generate:
         asked, room = max(valid, key=lambda e: len(e.prompt)), evaluate.planned_tokens(valid, run.eval)
         if limit is not None and len(asked.prompt) + room > limit:
@@ -254,7 +273,7 @@ def _execute(
     kept = checkpoints.store(folder / "checkpoints", fingerprint(run, trial["facts"]))
     done = kept.resume.step if kept.resume else 0
     with track.start(run, folder, label, parent, trial.get("mlflow_run"), done) as log:
-        trial |= {"mlflow_run": log.run_id, "steps": sft.planned_steps(run.trainer, len(task.train))}
+        trial |= {"mlflow_run": log.run_id, "steps": sft.planned_steps(run.trainer, task.units)}
         write_json(folder / "trial.json", trial)  # so that a restart after a kill finds its run in the store
         log.params(track.flat(run))
         before = task.before(base)
@@ -317,6 +336,8 @@ class Task:
     """Training rows as the method takes them."""
     valid: list[Any]
     """Held-out rows."""
+    units: int
+    """What `trainer.batch` counts: rows, or packs of rows."""
     outputs: int
     """Labels of a classifier's head; 0 where the model writes text."""
     rival: str
@@ -345,7 +366,7 @@ def generation(run: Run, splits: data.Splits) -> Task:
         now = general_loss(run, base, tuned, text, "general text")
         return After(scored, {"forgetting/before": was, "forgetting/after": now, "forgetting/loss": now - was})
 
-    return Task(run, train, valid, 0, "base", before, after)
+    return Task(run, train, valid, lengths.units(train, run.data), 0, "base", before, after)
 
 
 def classification(run: Run, splits: data.Splits) -> Task:
@@ -362,7 +383,7 @@ def classification(run: Run, splits: data.Splits) -> Task:
         return After(scored, {}, {"thresholds": thresholds, "labels": known})
 
     bare = replace(run, data=replace(run.data, template=Template.plain))  # texts are in no template
-    return Task(bare, train, valid, len(known), "tfidf", before, after)
+    return Task(bare, train, valid, len(train), len(known), "tfidf", before, after)
 
 
 TASKS = {
