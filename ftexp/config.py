@@ -134,6 +134,8 @@ class Source(Enum):
     """A file with one JSON array of objects."""
     parquet = "parquet"
     """An Apache Parquet file."""
+    hub = "hub"
+    """A data set of the Hugging Face hub, by its id, or a folder in its layout."""
 
 
 FILES = (Source.file, Source.csv, Source.tsv, Source.jsonl, Source.json, Source.parquet)
@@ -329,7 +331,14 @@ class Data:
     kind: Source = Source.yoda
     """Where rows come from."""
     path: str = ""
-    """File with the rows, for `data=file` and its formats."""
+    """File with the rows, for `data=file` and its formats; id or folder, for `data=hub`."""
+    revision: str | None = None
+    """Branch, tag or commit of a set of the hub; the commit it stands for is kept with the run. Null is the default
+    branch, which moves."""
+    config: str | None = None
+    """Which of several tables of a set of the hub, where it has several."""
+    split: str = "train"
+    """Split of a set of the hub, or a part of one such as `train[:10%]`; ours are drawn from it."""
     valid_path: str = ""
     """File with the held-out rows, all of them; `data.valid` is not read then."""
     test_path: str = ""
@@ -375,12 +384,19 @@ class Data:
         _finite("data", self)
         for key in ("path", "valid_path", "test_path"):
             value = getattr(self, key)
-            if self.kind not in FILES:
+            if self.kind not in FILES and not (self.kind is Source.hub and key == "path"):
                 rule = f"empty when data={self.kind.value} (use data=file)"
                 require(not value, f"data.{key}", value, rule)
         require(
             self.kind not in FILES or bool(self.path), "data.path", self.path, f"a file when data={self.kind.value}"
         )
+        if self.kind is Source.hub:
+            require(bool(self.path), "data.path", self.path, "an id of the hub or a folder when data=hub")
+            require(bool(self.split), "data.split", self.split, "the name of a split when data=hub")
+        else:
+            for key, usual in (("revision", None), ("config", None), ("split", "train")):
+                value = getattr(self, key)
+                require(value == usual, f"data.{key}", value, f"left out when data={self.kind.value} (use data=hub)")
         require(self.rows is None or self.rows >= 2, "data.rows", self.rows, "null or at least 2")
         require(8 <= self.max_length <= 1 << 20, "data.max_length", self.max_length, "between 8 and 1048576 tokens")
         rule = "at least 1, or a share below 1: without held-out rows no trial can be scored"

@@ -473,6 +473,7 @@ def _facts(run: Run, base: Base, splits: data.Splits, used: Tokenised) -> dict[s
     return {
         **({"general_sha256": general.digest(general.passages(run.eval.forgetting))} if run.eval.forgetting else {}),
         "rows": _counts(splits, used),
+        **({"data_commit": splits.commit} if splits.commit else {}),
         "template_sha256": prompts.template_digest(base.tokenizer, run.data),
         "weights_sha256": base.weights,
         "compute": asdict(base.compute),
