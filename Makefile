@@ -41,8 +41,9 @@ hub: $(READY) ## run the tests that need the Hugging Face hub
 chaos: $(READY) ## kill a sweep 40 times and compare it with a calm one, byte by byte (about 10 minutes)
 	$(BIN)/python -m pytest -m chaos -s tests/chaos
 
-bench: $(READY) ## measure what the sweeper costs a trial and how busy it keeps workers
+bench: $(READY) ## measure what the sweeper costs a trial, and what tokenising a million rows costs (some 20 minutes)
 	$(BIN)/python tests/bench/sweeper.py
+	$(BIN)/python tests/bench/data.py
 
 ui: $(READY) ## open the MLflow UI on 127.0.0.1:5000
 	$(BIN)/python -m ftexp.ui

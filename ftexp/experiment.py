@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ftexp import config, data, evaluate, facts, labels, metrics, model, track
 from ftexp.config import Format, Kind, Method, Packing, Run, Template
-from ftexp.data import gates, general, prompts
+from ftexp.data import gates, general, prompts, tokens
 from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned
 from ftexp.files import read_json, write_json
 from ftexp.model import Base
@@ -19,7 +19,7 @@ from ftexp.progress import say
 from ftexp.train import TRAINERS, checkpoints, classify, lengths, sft
 from ftexp.train.control import Control
 
-Tokenised = tuple[list[prompts.Example], list[prompts.Example]]
+Tokenised = tuple[Sequence[prompts.Example], Sequence[prompts.Example]]
 
 
 def check(run: Run, folder: Path | None) -> None:
@@ -108,7 +108,7 @@ def prepare(run: Run) -> None:
     train, valid = tokenised(run, data.load(run.data))
     limit = model.positions(run.model)
     general_text(run, model.tokenizer(run.model))
-    longest = max((*train, *valid), key=lambda e: len(e.ids))
+    longest = tokens.longest([tokens.longest(train), tokens.longest(valid)])
     if limit is not None and len(longest.ids) > limit:
         raise DataError(f"{longest.row.where}: the model takes at most {limit} tokens, this row has {len(longest.ids)}")
     if limit is not None and run.data.packing is Packing.wrapped and run.data.max_length > limit:
@@ -332,9 +332,9 @@ class Task:
 
     run: Run
     """The config whose template the rows are in."""
-    train: list[Any]
+    train: Sequence[Any]
     """Training rows as the method takes them."""
-    valid: list[Any]
+    valid: Sequence[Any]
     """Held-out rows."""
     units: int
     """What `trainer.batch` counts: rows, or packs of rows."""
@@ -427,15 +427,17 @@ def tokenised(run: Run, splits: data.Splits) -> Tokenised:
     if _tokens is None or _tokens[0] != key:
         gates.near_leaks(splits, run.data)
         tokenizer = model.tokenizer(run.model)
-        train = prompts.render(splits.train, tokenizer, run.data)
-        _tokens = key, (train, prompts.render(splits.valid, tokenizer, run.data))
+        train = tokens.render(splits.train, tokenizer, run.data, f"train {splits.digest()}")
+        _tokens = key, (train, tokens.render(splits.valid, tokenizer, run.data, f"valid {splits.digest()}"))
     return _tokens[1]
 
 
 _base_scores: dict[str, evaluate.Scored] = {}
 
 
-def base_scores(run: Run, base: Base, valid: list[prompts.Example], rows: str, known: evaluate.Seen) -> evaluate.Scored:
+def base_scores(
+    run: Run, base: Base, valid: Sequence[prompts.Example], rows: str, known: evaluate.Seen
+) -> evaluate.Scored:
     """Score the model before training: once for a model, its rows and the way of scoring, not once a trial."""
     key = f"{base.weights} {base.key} {rows} {config.digest(run.data, run.eval)}"
     if key not in _base_scores:

@@ -9,6 +9,7 @@ supervised, of a conversation every answer; they are found by rendering the conv
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -100,13 +101,21 @@ def render(rows: tuple[Row, ...], tokenizer: PreTrainedTokenizerBase, data: Data
         DataError: a row is longer than `data.max_length`, begins with two BOS tokens, or has a template that rewrites
             the prompt once the answer follows; the message starts with the row's place.
     """
+    with progress("tokenising", len(rows)) as advance:
+        made = examples(rows, tokenizer, data, advance)
+    return gates.tokens(rows, made, end(tokenizer), data)
+
+
+def examples(
+    rows: tuple[Row, ...], tokenizer: PreTrainedTokenizerBase, data: Data, advance: Callable[[], None] = lambda: None
+) -> list[Example | None]:
+    """Tokenise rows, each for itself: None stands for one that was dropped for its length."""
     chat = template(tokenizer, data)
     made = []
-    with progress("tokenising", len(rows)) as advance:
-        for row in rows:
-            made.append(_fitted(_checked(_example(row, tokenizer, chat), tokenizer, data), tokenizer, data))
-            advance()
-    return gates.tokens(rows, made, _end(tokenizer), data)
+    for row in rows:
+        made.append(_fitted(_checked(_example(row, tokenizer, chat), tokenizer, data), tokenizer, data))
+        advance()
+    return made
 
 
 def _example(row: Row, tokenizer: PreTrainedTokenizerBase, chat: str | None) -> Example:
@@ -150,8 +159,8 @@ def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase, chat: str) -> Ex
         prompt += [*answer, *_ids(tokenizer, asked[len(done) :])]
         answer = _ids(tokenizer, full[len(asked) :])
         if n != answers[-1]:
-            end = answer.index(_end(tokenizer)) + 1 if _end(tokenizer) in answer else len(answer)
-            earlier.append((len(prompt), len(prompt) + end))
+            length = answer.index(end(tokenizer)) + 1 if end(tokenizer) in answer else len(answer)
+            earlier.append((len(prompt), len(prompt) + length))
         done = full
     return Example(row, tuple(prompt), tuple(_closed(answer, tokenizer, row)), tuple(earlier))
 
@@ -171,7 +180,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -
     return list(cast(list[int], tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]))
 
 
-def _end(tokenizer: PreTrainedTokenizerBase) -> int:
+def end(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of the end-of-sequence token."""
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no end-of-sequence token, so a model could never learn to stop")
     return cast(int, tokenizer.eos_token_id)
@@ -179,7 +189,7 @@ def _end(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
     """End a completion at its end-of-sequence token, or add one: a model never shown it never stops."""
-    eos = _end(tokenizer)
+    eos = end(tokenizer)
     if eos not in ids:
         return [*ids, eos]
     first = ids.index(eos)

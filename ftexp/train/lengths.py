@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ftexp import evaluate
 from ftexp.config import Data, Packing
 from ftexp.data.prompts import Example
+from ftexp.data.tokens import Tokens
 from ftexp.errors import ConfigError, DataError
 from ftexp.progress import say
 
@@ -29,6 +30,8 @@ def dataset(rows: Sequence[Example]) -> Dataset:
     """Return rows as TRL takes them: token ids, and labels that are -100 where not supervised."""
     from datasets import Dataset
 
+    if isinstance(rows, Tokens):
+        return rows.dataset()
     return Dataset.from_list([{"input_ids": e.ids, "labels": e.labels} for e in rows])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -31,8 +31,8 @@ def train(
     run: Run,
     base: Base,
     tuned: PeftModel,
-    rows: list[Example],
-    valid: list[Example],
+    rows: Sequence[Example],
+    valid: Sequence[Example],
     kept: Store,
     report: Report,
     control: Control,
