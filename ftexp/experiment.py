@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from ftexp import config, data, evaluate, facts, labels, metrics, model, track
-from ftexp.config import Format, Kind, Method, Run, Template, Tracker
-from ftexp.data import gates, general, prompts
+from ftexp.config import Format, Kind, Method, Packing, Run, Template, Tracker
+from ftexp.data import gates, general, prompts, tokens
 from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned
 from ftexp.files import read_json, write_json
 from ftexp.model import Base
 from ftexp.overrides import ROOT
 from ftexp.progress import say
-from ftexp.train import TRAINERS, checkpoints, classify, sft
+from ftexp.train import TRAINERS, checkpoints, classify, lengths, sft
 from ftexp.train.control import Control
 
-Tokenised = tuple[list[prompts.Example], list[prompts.Example]]
+Tokenised = tuple[Sequence[prompts.Example], Sequence[prompts.Example]]
 
 
 def check(run: Run, folder: Path | None) -> None:
@@ -39,6 +39,7 @@ def check(run: Run, folder: Path | None) -> None:
         raise ConfigError(
             f"name={run.name} is taken by another run in {folder}: {_difference(kept['config'], identity(run))}"
         )
+    _check_lengths(run)
     splits = data.load(run.data)
     _check_shape(run, splits)
     _check_labels(run, splits)
@@ -64,6 +65,19 @@ def switched_on(run: Run) -> set[str]:
         "eval.forgetting": run.eval.forgetting is not None,
     }
     return {key for key, on in given.items() if on}
+
+
+def _check_lengths(run: Run) -> None:
+    """Refuse ways to share a forward pass that do not go together."""
+    how = run.data.packing
+    if how is not Packing.none and run.trainer.kind is Method.classify:
+        raise ConfigError(
+            f"data.packing must be none with trainer.kind=classify, got {how.value}: it scores whole rows"
+        )
+    if how is not Packing.none and run.trainer.group_by_length:
+        raise ConfigError(
+            f"trainer.group_by_length must be false with data.packing={how.value}: packs are of one length"
+        )
 
 
 def _check_shape(run: Run, splits: data.Splits) -> None:
@@ -93,7 +107,13 @@ def prepare(run: Run) -> None:
         return
     train, valid = tokenised(run, data.load(run.data))
     general_text(run, model.tokenizer(run.model))
-    _check_length(run, (*train, *valid))
+    _check_length(run, [tokens.longest(train), tokens.longest(valid)])
+    limit = model.positions(run.model)
+    if limit is not None and run.data.packing is Packing.wrapped and run.data.max_length > limit:
+        raise ConfigError(
+            f"data.max_length must be at most the {limit} tokens the model takes with data.packing=wrapped, "
+            f"got {run.data.max_length}"
+        )
     _check_room(run, valid)
 
 
@@ -110,7 +130,7 @@ def _check_length(run: Run, rows: Sequence[prompts.Example | classify.Example]) 
         raise DataError(f"{longest.row.where}: the model takes at most {limit} tokens, this row has {len(longest.ids)}")
 
 
-def _check_room(run: Run, rows: list[prompts.Example]) -> None:
+def _check_room(run: Run, rows: Sequence[prompts.Example]) -> None:
     """Refuse held-out rows whose prompt and planned completion are together longer than the model."""
     limit = model.positions(run.model)
     if limit is None or not run.eval.generate:
@@ -269,7 +289,7 @@ def _execute(
     kept = checkpoints.store(folder / "checkpoints", fingerprint(run, trial["facts"]))
     done = kept.resume.step if kept.resume else 0
     with track.start(run, folder, label, parent, trial.get("mlflow_run"), done) as log:
-        trial |= {"mlflow_run": log.run_id, "steps": sft.planned_steps(run.trainer, len(task.train))}
+        trial |= {"mlflow_run": log.run_id, "steps": sft.planned_steps(run.trainer, task.units)}
         write_json(folder / "trial.json", trial)  # so that a restart after a kill finds its run in the store
         log.params(track.flat(run))
         before = task.before(base)
@@ -333,12 +353,14 @@ class Task:
 
     run: Run
     """The config whose template the rows are in."""
-    train: list[Any]
+    train: Sequence[Any]
     """Training rows as the method takes them."""
-    valid: list[Any]
+    valid: Sequence[Any]
     """Held-out rows."""
     test: list[Any]
     """Sealed rows that were opened; empty where they stay sealed."""
+    units: int
+    """What `trainer.batch` counts: rows, or packs of rows."""
     outputs: int
     """Labels of a classifier's head; 0 where the model writes text."""
     rival: str
@@ -376,7 +398,7 @@ def generation(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = ())
     def final(base: Base, tuned: Any, _: After) -> evaluate.Scored:
         return evaluate.score(tuned, base.tokenizer, test, run.eval, "test", known)
 
-    return Task(run, train, valid, test, 0, "base", before, after, final)
+    return Task(run, train, valid, test, lengths.units(train, run.data), 0, "base", before, after, final)
 
 
 def classification(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = ()) -> Task:
@@ -401,7 +423,7 @@ def classification(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] =
         return classify.score(told, test, known, many, after.kept["thresholds"])[0]
 
     bare = replace(run, data=replace(run.data, template=Template.plain))  # texts are in no template
-    return Task(bare, train, valid, test, len(known), "tfidf", before, after, final)
+    return Task(bare, train, valid, test, len(train), len(known), "tfidf", before, after, final)
 
 
 def _check_known(rows: list[classify.Example], known: list[str], many: bool) -> None:
@@ -452,15 +474,17 @@ def tokenised(run: Run, splits: data.Splits) -> Tokenised:
     if _tokens is None or _tokens[0] != key:
         gates.near_leaks(splits, run.data)
         tokenizer = model.tokenizer(run.model)
-        train = prompts.render(splits.train, tokenizer, run.data)
-        _tokens = key, (train, prompts.render(splits.valid, tokenizer, run.data))
+        train = tokens.render(splits.train, tokenizer, run.data, f"train {splits.digest()}")
+        _tokens = key, (train, tokens.render(splits.valid, tokenizer, run.data, f"valid {splits.digest()}"))
     return _tokens[1]
 
 
 _base_scores: dict[str, evaluate.Scored] = {}
 
 
-def base_scores(run: Run, base: Base, valid: list[prompts.Example], rows: str, known: evaluate.Seen) -> evaluate.Scored:
+def base_scores(
+    run: Run, base: Base, valid: Sequence[prompts.Example], rows: str, known: evaluate.Seen
+) -> evaluate.Scored:
     """Score the model before training: once for a model, its rows and the way of scoring, not once a trial."""
     key = f"{base.weights} {base.key} {rows} {config.digest(run.data, run.eval)}"
     if key not in _base_scores:
@@ -498,6 +522,7 @@ def _facts(run: Run, base: Base, splits: data.Splits, used: Tokenised) -> dict[s
     return {
         **({"general_sha256": general.digest(general.passages(run.eval.forgetting))} if run.eval.forgetting else {}),
         "rows": _counts(splits, used),
+        **({"data_commit": splits.commit} if splits.commit else {}),
         "template_sha256": prompts.template_digest(base.tokenizer, run.data),
         "weights_sha256": base.weights,
         "compute": asdict(base.compute),

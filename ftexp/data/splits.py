@@ -29,6 +29,8 @@ class Splits:
     """Rows read; read = train + valid + test + copies."""
     copies: tuple[Copy, ...] = ()
     """Rows left out because another says the same."""
+    commit: str = ""
+    """Of the data set on the hub that the rows are from."""
 
     @property
     def duplicates(self) -> int:
