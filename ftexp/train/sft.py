@@ -55,7 +55,8 @@ def train(
         control: what may end the training early.
 
     Returns:
-        `train/steps`, the optimizer steps taken, and `train/loss` of the last one.
+        `train/steps`, the optimizer steps taken, `train/loss` of the last one, and `train/flops`, operations by
+        transformers' count.
 
     Raises:
         Diverged: loss, gradient or weights stopped being finite; names the step.
@@ -107,7 +108,7 @@ def optimise(
         raise stopped[0]
     check_weights(tuned, steps)
     last = next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry)
-    return {"train/steps": steps, "train/loss": last}
+    return {"train/steps": steps, "train/loss": last, "train/flops": trainer.state.total_flos}
 
 
 def planned_steps(trainer: Trainer, rows: int) -> int:

@@ -1,0 +1,275 @@
+"""What a trial will take, from its config and the lengths of its rows: nothing is loaded, nothing computed.
+
+`trial` plans one; `against` sets a plan beside what a real run took.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+from ftexp import config
+from ftexp.config import Attention, Run, Trainer
+from ftexp.model import activations, sizes
+from ftexp.model.compute import Compute
+from ftexp.model.sizes import Outline
+from ftexp.train import sft
+
+GIB = 2**30
+SMALL = 4096
+"""Below so many weights a tensor has its optimizer state in 32 bits (`min_8bit_size` of bitsandbytes)."""
+BLOCK = 256
+"""Values of one scale in bitsandbytes' 8-bit optimizers."""
+REORDERING = ("train_sampling_strategy", "dataloader_drop_last", "packing", "padding_free", "pad_to_multiple_of")
+"""Keys of `trainer.extra` that change which rows share a batch, or how they are padded."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Training rows as far as their cost goes."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each."""
+    supervised: tuple[int, ...]
+    """Supervised tokens of each; 0 for a classifier."""
+    counted: str = "by the tokenizer"
+    """How the tokens were counted."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A forward pass."""
+
+    rows: int
+    longest: int
+    """Tokens of its longest row; the others are padded to it."""
+    tokens: int
+    """Tokens of its rows without padding."""
+    supervised: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a trial takes."""
+
+    trainable: int
+    """Weights the optimizer changes."""
+    total: int
+    """All weights, each once."""
+    packed: int
+    """All weights as `numel` counts them: a pair of 4-bit weights once."""
+    footprint: int
+    """Bytes of the base by transformers' `get_memory_footprint`."""
+    footprint_adapted: int
+    """The same with the adapter on."""
+    weights: int
+    """Bytes of the base, scales of quantized weights included."""
+    adapter: int
+    """Bytes of the adapter."""
+    gradients: int
+    """Bytes of the gradients."""
+    optimizer: int | None
+    """Bytes of the optimizer's state; null for an optimizer that is not known here."""
+    activations: int | None
+    """Peak bytes of a forward and backward pass on the largest batch; null where the model cannot be traced."""
+    memory: int
+    """Bytes at the peak of training: the sum of the five above."""
+    adapter_file: int
+    """Bytes of the adapter's file."""
+    checkpoint: int
+    """Bytes of weights and optimizer state in a checkpoint; the tokenizer's files and the logs come on top."""
+    steps: int
+    """Optimizer steps."""
+    tokens: int
+    """Tokens that pass through the model in training, without padding."""
+    padded: int
+    """The same with padding."""
+    flops: int
+    """Operations of training as transformers counts them (`total_flos`): 6 * padded tokens * weights outside of
+    embedding tables. A frozen base takes about two thirds, attention comes on top."""
+    counted: str
+    """How tokens were counted."""
+    notes: tuple[str, ...] = ()
+    """What is not exact, and why."""
+
+    @property
+    def share(self) -> float:
+        """Trainable share of all weights."""
+        return self.trainable / self.total
+
+
+def rows(examples: Sequence[Any]) -> Rows:
+    """Take lengths from tokenised rows of any method."""
+    return Rows(tuple(len(e.ids) for e in examples), tuple(getattr(e, "supervised", 0) for e in examples))
+
+
+def trial(run: Run, given: Rows, compute: Compute, labels: int = 0) -> Plan:
+    """Plan a trial.
+
+    Args:
+        run: the checked config.
+        given: its training rows.
+        compute: how it computes.
+        labels: outputs of a classification head; 0 for a language model.
+
+    Raises:
+        ConfigError: the model cannot be put together, or peft refuses the adapter.
+        MachineError: the config of the model cannot be read.
+    """
+    key, outlined = _outlined(run, compute, labels)
+    passes = list(batches(given, run.trainer, run.seed))
+    peak, notes = _peak(key, outlined, run, passes, labels)
+    state = optimizer_bytes(run.trainer.optimizer, outlined.tensors)
+    notes += () if state is not None else (f"state of trainer.optimizer={run.trainer.optimizer} is not known here",)
+    notes += tuple(f"trainer.extra.{key} makes other batches" for key in REORDERING if key in run.trainer.extra)
+    adapter = outlined.adapted - outlined.footprint
+    parts = (outlined.weights, adapter, outlined.trained_bytes, state or 0, peak or 0)
+    padded = sum(b.rows * b.longest for b in passes)
+    return Plan(
+        trainable=outlined.trainable,
+        total=outlined.total,
+        packed=outlined.packed,
+        footprint=outlined.footprint,
+        footprint_adapted=outlined.adapted,
+        weights=outlined.weights,
+        adapter=adapter,
+        gradients=outlined.trained_bytes,
+        optimizer=state,
+        activations=peak,
+        memory=sum(parts),
+        adapter_file=outlined.adapter_file,
+        checkpoint=outlined.adapter_file + (state or 0),
+        steps=sft.planned_steps(run.trainer, len(given.lengths)),
+        tokens=sum(b.tokens for b in passes),
+        padded=padded,
+        flops=6 * padded * outlined.flop_weights,
+        counted=given.counted,
+        notes=notes,
+    )
+
+
+_outlines: dict[str, Outline] = {}
+_peaks: dict[str, tuple[int | None, tuple[str, ...]]] = {}
+
+
+def _outlined(run: Run, compute: Compute, labels: int) -> tuple[str, Outline]:
+    """Put a model together, or hand out the last one where it is the same; return its key too."""
+    attention = _attention(compute.attention)
+    key = f"{config.digest(run.model, run.quant, run.lora)} {compute.dtype} {attention} {labels}"
+    if key not in _outlines:
+        made = sizes.outline(run.model, run.quant, run.lora, compute.dtype, attention, labels)
+        _outlines.clear()
+        _outlines[key] = made
+    return key, _outlines[key]
+
+
+def _attention(name: str) -> str:
+    """Take any fused attention for PyTorch's: they keep the same, and flash-attn need not be installed to plan."""
+    return name if name == Attention.eager.value else Attention.sdpa.value
+
+
+def _peak(
+    key: str, outlined: Outline, run: Run, passes: list[Batch], labels: int
+) -> tuple[int | None, tuple[str, ...]]:
+    """Trace the largest batch; of several the one with most supervised tokens, as if the largest had them all."""
+    wide = max(passes, key=lambda b: (b.rows * b.longest, b.longest))
+    checkpointing, attention = run.trainer.gradient_checkpointing, key.split()[2]
+    shape = (wide.rows, wide.longest, min(max(b.supervised for b in passes), wide.rows * wide.longest))
+    asked = f"{key} {shape} {checkpointing}"
+    if asked not in _peaks:
+        try:
+            traced = activations.peak(outlined.model, *shape, attention, checkpointing, labels > 0) + outlined.unpacked
+            _peaks[asked] = traced, ()
+        except RuntimeError as error:
+            _peaks[asked] = None, (f"activations are left out, the model cannot be traced: {str(error)[:100]}",)
+    return _peaks[asked]
+
+
+def batches(given: Rows, trainer: Trainer, seed: int) -> Iterator[Batch]:
+    """List the forward passes of a training as the Trainer makes them.
+
+    Each epoch draws an order from `seed` + epoch (accelerate's SeedableRandomSampler); an optimizer step takes
+    `accumulation` passes, and fewer at the end of an epoch.
+    """
+    import torch
+
+    count, size, steps = len(given.lengths), trainer.batch, sft.planned_steps(trainer, len(given.lengths))
+    first = trainer.extra.get("data_seed")
+    epoch = torch.Generator()
+    taken, number = 0, seed if first is None else first
+    while taken < steps:
+        order = torch.randperm(count, generator=epoch.manual_seed(number)).tolist()
+        made = [_batch(given, order[begin : begin + size]) for begin in range(0, count, size)]
+        an_epoch = math.ceil(len(made) / trainer.accumulation)
+        yield from islice(made, (steps - taken) * trainer.accumulation)
+        taken, number = taken + an_epoch, number + 1
+
+
+def _batch(given: Rows, numbers: list[int]) -> Batch:
+    lengths = [given.lengths[n] for n in numbers]
+    return Batch(len(lengths), max(lengths), sum(lengths), sum(given.supervised[n] for n in numbers))
+
+
+def optimizer_bytes(name: str, tensors: Sequence[int]) -> int | None:
+    """Bytes of an optimizer's state; None for one that is not in the list.
+
+    AdamW of PyTorch keeps two float32 a weight and a count a tensor. That of bitsandbytes keeps two bytes a weight and
+    two float32 scales for each 256 (tensors below 4096 weights: two float32 a weight); `paged` says where.
+
+    >>> optimizer_bytes("adamw_torch", [10, 6]), optimizer_bytes("paged_adamw_8bit", [4096]), optimizer_bytes("x", [1])
+    (136, 8320, None)
+
+    Args:
+        name: its name in transformers.
+        tensors: weights in each trained tensor.
+    """
+    if name in ("adamw_torch", "adamw_torch_fused"):
+        return sum(8 * n + 4 for n in tensors)
+    if name in ("paged_adamw_32bit", "paged_adamw"):
+        return sum(8 * n for n in tensors)
+    if name in ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"):
+        return sum(8 * n if n < SMALL else 2 * n + 8 * math.ceil(n / BLOCK) for n in tensors)
+    return 0 if name == "sgd" else None
+
+
+def dollars(seconds: float, usd_per_hour: float) -> float:
+    """Return the price of a machine by the second.
+
+    >>> dollars(5 * 3600, 0.29)
+    1.45
+    """
+    return round(seconds / 3600 * usd_per_hour, 6)
+
+
+def against(
+    plan: Plan, parameters: dict[str, int], trained: dict[str, float], peak: float, whole: bool
+) -> dict[str, Any]:
+    """Set a plan beside what a run took.
+
+    Args:
+        plan: the plan.
+        parameters: `trainable` and `total` as counted on the trained model.
+        trained: what training returned: `train/steps` and `train/flops`.
+        peak: GiB at the peak of training; on a GPU all that is allocated, on a CPU the growth over the loaded base,
+            which held-out scoring between the steps adds to.
+        whole: whether `peak` holds the base too.
+
+    Returns:
+        For each size `planned` and `real`, and the relative error of the planned memory; the whole plan below `plan`.
+    """
+    memory = (plan.memory - (0 if whole else plan.weights)) / GIB
+    real = {**parameters, "steps": int(trained["train/steps"]), "flops": int(trained["train/flops"])}
+    told: dict[str, Any] = {key: {"planned": getattr(plan, key), "real": value} for key, value in real.items()}
+    told["memory_gib"] = {"planned": memory, "real": peak, "error": memory / peak - 1 if peak > 0 else None}
+    return told | {"plan": asdict(plan)}
+
+
+def missed(told: dict[str, Any]) -> list[str]:
+    """Name what should be exact in `against` and is not."""
+    exact = ("trainable", "total", "steps", *(() if told["plan"]["notes"] else ("flops",)))
+    return [
+        f"{k} {told[k]['planned']} planned, {told[k]['real']} real" for k in exact if len(set(told[k].values())) > 1
+    ]

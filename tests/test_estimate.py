@@ -1,0 +1,185 @@
+"""Plans against the real thing: the Trainer's own count of operations, optimizers' state, saved checkpoints."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ftexp import data, estimate, experiment, model
+from ftexp.config import Format, Kind, Lora, Model, Quant, Run, Trainer
+from ftexp.estimate import Rows
+from ftexp.model.compute import Compute
+from ftexp.train import TRAINERS, checkpoints
+from ftexp.train.control import Control
+
+CPU = Compute("cpu", "float32", "default", "eager", "test", 1)
+GPU = Compute("cuda", "float32", "default", "sdpa", "test", 1)
+LABELS = ["trainer.kind=classify", "data.prompt='{prompt}'", "objectives=[valid/loss]"]
+
+
+def planned_and_trained(run, folder):
+    """Plan a run, then train it."""
+    splits = data.load(run.data)
+    task = experiment.TASKS[run.trainer.kind](run, splits)
+    base = model.load(run.model, run.quant, task.outputs)
+    plan = estimate.trial(run, estimate.rows(task.train), base.compute, task.outputs)
+    with model.adapted(base, run.lora, run.seed) as tuned:
+        real = TRAINERS[run.trainer.kind](
+            task.run,
+            base,
+            tuned,
+            task.train,
+            task.valid,
+            checkpoints.store(folder / "t", {}),
+            lambda *_: None,
+            Control(),
+        )
+    return plan, real
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["trainer.steps=4"], ["trainer.steps=31", "trainer.batch=7", "seed=5"],
+     ["trainer.steps=null", "trainer.epochs=1.5", "trainer.batch=16", "trainer.accumulation=3"],
+     ["trainer.steps=9", "trainer.accumulation=4", "trainer.extra.data_seed=11"],
+     ["trainer.steps=3", "lora=dora", "lora.r=3", "lora.targets=[q_proj,down_proj]"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_steps_and_operations_are_the_trainers(given, tiny, tmp_path):
+    overrides = [f"++{g}" if ".extra." in g else g for g in given]
+    plan, real = planned_and_trained(tiny(*overrides, "trainer.report_steps=0"), tmp_path)
+    assert plan.steps == real["train/steps"]
+    assert plan.flops == real["train/flops"]
+    assert plan.tokens < plan.padded
+
+
+def test_operations_of_a_classifier(composed, tmp_path):
+    run = composed("model=tiny", "data=genres", "data.rows=80", "data.valid=10", "trainer=classify", "trainer.steps=5",
+                   "trainer.report_steps=0", "track=none", "model.dtype=float32")  # fmt: skip
+    plan, real = planned_and_trained(run, tmp_path)
+    assert (plan.steps, plan.flops) == (5, real["train/flops"])
+
+
+def test_an_order_that_is_not_the_trainers_would_be_seen(tiny, tmp_path, monkeypatch):
+    usual = estimate.batches
+    monkeypatch.setattr(estimate, "batches", lambda given, trainer, seed: usual(given, trainer, seed + 1))
+    plan, real = planned_and_trained(tiny("trainer.report_steps=0"), tmp_path)
+    assert plan.flops != real["train/flops"]
+
+
+def test_batches_by_hand():
+    """Three rows, two a pass, two passes a step, three steps: each epoch is one step, its last pass has one row."""
+    given = Rows((5, 7, 11), (1, 2, 3))
+    made = list(estimate.batches(given, Trainer(steps=3, batch=2, accumulation=2), seed=0))
+    assert [b.rows for b in made] == [2, 1] * 3
+    assert sum(b.tokens for b in made) == 3 * 23
+    assert sum(b.supervised for b in made) == 3 * 6
+    assert all(b.longest * b.rows >= b.tokens for b in made)
+
+
+def test_a_training_that_ends_within_an_epoch():
+    given = Rows((4,) * 100, (4,) * 100)
+    made = list(estimate.batches(given, Trainer(steps=3, batch=8, accumulation=2), seed=0))
+    assert [b.rows for b in made] == [8] * 6
+
+
+def phi3(**trainer):
+    lora = Lora(8, 16, targets=["o_proj", "qkv_proj", "gate_up_proj", "down_proj"])
+    return Run(Model(kind=Kind.hub, path="microsoft/Phi-3-mini-4k-instruct"), Quant(Format.nf4, True), lora,
+               trainer=Trainer(epochs=10, batch=16, optimizer="paged_adamw_8bit", **trainer))  # fmt: skip
+
+
+def test_phi3_takes_the_steps_and_operations_its_recipe_printed():
+    blocks = Rows((64,) * 341, (64,) * 341)  # the recipe packs 720 sentences into 341 blocks
+    plan = estimate.trial(phi3(), blocks, GPU)
+    assert (plan.steps, plan.tokens, plan.flops) == (220, 218_240, 4_890_970_340_720_640)
+    assert (plan.footprint_adapted, plan.trainable, plan.total) == (2_651_074_752, 12_582_912, 3_833_662_464)
+    assert f"{plan.share:.2%}" == "0.33%"
+
+
+def test_five_hours_of_the_rented_card():
+    assert estimate.dollars(5 * 3600, 0.29) == 1.45
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "sgd", "adamw_8bit", "paged_adamw_32bit"])
+def test_optimizer_state_is_that_of_the_real_one(name):
+    import bitsandbytes
+
+    numels = (100, 4095, 4096, 5000, 70_000)
+    weights = [torch.nn.Parameter(torch.zeros(n)) for n in numels]
+    made = {"adamw_torch": torch.optim.AdamW, "adamw_torch_fused": torch.optim.AdamW, "sgd": torch.optim.SGD,
+            "adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_32bit": bitsandbytes.optim.PagedAdamW32bit}  # fmt: skip
+    optimizer = made[name](weights, lr=1e-3, **({"fused": True} if "fused" in name else {}))
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    shared = {"qmap1", "qmap2"}
+    real = sum(
+        v.nbytes
+        for s in optimizer.state.values()
+        for k, v in s.items()
+        if isinstance(v, torch.Tensor) and k not in shared
+    )
+    assert estimate.optimizer_bytes(name, numels) == real
+
+
+def test_a_checkpoint_is_as_large_as_planned(tiny, tmp_path):
+    """Adapter and optimizer; the tokenizer, the schedule and the log are not planned, and are small."""
+    run = tiny("trainer.steps=3", "trainer.checkpoint_minutes=0", "lora.r=64")
+    splits = data.load(run.data)
+    task = experiment.TASKS[run.trainer.kind](run, splits)
+    base = model.load(run.model, run.quant)
+    plan = estimate.trial(run, estimate.rows(task.train), base.compute)
+    kept = checkpoints.store(tmp_path / "t", {})
+    with model.adapted(base, run.lora, run.seed) as tuned:
+        TRAINERS[run.trainer.kind](run, base, tuned, task.train, task.valid, kept, lambda *_: None, Control())
+    folder = next((tmp_path / "t").glob("checkpoint-*"))
+    real = sum((folder / name).stat().st_size for name in ("adapter_model.safetensors", "optimizer.pt"))
+    assert plan.checkpoint == pytest.approx(real, rel=0.02)
+    assert plan.adapter_file == (folder / "adapter_model.safetensors").stat().st_size
+
+
+def test_what_is_not_known_is_said(composed):
+    rows = Rows((20,) * 10, (5,) * 10)
+    run = composed("model=tiny", "trainer.optimizer=lomo", "++trainer.extra.packing=true")
+    plan = estimate.trial(run, rows, CPU)
+    assert plan.optimizer is None
+    assert plan.memory == plan.weights + plan.adapter + plan.gradients + plan.activations
+    assert ["optimizer=lomo" in plan.notes[0], "extra.packing" in plan.notes[1]] == [True, True]
+
+
+def test_a_model_that_cannot_be_traced_is_planned_without_activations(monkeypatch, composed):
+    def looks(*_args, **_kwargs):
+        raise RuntimeError("Tensor.item() cannot be called on meta tensors")
+
+    monkeypatch.setattr(estimate.activations, "peak", looks)
+    monkeypatch.setattr(estimate, "_peaks", {})
+    plan = estimate.trial(composed("model=tiny"), Rows((20,) * 10, (5,) * 10), CPU)
+    assert plan.activations is None
+    assert "cannot be traced" in plan.notes[0]
+
+
+def test_memory_grows_with_what_makes_it(composed):
+    rows = Rows((64,) * 64, (32,) * 64)
+    plan = {name: estimate.trial(composed("model=tiny", *given), rows, CPU) for name, given in {
+        "plain": [], "wide": ["trainer.batch=16"], "rank": ["lora.r=64"],
+        "checkpointed": ["trainer.gradient_checkpointing=true"]}.items()}  # fmt: skip
+    assert plan["wide"].activations > 1.8 * plan["plain"].activations
+    assert plan["checkpointed"].activations < 0.7 * plan["plain"].activations
+    assert plan["rank"].optimizer == pytest.approx(4 * plan["plain"].optimizer, rel=0.01)
+
+
+def test_plan_against_real():
+    plan = estimate.trial(Run(Model(kind=Kind.tiny)), Rows((20,) * 10, (5,) * 10), CPU)
+    parameters = {"trainable": plan.trainable, "total": plan.total}
+    trained = {"train/steps": plan.steps, "train/flops": float(plan.flops)}
+    told = estimate.against(plan, parameters, trained, plan.memory / estimate.GIB / 2, whole=True)
+    assert told["memory_gib"]["error"] == pytest.approx(1.0)
+    assert estimate.missed(told) == []
+    wrong = estimate.against(plan, parameters | {"total": 7}, trained, 0.0, whole=False)
+    assert estimate.missed(wrong) == [f"total {plan.total} planned, 7 real"]
+    assert wrong["memory_gib"]["error"] is None
+    noted = estimate.against(replace(plan, notes=("x",)), parameters, trained | {"train/flops": 1.0}, 1.0, whole=True)
+    assert estimate.missed(noted) == []
+    assert math.isclose(told["memory_gib"]["planned"], plan.memory / 2**30)
