@@ -129,7 +129,11 @@ def test_base_and_tuned_model_have_the_same_metrics():
         ("train/grad_norm", {"eval.generate"}, "objectives must be among"),
         ("valid/f1", set(), r"objectives: valid/f1 needs eval\.generate, which is off"),
         ("base/chrf", set(), r"needs eval\.generate"),
-        ("test/loss", set(), r"objectives: test/loss is of sealed rows, which rank nothing; use valid/loss, then ftexp"),
+        (
+            "test/loss",
+            set(),
+            r"objectives: test/loss is of sealed rows, which rank nothing; use valid/loss, then ftexp",
+        ),
         ("tst/loss", set(), r"did you mean (?!test)\w+/loss\?"),
     ],
 )
