@@ -265,7 +265,7 @@ def effect(sweep: Sweep, key: str, bins: Sequence[Any], axis: svg.Scale | None =
         low, high = b.ends
         body += _measured("plain", name, str(b.trials), _number(b.mean), sure, svg.strip(b.mean, low, high, axis))
     heads = _heads("value", "points", "mean", "95 % interval", "")
-    table = _scroll(key, f"<table><thead>{heads}</thead><tbody>{body}</tbody></table>")
+    table = _scroll(key, f'<table class="small"><thead>{heads}</thead><tbody>{body}</tbody></table>')
     drawn = figures.spread(sweep, key)
     return f"<h3>{_e(key)}</h3>{table}{f'<figure>{drawn}</figure>' if drawn else ''}"
 
@@ -284,7 +284,7 @@ def importance(sweep: Sweep) -> str:
     return (
         "<h3>Importance</h3><p>Share of each key in what sets the best quarter apart (PED-ANOVA). Believe an order "
         "only where intervals part.</p>"
-        + _scroll("Importance", f"<table><thead>{heads}</thead><tbody>{body}</tbody></table>")
+        + _scroll("Importance", f'<table class="small"><thead>{heads}</thead><tbody>{body}</tbody></table>')
     )
 
 
@@ -393,7 +393,7 @@ def provenance(sweep: Sweep) -> str:
 def _facts(trial: dict[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in trial["facts"].items() if k != "parameters"}
     kept["rows"] = {"sha256": kept.get("rows", {}).get("sha256", "")}
-    return config.flat(kept)
+    return {key: value for key, value in config.flat(kept).items() if value != {}}
 
 
 def _measured(look: str, name: str, *cells: str) -> str:

@@ -105,12 +105,13 @@ pre{margin:4px 0 0;white-space:pre-wrap;overflow-wrap:anywhere;font:.9rem/1.45 u
 .told li{overflow-wrap:anywhere}
 .scroll{overflow:auto;max-height:34rem;border:1px solid var(--rule);border-radius:6px}
 table{border-collapse:separate;border-spacing:0;width:100%;font-size:.9375rem;font-variant-numeric:tabular-nums}
-th,td{padding:6px 12px;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
+th,td{padding:6px 9px;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
 tr:last-child>*{border-bottom:0}
 thead>tr>*{position:sticky;top:0;z-index:1;background:var(--card);font-weight:600;white-space:nowrap;
 vertical-align:bottom}
 .num{text-align:right;white-space:nowrap}
-tbody th{font-weight:400;min-width:12.5rem;overflow-wrap:anywhere}
+tbody th{font-weight:400;min-width:11.5rem;overflow-wrap:anywhere}
+table.small tbody th{min-width:0;overflow-wrap:break-word}
 td:first-child{white-space:nowrap}
 tr.best>*{font-weight:600}
 tr.base>*,tr.unfinished>*{color:var(--soft)}
@@ -141,11 +142,10 @@ figcaption{font-size:.9375rem;color:var(--soft);max-width:70ch}
 main:has(#show-win:checked) .rows>li:not(.win),main:has(#show-loss:checked) .rows>li:not(.loss),
 main:has(#show-same:checked) .rows>li:not(.same){display:none}
 main{padding-bottom:40px}
-@media (max-width:1000px){svg.strip{width:150px}}
+@media (max-width:1000px){svg.strip{width:150px}figure .plot text{font-size:13.5px}}
 @media (max-width:600px){
 body{font-size:15px}
 header,main{padding-left:14px;padding-right:14px}
-th,td{padding:6px 9px}
 figure .plot text{font-size:15px}
 }
 @media print{

@@ -85,7 +85,7 @@ def scale(values: Iterable[float], start: float, end: float, log: bool | None = 
     """
     known = [v for v in values if math.isfinite(v)] or [0.0]
     low, high = min(known), max(known)
-    log = low > 0 and high / low > 8 if log is None else log and low > 0
+    log = low > 1e-12 and high / low > 8 if log is None else log and low > 1e-12
     if log:
         room = (high / low) ** pad if high > low else 1.2
         return Scale(low / room, high * room, start, end, True)
