@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import fcntl
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -143,6 +144,7 @@ def launch(
     identity.check(kept, runs[0].name)
     folder.mkdir(parents=True, exist_ok=True)
     if kept is None:
+        shutil.rmtree(folder / "frozen", ignore_errors=True)  # of a launch that ended before its trials began
         OmegaConf.save(master, folder / "multirun.yaml")
         frozen.freeze(folder, searched, grid or frozen.corners(searched), compose)
     before = read_json(folder / frozen.FILE) or {}

@@ -398,3 +398,14 @@ def test_sweep_of_the_embedded_model_learns(cli, tmp_path):
         scores = read_json(tmp_path / "outputs" / "sweeps" / "e" / str(n) / "trial.json")["scores"]
         assert 2.0 < scores["base/loss"] < 2.8
         assert scores["valid/loss"] < scores["base/loss"] * 0.67
+
+
+def test_launch_that_ended_before_its_trials_leaves_nothing_to_the_next(cli, tmp_path):
+    """It froze a config of its own, which is not that of the command that is corrected."""
+    (tmp_path / "file").touch()
+    given = ["lora.r=2", *TINY, "eval=loss", "name=s", "-m"]
+    code, _, err = cli(*given, "track.uri=sqlite:///file/x.db")
+    assert code == 4, err
+    code, _, err = cli(*given, "track=none", "trainer.lr=1e-3")
+    assert code == 0, err
+    assert read_json(tmp_path / "outputs/sweeps/s/0/trial.json")["config"]["trainer.lr"] == 1e-3
