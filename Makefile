@@ -5,7 +5,7 @@ READY := .venv/.ready-$(shell cat requirements.lock pyproject.toml | cksum | cut
 SWEEP ?= outputs/sweeps/lora.r-8-16-64
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check chaos bench ui report clean
+.PHONY: help setup demo test check hub chaos bench ui report notebooks clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -33,19 +33,27 @@ test: $(READY) ## run every check and test, two at a time
 
 check: $(READY) ## run the fast tests only
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not chaos"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not chaos and not hub"
+
+hub: $(READY) ## run the tests that need the Hugging Face hub
+	$(BIN)/python -m pytest -m hub tests/data/test_hub.py
 
 chaos: $(READY) ## kill a sweep 40 times and compare it with a calm one, byte by byte (about 10 minutes)
 	$(BIN)/python -m pytest -m chaos -s tests/chaos
 
-bench: $(READY) ## measure what the sweeper costs a trial and how busy it keeps workers
+bench: $(READY) ## a sweep beside a shell loop over a TRL script, the sweeper's cost, a million rows (some 30 minutes)
 	$(BIN)/python tests/bench/sweeper.py
+	$(BIN)/python tests/bench/loop.py
+	$(BIN)/python tests/bench/data.py
 
 ui: $(READY) ## open the MLflow UI on 127.0.0.1:5000
 	$(BIN)/python -m ftexp.ui
 
-report: $(READY) ## print the leaderboard of SWEEP=outputs/sweeps/<name>
+report: $(READY) ## print the leaderboard of SWEEP=outputs/sweeps/<name> and write its page
 	$(BIN)/python -m ftexp.report $(SWEEP)
+
+notebooks: $(READY) ## run the notebooks of analysis/ on SWEEP and keep what they show
+	$(BIN)/python -m ftexp.notebooks $(SWEEP)
 
 clean: ## remove caches of tools; outputs/ and .venv stay
 	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info

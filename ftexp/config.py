@@ -134,6 +134,8 @@ class Source(Enum):
     """A file with one JSON array of objects."""
     parquet = "parquet"
     """An Apache Parquet file."""
+    hub = "hub"
+    """A data set of the Hugging Face hub, by its id, or a folder in its layout."""
 
 
 FILES = (Source.file, Source.csv, Source.tsv, Source.jsonl, Source.json, Source.parquet)
@@ -185,6 +187,19 @@ class Long(Enum):
     """The row is left out and counted."""
     cut = "cut"
     """The row loses its end, and with it the token that teaches the model to stop."""
+
+
+class Packing(Enum):
+    """How training rows share the positions of a forward pass."""
+
+    none = "none"
+    """A row each, padded on the right to the longest of its batch."""
+    bfd = "bfd"
+    """Whole rows behind each other, up to `data.max_length` tokens, best fit first (arXiv:2404.10830); no row sees
+    another. `trainer.batch` counts packs then, and NEFTune's noise, which shrinks with length, is that of a pack."""
+    wrapped = "wrapped"
+    """All rows as one stream cut every `data.max_length` tokens: rows are torn and see each other. As some recipes do;
+    a warning says how many rows."""
 
 
 class Gate(Enum):
@@ -316,7 +331,14 @@ class Data:
     kind: Source = Source.yoda
     """Where rows come from."""
     path: str = ""
-    """File with the rows, for `data=file` and its formats."""
+    """File with the rows, for `data=file` and its formats; id or folder, for `data=hub`."""
+    revision: str | None = None
+    """Branch, tag or commit of a set of the hub; the commit it stands for is kept with the run. Null is the default
+    branch, which moves."""
+    config: str | None = None
+    """Which of several tables of a set of the hub, where it has several."""
+    split: str = "train"
+    """Split of a set of the hub, or a part of one such as `train[:10%]`; ours are drawn from it."""
     valid_path: str = ""
     """File with the held-out rows, all of them; `data.valid` is not read then."""
     test_path: str = ""
@@ -337,6 +359,8 @@ class Data:
     """Longest row in tokens."""
     long: Long = Long.refuse
     """What happens to a longer row; by default nothing is cut or dropped unnoticed."""
+    packing: Packing = Packing.none
+    """How training rows share a forward pass; held-out rows are never packed."""
     valid: int | float = 128
     """Rows held out to compare trials: a count, or a share of all rows below 1."""
     test: int | float = 0
@@ -360,12 +384,19 @@ class Data:
         _finite("data", self)
         for key in ("path", "valid_path", "test_path"):
             value = getattr(self, key)
-            if self.kind not in FILES:
+            if self.kind not in FILES and not (self.kind is Source.hub and key == "path"):
                 rule = f"empty when data={self.kind.value} (use data=file)"
                 require(not value, f"data.{key}", value, rule)
         require(
             self.kind not in FILES or bool(self.path), "data.path", self.path, f"a file when data={self.kind.value}"
         )
+        if self.kind is Source.hub:
+            require(bool(self.path), "data.path", self.path, "an id of the hub or a folder when data=hub")
+            require(bool(self.split), "data.split", self.split, "the name of a split when data=hub")
+        else:
+            for key, usual in (("revision", None), ("config", None), ("split", "train")):
+                value = getattr(self, key)
+                require(value == usual, f"data.{key}", value, f"left out when data={self.kind.value} (use data=hub)")
         require(self.rows is None or self.rows >= 2, "data.rows", self.rows, "null or at least 2")
         require(8 <= self.max_length <= 1 << 20, "data.max_length", self.max_length, "between 8 and 1048576 tokens")
         rule = "at least 1, or a share below 1: without held-out rows no trial can be scored"
@@ -456,6 +487,8 @@ class Trainer:
     """Minutes between two checkpoints that a killed run goes on from; 0 writes one after every step, null none."""
     multi_label: bool = True
     """With `kind=classify`: rows have any number of labels; false where each has exactly one."""
+    group_by_length: bool = False
+    """Draw batches of rows of about equal length: less padding, and an order that is less random."""
     class_weights: bool = False
     """With `kind=classify`: weigh labels in the training loss so that rare ones count as much as common ones."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -475,6 +508,8 @@ class Trainer:
         if self.kind is not Method.classify:
             require(self.multi_label, "trainer.multi_label", self.multi_label, "true unless trainer.kind=classify")
             require(not self.class_weights, "trainer.class_weights", True, "false unless trainer.kind=classify")
+        else:
+            require(not self.group_by_length, "trainer.group_by_length", True, "false with trainer.kind=classify")
         require(self.report_steps >= 0, "trainer.report_steps", self.report_steps, "0 or more")
         require(
             self.checkpoint_minutes is None or self.checkpoint_minutes >= 0,
@@ -607,6 +642,11 @@ RETIRED = {
     "val_size": "data.valid",
     "validation_split": "data.valid",
     "dataset_text_field": "data.columns",
+    "packing": "data.packing",
+    "packing_strategy": "data.packing",
+    "padding_free": "data.packing",
+    "group_by_length": "trainer.group_by_length",
+    "train_sampling_strategy": "trainer.group_by_length",
     "report_to": "track.kind",
     "logging_dir": "track.uri",
     "output_dir": "name",

@@ -5,12 +5,13 @@ Batch size, padding and order change speed and memory, never a score.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import labels, metrics
 from ftexp.config import Eval
+from ftexp.data import tokens
 from ftexp.data.prompts import Example
 from ftexp.data.splits import normalise
 from ftexp.progress import progress, say
@@ -51,14 +52,16 @@ class Seen:
     """Labels of training and held-out rows: an output that names none of them is unparsable."""
 
 
-def seen(train: list[Example], valid: list[Example], how: Eval) -> Seen:
+def seen(train: Sequence[Example], valid: Sequence[Example], how: Eval) -> Seen:
     """Collect what rows answer."""
-    known = [labels.parse(e.row.completion, how.labels) for e in (*train, *valid)] if how.labels else []
-    return Seen(frozenset(normalise(e.row.completion) for e in train), frozenset().union(*known))
+    learned = [row.completion for row in tokens.rows_of(train)]
+    both = [*learned, *(e.row.completion for e in valid)]
+    known = [labels.parse(text, how.labels) for text in both] if how.labels else []
+    return Seen(frozenset(map(normalise, learned)), frozenset().union(*known))
 
 
 def score(
-    model: AnyModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], how: Eval, label: str,
+    model: AnyModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], how: Eval, label: str,
     known: Seen = Seen(),
 ) -> Scored:  # fmt: skip
     """Score a model on rows; its mode is set to evaluation and put back.
@@ -127,7 +130,7 @@ def summary(table: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def held_out(
-    model: AnyModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], how: Eval, label: str
+    model: AnyModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], how: Eval, label: str
 ) -> list[dict[str, Any]]:
     """Measure each row's negative log-likelihood in nats, summed in float64 over its supervised tokens."""
     import torch
@@ -167,7 +170,7 @@ def batches(lengths: list[int], size: int, spread: float) -> Iterator[list[int]]
         yield batch
 
 
-def _fitting(numbers: list[int], examples: list[Example], model: AnyModel) -> Iterator[list[int]]:
+def _fitting(numbers: list[int], examples: Sequence[Example], model: AnyModel) -> Iterator[list[int]]:
     """Split a batch whose logits would not fit in `LOGITS_BYTES`."""
     room = LOGITS_BYTES // (4 * cast(int, model.config.get_text_config().vocab_size))
     part: list[int] = []
@@ -201,8 +204,9 @@ def _nats(model: AnyModel, rows: list[Example], pad: int) -> list[float]:
 
 
 def supervised_logits(
-    model: AnyModel, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    model: AnyModel, ids: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor,
+    positions: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Run a forward pass that projects onto the vocabulary only the positions that predict a supervised token.
 
     A hook picks those positions in front of the output layer, so whatever a model does behind it (scaling, soft
@@ -211,8 +215,9 @@ def supervised_logits(
     Args:
         model: a causal language model, with or without an adapter.
         ids: token ids, (row, position).
-        mask: 1 for tokens and 0 for padding, (row, position).
+        mask: 1 for tokens and 0 for padding, (row, position); None with `positions`.
         labels: token ids, -100 where not supervised, (row, position); the first position cannot be predicted.
+        positions: of packed rows: 0 where a row begins, (row, position). A mask beside it would hide where rows end.
 
     Returns:
         Logits (supervised, vocabulary) and the tokens they should predict (supervised,), row after row.
@@ -222,14 +227,15 @@ def supervised_logits(
     head: Any = model.get_output_embeddings()  # type: ignore
     hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][:, :-1][picked][None], *hidden[1:]))
     try:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
+        more = {} if positions is None else {"position_ids": positions}
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **more).logits[0]
     finally:
         hook.remove()
     return logits, targets[picked]
 
 
 def generate(
-    model: AnyModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], how: Eval, label: str
+    model: AnyModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], how: Eval, label: str
 ) -> list[str]:
     """Write a completion for each prompt: greedily, until end-of-sequence or the planned length.
 
@@ -267,7 +273,7 @@ def generate(
     return written
 
 
-def planned_tokens(examples: list[Example], how: Eval) -> int:
+def planned_tokens(examples: Sequence[Example], how: Eval) -> int:
     """Return the longest completion to write: as asked, or a quarter beyond the longest reference and 8 tokens."""
     longest = max(len(e.completion) for e in examples)
     return how.max_new_tokens or longest + longest // 4 + 8

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ftexp import config, data, evaluate, facts, labels, metrics, model, track
-from ftexp.config import Format, Kind, Method, Run, Template, Tracker
-from ftexp.data import gates, general, prompts
+from ftexp.config import Format, Kind, Method, Packing, Run, Template, Tracker
+from ftexp.data import gates, general, prompts, tokens
 from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned
 from ftexp.files import read_json, write_json
 from ftexp.model import Base
 from ftexp.overrides import ROOT
 from ftexp.progress import say
-from ftexp.train import TRAINERS, checkpoints, classify, sft
+from ftexp.train import TRAINERS, checkpoints, classify, lengths, sft
 from ftexp.train.control import Control
 
-Tokenised = tuple[list[prompts.Example], list[prompts.Example]]
+Tokenised = tuple[Sequence[prompts.Example], Sequence[prompts.Example]]
 
 
 def check(run: Run, folder: Path | None) -> None:
@@ -39,6 +39,7 @@ def check(run: Run, folder: Path | None) -> None:
         raise ConfigError(
             f"name={run.name} is taken by another run in {folder}: {_difference(kept['config'], identity(run))}"
         )
+    _check_lengths(run)
     splits = data.load(run.data)
     _check_shape(run, splits)
     _check_labels(run, splits)
@@ -64,6 +65,19 @@ def switched_on(run: Run) -> set[str]:
         "eval.forgetting": run.eval.forgetting is not None,
     }
     return {key for key, on in given.items() if on}
+
+
+def _check_lengths(run: Run) -> None:
+    """Refuse ways to share a forward pass that do not go together."""
+    how = run.data.packing
+    if how is not Packing.none and run.trainer.kind is Method.classify:
+        raise ConfigError(
+            f"data.packing must be none with trainer.kind=classify, got {how.value}: it scores whole rows"
+        )
+    if how is not Packing.none and run.trainer.group_by_length:
+        raise ConfigError(
+            f"trainer.group_by_length must be false with data.packing={how.value}: packs are of one length"
+        )
 
 
 def _check_shape(run: Run, splits: data.Splits) -> None:
@@ -92,26 +106,41 @@ def prepare(run: Run) -> None:
         _prepare_classifier(run)
         return
     train, valid = tokenised(run, data.load(run.data))
-    limit = model.positions(run.model)
     general_text(run, model.tokenizer(run.model))
-    longest = max((*train, *valid), key=lambda e: len(e.ids))
-    if limit is not None and len(longest.ids) > limit:
-        raise DataError(f"{longest.row.where}: the model takes at most {limit} tokens, this row has {len(longest.ids)}")
-    if run.eval.generate:
-        asked, room = max(valid, key=lambda e: len(e.prompt)), evaluate.planned_tokens(valid, run.eval)
-        if limit is not None and len(asked.prompt) + room > limit:
-            raise ConfigError(
-                f"eval.max_new_tokens must leave room for the prompt of {asked.row.where}: the model takes at most "
-                f"{limit} tokens, the prompt has {len(asked.prompt)} and {room} may be written"
-            )
+    _check_length(run, [tokens.longest(train), tokens.longest(valid)])
+    limit = model.positions(run.model)
+    if limit is not None and run.data.packing is Packing.wrapped and run.data.max_length > limit:
+        raise ConfigError(
+            f"data.max_length must be at most the {limit} tokens the model takes with data.packing=wrapped, "
+            f"got {run.data.max_length}"
+        )
+    _check_room(run, valid)
 
 
 def _prepare_classifier(run: Run) -> None:
     train, valid, _ = classified(run, data.load(run.data))
+    _check_length(run, (*train, *valid))
+
+
+def _check_length(run: Run, rows: Sequence[prompts.Example | classify.Example]) -> None:
+    """Refuse a row that is longer than the model."""
     limit = model.positions(run.model)
-    longest = max((*train, *valid), key=lambda e: len(e.ids))
+    longest = max(rows, key=lambda e: len(e.ids))
     if limit is not None and len(longest.ids) > limit:
         raise DataError(f"{longest.row.where}: the model takes at most {limit} tokens, this row has {len(longest.ids)}")
+
+
+def _check_room(run: Run, rows: Sequence[prompts.Example]) -> None:
+    """Refuse held-out rows whose prompt and planned completion are together longer than the model."""
+    limit = model.positions(run.model)
+    if limit is None or not run.eval.generate:
+        return
+    asked, room = max(rows, key=lambda e: len(e.prompt)), evaluate.planned_tokens(rows, run.eval)
+    if len(asked.prompt) + room > limit:
+        raise ConfigError(
+            f"eval.max_new_tokens must leave room for the prompt of {asked.row.where}: the model takes at most "
+            f"{limit} tokens, the prompt has {len(asked.prompt)} and {room} may be written"
+        )
 
 
 def _check_labels(run: Run, splits: data.Splits) -> None:
@@ -153,7 +182,7 @@ def complete(run: Run, folder: Path) -> dict[str, float] | None:
 
 
 def execute(
-    run: Run, folder: Path, label: str, parent: str | None = None, control: Control | None = None
+    run: Run, folder: Path, label: str, parent: str | None = None, control: Control | None = None, opened: int = 0
 ) -> dict[str, float]:
     """Train one adapter and score it beside its base; everything about it is in `folder` afterwards.
 
@@ -166,9 +195,12 @@ def execute(
         label: its name in the tracking store.
         parent: id of the sweep's run in the tracking store.
         control: what may end the training early.
+        opened: how often the sealed rows have been opened, this time included: `confirm` alone says so and has them
+            scored, after it has put the opening on record. 0 leaves them sealed.
 
     Returns:
-        Metrics by name: `valid/*` of the adapter and `base/*` of the base model on the same rows, and what it cost.
+        Metrics by name: `valid/*` of the adapter and `base/*` of the base model on the same rows, `test/*` of the
+        adapter where the sealed rows are opened, and what it cost.
 
     Raises:
         FtexpError: the run was refused, pruned or ended badly; the reason is in `folder/trial.json` too.
@@ -180,11 +212,12 @@ def execute(
     before = read_json(folder / "trial.json") or {}
     trial: dict[str, Any] = {"label": label, "state": "running", "config": identity(run), "folder": str(folder)}
     trial |= {key: before[key] for key in ("mlflow_run", "resumed_at") if key in before}
+    trial |= {"opened": opened} if opened else {}
     if run.track.kind is Tracker.mlflow:
         trial["track"] = {"uri": run.track.uri, "experiment": run.track.experiment, "parent": parent}
     write_json(folder / "trial.json", trial)
     try:
-        scores = _fitting(run, folder, label, parent, trial, control or Control())
+        scores = _fitting(run, folder, label, parent, trial, control or Control(), opened)
     except BaseException as error:
         told = isinstance(error, FtexpError | Preempted)
         reason = str(error) if told else f"{type(error).__name__}: {error}"
@@ -197,12 +230,12 @@ def execute(
 
 
 def _fitting(
-    run: Run, folder: Path, label: str, parent: str | None, trial: dict[str, Any], control: Control
+    run: Run, folder: Path, label: str, parent: str | None, trial: dict[str, Any], control: Control, opened: int
 ) -> dict[str, float]:
     """Run with smaller and smaller forward passes until one fits in memory."""
     while True:
         try:
-            return _execute(run, folder, label, parent, trial, control)
+            return _execute(run, folder, label, parent, trial, control, opened)
         except Exception as error:
             smaller = halved(run) if out_of_memory(error) else None
             if smaller is None:
@@ -247,16 +280,16 @@ def free_memory() -> None:
 
 
 def _execute(
-    run: Run, folder: Path, label: str, parent: str | None, trial: dict[str, Any], control: Control
+    run: Run, folder: Path, label: str, parent: str | None, trial: dict[str, Any], control: Control, opened: int
 ) -> dict[str, float]:
     splits = data.load(run.data)
-    task = TASKS[run.trainer.kind](run, splits)
+    task = TASKS[run.trainer.kind](run, splits, splits.test if opened else ())
     base = model.load(run.model, run.quant, task.outputs)
     trial["facts"] = _facts(task.run, base, splits, (task.train, task.valid))
     kept = checkpoints.store(folder / "checkpoints", fingerprint(run, trial["facts"]))
     done = kept.resume.step if kept.resume else 0
     with track.start(run, folder, label, parent, trial.get("mlflow_run"), done) as log:
-        trial |= {"mlflow_run": log.run_id, "steps": sft.planned_steps(run.trainer, len(task.train))}
+        trial |= {"mlflow_run": log.run_id, "steps": sft.planned_steps(run.trainer, task.units)}
         write_json(folder / "trial.json", trial)  # so that a restart after a kill finds its run in the store
         log.params(track.flat(run))
         before = task.before(base)
@@ -265,6 +298,7 @@ def _execute(
         with model.adapted(base, run.lora, run.seed) as tuned:
             trial["facts"]["parameters"] = asdict(model.count(tuned))
             log.tags({f"ftexp.{k}": v for k, v in config.flat(trial["facts"]).items()})
+            log.tags({"ftexp.test_opened": opened} if opened else {})
             if done:
                 say(f"{label}: goes on from step {done}")
                 trial.setdefault("resumed_at", []).append(done)
@@ -277,9 +311,13 @@ def _execute(
                 tuned.save_pretrained(str(folder / "adapter"))
                 raise
             after = task.after(base, tuned)
+            tested = task.final(base, tuned, after) if task.test else None
             tuned.save_pretrained(str(folder / "adapter"))
         trial |= after.kept
         scores = {f"valid/{k}": v for k, v in after.scored.scores.items()}
+        if tested is not None:
+            scores |= {f"test/{k}": v for k, v in tested.scores.items()}
+            _write_table(folder / "test.parquet", tested.table)
         scores |= {f"{task.rival}/{k}": v for k, v in before.scores.items() if k not in metrics.COUNTS} | after.more
         scores["train/loss"] = trained["train/loss"]
         scores |= {"cost/trainable": float(trial["facts"]["parameters"]["trainable"])}
@@ -315,10 +353,14 @@ class Task:
 
     run: Run
     """The config whose template the rows are in."""
-    train: list[Any]
+    train: Sequence[Any]
     """Training rows as the method takes them."""
-    valid: list[Any]
+    valid: Sequence[Any]
     """Held-out rows."""
+    test: list[Any]
+    """Sealed rows that were opened; empty where they stay sealed."""
+    units: int
+    """What `trainer.batch` counts: rows, or packs of rows."""
     outputs: int
     """Labels of a classifier's head; 0 where the model writes text."""
     rival: str
@@ -327,11 +369,17 @@ class Task:
     """Scores the rival; once for all trials that share it."""
     after: Callable[[Base, Any], After]
     """Scores the trained model."""
+    final: Callable[[Base, Any, After], evaluate.Scored]
+    """Scores the trained model on `test`; what was fitted on the held-out rows stays as it is."""
 
 
-def generation(run: Run, splits: data.Splits) -> Task:
+def generation(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = ()) -> Task:
     """Rows are prompts and completions; the rival is the base model."""
     train, valid = tokenised(run, splits)
+    test = prompts.render(opened, model.tokenizer(run.model), run.data) if opened else []
+    if test:
+        _check_length(run, test)
+        _check_room(run, test)
     known = evaluate.seen(train, valid, run.eval)
 
     def before(base: Base) -> evaluate.Scored:
@@ -347,13 +395,20 @@ def generation(run: Run, splits: data.Splits) -> Task:
         now = general_loss(run, base, tuned, text, "general text")
         return After(scored, {"forgetting/before": was, "forgetting/after": now, "forgetting/loss": now - was})
 
-    return Task(run, train, valid, 0, "base", before, after)
+    def final(base: Base, tuned: Any, _: After) -> evaluate.Scored:
+        return evaluate.score(tuned, base.tokenizer, test, run.eval, "test", known)
+
+    return Task(run, train, valid, test, lengths.units(train, run.data), 0, "base", before, after, final)
 
 
-def classification(run: Run, splits: data.Splits) -> Task:
+def classification(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = ()) -> Task:
     """Rows are texts and labels; a base model has no head, so the rival is TF-IDF with logistic regression."""
     train, valid, known = classified(run, splits)
+    test = classify.render(opened, model.tokenizer(run.model), run) if opened else []
     many = run.trainer.multi_label
+    if test:
+        _check_length(run, test)
+        _check_known(test, known, many)
 
     def before(base: Base) -> evaluate.Scored:
         return tfidf_scores(run, train, valid, known, splits.digest())
@@ -363,8 +418,19 @@ def classification(run: Run, splits: data.Splits) -> Task:
         scored, thresholds = classify.score(told, valid, known, many)
         return After(scored, {}, {"thresholds": thresholds, "labels": known})
 
+    def final(base: Base, tuned: Any, after: After) -> evaluate.Scored:
+        told = classify.logits(tuned, base.tokenizer, test, run.eval, "test")
+        return classify.score(told, test, known, many, after.kept["thresholds"])[0]
+
     bare = replace(run, data=replace(run.data, template=Template.plain))  # texts are in no template
-    return Task(bare, train, valid, len(known), "tfidf", before, after)
+    return Task(bare, train, valid, test, len(train), len(known), "tfidf", before, after, final)
+
+
+def _check_known(rows: list[classify.Example], known: list[str], many: bool) -> None:
+    """Refuse a sealed row whose one label the head has no output for; of many labels such a one is a miss."""
+    stray = next((e for e in rows if not many and not e.labels <= {*known}), None)
+    if stray is not None:
+        raise DataError(f"{stray.row.where}: no training or held-out row has the label {', '.join(stray.labels)!r}")
 
 
 TASKS = {
@@ -408,15 +474,17 @@ def tokenised(run: Run, splits: data.Splits) -> Tokenised:
     if _tokens is None or _tokens[0] != key:
         gates.near_leaks(splits, run.data)
         tokenizer = model.tokenizer(run.model)
-        train = prompts.render(splits.train, tokenizer, run.data)
-        _tokens = key, (train, prompts.render(splits.valid, tokenizer, run.data))
+        train = tokens.render(splits.train, tokenizer, run.data, f"train {splits.digest()}")
+        _tokens = key, (train, tokens.render(splits.valid, tokenizer, run.data, f"valid {splits.digest()}"))
     return _tokens[1]
 
 
 _base_scores: dict[str, evaluate.Scored] = {}
 
 
-def base_scores(run: Run, base: Base, valid: list[prompts.Example], rows: str, known: evaluate.Seen) -> evaluate.Scored:
+def base_scores(
+    run: Run, base: Base, valid: Sequence[prompts.Example], rows: str, known: evaluate.Seen
+) -> evaluate.Scored:
     """Score the model before training: once for a model, its rows and the way of scoring, not once a trial."""
     key = f"{base.weights} {base.key} {rows} {config.digest(run.data, run.eval)}"
     if key not in _base_scores:
@@ -454,6 +522,7 @@ def _facts(run: Run, base: Base, splits: data.Splits, used: Tokenised) -> dict[s
     return {
         **({"general_sha256": general.digest(general.passages(run.eval.forgetting))} if run.eval.forgetting else {}),
         "rows": _counts(splits, used),
+        **({"data_commit": splits.commit} if splits.commit else {}),
         "template_sha256": prompts.template_digest(base.tokenizer, run.data),
         "weights_sha256": base.weights,
         "compute": asdict(base.compute),
@@ -476,12 +545,9 @@ def _store(
     before: evaluate.Scored, after: evaluate.Scored, step: int, rival: str,
 ) -> None:  # fmt: skip
     """Write the tables of rows and labels, and show scores, examples and adapter in the tracking store."""
-    import pyarrow
-    import pyarrow.parquet
-
     rows = [{**b, f"{rival}_nats": a["nats"], **({f"{rival}_prediction": a["prediction"]} if "prediction" in a else {})}
             for a, b in zip(before.table, after.table, strict=True)]  # fmt: skip
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "examples.parquet")
+    _write_table(folder / "examples.parquet", rows)
     log.metrics({"valid/loss": scores["valid/loss"]}, step)
     curves = ("valid/loss", "train/loss")
     log.metrics({k: v for k, v in scores.items() if k not in curves}, 0)  # single values: the UI draws bars
@@ -503,3 +569,10 @@ def _store(
         lines = [{**new, f"{rival}_f1": old["f1"]} for old, new in zip(before.labels, after.labels, strict=True)]
         write_json(folder / "labels.json", lines)
         log.table(lines, "labels")
+
+
+def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)

@@ -38,6 +38,8 @@ class Metric:
     """What it is measured in."""
     needs: tuple[str, ...] = ()
     """Keys of which one must be switched on for it; empty where every run reports it."""
+    sealed: bool = False
+    """Whether it is of sealed rows, which only `ftexp confirm` opens: it ranks nothing."""
 
 
 def _least(unit: str, *needs: str) -> Metric:
@@ -83,6 +85,7 @@ _LANGUAGE = {
 _LABELS = {name: m for name, m in SCORES.items() if not m.needs or CLASSIFY in m.needs}
 METRICS = {
     **{f"valid/{name}": m for name, m in SCORES.items()},
+    **{f"test/{name}": replace(m, sealed=True) for name, m in SCORES.items()},
     **{f"base/{name}": m for name, m in _LANGUAGE.items()},
     **{f"tfidf/{name}": replace(m, needs=(CLASSIFY,)) for name, m in _LABELS.items()},
     "train/loss": _least("nats a token, last step"),
@@ -94,7 +97,7 @@ METRICS = {
     "cost/gpu_memory_gib": _least("GiB, peak of the GPU"),
     "cost/seconds": _least("seconds of training and scoring"),
 }
-"""Every metric that can rank trials. A number that improves in no direction (`COUNTS`) has no place here."""
+"""Every metric that improves in a direction (a number of `COUNTS` does in none); all but the sealed can rank trials."""
 
 COUNTS = {
     "rows": "rows scored; all of them, so also the denominator of every share and mean over rows",
@@ -104,7 +107,7 @@ COUNTS = {
     "labels_undefined": "those that no held-out row has and no completion names; left out of macro averages",
     "roc_auc_undefined": "labels that every held-out row has, or none, with `trainer.kind=classify`",
 }
-"""Counts that a run reports as `valid/<name>` beside its scores."""
+"""Counts that a run reports as `valid/<name>` beside its scores, and as `test/<name>` where sealed rows are opened."""
 
 
 def check_objective(name: str, given: Collection[str], key: str = "objectives") -> Metric:
@@ -116,11 +119,17 @@ def check_objective(name: str, given: Collection[str], key: str = "objectives") 
         key: of the config, that names the metric.
 
     Raises:
-        ConfigError: the metric is unknown or has no direction, or needs a key that is off.
+        ConfigError: the metric is unknown, sealed or has no direction, or needs a key that is off.
     """
+    if name in METRICS and METRICS[name].sealed:
+        raise ConfigError(
+            f"objectives: {name} is of sealed rows, which rank nothing; use valid/{name.removeprefix('test/')}, then "
+            "ftexp confirm"
+        )
     if name not in METRICS:
-        near = difflib.get_close_matches(name, METRICS, n=1)
-        known = ", ".join(n for n in METRICS if not n.startswith(("base/", "tfidf/")))
+        rankable = [n for n, metric in METRICS.items() if not metric.sealed]
+        near = difflib.get_close_matches(name, rankable, n=1)
+        known = ", ".join(n for n in rankable if not n.startswith(("base/", "tfidf/")))
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{key} must be among {known} (base/ and tfidf/ for valid/ too), got {name!r}{hint}")
     needs = METRICS[name].needs

@@ -1,195 +1,251 @@
-"""`python -m ftexp.report <folder>`: the leaderboard of a sweep, or of a single run, from its files alone."""
+"""`python -m ftexp.report <folder>`: a sweep or a run as a leaderboard, a page or data, from its files alone."""
 
 from __future__ import annotations
 
+import argparse
+import csv
+import io
+import json
 import math
+import os
 import sys
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from ftexp import metrics
+from ftexp import board as boards
+from ftexp import track
+from ftexp.board import Board, read
 from ftexp.errors import FtexpError, MachineError
 from ftexp.files import read_json
-from ftexp.metrics import METRICS, Direction
+from ftexp.page.text import visible
 
-SCORES = {  # column title -> metric without its split, format
-    "loss": ("loss", ".4f"),
-    "perplexity": ("perplexity", ".3f"),
-    "exact match": ("exact_match", ".3f"),
-    "Jaccard": ("jaccard", ".3f"),
-    "F1": ("f1", ".3f"),
-    "labels F1": ("f1_macro", ".3f"),
-    "ROC-AUC": ("roc_auc_macro", ".3f"),
-}
+if TYPE_CHECKING:
+    from ftexp.compare import Verdict
+    from ftexp.page.figures import Sweep
+
 WIDTH = 132
 """Columns of the table where the output is not a terminal."""
+PAGE = "report.html"
+STYLES = {"base": "dim", "best": "bold", "unfinished": "dim"}
 
 
-@dataclass(frozen=True)
-class Point:
-    """A point of the search space and the trials that ran it, one for each seed."""
-
-    trials: list[dict[str, Any]]
-    """Contents of each `trial.json`, `number` added."""
-    complete: bool
-    """Whether every replicate is; only then can the point be ranked."""
-    scores: dict[str, float]
-    """Means over the replicates; empty where not complete."""
-    spread: float | None
-    """Standard deviation of the objective between the replicates (n - 1); None for a single one."""
-
-    @property
-    def numbers(self) -> str:
-        """The trials, as `3` or `3-5`."""
-        first, last = self.trials[0]["number"], self.trials[-1]["number"]
-        return str(first) if first == last else f"{first}-{last}"
+def leaderboard(board: Board) -> Table:
+    """Lay the leaderboard out for a terminal."""
+    replicated = any(point.spread is not None for point in board.points)
+    title = f"ranked by {board.objective}" + (", means over seeds" if replicated else "")
+    table = Table(title=title, title_justify="left")
+    for n, column in enumerate(boards.titles(board)):
+        table.add_column(column, justify="right" if n > 1 else "left")
+    for line in boards.lines(board):
+        table.add_row(*map(escape, line.cells), style=STYLES.get(line.kind, ""), end_section=line.ends)
+    return table
 
 
-@dataclass(frozen=True)
-class Board:
-    """The trials of a sweep in their order, and which of them is best."""
-
-    trials: list[dict[str, Any]]
-    """Contents of each `trial.json`, `number` added."""
-    points: list[Point]
-    """The same by point: what is ranked."""
-    objective: str
-    """The metric that ranks."""
-    best: int | None
-    """Index of the best point; None where none is complete."""
-
-
-def read(folder: Path) -> Board:
-    """Read a sweep's folder, or a single run's.
+def gather(folder: Path) -> Sweep:
+    """Read all that the page and the notebooks show of a sweep, or of a single run.
 
     Raises:
         MachineError: the folder holds neither.
     """
-    sweep = read_json(folder / "sweep.json")
-    if sweep is None and not (folder / "trial.json").exists():
-        raise MachineError(f"{folder}: must be the folder of a sweep or a run; there is no sweep.json or trial.json")
-    if sweep is None:
-        trials = [{"number": 0, **(read_json(folder / "trial.json") or {})}]
-    else:
-        there = sorted(int(p.parent.name) for p in folder.glob("[0-9]*/trial.json"))
-        trials = [{"number": n, **(read_json(folder / str(n) / "trial.json") or {})} for n in there]
-    config = next((t["config"] for t in trials if "config" in t), {"objectives": ["valid/loss"]})
-    objective = (sweep or config)["objectives"][0]
-    size = (sweep or {}).get("options", {}).get("replicates", 1)
-    groups: dict[int, list[dict[str, Any]]] = {}
-    for trial in trials:
-        groups.setdefault(trial["number"] // size, []).append(trial)
-    points = [_point(members, size, objective) for members in groups.values()]
-    bounds = (sweep or {}).get("options", {}).get("at_most", {})
-    values = [point.scores[objective] if point.complete and _within(point, bounds) else None for point in points]
-    return Board(trials, points, objective, metrics.best(values, METRICS[objective].direction))
-
-
-def _within(point: Point, bounds: dict[str, float]) -> bool:
-    """Whether every trial of a point keeps the bounds of `sweep.at_most`."""
-    return all(t["scores"].get(name, math.inf) <= bound for t in point.trials for name, bound in bounds.items())
-
-
-def _point(trials: list[dict[str, Any]], size: int, objective: str) -> Point:
-    if len(trials) < size or any(t["state"] != "complete" for t in trials):
-        return Point(trials, False, {}, None)
-    names = [name for name in trials[0]["scores"] if all(name in t["scores"] for t in trials)]
-    means = {name: math.fsum(t["scores"][name] for t in trials) / size for name in names}
-    off = [t["scores"][objective] - means[objective] for t in trials]
-    spread = math.sqrt(math.fsum(d * d for d in off) / (size - 1)) if size > 1 else None
-    return Point(trials, True, means, spread)
-
-
-def leaderboard(board: Board) -> Table:
-    """Lay the points out best first; those that are not complete stand last with their state.
-
-    Replicates are one row with the means of their scores and the standard deviation of the objective between seeds.
-    Above them stands the base model: a row for each set of its scores, where trials differ in model or rows.
-    """
-    replicated = any(point.spread is not None for point in board.points)
-    title = f"ranked by {board.objective}" + (", means over seeds" if replicated else "")
-    table = Table(title=title, title_justify="left")
-    titles = [title for title, (name, _) in SCORES.items() if any(f"valid/{name}" in _scores(t) for t in board.trials)]
-    table.add_column("trials" if replicated else "trial")
-    table.add_column("overrides")
-    for title in ("rank", "trainable", *titles, *(["between seeds"] if replicated else []), "seconds", "GiB"):
-        table.add_column(title, justify="right")
-    gap = [""] if replicated else []
-    done = [point for point in board.points if point.complete]
-    bases: dict[tuple[str, ...], list[str]] = {}
-    for point in done:
-        rival = "base" if "base/loss" in point.scores else "tfidf"  # a classifier's base has no head
-        bases.setdefault((rival, *_shown(point.scores, rival, titles)), []).append(point.numbers)
-    for n, ((rival, *cells), numbers) in enumerate(bases.items(), start=1):
-        name = rival if len(bases) == 1 else f"{rival} of {','.join(numbers)}"
-        table.add_row(name, "", "", "", *cells, *gap, "", "", style="dim", end_section=n == len(bases))
-    sign = 1 if METRICS[board.objective].direction is Direction.minimize else -1
-    winner = None if board.best is None else board.points[board.best]
-    for point in sorted(done, key=lambda p: _rankable(sign * p.scores[board.objective])):
-        scores, trial = point.scores, point.trials[0]
-        memory = scores.get("cost/gpu_memory_gib", scores["cost/memory_gib"])
-        name = f"{point.numbers} best" if point is winner else point.numbers
-        table.add_row(
-            name, _label(point), str(trial["config"]["lora.r"]),
-            f"{scores['cost/trainable'] / 1e6:.2f} M", *_shown(scores, "valid", titles),
-            *([f"{point.spread:.4f}"] if replicated else []), f"{scores['cost/seconds']:.0f}",
-            f"{memory:.1f}", style="bold" if point is winner else "",
-        )  # fmt: skip
-    for point in board.points:
-        if not point.complete:
-            states = Counter(t["state"] for t in point.trials)
-            told = ", ".join(f"{count} {state}" for state, count in states.items())
-            table.add_row(point.numbers, _label(point), told if replicated else point.trials[0]["state"], style="dim")
-    return table
-
-
-def _label(point: Point) -> str:
-    """Name a point by its overrides; its replicates add their seed to them."""
-    return point.trials[0]["label"].removesuffix(" seed+0")
-
-
-def _rankable(value: float) -> float:
-    return math.inf if math.isnan(value) else value
-
-
-def _scores(trial: dict[str, Any]) -> dict[str, float]:
-    return trial.get("scores", {})
-
-
-def _shown(scores: dict[str, float], split: str, titles: list[str]) -> list[str]:
-    values = [(scores.get(f"{split}/{SCORES[title][0]}"), SCORES[title][1]) for title in titles]
-    return ["" if value is None else format(value, style) for value, style in values]
-
-
-def show(folder: Path) -> None:
-    """Print the leaderboard, and below it what the ranking is worth."""
     from ftexp import compare  # numpy and scipy, after the command line is checked
+
+    board = read(folder)
+    return beside(folder, board, compare.read(folder, board.trials, board.objective))
+
+
+def beside(folder: Path, board: Board, verdict: Verdict) -> Sweep:
+    """Read what stands in the folder beside the trials: curves, and the rows of the best point."""
+    from ftexp import compare, examples
+    from ftexp.page.figures import Sweep
+
+    frozen = read_json(folder / "sweep.json")
+    places = {t["number"]: folder if frozen is None else folder / str(t["number"]) for t in board.trials}
+    winner = None if verdict.best is None else boards.point_of(board, verdict.points[verdict.best].trials)
+    shown = None if winner is None else winner.trials[0]["number"]
+    content = None if shown is None else compare.read_table(places[shown] / "examples.parquet")
+    return Sweep(
+        name=folder.resolve().name,
+        board=board,
+        verdict=verdict,
+        winner=winner,
+        axes=tuple(axis["key"].lstrip("+") for axis in (frozen or {}).get("axes", [])),
+        curves={n: track.curve(place / track.FILE, "valid/loss") for n, place in places.items()},
+        rows=examples.of(content) if content else [],
+        command=() if shown is None else _command(places[shown], winner.trials[0] if winner else {}),
+    )
+
+
+def _command(place: Path, trial: dict[str, Any]) -> tuple[str, ...]:
+    """Return the words that run a trial again, alone; where it was tracked is left to the reader."""
+    import yaml
+
+    try:
+        told = yaml.safe_load((place / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")) or []
+    except FileNotFoundError:
+        return ()
+    seed = trial.get("config", {}).get("seed", 0)
+    words = [str(o) for o in told if not str(o).startswith(("track.", "name=", "seed=", "+track."))]
+    return ("python", "-m", "ftexp.run", *words, *([f"seed={seed}"] if seed else []))
+
+
+def show(folder: Path, html: Path | None = None, page: bool = True) -> None:
+    """Print the leaderboard and what the ranking is worth, and write the page.
+
+    Args:
+        folder: of the sweep or the run.
+        html: where the page goes; None takes `report.html` in the folder.
+        page: whether there is one.
+
+    Raises:
+        MachineError: the folder holds neither sweep nor run, or the page cannot be written.
+    """
+    from ftexp import compare
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     board = read(folder)
     console.print(leaderboard(board))
-    for line in compare.lines(compare.read(folder, board.trials, board.objective)):
+    verdict = compare.read(folder, board.trials, board.objective)
+    for line in compare.lines(verdict):
         console.print(line, markup=False, highlight=False)
+    if confirmed := read_json(folder / "confirm.json"):
+        console.print(confirmed["line"], markup=False, highlight=False)
     for trial in board.trials:
         if "error" in trial:
             console.print(f"trial {trial['number']} {trial['state']}: {trial['error']}", markup=False)
+    if page:
+        path = write_page(folder, beside(folder, board, verdict), html)
+        console.print(f"page: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def write_page(folder: Path, sweep: Sweep, html: Path | None = None) -> Path:
+    """Write the page, and show it with the sweep in the tracking store where it is new.
+
+    Raises:
+        MachineError: the file cannot be written.
+    """
+    from ftexp.page.html import page
+
+    path, text = html or folder / PAGE, page(sweep)
+    try:
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            return path
+        path.write_text(text, encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MachineError(f"the page cannot be written to {path}: {error}; --html PATH names another place") from error
+    kept = read_json(folder / "sweep.json") or {}
+    if html is None and kept.get("mlflow_run"):
+        track.attach(kept["track_uri"], kept["mlflow_run"], path)
+    return path
+
+
+def data(sweep: Sweep) -> dict[str, Any]:
+    """Sum a sweep up for scripts, numbers in full; what is unknown is null."""
+    board, verdict = sweep.board, sweep.verdict
+    tested = {point.trials: (n, point) for n, point in enumerate(verdict.points)}
+    points = []
+    for point in board.points:
+        numbers = tuple(t["number"] for t in point.trials)
+        n, told = tested.get(numbers, (None, None))
+        points.append({
+            "trials": list(numbers), "overrides": boards.label(point), "best": n is not None and n == verdict.best,
+            "states": [t["state"] for t in point.trials], "low": told and told.score.low,
+            "high": told and told.score.high, "p": told and told.p, "same_as_best": n in verdict.same,
+            "between_seeds": point.spread, "reasons": [t["error"] for t in point.trials if "error" in t],
+            "scores": point.scores,
+        })  # fmt: skip
+    return _finite({
+        "name": sweep.name, "objective": board.objective, "points": points, "rows": verdict.rows,
+        "detectable": verdict.detectable, "untested": verdict.untested, "cost": verdict.cost,
+        "cheapest": None if verdict.cheapest is None else verdict.points[verdict.cheapest].label,
+        "importance": {key: [s.value, s.low, s.high] for key, s in verdict.importance.items()},
+        "front": list(verdict.front),
+    })  # fmt: skip
+
+
+def _finite(value: Any) -> Any:
+    """Put null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def export(folder: Path, form: str) -> str:
+    """Write a sweep as a Markdown leaderboard, as CSV with one line a point, or as JSON."""
+    board = read(folder)
+    if form == "md":
+        rows = [boards.titles(board), *(line.cells for line in boards.lines(board))]
+        told = ["| " + " | ".join(markdown(c) for c in row) + " |" for row in rows]
+        return "\n".join([told[0], "|---|---|" + "---:|" * (len(rows[0]) - 2), *told[1:]]) + "\n"
+    found = data(gather(folder))
+    return json.dumps(found, indent=1, ensure_ascii=False) + "\n" if form == "json" else _csv(found["points"])
+
+
+def markdown(text: str) -> str:
+    """Escape what ends a cell, a line or the table's text in Markdown, where HTML passes through."""
+    for sign, instead in (("\\", "\\\\"), ("|", "\\|"), ("&", "&amp;"), ("<", "&lt;"), ("`", "\\`")):
+        text = text.replace(sign, instead)
+    return visible(" ".join(text.split()))
+
+
+def _csv(points: list[dict[str, Any]]) -> str:
+    flat = [
+        {"trials": _joined(p["trials"]), **{k: p[k] for k in ("overrides", "best", "low", "high", "p", "same_as_best")},
+         "states": _joined(p["states"]), "between_seeds": p["between_seeds"], "reasons": "; ".join(p["reasons"]),
+         **p["scores"]}
+        for p in points
+    ]  # fmt: skip
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return out.getvalue()
+
+
+def _joined(values: list[Any]) -> str:
+    return " ".join(map(str, values))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    made = argparse.ArgumentParser(
+        "ftexp report", description="Print the leaderboard of a sweep or a run, and write it as one HTML page."
+    )
+    made.add_argument("folder", type=Path, help="of a sweep or a run, below outputs/")
+    made.add_argument("--html", type=Path, metavar="PATH", help="where the page goes; default FOLDER/report.html")
+    made.add_argument("--no-html", action="store_true", help="write no page")
+    made.add_argument("--format", choices=("md", "csv", "json"), help="print data only, and no page without --html")
+    made.add_argument("--json", action="store_const", const="json", dest="format", help="short for --format json")
+    return made
 
 
 def main() -> int:
     """Run the command line; return the exit code."""
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print("usage: python -m ftexp.report FOLDER    (of a sweep or a run, below outputs/)", file=sys.stderr)
-        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
     try:
-        show(Path(sys.argv[1]))
+        args = parser().parse_args()
+    except SystemExit as left:
+        return int(left.code or 0)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a label may hold bytes of a command line that are no text
+    try:
+        if args.format is None:
+            show(args.folder, args.html, not args.no_html)
+            return 0
+        sys.stdout.write(export(args.folder, args.format))
+        if args.html is not None and not args.no_html:
+            write_page(args.folder, gather(args.folder), args.html)
+        sys.stdout.flush()
     except FtexpError as error:
         print(f"ftexp: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return 0
 
 

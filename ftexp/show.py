@@ -13,17 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import hydra
-from hydra.errors import HydraException
 from rich.console import Console
 from rich.text import Text
 
-from ftexp import config, data, model, overrides
+from ftexp import data, model
+from ftexp.api import compose
 from ftexp.config import Data, Run
 from ftexp.data import gates, prompts
 from ftexp.data.prompts import Example
-from ftexp.errors import ConfigError, FtexpError, MachineError
-from ftexp.sweep import plugin
+from ftexp.errors import FtexpError, MachineError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,22 +31,6 @@ BAR = 50
 """Letters of the longest bar."""
 SIGNS = str.maketrans({"\n": "⏎\n", "\t": "⇥", "\r": "␍"})
 ASKED, LEARNED, SPECIAL = "dim", "bold green", "reverse"
-
-
-def compose(given: list[str]) -> Run:
-    """Compose and check a run from overrides.
-
-    Raises:
-        ConfigError: a key is unknown, or a value out of range.
-    """
-    config.register()
-    plugin.register()
-    overrides.check(given)
-    try:
-        with hydra.initialize_config_dir(str(overrides.CONF), version_base="1.3"):
-            return config.build(hydra.compose("config", overrides.given(overrides.prepare(given))))
-    except HydraException as error:
-        raise ConfigError(str(error).strip().splitlines()[0]) from error
 
 
 def spans(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool, bool]]:

@@ -51,7 +51,7 @@ class Log:
 
     def curve(self, name: str) -> list[tuple[float, int]]:
         """Return the points of a metric that the run's file holds, as (value, step)."""
-        return [(point[name], point["step"]) for point in _lines(self.folder / FILE) if name in point]
+        return curve(self.folder / FILE, name)
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Report metrics of an optimizer step."""
@@ -157,6 +157,11 @@ def start(
     _close(log, "FINISHED")
 
 
+def curve(path: Path, name: str) -> list[tuple[float, int]]:
+    """Return the points of a metric that a file of metrics holds, as (value, step)."""
+    return [(point[name], point["step"]) for point in _lines(path) if name in point]
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     """Read a file of metrics; a last line that a kill tore is left out."""
     if not path.exists():
@@ -194,6 +199,22 @@ def open_parent(track: Track, name: str, folder: Path) -> str | None:
     return _open(track, name, folder, None)[1] if _reached(track) else None
 
 
+def attach(uri: str, run_id: str, path: Path) -> None:
+    """Show a file with a run of the tracking store; a store that is not here, or fails, costs one line."""
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+        say(f"{path.name} is not in MLflow: {uri} is not here")
+        return
+    _restrain()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        MlflowClient(tracking_uri=uri).log_artifact(run_id, str(path))
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        say(f"warning: {path.name} is not in MLflow: {str(error).splitlines()[0]}")
+
+
 def close_parent(
     track: Track, run_id: str | None, tags: dict[str, Any], metrics: dict[str, float], failed: bool
 ) -> None:
@@ -205,6 +226,12 @@ def close_parent(
     log._points = [(name, value, int(time.time() * 1000), 0) for name, value in metrics.items()]
     log.flush()
     _close(log, "FAILED" if failed else "FINISHED")
+
+
+def tag(track: Track, run_id: str | None, tags: dict[str, Any]) -> None:
+    """Tag a run that has ended; none where nothing is tracked."""
+    if run_id is not None and track.kind is not Tracker.none:
+        Log(Path(), store(track)[0], run_id).tags(tags)
 
 
 def _close(log: Log, status: str) -> None:
@@ -268,18 +295,23 @@ def store(track: Track) -> tuple[MlflowClient, str]:
     return _stores[key]
 
 
-def _connect(track: Track) -> tuple[MlflowClient, str]:
+def _restrain() -> None:
+    """Keep MLflow from waiting long and talking much."""
+    import logging
+
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the default waits four minutes on a dead server
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    import logging
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
 
+
+def _connect(track: Track) -> tuple[MlflowClient, str]:
+    _restrain()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
     artifacts = None
     lock: Any = _unlocked()
     try:

@@ -10,6 +10,7 @@ from ftexp.sweep import plugin
 CHOICES = [f"{p.parent.name}={p.stem}" for p in sorted(overrides.CONF.glob("*/*.yaml"))]
 NEEDED = {
     "model=hub": ["model.path=org/model"],
+    "data=hub": ["data.path=org/rows"],
     **{f"data={kind.value}": ["data.path=rows.jsonl"] for kind in config.FILES},
     "quant=nf4": ["model=embedded"],
 }

@@ -47,6 +47,12 @@ NAN, INF = math.nan, math.inf
         ("data.test=2.0", r"data\.test must be 0 or more"),
         ("data.valid_path=x.csv", r"data\.valid_path must be empty when data=yoda \(use data=file\), got 'x\.csv'"),
         ("data=csv data.path=''", r"data\.path must be a file when data=csv"),
+        ("data=hub data.path=''", r"data\.path must be an id of the hub or a folder when data=hub"),
+        ("data=hub data.path=a/b data.split=''", r"data\.split must be the name of a split"),
+        ("data=hub data.path=a/b data.valid_path=x", r"data\.valid_path must be empty when data=hub"),
+        ("data.revision=main", r"data\.revision must be left out when data=yoda \(use data=hub\), got 'main'"),
+        ("data=csv data.path=x data.split=test", r"data\.split must be left out when data=csv"),
+        ("trainer.kind=classify trainer.group_by_length=true", r"trainer\.group_by_length must be false with"),
         ("data.dedup_threshold=0", r"data\.dedup_threshold must be above 0 and at most 1"),
         (
             "data.shuffle=false data.group_by=author",

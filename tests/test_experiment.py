@@ -6,6 +6,7 @@ import math
 
 import pyarrow.parquet
 import pytest
+from conftest import TINY
 
 from ftexp import experiment, metrics
 from ftexp.errors import ConfigError, DataError, Diverged, MachineError
@@ -34,12 +35,13 @@ def test_run_leaves_scores_table_and_adapter(tiny, tmp_path):
 
 def test_every_number_of_a_run_has_a_direction_or_is_a_count(tiny, tmp_path):
     """A new score without a row in METRICS fails here, and so does a row that no run reports."""
-    counts, reported = {f"valid/{name}" for name in metrics.COUNTS}, set()
+    counts = {f"{split}/{name}" for name in metrics.COUNTS for split in ("valid", "test")}
+    reported = set()
     for n, given in enumerate(
         (["eval.labels=' '"], ["eval=loss", "eval.forgetting=python-docs"], ["trainer.kind=classify"])
     ):
-        run = tiny(*given)
-        scores = experiment.execute(run, tmp_path / str(n), "x")
+        run = tiny(*given, "data.test=9")
+        scores = experiment.execute(run, tmp_path / str(n), "x", opened=1)
         on = experiment.switched_on(run)
         expected = {name for name, metric in metrics.METRICS.items() if not metric.needs or {*metric.needs} & on}
         assert set(scores) - counts == expected - {"cost/gpu_memory_gib"}
@@ -239,7 +241,64 @@ def test_rows_add_up_in_the_facts(tiny, tmp_path):
     assert told["read"] == 32 == told["train"] + told["valid"] + told["test"] + sum(told["dropped"].values())
 
 
-def test_sealed_rows_reach_no_tokenizer_and_no_file(tiny, tmp_path, monkeypatch):
+def leaked(folder, cli, monkeypatch, *given):
+    """Run a sweep and a single run whose sealed rows each hold a word of their own.
+
+    Gives where such words came to light: in a text that was tokenised, in output, in a file, or in the tracking store.
+    """
+    import transformers
+
+    def write(name, word, rows):
+        told = [{"prompt": f"{word}{n:03} is asked", "completion": f"of {'ab'[n % 2]}{word}"} for n in range(rows)]
+        (folder / name).write_text("\n".join(map(json.dumps, told)))
+
+    write("train.jsonl", "plain", 60)
+    write("test.jsonl", "sealed", 9)
+    experiment._tokens = None
+    seen, base = [], transformers.PreTrainedTokenizerBase
+    for name in ("__call__", "apply_chat_template"):
+        honest = getattr(base, name)
+        monkeypatch.setattr(
+            base, name, lambda self, text, *a, _f=honest, **k: seen.append(str(text)) or _f(self, text, *a, **k)
+        )
+    shared = [*TINY, "data=jsonl", "data.path=train.jsonl", "data.test_path=test.jsonl", "data.allow=[leaks]", "name=s", "trainer.steps=2",
+              f"track.uri=sqlite:///{folder}/ml.db", *given]  # fmt: skip
+    shared = [t for t in shared if not t.startswith("data.rows")]
+    printed = ""
+    for argv in (["lora.r=2,4", "-m"], []):
+        code, out, err = cli(*argv, *shared)
+        assert code == 0, err
+        printed += out + err
+    assert any("plain000" in text for text in seen)
+    places = {"tokenizer": "sealed0" in "".join(seen), "output": "sealed0" in printed}
+    for path in (p for p in folder.rglob("*") if p.is_file() and p.name != "test.jsonl"):
+        whole = (
+            str(pyarrow.parquet.read_table(path).to_pylist())
+            if path.suffix == ".parquet"
+            else path.read_text(errors="replace")
+        )
+        places[path.name] = places.get(path.name, False) or "sealed0" in whole
+    assert {"examples.parquet", "trial.json", "ml.db", "study.journal"} <= set(places)
+    return {name for name, found in places.items() if found}
+
+
+METHODS = pytest.mark.parametrize("given", [[], ["trainer.kind=classify"]], ids=["sft", "classify"])
+
+
+@METHODS
+def test_sealed_rows_reach_no_tokenizer_no_output_and_no_file(cli, tmp_path, monkeypatch, given):
+    assert not leaked(tmp_path, cli, monkeypatch, *given)
+
+
+@pytest.mark.slow
+@METHODS
+def test_sabotage_opened_rows_come_to_light(cli, tmp_path, monkeypatch, given):
+    honest = experiment._execute
+    monkeypatch.setattr(experiment, "_execute", lambda *args: honest(*args[:-1], 1))
+    assert {"tokenizer", "test.parquet"} <= leaked(tmp_path, cli, monkeypatch, *given)
+
+
+def test_sealed_rows_are_not_among_those_that_are_scored(tiny, tmp_path, monkeypatch):
     from ftexp import data
 
     run = tiny("data.test=9", "data.seed=5")
@@ -251,8 +310,27 @@ def test_sealed_rows_reach_no_tokenizer_and_no_file(tiny, tmp_path, monkeypatch)
     experiment.execute(run, tmp_path / "run", "x")
     assert len(sealed) == 9
     assert len(seen) == 111 and not set(seen) & set(sealed)
-    table = pyarrow.parquet.read_table(tmp_path / "run" / "examples.parquet").to_pylist()
-    assert not {row["where"] for row in table} & {row.where for row in sealed}
+    kept = read_json(tmp_path / "run" / "trial.json")
+    assert "opened" not in kept and not [name for name in kept["scores"] if name.startswith("test/")]
+
+
+def test_opened_rows_that_do_not_fit_are_refused_before_training(tiny, tmp_path, monkeypatch):
+    given = write(tmp_path / "t.jsonl", *[{"prompt": f"p{n}", "completion": "x"} for n in range(9)])
+    write(tmp_path / "sealed.jsonl", {"prompt": "long", "completion": "x" * 600})
+    monkeypatch.setattr(experiment, "track", None)  # what comes after the rows is not reached
+    run = tiny(*given, f"data.test_path={tmp_path}/sealed.jsonl", "data.max_length=1024", "eval=loss")
+    with pytest.raises(DataError, match=r"sealed\.jsonl:1: the model takes at most 512 tokens"):
+        experiment._execute(run, tmp_path / "run", "x", None, {}, None, 1)
+
+
+def test_opened_row_of_a_class_nobody_knows_is_refused(tiny, tmp_path):
+    rows = [{"prompt": f"p{n}", "completion": "ab"[n % 2]} for n in range(20)]
+    given = write(tmp_path / "t.jsonl", *rows)
+    write(tmp_path / "sealed.jsonl", {"prompt": "q1", "completion": "a"}, {"prompt": "q2", "completion": "c"})
+    given += [f"data.test_path={tmp_path}/sealed.jsonl", "trainer.kind=classify", "data.allow=[leaks]"]
+    with pytest.raises(DataError, match=r"sealed\.jsonl:2: no training or held-out row has the label 'c'"):
+        experiment.execute(tiny(*given, "trainer.multi_label=false"), tmp_path / "one", "x", opened=1)
+    assert experiment.execute(tiny(*given), tmp_path / "many", "x", opened=1)["test/subset_accuracy"] <= 0.5
 
 
 def test_loss_only_run_writes_no_completions(tiny, tmp_path):

@@ -1,14 +1,22 @@
 """The leaderboard from files alone."""
 
+import csv
+import io
+import json
 import math
+import re
+import subprocess
 import sys
 
+import made
 import pytest
 from rich.console import Console
 
-from ftexp import report
+from ftexp import report, track
+from ftexp.config import Track
 from ftexp.errors import MachineError
-from ftexp.files import write_json
+from ftexp.files import read_json, write_json
+from ftexp.page import html
 
 
 def trial(r, loss, exact=0.5, **keys):
@@ -128,6 +136,112 @@ def test_folder_without_runs_is_named(tmp_path, monkeypatch, capsys):
 def test_usage(argv, code, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report", *argv])
     assert report.main() == code
+
+
+def run(monkeypatch, capsys, *argv):
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, argv)])
+    return report.main(), *capsys.readouterr()
+
+
+def test_page_is_written_beside_the_sweep_and_told(tmp_path, monkeypatch, capsys):
+    folder = made.sweep(tmp_path / "s")
+    code, out, _ = run(monkeypatch, capsys, folder)
+    assert code == 0
+    assert out.endswith(f"page: {folder / 'report.html'}\n")
+    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_page_goes_where_it_is_asked_to_or_nowhere(tmp_path, monkeypatch, capsys):
+    folder = made.sweep(tmp_path / "s")
+    run(monkeypatch, capsys, folder, "--html", tmp_path / "p.html")
+    assert (tmp_path / "p.html").exists() and not (folder / "report.html").exists()
+    code, out, _ = run(monkeypatch, capsys, folder, "--no-html")
+    assert code == 0 and "page:" not in out and not (folder / "report.html").exists()
+    code, _, err = run(monkeypatch, capsys, folder, "--html", tmp_path / "no" / "p.html")
+    assert code == 4 and "cannot be written" in err
+
+
+def test_json_holds_the_numbers_in_full(tmp_path, monkeypatch, capsys):
+    folder = made.sweep(tmp_path / "s", 4, failed=1)
+    code, out, _ = run(monkeypatch, capsys, folder, "--json")
+    told = json.loads(out, parse_constant=pytest.fail)  # no NaN, which is no JSON
+    assert code == 0 and not (folder / "report.html").exists()
+    for n, point in enumerate(told["points"][:3]):
+        assert point["scores"] == read_json(folder / str(n) / "trial.json")["scores"]
+        assert point["low"] < point["scores"]["valid/loss"] < point["high"]
+    best = min(range(3), key=lambda n: told["points"][n]["scores"]["valid/loss"])
+    assert [p["best"] for p in told["points"]] == [n == best for n in range(4)]
+    assert told["points"][3]["states"] == ["failed"] and told["points"][3]["reasons"] == [
+        "failed at step 4: valid/loss 9.0"
+    ]
+
+
+def test_csv_has_a_line_a_point(tmp_path, monkeypatch, capsys):
+    folder = made.sweep(tmp_path / "s", 6, replicates=2, hostile='a"b,\nc')
+    _, out, _ = run(monkeypatch, capsys, folder, "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [row["trials"] for row in rows] == ["0 1", "2 3", "4 5"]
+    assert 'a"b,\nc' in rows[0]["overrides"]
+    assert float(rows[0]["valid/loss"]) == report.read(folder).points[0].scores["valid/loss"]
+
+
+def test_markdown_is_the_leaderboard(tmp_path, monkeypatch, capsys):
+    folder = made.sweep(tmp_path / "s", hostile="a|b<c>")
+    _, out, _ = run(monkeypatch, capsys, folder, "--format", "md")
+    lines = out.splitlines()
+    assert lines[0].startswith("| trial | overrides | rank |") and lines[1].startswith("|---|---|---:|")
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {10}
+    assert "<c>" not in out
+
+
+def test_brackets_of_overrides_are_no_markup(sweep):
+    assert "lora.targets=[q_proj]" in printed(sweep(trial(8, 0.3, label="lora.targets=[q_proj]")))
+
+
+def test_hostile_labels_reach_the_terminal(tmp_path, capfd):
+    folder = made.sweep(tmp_path / "s", hostile=made.HOSTILE)
+    done = subprocess.run([sys.executable, "-m", "ftexp.report", str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\\ud800" in done.stdout
+
+
+def test_page_stands_with_the_sweep_in_mlflow(tmp_path, capsys):
+    where = Track(uri=f"sqlite:///{tmp_path}/ml.db")
+    folder = made.sweep(tmp_path / "s")
+    parent = track.open_parent(where, "s", folder)
+    write_json(folder / "sweep.json", read_json(folder / "sweep.json") | {"mlflow_run": parent, "track_uri": where.uri})
+    report.show(folder)
+    client, _ = track.store(where)
+    assert [a.path for a in client.list_artifacts(parent)] == ["report.html"]
+    kept = next((tmp_path / "mlartifacts").rglob("report.html"))
+    assert kept.read_text() == (folder / "report.html").read_text()
+    stamp = kept.stat().st_mtime_ns
+    report.show(folder)  # the same page is not sent again
+    assert kept.stat().st_mtime_ns == stamp
+
+
+def test_a_store_that_is_gone_costs_a_line(tmp_path, capsys):
+    folder = made.sweep(tmp_path / "s", mlflow_run="abc", track_uri=f"sqlite:///{tmp_path}/gone.db")
+    report.show(folder)
+    assert "is not here" in capsys.readouterr().err
+    assert not (tmp_path / "gone.db").exists() and (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("bound", "said"), [(200.0, "above a bound of sweep.at_most"), (1.0, "nothing to choose from")]
+)
+def test_point_above_a_bound_is_not_the_winner(tmp_path, bound, said):
+    folder = made.sweep(tmp_path / "s")
+    best = report.read(folder).best
+    path = folder / str(best) / "trial.json"
+    told = read_json(path)
+    told["scores"]["cost/seconds"] = 500.0
+    write_json(path, told)
+    kept = read_json(folder / "sweep.json")
+    write_json(folder / "sweep.json", kept | {"options": {"replicates": 1, "at_most": {"cost/seconds": bound}}})
+    found = report.gather(folder)
+    assert found.winner is not found.board.points[best]
+    assert said in html.page(found)
 
 
 def test_point_above_a_bound_is_never_best(sweep):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ftexp import config
-from ftexp.config import Data
-from ftexp.data import gates, hygiene
+from ftexp.config import Data, Source
+from ftexp.data import gates, hub, hygiene
+from ftexp.data.objects import of
 from ftexp.data.rows import Row, read, read_file
 from ftexp.data.splits import Splits, split
 from ftexp.errors import DataError
 from ftexp.files import sha256
 from ftexp.progress import say
 
-__all__ = ["Row", "Splits", "load"]
+__all__ = ["Row", "Splits", "load", "of"]
 
 KEPT = 4
 """Results of `load` kept in memory; trials of a sweep ask for the same few again and again."""
@@ -40,10 +42,20 @@ def load(data: Data) -> Splits:
 
 
 def _paths(data: Data) -> list[str]:
+    if data.kind is Source.hub and (folder := hub.folder(data)) is not None:
+        return sorted(str(path) for path in folder.rglob("*"))
     return [path for path in (data.path, data.valid_path, data.test_path) if path]
 
 
 def _load(data: Data) -> Splits:
+    if data.kind is Source.hub:
+        commit = hub.commit(data)
+        made = _split(replace(data, revision=commit or None))
+        return replace(made, commit=commit)
+    return _split(data)
+
+
+def _split(data: Data) -> Splits:
     source = data.path or data.kind.value
     rows = read(data)
     if not rows:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, cast
 
 from ftexp.config import Data, Gate
 from ftexp.data import hygiene
@@ -90,7 +90,7 @@ def alike(held: tuple[Row, ...], rows: tuple[Row, ...], threshold: float) -> Ite
 
 
 def tokens(rows: tuple[Row, ...], made: list[Example | None], ends: int, data: Data) -> list[Example]:
-    """Refuse rendered rows of which too many were lost, teach nothing, or do not show where to stop.
+    """Return the rendered rows that teach something; as `usable`, from the rows themselves.
 
     Args:
         rows: before they were rendered.
@@ -98,32 +98,57 @@ def tokens(rows: tuple[Row, ...], made: list[Example | None], ends: int, data: D
         ends: id of the end-of-sequence token.
         data: the config.
 
+    Raises:
+        DataError: as of `usable`.
+    """
+    found = usable(
+        rows,
+        [e is None for e in made],
+        [0 if e is None else e.supervised for e in made],
+        [e is not None and e.completion[-1:] == (ends,) for e in made],
+        data,
+    )
+    return [cast("Example", made[n]) for n in found]
+
+
+def usable(
+    rows: tuple[Row, ...], lost: Sequence[bool], supervised: Sequence[int], ended: Sequence[bool], data: Data
+) -> list[int]:
+    """Refuse rendered rows of which too many were lost, teach nothing, or do not show where to stop.
+
+    Args:
+        rows: before they were rendered.
+        lost: whether a row was dropped for its length.
+        supervised: supervised tokens of a row.
+        ended: whether a row ends with the end-of-sequence token.
+        data: the config.
+
     Returns:
-        The rows that teach something.
+        The numbers of the rows that teach something.
 
     Raises:
         DataError: names the first such row and how many there are.
     """
-    kept = [example for example in made if example is not None]
+    kept = [n for n, gone in enumerate(lost) if not gone]
     if not rows:
         return kept
-    gone = [row for row, example in zip(rows, made, strict=True) if example is None]
+    gone = [rows[n] for n in range(len(rows)) if lost[n]]
     if gone:
         told = f"{len(gone)} of {len(rows)} rows have more than data.max_length={data.max_length} tokens"
         say(f"left out: {told}, the first is {gone[0].where}")
         if len(gone) > LOST * len(rows) and Gate.lost not in data.allow:
             raise DataError(f"{gone[0].where}: {told}; more than {LOST:.0%} may be lost with data.allow=[lost]")
-    mute = [example for example in kept if not example.supervised]
+    mute = [n for n in kept if not supervised[n]]
     if mute:
         told = f"{len(mute)} of {len(rows)} rows have no supervised token within data.max_length={data.max_length}"
         if Gate.unsupervised not in data.allow:
-            raise DataError(f"{mute[0].row.where}: {told}; leave them out with data.allow=[unsupervised]")
-        say(f"left out: {told}, the first is {mute[0].row.where}")
-        kept = [example for example in kept if example.supervised]
-    endless = [example for example in kept if example.completion[-1:] != (ends,)]
+            raise DataError(f"{rows[mute[0]].where}: {told}; leave them out with data.allow=[unsupervised]")
+        say(f"left out: {told}, the first is {rows[mute[0]].where}")
+        kept = [n for n in kept if supervised[n]]
+    endless = [n for n in kept if not ended[n]]
     if len(endless) > LOST * len(rows) and Gate.no_eos not in data.allow:
         raise DataError(
-            f"{endless[0].row.where}: {len(endless)} of {len(rows)} rows lost their end-of-sequence token to "
+            f"{rows[endless[0]].where}: {len(endless)} of {len(rows)} rows lost their end-of-sequence token to "
             f"data.long=cut, so the model would not learn to stop; accept it with data.allow=[no_eos]"
         )
     if not kept:

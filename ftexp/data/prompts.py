@@ -9,6 +9,7 @@ supervised, of a conversation every answer; they are found by rendering the conv
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,6 +26,10 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+TOGETHER = 1_000
+"""Rows whose texts go to the tokenizer in one call."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,10 @@ class Example:
         return len(self.row.supervised().encode()) - self.unseen
 
 
+Steps = Generator[tuple[str, bool], Any, Example]
+"""A row on its way: yields a text and whether special tokens go around it, is sent its ids, returns the example."""
+
+
 def template(tokenizer: PreTrainedTokenizerBase, data: Data) -> str | None:
     """Return the Jinja chat template in use, or None for plain text.
 
@@ -100,31 +109,68 @@ def render(rows: tuple[Row, ...], tokenizer: PreTrainedTokenizerBase, data: Data
         DataError: a row is longer than `data.max_length`, begins with two BOS tokens, or has a template that rewrites
             the prompt once the answer follows; the message starts with the row's place.
     """
+    with progress("tokenising", len(rows)) as advance:
+        made = examples(rows, tokenizer, data, advance)
+    return gates.tokens(rows, made, end(tokenizer), data)
+
+
+def examples(
+    rows: tuple[Row, ...], tokenizer: PreTrainedTokenizerBase, data: Data, advance: Callable[[], None] = lambda: None
+) -> list[Example | None]:
+    """Tokenise rows, each for itself: None stands for one that was dropped for its length."""
     chat = template(tokenizer, data)
     made = []
-    with progress("tokenising", len(rows)) as advance:
-        for row in rows:
-            made.append(_fitted(_checked(_example(row, tokenizer, chat), tokenizer, data), tokenizer, data))
+    for start in range(0, len(rows), TOGETHER):
+        for found in _together([_example(row, tokenizer, chat) for row in rows[start : start + TOGETHER]], tokenizer):
+            if isinstance(found, DataError):
+                raise found
+            made.append(_fitted(_checked(found, tokenizer, data), tokenizer, data))
             advance()
-    return gates.tokens(rows, made, _end(tokenizer), data)
+    return made
 
 
-def _example(row: Row, tokenizer: PreTrainedTokenizerBase, chat: str | None) -> Example:
+def _together(steps: list[Steps], tokenizer: PreTrainedTokenizerBase) -> list[Example | DataError]:
+    """Let rows go on step by step, and tokenise what all ask for at one step in one call.
+
+    Ids are those of a call for each text; a call costs as much as the tokens of a short text.
+    """
+    done: dict[int, Example | DataError] = {}
+    answers: dict[int, list[int] | None] = dict.fromkeys(range(len(steps)))
+    while answers:
+        asked: dict[bool, dict[int, str]] = {False: {}, True: {}}
+        for n, ids in answers.items():
+            try:
+                text, special = steps[n].send(ids)
+                asked[special][n] = text
+            except StopIteration as end:
+                done[n] = end.value
+            except DataError as error:
+                done[n] = error
+        answers = {}
+        for special, texts in asked.items():
+            if texts:
+                ids = tokenizer(list(texts.values()), add_special_tokens=special, verbose=False)["input_ids"]
+                answers |= zip(texts, map(list, cast(Any, ids)), strict=True)
+    return [done[n] for n in range(len(steps))]
+
+
+def _example(row: Row, tokenizer: PreTrainedTokenizerBase, chat: str | None) -> Steps:
+    """Yield texts and whether special tokens go around them, get their ids, and return the example."""
     if not row.prompt:
-        return _text(row, tokenizer)
+        return (yield from _text(row, tokenizer))
     if chat is None:
         if row.turns:
             raise DataError(f"{row.where}: a conversation of several turns needs a template, use data.template=chatml")
-        prompt = _ids(tokenizer, row.prompt, special=True)
+        prompt = yield row.prompt, True
         while prompt and prompt[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
             prompt.pop()
-        return Example(row, tuple(prompt), tuple(_closed(_ids(tokenizer, row.completion), tokenizer, row)))
-    return _conversation(row, tokenizer, chat)
+        return Example(row, tuple(prompt), tuple(_closed((yield row.completion, False), tokenizer, row)))
+    return (yield from _conversation(row, tokenizer, chat))
 
 
-def _text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Example:
+def _text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Steps:
     """Supervise a whole text but its first token, which nothing comes before where the tokenizer puts no BOS there."""
-    ids = _ids(tokenizer, row.completion, special=True)
+    ids = yield row.completion, True
     while ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     first = ids[:1]
@@ -132,7 +178,7 @@ def _text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Example:
     return Example(row, tuple(first), tuple(_closed(ids[1:], tokenizer, row)), unseen=unseen)
 
 
-def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase, chat: str) -> Example:
+def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase, chat: str) -> Steps:
     """Find every answer by rendering the conversation up to it, without and with the answer."""
     told = row.turns or (("user", row.prompt), ("assistant", row.completion))
     turns = [{"role": role, "content": text} for role, text in told]
@@ -147,11 +193,11 @@ def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase, chat: str) -> Ex
                     f"{row.where}: the chat template changes the prompt once an answer follows; use another "
                     "data.template"
                 )
-        prompt += [*answer, *_ids(tokenizer, asked[len(done) :])]
-        answer = _ids(tokenizer, full[len(asked) :])
+        prompt += [*answer, *(yield asked[len(done) :], False)]
+        answer = yield full[len(asked) :], False
         if n != answers[-1]:
-            end = answer.index(_end(tokenizer)) + 1 if _end(tokenizer) in answer else len(answer)
-            earlier.append((len(prompt), len(prompt) + end))
+            length = answer.index(end(tokenizer)) + 1 if end(tokenizer) in answer else len(answer)
+            earlier.append((len(prompt), len(prompt) + length))
         done = full
     return Example(row, tuple(prompt), tuple(_closed(answer, tokenizer, row)), tuple(earlier))
 
@@ -167,11 +213,8 @@ def _templated(
         raise DataError(f"{row.where}: the chat template cannot render this row: {error}") from error
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
-    return list(cast(list[int], tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]))
-
-
-def _end(tokenizer: PreTrainedTokenizerBase) -> int:
+def end(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of the end-of-sequence token."""
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no end-of-sequence token, so a model could never learn to stop")
     return cast(int, tokenizer.eos_token_id)
@@ -179,7 +222,7 @@ def _end(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
     """End a completion at its end-of-sequence token, or add one: a model never shown it never stops."""
-    eos = _end(tokenizer)
+    eos = end(tokenizer)
     if eos not in ids:
         return [*ids, eos]
     first = ids.index(eos)

@@ -1,4 +1,4 @@
-"""Rows of text from a file or a generator, each with the place it came from."""
+"""Rows of text from a file, the hub or a generator, each with the place it came from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ftexp import config
 from ftexp.config import Data, Source
-from ftexp.data import genres, korean, latex, packages, preference, reader, shapes, yoda
+from ftexp.data import genres, hub, korean, latex, packages, preference, reader, shapes, yoda
 from ftexp.data.shapes import Row
 
 __all__ = ["GENERATED", "Row", "read", "read_file"]
@@ -26,6 +26,8 @@ def read(data: Data) -> list[Row]:
     """
     if data.kind in config.FILES:
         return read_file(data.path, data, data.rows)
+    if data.kind is Source.hub:
+        return list(shapes.rows(islice(hub.records(data), data.rows), data))
     return list(shapes.rows(islice(_made(data), data.rows or GENERATED), data))
 
 

@@ -142,6 +142,19 @@ def interval(
     return Interval(column.value, float(low[0]), float(high[0]))
 
 
+def difference(a: Interval, b: Interval) -> Interval:
+    """Interval of the difference of two scores of independent rows, from the intervals of both.
+
+    Each end takes the root of the sum of squares of the half widths that lead there (MOVER, Zou and Donner 2008).
+
+    >>> difference(Interval(9.0, 6.0, 13.0), Interval(3.0, 0.0, 7.0))
+    Interval(value=6.0, low=1.0, high=11.0)
+    """
+    value = a.value - b.value
+    low, high = math.hypot(a.value - a.low, b.high - b.value), math.hypot(a.high - a.value, b.value - b.low)
+    return Interval(value, value - low, value + high)
+
+
 def wilson(share: float, rows: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a share: all p with |share - p| <= z * sqrt(p * (1 - p) / rows).
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import evaluate, metrics
-from ftexp.config import Run, Trainer
+from ftexp.config import Packing, Run, Trainer
 from ftexp.data.prompts import Example
 from ftexp.errors import Diverged, OutOfTime, Preempted, Pruned
 from ftexp.model import Base, accept
 from ftexp.progress import progress
+from ftexp.train import lengths
 from ftexp.train.checkpoints import Store
 from ftexp.train.control import Control, Report, at_work
 
@@ -32,8 +34,8 @@ def train(
     run: Run,
     base: Base,
     tuned: PeftModel,
-    rows: list[Example],
-    valid: list[Example],
+    rows: Sequence[Example],
+    valid: Sequence[Example],
     kept: Store,
     report: Report,
     control: Control,
@@ -61,15 +63,19 @@ def train(
         OutOfTime: the deadline has passed.
         Preempted: the process was asked to leave; a checkpoint of the last step is kept.
     """
-    steps = planned_steps(run.trainer, len(rows))
+    packs = lengths.packed(lengths.dataset(rows), run.data)
+    steps = planned_steps(run.trainer, len(packs))
     settings = arguments(run.trainer, base.compute.device, run.seed, str(kept.folder), steps)
+    if run.data.packing is Packing.bfd:
+        lengths.check_apart(tuned, packs)
+        settings.padding_free = base.compute.attention == "flash_attention_2"
 
     def curve(model: Any, label: str) -> float:
         table = evaluate.held_out(model, base.tokenizer, valid, run.eval, label)
         return metrics.loss([e["nats"] for e in table], [e["tokens"] for e in table])
 
     def make(watching: TrainerCallback) -> Any:
-        return _trainer(base, tuned, settings, _dataset(rows), watching)
+        return _trainer(base, tuned, settings, packs, watching)
 
     return optimise(run, tuned, steps, curve, make, kept, report, control)
 
@@ -105,7 +111,7 @@ def optimise(
 
 
 def planned_steps(trainer: Trainer, rows: int) -> int:
-    """Count optimizer steps: the last step of an epoch may hold fewer rows than the others."""
+    """Count optimizer steps over rows or packs: the last step of an epoch may hold fewer than the others."""
     if trainer.steps is not None:
         return trainer.steps
     an_epoch = math.ceil(math.ceil(rows / trainer.batch) / trainer.accumulation)
@@ -135,6 +141,7 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
         "gradient_checkpointing": trainer.gradient_checkpointing,
         "seed": seed,
         "use_cpu": device == "cpu",
+        "train_sampling_strategy": "group_by_length" if trainer.group_by_length else "random",
         "bf16": False,  # the weights are loaded in the format that was chosen; autocast on top would round twice
         "fp16": False,
         "max_length": None,  # rows were refused where too long, so nothing is cut here
@@ -147,12 +154,6 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
         "dataloader_pin_memory": device == "cuda",
     }
     return cast("SFTConfig", accept(SFTConfig, own, trainer.extra, "trainer.extra"))
-
-
-def _dataset(rows: list[Example]) -> Dataset:
-    from datasets import Dataset
-
-    return Dataset.from_list([{"input_ids": e.ids, "labels": e.labels} for e in rows])
 
 
 def _trainer(base: Base, tuned: PeftModel, settings: SFTConfig, dataset: Dataset, watch: TrainerCallback) -> Any:
@@ -171,7 +172,16 @@ def _trainer(base: Base, tuned: PeftModel, settings: SFTConfig, dataset: Dataset
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             return token_mean(model, inputs, num_items_in_batch)
 
-    trainer = SupervisedRows(tuned, settings, train_dataset=dataset, processing_class=base.tokenizer, callbacks=[watch])
+        def _get_train_sampler(self, train_dataset=None):
+            usual = super()._get_train_sampler(train_dataset)
+            grouped = settings.train_sampling_strategy == "group_by_length"
+            return lengths.sampler(usual, settings.seed) if grouped else usual
+
+    apart = "seq_lengths" in dataset.column_names and not settings.padding_free
+    trainer = SupervisedRows(
+        tuned, settings, train_dataset=dataset, processing_class=base.tokenizer, callbacks=[watch],
+        data_collator=partial(lengths.collate, pad=cast(int, base.tokenizer.pad_token_id)) if apart else None,
+    )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -181,13 +191,15 @@ def token_mean(model: Any, inputs: dict[str, Any], tokens: Any) -> Any:
 
     Args:
         model: a causal language model, with or without an adapter.
-        inputs: `input_ids`, `attention_mask` and `labels`, each (row, position).
+        inputs: `input_ids`, `labels`, and `attention_mask` or, of packed rows, `position_ids`; each (row, position).
         tokens: supervised tokens over all forward passes of the step; None where this pass is the step. Dividing by
             it makes accumulation exact: 8 rows at once and 2 rows four times give the same gradient.
     """
     import torch
 
-    logits, targets = evaluate.supervised_logits(model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+    logits, targets = evaluate.supervised_logits(
+        model, inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"], inputs.get("position_ids")
+    )
     nats = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
     return nats / (len(targets) if tokens is None else tokens)
 

@@ -206,3 +206,23 @@ def test_mask_of_any_conversation_is_its_answers(pairs):
     turns = tuple(turn for asked, answer in pairs for turn in (("user", asked), ("assistant", answer)))
     example = one(tokenizer, Row("p", pairs[-1][1], "t:1", turns), max_length=4096)
     assert supervised(tokenizer, example) == "".join(f"{answer}<|im_end|>" for _, answer in pairs)
+
+
+def test_rows_that_go_together_have_the_ids_of_rows_alone(tokenizer):
+    rows = tuple(
+        (Row("Hi", f"yo {n}", f"t:{n}"), Row("", f"text {n}", f"t:{n}"),
+         Row("all", "b", f"t:{n}", (("user", "u"), ("assistant", f"a{n}"), ("user", "v"), ("assistant", "b"))))[n % 3]
+        for n in range(30)
+    )  # fmt: skip
+    alone = [prompts.render((row,), tokenizer, Data())[0] for row in rows]
+    assert prompts.render(rows, tokenizer, Data()) == alone
+    assert len({e.ids.__repr__() for e in alone}) == 30
+
+
+def test_first_bad_row_is_named_though_a_later_one_fails_at_an_earlier_step(tokenizer):
+    turns = Row("p", "a", "t:1", (("user", "p"), ("assistant", "a"), ("user", "q"), ("assistant", "b")))
+    ending = Row("p", "a <|im_end|> b", "t:0")
+    with pytest.raises(DataError, match="t:0: the completion goes on"):
+        prompts.render((ending, turns), tokenizer, Data(template=Template.plain))
+    with pytest.raises(DataError, match="t:1: a conversation of several turns"):
+        prompts.render((turns, ending), tokenizer, Data(template=Template.plain))

@@ -13,7 +13,7 @@ from ftexp.config import Data, Gate, Source
 from ftexp.data import load
 from ftexp.data.hygiene import normalise
 from ftexp.data.rows import Row
-from ftexp.data.splits import split
+from ftexp.data.splits import Splits, split
 from ftexp.errors import DataError
 
 
@@ -198,6 +198,14 @@ def test_digest_is_that_of_one_json_list():
     splits = split(made(*"abcdé"), Data(valid=1, test=1), "t")
     parts = [[(r.prompt, r.completion) for r in part] for part in (splits.train, splits.valid, splits.test)]
     assert splits.digest() == hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def test_sealed_digest_is_of_the_test_rows_alone_in_any_order():
+    rows = made(*"abcdef")
+    one = Splits(tuple(rows[:2]), tuple(rows[2:4]), tuple(rows[4:]), 6)
+    other = Splits(tuple(rows[1:4]), tuple(rows[:1]), tuple(rows[:3:-1]), 6)
+    assert one.sealed_digest() == other.sealed_digest()
+    assert replace(one, test=tuple(rows[3:5])).sealed_digest() != one.sealed_digest()
 
 
 def test_one_prompt_with_many_answers_can_be_parted_where_leaks_are_allowed():

@@ -10,7 +10,7 @@ from scipy import stats as reference
 
 from ftexp import metrics
 from ftexp.stats import columns
-from ftexp.stats.columns import Column, interval, mean, ratio
+from ftexp.stats.columns import Column, Interval, interval, mean, ratio, wilson
 
 ROWS = st.lists(st.tuples(st.floats(0, 50), st.integers(1, 40)), min_size=1, max_size=12)
 
@@ -146,3 +146,14 @@ def test_widened_tails_are_needed(monkeypatch):
     monkeypatch.setattr(columns.t, "isf", lambda q, df: reference.norm.isf(q) * math.sqrt(df / (df + 1)))  # plain BCa
     assert widened > 0.9
     assert covered(few, 0.0) < widened - 0.02
+
+
+def test_difference_of_independent_scores_covers_the_truth():
+    """Shares of 0.6 on 60 rows and 0.9 on 200: halves of unequal width, the difference in 95 of 100 intervals."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for a, b in zip(rng.binomial(60, 0.6, 2000) / 60, rng.binomial(200, 0.9, 2000) / 200, strict=True):
+        found = columns.difference(Interval(a, *wilson(a, 60)), Interval(b, *wilson(b, 200)))
+        hits += found.low <= -0.3 <= found.high
+        assert found.low < found.value == a - b < found.high
+    assert hits / 2000 == pytest.approx(0.95, abs=0.015)

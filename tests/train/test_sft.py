@@ -212,7 +212,9 @@ def test_an_epoch_takes_the_steps_that_were_planned(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("extra", "message"),
-    [({"group_by_length": True}, r"trainer\.extra is refused by SFTConfig: .*group_by_length"),
+    [({"overwrite_output_dir": True}, r"trainer\.extra is refused by SFTConfig: .*overwrite_output_dir"),
+     ({"group_by_length": True}, r"trainer\.extra\.group_by_length must not be set, .*: trainer\.group_by_length"),
+     ({"packing": True}, r"trainer\.extra\.packing must not be set, .*: data\.packing"),
      ({"learning_rate": 1.0}, r"trainer\.extra\.learning_rate must not be set, .*: trainer\.lr")],
 )  # fmt: skip
 def test_library_keyword_that_does_not_exist_is_refused(tiny, extra, message):
@@ -238,9 +240,10 @@ def test_library_keyword_reaches_the_library(tiny):
 def test_rows_are_handed_over_with_their_masks():
     rows = data.load(data.Data(rows=20, valid=2)).train
     from ftexp.model import tiny
+    from ftexp.train import lengths
 
     example = prompts.render(rows[:1], tiny.tokenizer(), data.Data())[0]
-    handed = sft._dataset([example])[0]
+    handed = lengths.dataset([example])[0]
     assert handed["input_ids"] == example.ids
     assert handed["labels"] == [-100] * len(example.prompt) + list(example.completion)
 

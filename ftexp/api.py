@@ -1,0 +1,69 @@
+"""One run from Python: `ftexp.api.run("lora.r=8", rows=frame)`.
+
+The same path as `python -m ftexp.run`, with the same overrides, checks and folders; a sweep belongs on the command
+line, whose processes can be killed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+
+from ftexp import config, data, experiment, overrides
+from ftexp.config import Run
+from ftexp.errors import ConfigError
+from ftexp.sweep import plugin
+
+
+def compose(given: list[str]) -> Run:
+    """Compose and check a run from overrides.
+
+    Raises:
+        ConfigError: a key is unknown, or a value out of range.
+    """
+    config.register()
+    plugin.register()
+    overrides.check(given)
+    try:
+        with hydra.initialize_config_dir(str(overrides.CONF), **overrides.BASE):
+            return config.build(hydra.compose("config", overrides.given(overrides.prepare(given))))
+    except HydraException as error:
+        raise ConfigError(str(error).strip().splitlines()[0]) from error
+
+
+def run(*given: str, rows: Any = None, folder: str | Path | None = None) -> dict[str, float]:
+    """Train one adapter and score it beside its base; a run that is complete in its folder is not run again.
+
+    Args:
+        given: overrides, as on the command line.
+        rows: a `pandas.DataFrame`, a `datasets.Dataset` or dicts; None where the overrides say where rows are.
+        folder: of the run; `outputs/runs/<name>` where none is given.
+
+    Returns:
+        Metrics by name, as `valid/loss`, `base/loss` and `cost/seconds`.
+
+    Raises:
+        FtexpError: the run was refused, or ended badly.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    asked = list(given)
+    if rows is not None:
+        asked += data.of(rows)
+        if not any(text.startswith("name=") for text in given):
+            asked.append(f"name={_name(list(given), asked)}")
+    made = compose(asked)
+    into = Path(folder) if folder is not None else Path("outputs/runs") / made.name
+    experiment.check(made, into)
+    if experiment.complete(made, into) is None:
+        experiment.prepare(made)
+    return experiment.execute(made, into, made.name)
+
+
+def _name(given: list[str], asked: list[str]) -> str:
+    """Name a run after its overrides and the content of its rows, wherever the cache lies."""
+    rows = Path(asked[-1].rstrip("'")).stem[:8]
+    return f"{overrides.slug(given)[:54].rstrip('-._')}-{rows}"

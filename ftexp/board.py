@@ -1,0 +1,202 @@
+"""The points of a sweep, or of a single run, in order of merit, as every report shows them; from its files alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftexp import metrics
+from ftexp.errors import MachineError
+from ftexp.files import read_json
+from ftexp.metrics import METRICS, Direction
+
+SCORES = {  # column title -> metric without its split, format
+    "loss": ("loss", ".4f"),
+    "perplexity": ("perplexity", ".3f"),
+    "exact match": ("exact_match", ".3f"),
+    "Jaccard": ("jaccard", ".3f"),
+    "F1": ("f1", ".3f"),
+    "labels F1": ("f1_macro", ".3f"),
+    "ROC-AUC": ("roc_auc_macro", ".3f"),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of the search space and the trials that ran it, one for each seed."""
+
+    trials: list[dict[str, Any]]
+    """Contents of each `trial.json`, `number` added."""
+    complete: bool
+    """Whether every replicate is; only then can the point be ranked."""
+    scores: dict[str, float]
+    """Means over the replicates; empty where not complete."""
+    spread: float | None
+    """Standard deviation of the objective between the replicates (n - 1); None for a single one."""
+
+    @property
+    def numbers(self) -> str:
+        """The trials, as `3` or `3-5`."""
+        first, last = self.trials[0]["number"], self.trials[-1]["number"]
+        return str(first) if first == last else f"{first}-{last}"
+
+
+@dataclass(frozen=True)
+class Board:
+    """The trials of a sweep in their order, and which of them is best."""
+
+    trials: list[dict[str, Any]]
+    """Contents of each `trial.json`, `number` added."""
+    points: list[Point]
+    """The same by point: what is ranked."""
+    objective: str
+    """The metric that ranks."""
+    best: int | None
+    """Index of the best point within the bounds of `sweep.at_most`; None where none is complete."""
+
+    @property
+    def first(self) -> Point | None:
+        """The point that scores best, bounds or not: the first row of the leaderboard."""
+        values = [point.scores[self.objective] if point.complete else None for point in self.points]
+        found = metrics.best(values, METRICS[self.objective].direction)
+        return None if found is None else self.points[found]
+
+
+def read(folder: Path) -> Board:
+    """Read a sweep's folder, or a single run's.
+
+    Raises:
+        MachineError: the folder holds neither.
+    """
+    sweep = read_json(folder / "sweep.json")
+    if sweep is None and not (folder / "trial.json").exists():
+        raise MachineError(f"{folder}: must be the folder of a sweep or a run; there is no sweep.json or trial.json")
+    if sweep is None:
+        trials = [{"number": 0, **(read_json(folder / "trial.json") or {})}]
+    else:
+        there = sorted(int(p.parent.name) for p in folder.glob("[0-9]*/trial.json"))
+        trials = [{"number": n, **(read_json(folder / str(n) / "trial.json") or {})} for n in there]
+    config = next((t["config"] for t in trials if "config" in t), {"objectives": ["valid/loss"]})
+    objective = (sweep or config)["objectives"][0]
+    size = (sweep or {}).get("options", {}).get("replicates", 1)
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for trial in trials:
+        groups.setdefault(trial["number"] // size, []).append(trial)
+    points = [_point(members, size, objective) for members in groups.values()]
+    bounds = (sweep or {}).get("options", {}).get("at_most", {})
+    values = [point.scores[objective] if point.complete and _within(point, bounds) else None for point in points]
+    return Board(trials, points, objective, metrics.best(values, METRICS[objective].direction))
+
+
+def _within(point: Point, bounds: dict[str, float]) -> bool:
+    """Whether every trial of a point keeps the bounds of `sweep.at_most`."""
+    return all(t["scores"].get(name, math.inf) <= bound for t in point.trials for name, bound in bounds.items())
+
+
+def _point(trials: list[dict[str, Any]], size: int, objective: str) -> Point:
+    if len(trials) < size or any(t["state"] != "complete" for t in trials):
+        return Point(trials, False, {}, None)
+    names = [name for name in trials[0]["scores"] if all(name in t["scores"] for t in trials)]
+    means = {name: math.fsum(t["scores"][name] for t in trials) / size for name in names}
+    off = [t["scores"][objective] - means[objective] for t in trials]
+    spread = math.sqrt(math.fsum(d * d for d in off) / (size - 1)) if size > 1 else None
+    return Point(trials, True, means, spread)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the leaderboard, each cell as text."""
+
+    kind: str
+    """`base`, `best`, `complete` or `unfinished`."""
+    cells: list[str]
+    """One for each of `titles`."""
+    ends: bool = False
+    """Whether it is the last of the base's rows, below which a rule is drawn."""
+
+
+def titles(board: Board) -> list[str]:
+    """Name the columns that this sweep fills; the first two are text, the others numbers."""
+    replicated = _replicated(board)
+    seeds = ["between seeds"] if replicated else []
+    return ["trials" if replicated else "trial", "overrides", "rank", "trainable", *_scored(board), *seeds,
+            "seconds", "GiB"]  # fmt: skip
+
+
+def lines(board: Board) -> list[Line]:
+    """Lay the points out best first; those that are not complete stand last with their state.
+
+    Replicates are one row with the means of their scores and the standard deviation of the objective between seeds.
+    Above them stands the base model: a row for each set of its scores, where trials differ in model or rows.
+    """
+    sign = 1 if METRICS[board.objective].direction is Direction.minimize else -1
+    done = sorted((p for p in board.points if p.complete), key=lambda p: _rankable(sign * p.scores[board.objective]))
+    winner = None if board.best is None else board.points[board.best]
+    told = [Line("best" if p is winner else "complete", _cells(board, p, p is winner)) for p in done]
+    return [*_bases(board), *told, *(_unfinished(board, p) for p in board.points if not p.complete)]
+
+
+def _bases(board: Board) -> list[Line]:
+    bases: dict[tuple[str, ...], list[str]] = {}
+    for point in board.points:
+        if point.complete:
+            rival = "base" if "base/loss" in point.scores else "tfidf"  # a classifier's base has no head
+            shown = _shown(point.scores, rival, _scored(board))
+            bases.setdefault((rival, *shown), []).append(point.numbers)
+    gap, told = [""] if _replicated(board) else [], []
+    for n, ((rival, *cells), numbers) in enumerate(bases.items(), start=1):
+        name = rival if len(bases) == 1 else f"{rival} of {','.join(numbers)}"
+        told.append(Line("base", [name, "", "", "", *cells, *gap, "", ""], n == len(bases)))
+    return told
+
+
+def _cells(board: Board, point: Point, best: bool) -> list[str]:
+    scores = point.scores
+    memory = scores.get("cost/gpu_memory_gib", scores["cost/memory_gib"])
+    spread = [] if point.spread is None else [f"{point.spread:.4f}"]
+    return [
+        f"{point.numbers} best" if best else point.numbers, label(point), str(point.trials[0]["config"]["lora.r"]),
+        f"{scores['cost/trainable'] / 1e6:.2f} M", *_shown(scores, "valid", _scored(board)), *spread,
+        f"{scores['cost/seconds']:.0f}", f"{memory:.1f}",
+    ]  # fmt: skip
+
+
+def _unfinished(board: Board, point: Point) -> Line:
+    states = Counter(t["state"] for t in point.trials)
+    told = ", ".join(f"{count} {state}" for state, count in states.items())
+    cells = [point.numbers, label(point), told if _replicated(board) else point.trials[0]["state"]]
+    return Line("unfinished", cells + [""] * (len(titles(board)) - len(cells)))
+
+
+def _replicated(board: Board) -> bool:
+    return any(point.spread is not None for point in board.points)
+
+
+def _scored(board: Board) -> list[str]:
+    return [title for title, (name, _) in SCORES.items() if any(f"valid/{name}" in _scores(t) for t in board.trials)]
+
+
+def point_of(board: Board, trials: tuple[int, ...]) -> Point:
+    """Return the point that these trials ran."""
+    return next(point for point in board.points if tuple(t["number"] for t in point.trials) == trials)
+
+
+def label(point: Point) -> str:
+    """Name a point by its overrides; its replicates add their seed to them."""
+    return point.trials[0]["label"].removesuffix(" seed+0")
+
+
+def _rankable(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _scores(trial: dict[str, Any]) -> dict[str, float]:
+    return trial.get("scores", {})
+
+
+def _shown(scores: dict[str, float], split: str, titles: list[str]) -> list[str]:
+    values = [(scores.get(f"{split}/{SCORES[title][0]}"), SCORES[title][1]) for title in titles]
+    return ["" if value is None else format(value, style) for value, style in values]

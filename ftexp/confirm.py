@@ -1,0 +1,541 @@
+"""`python -m ftexp.confirm <sweep>`: train the winner again on fresh seeds and score it once on the sealed rows.
+
+The best of many scores looks better than it is, since chance helped to choose it (`stats.noise.expected_maximum`). Rows
+and seeds that had no part in the choice tell what is left.
+
+An opening of the sealed rows stands in `confirm.json` before a single one of them is tokenised, so that no crash hides
+it, with its plan: which points on which seeds. What was killed goes on with that plan and opens nothing anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import json
+import math
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import count, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ftexp import config, data, experiment, facts, report, track
+from ftexp.config import Run
+from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, MachineError, Preempted, TrialsFailed
+from ftexp.files import read_json, write_json
+from ftexp.metrics import METRICS, SCORES, Direction
+from ftexp.progress import quiet_libraries, say
+from ftexp.sweep import __main__ as sweeps
+from ftexp.sweep import plugin
+from ftexp.sweep.frozen import Frozen
+
+if TYPE_CHECKING:
+    from ftexp.compare import Verdict
+    from ftexp.stats.columns import Interval
+    from ftexp.stats.pairs import Comparison
+
+FILE = "confirm.json"
+SEEDS = 3
+"""Fresh seeds where none are asked for: with fewer than two the noise between seeds stays unknown."""
+WINNER, CHEAPEST = "winner", "cheapest"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A point that is trained again."""
+
+    role: str
+    """`winner`, or `cheapest` of those that cannot be told from it."""
+    index: int
+    """Its place among the points of the verdict."""
+    label: str
+    """Its overrides."""
+    trials: list[int]
+    """Numbers of its trials in the sweep."""
+    run: Run
+    """Its config as frozen at the launch."""
+
+    def told(self) -> dict[str, Any]:
+        """Say which point this is; a plan that says the same is the same plan."""
+        kept = {key: value for key, value in experiment.identity(self.run).items() if key != "seed"}
+        return {"role": self.role, "label": self.label, "trials": self.trials, "config": kept}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What sealed rows are opened for."""
+
+    sweep: Frozen
+    verdict: Verdict
+    trials: dict[int, dict[str, Any]]
+    """Number -> contents of the `trial.json`."""
+    members: list[Member]
+    alone: str | None
+    """Why there is no cheapest member beside the winner; None where there is one."""
+
+    @property
+    def objective(self) -> str:
+        """The metric that ranked, without its split."""
+        return self.verdict.objective.removeprefix("valid/")
+
+
+def confirm(folder: Path, seeds: int | None = None, again: bool = False) -> dict[str, Any]:
+    """Confirm a sweep, go on with what a kill left of it, or return what is kept.
+
+    Args:
+        folder: of the sweep.
+        seeds: fresh seeds a point; None takes those of the kept plan, else `SEEDS`.
+        again: open the sealed rows once more; every output then says how often they were opened.
+
+    Returns:
+        The last entry of `confirm.json`: opening, plan and result.
+
+    Raises:
+        ConfigError: the sweep has no sealed rows or ranks by something else than held-out scores, or its sealed rows
+            were opened for another plan.
+        DataError: the rows are no longer those of the sweep.
+        MachineError: the sweep is not finished, or no point is complete.
+        TrialsFailed: the winner diverged on every fresh seed.
+    """
+    sweep, record = sweeps.opened(folder)
+    with plugin.only_supervisor(sweep.folder, sweep.name):
+        plan = _plan(sweep, record)
+        kept = openings(sweep.folder)
+        last = kept[-1] if kept else None
+        if last is not None and _asked_for(last, plan, seeds) and not (again and "result" in last):
+            return last if "result" in last else _carry_out(plan, kept)
+        entry = _opening(plan, seeds or SEEDS, again, kept)
+        _keep(sweep.folder, [*kept, entry])
+        return _carry_out(plan, [*kept, entry])
+
+
+def openings(folder: Path) -> list[dict[str, Any]]:
+    """Read the openings of a sweep's sealed rows, oldest first."""
+    return (read_json(folder / FILE) or {"openings": []})["openings"]
+
+
+def _keep(folder: Path, entries: list[dict[str, Any]]) -> None:
+    """Write the file of openings whole, with the line that `report` shows."""
+    write_json(folder / FILE, {"line": line(entries[-1]), "openings": entries})
+
+
+def _plan(sweep: Frozen, record: Any) -> Plan:
+    """Find the points to confirm in a finished sweep."""
+    from ftexp import compare  # numpy and scipy, after the command line is checked
+    from ftexp.sweep import screen
+
+    objective = sweep.objectives[0]
+    if not objective.startswith("valid/"):
+        raise ConfigError(f"{sweep.name} ranks by {objective}, which no held-out row tells; only valid/ is confirmed")
+    counts = screen.glance(sweep, record).counts
+    if left := counts.get("waiting", 0) + counts.get("running", 0):
+        raise MachineError(
+            f"{sweep.name} must be finished, {left} of {sum(counts.values())} trials are not; it goes on with: "
+            f"ftexp sweep resume {sweep.name}"
+        )
+    trials = {t["number"]: t for t in report.read(sweep.folder).trials}
+    verdict = compare.read(sweep.folder, list(trials.values()), objective)
+    if verdict.best is None:
+        raise MachineError(f"{sweep.name} has no complete point within its bounds: there is no winner to confirm")
+    winner = _member(sweep, record, trials, verdict, verdict.best, WINNER)
+    alone = _alone(verdict, trials)
+    rival = [] if alone else [_member(sweep, record, trials, verdict, verdict.cheapest or 0, CHEAPEST)]
+    return Plan(sweep, verdict, trials, [winner, *rival], alone)
+
+
+def _alone(verdict: Verdict, trials: dict[int, dict[str, Any]]) -> str | None:
+    """Say why the winner has no cheaper rival; None where it has one."""
+    best, cheapest = verdict.best or 0, verdict.cheapest
+    if verdict.untested is not None:
+        return f"points were not tested: {verdict.untested}"
+    if cheapest is None:
+        return "no point that cannot be told from the winner is cheaper"
+    if cheapest == best:
+        return "the winner is the cheapest of those that cannot be told from it"
+    ours, theirs = (trials[verdict.points[n].trials[0]]["facts"]["rows"]["sha256"] for n in (best, cheapest))
+    return (
+        None if ours == theirs else f"{verdict.points[cheapest].label} was trained, or is to be tested, on other rows"
+    )
+
+
+def _member(
+    sweep: Frozen, record: Any, trials: dict[int, dict[str, Any]], verdict: Verdict, index: int, role: str
+) -> Member:
+    """Build the config of a point from what was frozen, and make sure that it is what was ranked."""
+    from ftexp.sweep import study
+
+    point = verdict.points[index]
+    number = point.trials[0]
+    ticket = next(t for t in study.counted(record) if study.ticket(t) == number)
+    run = sweep.run(ticket.params or ticket.system_attrs.get("fixed_params") or {}, number % sweep.options.replicates)
+    ran, frozen = trials[number]["config"], experiment.identity(run)
+    changed = [f"{key} {value!r} -> {frozen.get(key)!r}" for key, value in ran.items() if frozen.get(key) != value]
+    if changed:
+        raise ConfigError(f"trial {number} of {sweep.name} ran with another config than is frozen: {changed[0]}")
+    return Member(role, index, point.label, list(point.trials), run)
+
+
+def _asked_for(entry: dict[str, Any], plan: Plan, seeds: int | None) -> bool:
+    return entry["plan"] == [member.told() for member in plan.members] and seeds in (None, len(entry["seeds"]))
+
+
+def _opening(plan: Plan, seeds: int, again: bool, kept: list[dict[str, Any]]) -> dict[str, Any]:
+    """Make the record of an opening: the plan with its seeds, when and who, and who else opened these rows."""
+    splits = _rows(plan)
+    if not splits.test:
+        raise ConfigError(
+            f"data.test must be above 0 when a sweep is launched, got 0: {plan.sweep.name} kept no row sealed; "
+            "launch it with data.test=200 under another name"
+        )
+    digest = splits.sealed_digest()
+    before = [entry for entry in kept if entry["test"]["sha256"] == digest]
+    if before and not again:
+        raise ConfigError(
+            f"the sealed rows of {plan.sweep.name} were opened {before[-1]['date']} by {before[-1]['who']} for "
+            f"{_purpose(before[-1])}; --again opens them once more and says so everywhere"
+        )
+    numbers = count(sum(len(entry["runs"]) for entry in kept))
+    fresh = _fresh(plan, kept, seeds)
+    runs = [
+        {"number": number, "member": n, "seed": seed}
+        for (n, seed), number in zip(((n, s) for n in range(len(plan.members)) for s in fresh), numbers, strict=False)
+    ]
+    return {
+        "opened": len(before) + 1, "date": datetime.now(UTC).isoformat(timespec="seconds"), "who": _who(),
+        "test": {"sha256": digest, "rows": len(splits.test)}, "plan": [member.told() for member in plan.members],
+        "seeds": fresh, "runs": runs, "elsewhere": _elsewhere(plan.sweep.folder, digest),
+    }  # fmt: skip
+
+
+def _rows(plan: Plan) -> data.Splits:
+    """Read the rows of the winner and make sure that they are those it was trained on."""
+    winner, number = plan.members[0], plan.members[0].trials[0]
+    splits = data.load(winner.run.data)
+    if splits.digest() != plan.trials[number]["facts"]["rows"]["sha256"]:
+        source = winner.run.data.path or winner.run.data.kind.value
+        raise DataError(f"{source}: the rows changed since trial {number} of {plan.sweep.name}")
+    return splits
+
+
+def _fresh(plan: Plan, kept: list[dict[str, Any]], seeds: int) -> list[int]:
+    """Return the smallest seeds that neither the sweep nor an earlier confirmation used."""
+    used = {trial["config"]["seed"] for trial in plan.trials.values() if "config" in trial}
+    used |= {seed for entry in kept for seed in entry["seeds"]}
+    return list(islice((seed for seed in count() if seed not in used), seeds))
+
+
+def _purpose(entry: dict[str, Any]) -> str:
+    points = " and ".join(member["label"] for member in entry["plan"])
+    ended = "" if "result" in entry else ", not finished"
+    return f"{points} on {len(entry['seeds'])} seeds{ended}"
+
+
+def _who() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = str(os.getuid())
+    return f"{user} on {socket.gethostname()}"
+
+
+def _elsewhere(folder: Path, digest: str) -> list[str]:
+    """Name the sweeps beside this one that opened the same rows."""
+    others = (path.parent for path in sorted(folder.parent.glob(f"*/{FILE}")) if path.parent != folder)
+    return [
+        f"{other.name}, {entry['date']}" for other in others for entry in openings(other)
+        if entry["test"]["sha256"] == digest
+    ]  # fmt: skip
+
+
+def _carry_out(plan: Plan, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Train and score what is missing of the last opening, and keep what came of it."""
+    sweep, entry = plan.sweep, entries[-1]
+    if _rows(plan).sealed_digest() != entry["test"]["sha256"]:
+        raise DataError(f"the sealed rows of {sweep.name} are no longer those that were opened {entry['date']}")
+    if sweep.code != facts.code():
+        say("the code of ftexp is not that of the launch; the winner is trained again with the new code")
+    _warn(entry)
+    for planned in entry["runs"]:
+        member = plan.members[planned["member"]]
+        run, label = replace(member.run, seed=planned["seed"]), f"{member.role} {member.label} seed={planned['seed']}"
+        try:
+            experiment.execute(run, _folder(sweep, planned), label, sweep.mlflow_run, opened=entry["opened"])
+        except Diverged as error:
+            say(f"{label}: {error}")
+    done = {**entry, "result": _result(plan, entry)}
+    _tag(plan, done)
+    _keep(sweep.folder, [*entries[:-1], done])
+    return done
+
+
+def _folder(sweep: Frozen, planned: dict[str, Any]) -> Path:
+    return sweep.folder / "confirm" / str(planned["number"])
+
+
+def _warn(entry: dict[str, Any]) -> None:
+    if entry["elsewhere"]:
+        say(f"warning: these sealed rows were opened before, by {'; '.join(entry['elsewhere'])}")
+    if entry["opened"] > 1:
+        say(f"warning: the sealed rows are opened {_times(entry)}; what was learned before may bias the choice")
+
+
+def _result(plan: Plan, entry: dict[str, Any]) -> dict[str, Any]:
+    """Score the points that were trained again, from the files of their runs."""
+    from ftexp import compare
+
+    ran: list[list[dict[str, Any]]] = [[] for _ in plan.members]
+    tables: list[list[dict[str, list[Any]]]] = [[] for _ in plan.members]
+    for planned in entry["runs"]:
+        folder = _folder(plan.sweep, planned)
+        trial, table = read_json(folder / "trial.json") or {}, compare.read_table(folder / "test.parquet")
+        if trial.get("state") == "complete" and table is not None:
+            ran[planned["member"]].append(trial)
+            tables[planned["member"]].append(table)
+    if not ran[0]:
+        raise TrialsFailed(f"{plan.members[0].label} diverged on all of the fresh seeds {entry['seeds']}")
+    rows = [[[content["prompt"], content["reference"]] for content in part] for part in tables]
+    kept = [n for n, part in enumerate(rows) if part and all(content == rows[0][0] for content in part)]
+    members, ran, tables = [plan.members[n] for n in kept], [ran[n] for n in kept], [tables[n] for n in kept]
+    alone = plan.alone if len(kept) == len(plan.members) else "the cheapest diverged, or loses other rows to data.long"
+    prompts = rows[0][0][0]
+    groups = prompts if len(set(prompts)) < len(prompts) else None
+    told = {name: _scores(name, ran, tables, groups) for name in SCORES if f"test/{name}" in ran[0][0]["scores"]}
+    found, comparison = told[plan.objective]
+    in_sweep = [_in_sweep(plan.verdict, member.index) for member in members]
+    test = found if comparison is None else list(comparison.scores)
+    direction = METRICS[plan.verdict.objective].direction
+    return {
+        "objective": plan.verdict.objective, "unit": _unit(plan.verdict.objective), "rows": len(prompts),
+        "groups": None if groups is None else len(set(groups)),
+        "expected_optimism": None if plan.verdict.comparison is None else plan.verdict.comparison.optimism,
+        "points": len(plan.verdict.points), "replicates": plan.sweep.options.replicates,
+        "members": [
+            {"role": member.role, "label": member.label, "trials": member.trials,
+             "seeds": [t["config"]["seed"] for t in trials], "failed": len(entry["seeds"]) - len(trials),
+             "valid": plan.verdict.points[member.index].score.value,
+             "valid_again": _mean(trials, plan.verdict.objective),
+             "by_seed": [t["scores"][f"test/{plan.objective}"] for t in trials],
+             "optimism": _plain(optimism(valid, tested, direction)),
+             "test": {name: _plain(intervals[n]) for name, (intervals, _) in told.items()}}
+            for n, (member, trials, valid, tested) in enumerate(zip(members, ran, in_sweep, test, strict=True))
+        ],
+        "pair": _pair(comparison), "alone": alone,
+        "seed_sd": None if comparison is None or comparison.seeds is None else comparison.seeds.sd,
+    }  # fmt: skip
+
+
+def _scores(
+    name: str, ran: list[list[dict[str, Any]]], tables: list[list[dict[str, list[Any]]]], groups: Sequence[str] | None
+) -> tuple[list[Interval], Comparison | None]:
+    """Return each point's score over rows and seeds; without ends and test where it is no mean or ratio over rows."""
+    from ftexp import compare
+    from ftexp.stats import pairs
+    from ftexp.stats.columns import Interval
+
+    table = [[compare.column(content, f"valid/{name}") for content in part] for part in tables]
+    known = [[c for c in part if c is not None and math.isfinite(c.value)] for part in table]
+    if [len(part) for part in known] != [len(part) for part in table]:
+        return [Interval(_mean(trials, f"test/{name}"), math.nan, math.nan) for trials in ran], None
+    found = pairs.compare(known, SCORES[name].direction, groups)
+    shown = [Interval(*map(_exp, _ends(s))) if name == "perplexity" else s for s in found.scores]
+    return shown, found
+
+
+def _in_sweep(verdict: Verdict, index: int) -> Interval:
+    """Return a point's score in the sweep, of perplexity its logarithm."""
+    from ftexp.stats.columns import Interval
+
+    if verdict.comparison is not None:
+        return verdict.comparison.scores[index]
+    score = verdict.points[index].score
+    return Interval(math.log(score.value), math.nan, math.nan) if verdict.objective == "valid/perplexity" else score
+
+
+def optimism(valid: Interval, test: Interval, direction: Direction) -> Interval:
+    """Tell how much better a point looked on the rows that chose it than on sealed ones, above 0 for better.
+
+    The interval takes the two sets of rows for independent. It holds the noise between the sweep's own seeds only where
+    `valid` does, that is with replicates.
+    """
+    from ftexp.stats import columns
+
+    return columns.difference(test, valid) if direction is Direction.minimize else columns.difference(valid, test)
+
+
+def _pair(comparison: Comparison | None) -> dict[str, Any] | None:
+    if comparison is None or not comparison.pairs:
+        return None
+    pair = comparison.pairs[0]
+    return {"difference": pair.difference, "low": _finite(pair.low), "high": _finite(pair.high), "p": pair.p}
+
+
+def _mean(trials: list[dict[str, Any]], name: str) -> float:
+    return math.fsum(trial["scores"][name] for trial in trials) / len(trials)
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700))
+
+
+def _ends(interval: Interval) -> tuple[float, float, float]:
+    return interval.value, interval.low, interval.high
+
+
+def _plain(interval: Interval) -> dict[str, float | None]:
+    return dict(zip(("value", "low", "high"), map(_finite, _ends(interval)), strict=True))
+
+
+def _finite(value: float) -> float | None:
+    """Return a number that JSON knows."""
+    return value if math.isfinite(value) else None
+
+
+def _unit(objective: str) -> str:
+    return " nats" if objective == "valid/perplexity" else ""
+
+
+def _tag(plan: Plan, entry: dict[str, Any]) -> None:
+    """Mark the sweep's run and those of the winner's trials in the tracking store; their adapters are the confirmed."""
+    told, where = plan.members[0].run.track, {"ftexp.confirmed": line(entry)}
+    runs = [plan.trials[number].get("mlflow_run") for number in plan.members[0].trials]
+    for run_id in (plan.sweep.mlflow_run, *runs):
+        track.tag(told, run_id, where)
+
+
+def line(entry: dict[str, Any]) -> str:
+    """Tell an opening in one line."""
+    opened = f"sealed rows opened {_times(entry)}"
+    if "result" not in entry:
+        return f"Confirmation of {entry['plan'][0]['label']} begun {entry['date']}, {opened}: not finished."
+    result = entry["result"]
+    winner, name = result["members"][0], result["objective"].removeprefix("valid/")
+    seeds = "1 fresh seed" if len(winner["seeds"]) == 1 else f"{len(winner['seeds'])} fresh seeds"
+    score = f"{name.replace('_', ' ')} {_told(winner['test'][name])}"
+    return f"Confirmed on {result['rows']} sealed rows and {seeds}: {winner['label']}, {score}; {opened}."
+
+
+def _times(entry: dict[str, Any]) -> str:
+    return "1 time" if entry["opened"] == 1 else f"{entry['opened']} times"
+
+
+def _told(interval: dict[str, Any]) -> str:
+    """Write a score with its interval where it has one."""
+    value = _number(interval["value"])
+    return value if interval["low"] is None else f"{value} ({_number(interval['low'])} to {_number(interval['high'])})"
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
+
+
+def table(result: dict[str, Any]) -> Table:
+    """Lay out each member's scores: in the sweep, on the same rows with fresh seeds, and on the sealed rows."""
+    name = result["objective"].removeprefix("valid/")
+    made = Table(
+        title=f"{result['objective']} and test/{name}, 95 % intervals over rows and seeds", title_justify="left"
+    )
+    for title in ("", "overrides", "in the sweep", "fresh seeds", "sealed rows", f"optimism{result['unit']}", "seeds"):
+        made.add_column(title, justify="left" if title in ("", "overrides") else "right")
+    for member in result["members"]:
+        failed = f", {member['failed']} diverged" if member["failed"] else ""
+        made.add_row(
+            member["role"], member["label"], _number(member["valid"]), _number(member["valid_again"]),
+            _told(member["test"][name]), _told(member["optimism"]), f"{len(member['seeds'])}{failed}",
+        )  # fmt: skip
+    return made
+
+
+def scores(result: dict[str, Any]) -> Table:
+    """Lay out every score on the sealed rows."""
+    made = Table(title="on sealed rows", title_justify="left")
+    made.add_column("")
+    for member in result["members"]:
+        made.add_column(member["role"], justify="right")
+    for name in result["members"][0]["test"]:
+        made.add_row(f"test/{name}", *(_told(member["test"][name]) for member in result["members"]))
+    return made
+
+
+def lines(entry: dict[str, Any]) -> list[str]:
+    """Tell a result in a few plain lines, for below the table."""
+    from ftexp.stats.noise import ALPHA
+
+    result = entry["result"]
+    winner, told = result["members"][0], [line(entry)]
+    expected = result["expected_optimism"]
+    if expected is not None:
+        told.append(
+            f"The winner looked {_told(winner['optimism'])}{result['unit']} better in the sweep than on sealed rows; "
+            f"were all {result['points']} points equal, {_number(expected)} would be expected."
+        )
+    if result["replicates"] == 1:
+        told.append("One run a point in the sweep: its noise between seeds is not in the interval of the optimism.")
+    if (pair := result["pair"]) is not None:
+        verdict = "are not told apart" if pair["p"] > ALPHA else "differ"
+        told.append(f"Winner less cheapest: {_told({'value': pair['difference'], **pair})}{result['unit']}, "
+                    f"p={pair['p']:.2g}: they {verdict} on sealed rows.")  # fmt: skip
+    told += [f"The winner alone: {result['alone']}."] if result["alone"] else []
+    told += ["One fresh seed: the intervals are over rows alone."] if len(winner["seeds"]) == 1 else []
+    told += [f"These sealed rows were opened before, by {'; '.join(entry['elsewhere'])}."] * bool(entry["elsewhere"])
+    return told
+
+
+def show(entry: dict[str, Any]) -> None:
+    """Print a result."""
+    console = Console(width=None if sys.stdout.isatty() else report.WIDTH)
+    console.print(table(entry["result"]))
+    console.print(scores(entry["result"]))
+    for told in lines(entry):
+        console.print(told, markup=False, highlight=False)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    made = argparse.ArgumentParser(
+        "ftexp confirm",
+        description="Train the winner of a sweep, and the cheapest point that cannot be told from it, again on fresh "
+        "seeds, and score them once on the sealed rows (data.test).",
+    )
+    made.add_argument("name", help="name of the sweep, or its folder")
+    made.add_argument("--seeds", type=int, help=f"fresh seeds a point ({SEEDS})")
+    made.add_argument("--again", action="store_true", help="open the sealed rows once more; every output says so")
+    made.add_argument("--json", action="store_true", help="for scripts")
+    return made
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    from ftexp.train import control
+
+    args = parser().parse_args()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
+    config.register()
+    try:
+        if args.seeds is not None and not 1 <= args.seeds <= 100:
+            raise ConfigError(f"--seeds must be between 1 and 100, got {args.seeds}")
+        with control.listening():
+            entry = confirm(sweeps.find(args.name).absolute(), args.seeds, args.again)
+    except Preempted as error:
+        print(f"ftexp: {error}; the same command goes on", file=sys.stderr)
+        return error.exit_code
+    except FtexpError as error:
+        print(f"ftexp: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("ftexp: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    print(json.dumps(entry, indent=1)) if args.json else show(entry)
+    return TrialsFailed.exit_code if any(member["failed"] for member in entry["result"]["members"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

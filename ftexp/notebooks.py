@@ -1,0 +1,115 @@
+"""`python -m ftexp.notebooks FOLDER [NOTEBOOK ...]`: run those of `analysis/` on a sweep and keep what they show.
+
+A notebook opens in Jupyter as any other. Here its cells run in order in this process, which needs no Jupyter.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftexp.errors import FtexpError, MachineError
+from ftexp.overrides import ROOT
+from ftexp.report import markdown
+
+HOME = ROOT / "analysis"
+VARIABLE = "SWEEP"
+"""Environment variable that names the sweep's folder to a notebook."""
+DEMO = "outputs/sweeps/lora.r-8-16-64"
+SHOWN = {"_repr_svg_": "image/svg+xml", "_repr_markdown_": "text/markdown", "_repr_html_": "text/html"}
+
+
+def folder() -> Path:
+    """Return the folder of the sweep a notebook is about: `$SWEEP`, else the demo's; relative to the checkout."""
+    return ROOT / os.environ.get(VARIABLE, DEMO)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that a notebook, and GitHub, show as a table; all of it is text."""
+
+    titles: Sequence[str]
+    rows: Iterable[Sequence[Any]]
+
+    def _repr_markdown_(self) -> str:
+        lines = [self.titles, ["---"] * len(self.titles), *([_told(v) for v in row] for row in self.rows)]
+        head, rule, *body = ("| " + " | ".join(map(str, line)) + " |" for line in lines)
+        return "\n".join([head, rule, *body])
+
+
+def _told(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else markdown(str(value))
+
+
+def execute(notebook: dict[str, Any], name: str = "notebook") -> dict[str, Any]:
+    """Run the code cells in order, and return the notebook with what they print and show.
+
+    An exception of a cell leaves with the cell's number noted.
+    """
+    space: dict[str, Any] = {"__name__": "__main__"}
+    cells, count = [], 0
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            count += 1
+            try:
+                outputs = _run("".join(cell["source"]), space, count)
+            except Exception as error:
+                error.add_note(f"in {name}, code cell {count}")
+                raise
+            cell = cell | {"outputs": outputs, "execution_count": count}
+        cells.append(cell)
+    return notebook | {"cells": cells}
+
+
+def _run(source: str, space: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    tree, out, value = ast.parse(source), io.StringIO(), None
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    with contextlib.redirect_stdout(out):
+        exec(compile(tree, "<cell>", "exec"), space)
+        if isinstance(last, ast.Expr):
+            value = eval(compile(ast.Expression(last.value), "<cell>", "eval"), space)
+    printed = [{"name": "stdout", "output_type": "stream", "text": _lines(out.getvalue())}] if out.getvalue() else []
+    return printed if value is None else [*printed, _shown(value, count)]
+
+
+def _shown(value: Any, count: int) -> dict[str, Any]:
+    data = {kind: _lines(getattr(value, way)()) for way, kind in SHOWN.items() if hasattr(value, way)}
+    data["text/plain"] = _lines(f"<{type(value).__name__}>" if data else repr(value))
+    return {"data": data, "execution_count": count, "metadata": {}, "output_type": "execute_result"}
+
+
+def _lines(text: str) -> list[str]:
+    return text.splitlines(keepends=True)
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        print("usage: python -m ftexp.notebooks FOLDER [NOTEBOOK ...]    (of a sweep; default: analysis/*.ipynb)",
+              file=sys.stderr)  # fmt: skip
+        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
+    os.environ[VARIABLE] = str(Path(sys.argv[1]).absolute())
+    try:
+        paths = [Path(name) for name in sys.argv[2:]] or sorted(HOME.glob("*.ipynb"))
+        if not paths:
+            raise MachineError(f"{HOME}: there are no notebooks")
+        for path in paths:
+            done = execute(json.loads(path.read_text(encoding="utf-8")), path.name)
+            path.write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            print(f"{os.path.relpath(path)}: ran on {sys.argv[1]}")
+    except FtexpError as error:
+        print(f"ftexp: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""The drawings of a sweep: held-out curves, cost against quality, and what each searched key did."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ftexp import board as boards
+from ftexp.board import Board, Point
+from ftexp.compare import Verdict
+from ftexp.examples import Example
+from ftexp.metrics import METRICS, Direction
+from ftexp.page import svg
+from ftexp.page.svg import Dot, Series, Svg
+from ftexp.stats import explain
+from ftexp.stats.explain import Bin
+
+FEW = 7
+"""So many trials have colours of their own beside the best; of more, all but the best are grey."""
+COSTS = {"cost/trainable": "trainable parameters", "cost/seconds": "seconds of training and scoring"}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All that a page or a notebook shows of a sweep, or of a single run; `report.gather` reads it."""
+
+    name: str
+    """Of its folder."""
+    board: Board
+    verdict: Verdict
+    winner: Point | None
+    """The verdict's best point: complete, and within the sweep's bounds."""
+    axes: tuple[str, ...]
+    """Keys that were searched."""
+    curves: Mapping[int, Sequence[tuple[float, int]]]
+    """Trial -> its held-out losses as (value, step)."""
+    rows: Sequence[Example]
+    """Held-out rows of the winner's first trial beside the base."""
+    command: tuple[str, ...]
+    """Words that run the winner again; empty where they were not kept."""
+
+    @property
+    def complete(self) -> list[Point]:
+        """Points with a finite objective."""
+        name = self.board.objective
+        return [p for p in self.board.points if p.complete and math.isfinite(p.scores[name])]
+
+
+def curves(sweep: Sweep) -> Svg | None:
+    """Draw the held-out loss of all trials by step; a cross ends a pruned one, a square a failed one."""
+    best = _numbers(sweep.winner)
+    shown = [t for t in sweep.board.trials if sweep.curves.get(t["number"])]
+    if not shown:
+        return None
+    looks = look(sweep)
+    order = {"plain": 0, "failed": 1, "pruned": 2}
+    series = [
+        Series(
+            _told(trial, sweep.curves[trial["number"]]),
+            [(float(step), value) for value, step in sweep.curves[trial["number"]]],
+            looks[trial["number"]],
+            str(trial["number"]) if len(shown) <= FEW + 1 or trial["number"] in best else "",
+            {"pruned": "cross", "failed": "square"}.get(trial["state"], ""),
+        )
+        for trial in sorted(shown, key=lambda t: (t["number"] in best, order.get(looks[t["number"]], 3)))
+    ]
+    level = next(
+        ((f"{s} {sweep.winner.scores[f'{s}/loss']:.4f}", sweep.winner.scores[f"{s}/loss"]) for s in ("base", "tfidf")
+         if f"{s}/loss" in sweep.winner.scores), None,
+    ) if sweep.winner else None  # fmt: skip
+    return svg.lines(series, "step", "valid/loss", f"Held-out loss of {len(shown)} trials by step", level)
+
+
+def look(sweep: Sweep) -> dict[int, str]:
+    """Choose the look of each trial's curve; it is the same wherever the trial is drawn."""
+    best, few = _numbers(sweep.winner), len(sweep.board.trials) <= FEW + 1
+    found, used = {}, 0
+    for trial in sweep.board.trials:
+        number, state = trial["number"], trial["state"]
+        if number in best:
+            found[number] = "best"
+        elif state in ("pruned", "failed"):
+            found[number] = state
+        else:
+            used += few
+            found[number] = f"s{used}" if few else "plain"
+    return found
+
+
+def _told(trial: dict[str, Any], points: Sequence[tuple[float, int]]) -> str:
+    value, step = points[-1]
+    state = "" if trial["state"] == "complete" else f", {trial['state']}"
+    return f"trial {trial['number']} {trial['label']}: {value:.4f} at step {step}{state}"
+
+
+def _numbers(point: Point | None) -> set[int]:
+    return set() if point is None else {t["number"] for t in point.trials}
+
+
+def front(sweep: Sweep, cost: str) -> list[Point]:
+    """Return the points that none beats in both objective and a cost, cheapest first."""
+    name, known = sweep.board.objective, [p for p in sweep.complete if cost in p.scores]
+    ways = [Direction.minimize, METRICS[name].direction]
+    on = explain.pareto([[p.scores[cost], p.scores[name]] for p in known], ways) if known else []
+    return sorted((p for p, kept in zip(known, on, strict=True) if kept), key=lambda p: p.scores[cost])
+
+
+def pareto(sweep: Sweep, cost: str) -> Svg | None:
+    """Draw the objective against a cost, with the front; None where the cost is the same or the objective itself."""
+    name, known = sweep.board.objective, [p for p in sweep.complete if cost in p.scores]
+    if name == cost or len({p.scores[cost] for p in known}) < 2:
+        return None
+    on = front(sweep, cost)
+    marks = []
+    for point in sorted(known, key=lambda p: (p is sweep.winner, p in on)):
+        kind = "best" if point is sweep.winner else "front" if point in on else "plain"
+        told = f"{point.numbers} {boards.label(point)}: {point.scores[name]:.4f} at {svg.short(point.scores[cost])}"
+        tag = point.numbers if (kind != "plain" and len(on) <= 12) or len(known) <= FEW + 1 else ""
+        marks.append(Dot(told, point.scores[cost], point.scores[name], kind, tag))
+    steps = [(p.scores[cost], p.scores[name]) for p in on]
+    what = COSTS.get(cost, cost)
+    return svg.dots(marks, what, name, f"{name} against {what}, {len(known)} points", steps)
+
+
+def values(sweep: Sweep, key: str) -> list[Any]:
+    """Return a key's value in each complete point: of the config, or of its overrides for a choice of files."""
+    return [_value(point.trials[0], key, sweep.axes) for point in sweep.complete]
+
+
+def _value(trial: dict[str, Any], key: str, axes: Sequence[str]) -> Any:
+    if key in trial["config"]:
+        found = trial["config"][key]
+        return found if isinstance(found, int | float | str) else str(found)
+    others = "|".join(re.escape(axis) for axis in axes)
+    found = re.search(rf"(?:^| )\+?{re.escape(key)}=(.*?)(?= \+?(?:{others})=| seed\+\d+$|$)", trial["label"])
+    return found[1] if found else "(not searched)"
+
+
+def effects(sweep: Sweep) -> dict[str, list[Bin]]:
+    """Mean objective by value of each searched key, over whatever the other keys were; keys with one value are out."""
+    scores = [p.scores[sweep.board.objective] for p in sweep.complete]
+    found = {key: explain.marginal(values(sweep, key), scores) for key in sweep.axes} if scores else {}
+    return {key: bins for key, bins in found.items() if len(bins) > 1}
+
+
+def spread(sweep: Sweep, key: str) -> Svg | None:
+    """Draw every point's objective against a key of many numbers; None for one of few values or of names."""
+    known, name = values(sweep, key), sweep.board.objective
+    if len(set(known)) <= explain.FEW_VALUES or not all(isinstance(v, int | float) for v in known):
+        return None
+    marks = [
+        Dot(f"{p.numbers} {boards.label(p)}: {p.scores[name]:.4f}", float(v), p.scores[name],
+            "best" if p is sweep.winner else "plain")
+        for v, p in sorted(zip(known, sweep.complete, strict=True), key=lambda pair: pair[1] is sweep.winner)
+    ]  # fmt: skip
+    return svg.dots(marks, key, name, f"{name} against {key}, {len(marks)} points")
+
+
+def sure(sweep: Sweep, most: int = 20) -> Svg | None:
+    """Draw the compared points' scores with their intervals, best first; None where nothing was tested."""
+    verdict = sweep.verdict
+    if verdict.comparison is None:
+        return None
+    sign = 1 if METRICS[verdict.objective].direction is Direction.minimize else -1
+    order = sorted(range(len(verdict.points)), key=lambda n: sign * verdict.points[n].score.value)[:most]
+    looks = {n: "best" if n == verdict.best else "same" if n in verdict.same else "plain" for n in order}
+    told = [(n, verdict.points[n]) for n in order]
+    rows = [(brief(p.label), p.score.value, p.score.low, p.score.high, looks[n]) for n, p in told]
+    return svg.ladder(rows, verdict.objective, f"{verdict.objective} of {len(rows)} points with 95 % intervals")
+
+
+def ranges(bins: Sequence[Bin], x: str, title: str) -> Svg:
+    """Draw the means of bins with their intervals."""
+    return svg.ladder([(named(b), b.mean, *b.ends, "plain") for b in bins], x, title)
+
+
+def named(found: Bin) -> str:
+    """Name a bin by its value or its range, and say how many points it holds."""
+    low, high = (f"{v:.3g}" if isinstance(v, float) else str(v) for v in (found.low, found.high))
+    return f"{low if found.low == found.high else f'{low} to {high}'} ({found.trials})"
+
+
+def brief(label: str) -> str:
+    """Leave the groups out of the overrides of a point, for a drawing.
+
+    >>> brief("lora.r=8 trainer.lr=0.001 lora=dora")
+    'r=8 lr=0.001 lora=dora'
+    """
+    return re.sub(r"(^| )\+?(?:\w+\.)+(?=\w+=)", r"\1", label)

@@ -1,0 +1,56 @@
+"""A run from Python is the run of the command line."""
+
+import pytest
+from conftest import TINY
+
+from ftexp import api
+from ftexp.errors import ConfigError, DataError
+from ftexp.files import read_json
+
+KEYS = ["model=tiny", "track=none", "trainer.steps=2", "data.valid=4", "eval=loss"]
+ROWS = [{"prompt": f"Say {n} now", "completion": f"{n}!"} for n in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FTEXP_CACHE", str(tmp_path / "cache"))
+
+
+def test_run_of_rows_ends_in_its_folder_and_is_not_run_again(tmp_path, monkeypatch):
+    import pandas
+
+    scores = api.run(*KEYS, rows=pandas.DataFrame(ROWS))
+    (folder,) = (tmp_path / "outputs" / "runs").iterdir()
+    assert read_json(folder / "trial.json")["scores"] == scores
+    assert scores["valid/rows"] == 4
+    monkeypatch.setattr(api.experiment, "_execute", None)
+    assert api.run(*KEYS, rows=ROWS) == scores  # equal rows, equal folder
+
+
+def test_other_rows_are_another_folder(tmp_path):
+    api.run(*KEYS, rows=ROWS)
+    api.run(*KEYS, rows=ROWS[::-1])
+    assert len(list((tmp_path / "outputs" / "runs").iterdir())) == 2
+
+
+def test_run_from_python_is_that_of_the_command_line(cli, tmp_path):
+    given = [*TINY, "track=none", "eval=loss"]
+    mine = api.run(*given, folder=tmp_path / "mine")
+    assert cli(*given, "name=theirs")[0] == 0
+    theirs = read_json(tmp_path / "outputs" / "runs" / "theirs" / "trial.json")["scores"]
+    assert {k: v for k, v in mine.items() if "cost" not in k} == {k: v for k, v in theirs.items() if "cost" not in k}
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "error", "message"),
+    [
+        (["lora.rank=8"], None, ConfigError, r"unknown key lora\.rank"),
+        (["lora.r=0"], None, ConfigError, r"lora\.r must be"),
+        ([], [{"prompt": 1, "completion": "x"}] * 9, DataError, r"\.jsonl:1: column 'prompt' must be text, got 1"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_written(given, rows, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        api.run(*KEYS, *given, rows=rows)
+    assert not (tmp_path / "outputs").exists()
