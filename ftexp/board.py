@@ -55,7 +55,14 @@ class Board:
     objective: str
     """The metric that ranks."""
     best: int | None
-    """Index of the best point; None where none is complete."""
+    """Index of the best point within the bounds of `sweep.at_most`; None where none is complete."""
+
+    @property
+    def first(self) -> Point | None:
+        """The point that scores best, bounds or not: the first row of the leaderboard."""
+        values = [point.scores[self.objective] if point.complete else None for point in self.points]
+        found = metrics.best(values, METRICS[self.objective].direction)
+        return None if found is None else self.points[found]
 
 
 def read(folder: Path) -> Board:
@@ -79,8 +86,14 @@ def read(folder: Path) -> Board:
     for trial in trials:
         groups.setdefault(trial["number"] // size, []).append(trial)
     points = [_point(members, size, objective) for members in groups.values()]
-    values = [point.scores[objective] if point.complete else None for point in points]
+    bounds = (sweep or {}).get("options", {}).get("at_most", {})
+    values = [point.scores[objective] if point.complete and _within(point, bounds) else None for point in points]
     return Board(trials, points, objective, metrics.best(values, METRICS[objective].direction))
+
+
+def _within(point: Point, bounds: dict[str, float]) -> bool:
+    """Whether every trial of a point keeps the bounds of `sweep.at_most`."""
+    return all(t["scores"].get(name, math.inf) <= bound for t in point.trials for name, bound in bounds.items())
 
 
 def _point(trials: list[dict[str, Any]], size: int, objective: str) -> Point:

@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ftexp.errors import MachineError
+
 
 def cache() -> Path:
     """Return the folder for what is fetched or built once: `$FTEXP_CACHE`, else `~/.cache/ftexp`."""
@@ -37,8 +39,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any | None:
-    """Read a JSON file, or return None where there is none."""
+    """Read a JSON file, or return None where there is none.
+
+    Raises:
+        MachineError: what is there is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except ValueError as error:
+        raise MachineError(f"{path}: is damaged, it must be JSON ({error}); put it back or remove it") from error

@@ -110,12 +110,13 @@ COUNTS = {
 """Counts that a run reports as `valid/<name>` beside its scores, and as `test/<name>` where sealed rows are opened."""
 
 
-def check_objective(name: str, given: Collection[str]) -> Metric:
+def check_objective(name: str, given: Collection[str], key: str = "objectives") -> Metric:
     """Look an objective up before anything runs.
 
     Args:
         name: of the metric.
         given: keys that the run has switched on, among those that metrics need.
+        key: of the config, that names the metric.
 
     Raises:
         ConfigError: the metric is unknown, sealed or has no direction, or needs a key that is off.
@@ -130,10 +131,10 @@ def check_objective(name: str, given: Collection[str]) -> Metric:
         near = difflib.get_close_matches(name, rankable, n=1)
         known = ", ".join(n for n in rankable if not n.startswith(("base/", "tfidf/")))
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"objectives must be among {known} (base/ and tfidf/ for valid/ too), got {name!r}{hint}")
+        raise ConfigError(f"{key} must be among {known} (base/ and tfidf/ for valid/ too), got {name!r}{hint}")
     needs = METRICS[name].needs
     if needs and not set(needs) & set(given):
-        raise ConfigError(f"objectives: {name} needs {' or '.join(needs)}, which is off")
+        raise ConfigError(f"{key}: {name} needs {' or '.join(needs)}, which is off")
     return METRICS[name]
 
 

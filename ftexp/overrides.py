@@ -71,7 +71,7 @@ def _spelled_out(text: str) -> str:
     text = _quoted(text)
     if text.startswith("sweep."):
         text = f"hydra.sweeper.{text.removeprefix('sweep.')}"
-    if text.startswith((*OPEN, *OPEN_SWEEP)):
+    if text.startswith((*OPEN, *OPEN_SWEEP, *(f"{key[:-1]}=" for key in OPEN_SWEEP))):
         return f"++{text}"
     return text
 

@@ -148,6 +148,9 @@ def main() -> int:
     except FtexpError as error:
         print(f"ftexp: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("ftexp: interrupted", file=sys.stderr)
+        return 130
     if "--json" in words:
         print(json.dumps(asdict(result), indent=1))
     else:

@@ -141,6 +141,9 @@ def main() -> int:
     except FtexpError as error:
         print(f"ftexp: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("ftexp: interrupted", file=sys.stderr)
+        return 130
     if args.json:
         print(json.dumps(asdict(told)))
     else:

@@ -53,7 +53,7 @@ def test_flags_move_to_the_front_and_a_name_is_added():
         ('data.completion={a} "b"', r'data.completion="{a} \"b\""'),
         ("data.prompt='{a}','{b}'", "data.prompt='{a}','{b}'"),
         ("sweep.workers=2", "hydra.sweeper.workers=2"),
-        ("sweep.at_most.cost/seconds=9", "++hydra.sweeper.at_most.cost/seconds=9"),
+        ("sweep.at_most={cost/seconds: 9}", "++hydra.sweeper.at_most={cost/seconds: 9}"),
     ],
 )
 def test_short_forms_are_spelled_out(given, handed):

@@ -34,10 +34,10 @@ def trial(r, loss, exact=0.5, **keys):
 
 @pytest.fixture
 def sweep(tmp_path):
-    def make(*trials, objectives=("valid/loss",), replicates=1):
+    def make(*trials, objectives=("valid/loss",), replicates=1, **options):
         nonlocal tmp_path
         tmp_path = tmp_path / "next"
-        options = {"replicates": replicates}
+        options = {"replicates": replicates, **options}
         write_json(tmp_path / "sweep.json", {"name": "s", "objectives": list(objectives), "options": options})
         for n, t in enumerate(trials):
             if t is not None:
@@ -242,3 +242,17 @@ def test_point_above_a_bound_is_not_the_winner(tmp_path, bound, said):
     found = report.gather(folder)
     assert found.winner is not found.board.points[best]
     assert said in html.page(found)
+
+
+def test_point_above_a_bound_is_never_best(sweep):
+    assert report.read(sweep(trial(8, 0.3), trial(64, 0.1), at_most={"cost/trainable": 9e6})).best == 0
+
+
+def test_damaged_file_is_named_in_one_line(sweep, monkeypatch, capsys):
+    folder = sweep(trial(8, 0.3))
+    (folder / "0" / "trial.json").write_text('{"a":')
+    monkeypatch.setattr(sys, "argv", ["report", str(folder)])
+    assert report.main() == 4
+    err = capsys.readouterr().err
+    assert err.startswith(f"ftexp: {folder}/0/trial.json: is damaged, it must be JSON")
+    assert len(err.splitlines()) == 1

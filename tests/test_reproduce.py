@@ -84,3 +84,13 @@ def test_wrong_command_line_ends_in_usage(words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ftexp.reproduce", *words])
     assert reproduce.main() == 2
     assert capsys.readouterr().err.startswith("usage: ")
+
+
+def test_interruption_ends_in_one_line(monkeypatch, capsys):
+    def interrupted(target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce.runs, "find", interrupted)
+    monkeypatch.setattr(sys, "argv", ["reproduce", "x"])
+    assert reproduce.main() == 130
+    assert capsys.readouterr().err == "ftexp: interrupted\n"

@@ -127,3 +127,13 @@ def test_dead_store_is_named(cli, verb, tmp_path):
 def test_run_without_tracking_is_left_out(cli, verb):
     assert cli(*TINY, "name=one", "track=none")[0] == 0
     assert json.loads(verb("--json")[1]) == {"runs": 0, "points": 0, "files": 0}
+
+
+def test_interruption_ends_in_one_line(monkeypatch, capsys):
+    def interrupted(folders, uri):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sync, "sync", interrupted)
+    monkeypatch.setattr(sys, "argv", ["sync"])
+    assert sync.main() == 130
+    assert capsys.readouterr().err == "ftexp: interrupted\n"

@@ -80,7 +80,7 @@ def decision(sweep: Sweep) -> str:
     ]
     card = "".join(f"<div{kind}><dt>{title}</dt><dd>{body}</dd></div>" for title, body, kind in items if body)
     lines = "".join(f"<li>{_e(line)}</li>" for line in compare.lines(sweep.verdict))
-    first = sweep.board.points[sweep.board.best] if sweep.board.best is not None else sweep.winner
+    first = sweep.board.first or sweep.winner
     note = "" if first is sweep.winner else (
         f'<p class="warn">{_e(boards.label(first))} stands first on the leaderboard and is above a bound of '
         "sweep.at_most.</p>"

@@ -100,8 +100,9 @@ class Options:
             "sweep.timeout_minutes", self.timeout_minutes, "null or above 0",
         )  # fmt: skip
         require(0 <= self.seed < 2**31, "sweep.seed", self.seed, "between 0 and 2147483647")
-        if self.storage is not None and self.storage.startswith("sqlite") and self.workers > 1:
+        if self.storage is not None and self.storage.startswith("sqlite") and (self.workers > 1 or self.join):
+            others = "sweep.join=true" if self.join else f"sweep.workers={self.workers}"
             raise ConfigError(
-                f"sweep.storage={self.storage} with sweep.workers={self.workers}: SQLite hands one trial to two "
+                f"sweep.storage={self.storage} with {others}: SQLite hands one trial to two "
                 "workers; leave sweep.storage out for a journal file, or give a PostgreSQL address"
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import fcntl
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -107,6 +108,7 @@ class Sweeper(HydraSweeper):
                 experiment.check(runs[-1], None)
             except FtexpError as error:
                 raise type(error)(f"{error} (trial {number}: {' '.join(given)})") from error
+        self._check_options(searched, options, runs)
         silent = [run for run in runs if not run.trainer.report_steps]
         if options.pruner is not Pruner.none and silent:
             raise ConfigError(f"sweep.pruner={options.pruner.value} needs trainer.report_steps above 0, got 0")
@@ -116,6 +118,33 @@ class Sweeper(HydraSweeper):
             study.sampler(options, 0)  # both refuse keywords they do not know
             study.pruner(options, 1)
         return runs
+
+    def _check_options(self, searched: Space, options: Options, runs: list[Run]) -> None:
+        """Refuse keys of the sweep that are at odds with what is searched."""
+        from ftexp.sweep import supervisor
+
+        for axis in searched.axes:
+            if axis.key in ("name", "objectives"):
+                raise ConfigError(f"{axis.key} must be one value for the whole sweep, got {','.join(axis.texts)}")
+        if options.sampler is not Sampler.grid and not searched.axes:
+            raise ConfigError(
+                f"sweep.sampler={options.sampler.value} needs keys to search, got none; lora.r=8,16 is one"
+            )
+        for run in runs:
+            for name in options.at_most:
+                metrics.check_objective(name, experiment.switched_on(run), "sweep.at_most")
+        for point in options.baselines:
+            searched.baseline(point)
+        if options.pruner is not Pruner.none and len(runs[0].objectives) > 1:
+            raise ConfigError(
+                f"sweep.pruner={options.pruner.value} needs one objective, got {', '.join(runs[0].objectives)}"
+            )
+        count = options.workers or len(supervisor.gpus())
+        if options.storage is not None and options.storage.startswith("sqlite") and count > 1:
+            raise ConfigError(
+                f"sweep.storage={options.storage} with {count} GPUs, so {count} workers: SQLite hands one trial to two "
+                "workers; add sweep.workers=1, or leave sweep.storage out for a journal file"
+            )
 
 
 def launch(
@@ -138,7 +167,7 @@ def launch(
         master: Hydra's config of the launch.
         started: called with the folder once the sweep is ready to run.
     """
-    from ftexp.sweep import study
+    from ftexp.sweep import study, worker
 
     objectives = runs[0].objectives
     searching = options.sampler is not Sampler.grid
@@ -148,6 +177,7 @@ def launch(
     identity.check(kept, runs[0].name)
     folder.mkdir(parents=True, exist_ok=True)
     if kept is None:
+        shutil.rmtree(folder / "frozen", ignore_errors=True)  # of a launch that ended before its trials began
         OmegaConf.save(master, folder / "multirun.yaml")
         frozen.freeze(folder, searched, grid or frozen.corners(searched), compose)
     before = read_json(folder / frozen.FILE) or {}
@@ -162,6 +192,10 @@ def launch(
     sweep = Frozen(
         folder, runs[0].name, searched, options, objectives, parent, runs[0].track.uri, rows, rung, code
     )  # fmt: skip
+    if kept is None and options.storage is not None and study.counted(worker.open_study(sweep)):
+        raise ConfigError(
+            f"name={sweep.name}: sweep.storage={options.storage} holds another sweep of this name; choose another name"
+        )
     if before.get("code", code) != code:
         say("the code of ftexp is not that of the launch; trials from now on run with the new code")
     sweep.save()
@@ -186,11 +220,13 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
 
     options, record = sweep.options, worker.open_study(sweep)
     grid = [] if options.sampler is not Sampler.grid else sweep.space.grid() or [{}]
-    points = tickets(grid, options)
+    points = tickets(grid, options, sweep.space)
     with study.locked(sweep.folder / "settle.lock"):
         record.set_user_attr(worker.STOP, None)
         record.set_user_attr(worker.LEAVE, None)
-        study.settle(record, points, options.max_retries)
+        gone = study.settle(record, points, options.max_retries, sweep.folder)
+    if gone:
+        say(f"sweep {sweep.name}: the folders of trials {', '.join(map(str, gone))} are gone; they run again")
     left = sum(not t.state.is_finished() for t in study.counted(record))
     count = options.workers or len(supervisor.gpus())
     where = f"{min(count, left)} workers" if count else "in this process"
@@ -243,8 +279,10 @@ def _run_left(sweep: Frozen, record: Any, left: int) -> None:
         return
     while left and not record.user_attrs.get(worker.STOP) and study.counted(record):
         worker.work(sweep, record)
-        if not study.reap(record, sweep.options.max_retries):
+        study.reap(record, sweep.options.max_retries)
+        if not study.unfinished(record):
             break
+        time.sleep(supervisor.POLL_SECONDS)  # a helper is at the last trials, and may give one back
 
 
 def help_out(folder: Path, searched: Space, options: Options, runs: list[Run]) -> None:
@@ -256,6 +294,10 @@ def help_out(folder: Path, searched: Space, options: Options, runs: list[Run]) -
     from ftexp.sweep import study, worker
 
     while not (folder / "identity.json").exists():  # the launch is still freezing it
+        if running(folder) is None:
+            raise MachineError(
+                f"name={runs[0].name}: the launch to help ended before its trials began; launch it again"
+            )
         time.sleep(0.2)
     study.Identity.of(searched, options, runs[0].objectives, _shared(searched, runs)).check(
         read_json(folder / "identity.json"), runs[0].name
@@ -286,12 +328,12 @@ def _params(params: dict[str, Any], arguments: list[str]) -> tuple[list[str], di
     return [*texts, *arguments], conditions
 
 
-def tickets(grid: list[dict[str, Any]], options: Options) -> list[dict[str, Any] | None]:
+def tickets(grid: list[dict[str, Any]], options: Options, searched: Space) -> list[dict[str, Any] | None]:
     """List the points of all tickets, each replicate its own; None is left to the sampler."""
     points: list[dict[str, Any] | None] = list(grid)
     if options.sampler is not Sampler.grid:
         total = cast(int, options.n_trials)
-        first = [{str(k): v for k, v in dict(b).items()} for b in options.baselines]
+        first = [searched.baseline(b) for b in options.baselines]
         points = [*first[:total], *[None] * (total - len(first[:total]))]
     return [point for point in points for _ in range(options.replicates)]
 
@@ -314,13 +356,11 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
 
     trials = study.counted(record)
     failed = [study.ticket(t) for t in trials if t.user_attrs.get("ftexp:kind") or t.state.name == "FAIL"]
-    direction = metrics.METRICS[sweep.objectives[0]].direction
-    values = [t.values[0] if t.state.name == "COMPLETE" else None for t in trials]
-    best = metrics.best(values, direction)
+    best = screen.best_point(sweep, trials)
     told = {"trials": float(len(trials)), "failed": float(len(failed))}
     if best is not None:
-        told[sweep.objectives[0]] = cast(float, values[best])
-    tags = {} if best is None else {"ftexp.best_trial": study.ticket(trials[best])}
+        told[sweep.objectives[0]] = best[1]
+    tags = {} if best is None else {"ftexp.best_trial": ",".join(map(str, best[0]))}
     track.close_parent(run.track, sweep.mlflow_run, tags, told, bool(failed))
     stop = record.user_attrs.get(worker.STOP)
     if record.user_attrs.get(worker.LEAVE):

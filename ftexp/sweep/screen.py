@@ -126,7 +126,7 @@ def _cells(sweep: Frozen, trial: FrozenTrial) -> list[str]:
     number, state, worker = study.ticket(trial), state_of(trial), trial.user_attrs.get("ftexp:worker")
     point = trial.params or trial.system_attrs.get("fixed_params") or {}
     kind = trial.user_attrs.get("ftexp:kind")
-    values = [f"{v:.4f}" for v in trial.values] if trial.values else [""] * len(sweep.objectives)
+    values = [f"{v:.4f}" for v in trial.values or ()] if state == "complete" else [""] * len(sweep.objectives)
     began, ended = trial.datetime_start, trial.datetime_complete
     if state == "running":
         step, loss = _step(sweep.folder / str(number))

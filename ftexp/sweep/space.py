@@ -81,6 +81,33 @@ class Space:
                 kept[axis.key] = values[axis.key]
         return kept
 
+    def baseline(self, given: Any) -> dict[str, Any]:
+        """Read a point that is to be tried first: a value for each key that is searched there.
+
+        >>> parse(["lora.r=2,4", "trainer.lr=interval(0.1,0.2)"]).baseline({"lora.r": 4, "trainer.lr": 0.1})
+        {'lora.r': '4', 'trainer.lr': 0.1}
+
+        Raises:
+            ConfigError: a key is not searched or left out, or a value is outside of its axis.
+        """
+        told = {str(key): value for key, value in dict(given).items()}
+        point: dict[str, Any] = {}
+        for axis in self.axes:
+            if not self.active(axis, point):
+                continue
+            if axis.key not in told:
+                raise ConfigError(f"sweep.baselines: {axis.key} must have a value in {told}")
+            value = told[axis.key]
+            found = axis.texts and next((t for t in axis.texts if t == str(value) or _value(axis, t) == value), None)
+            within = not isinstance(value, str) and axis.low <= value <= axis.high
+            if not (found if axis.discrete else within):
+                wanted = ",".join(axis.texts) if axis.discrete else _interval(axis)
+                raise ConfigError(f"sweep.baselines: {axis.key} must be among {wanted}, got {value!r}")
+            point[axis.key] = found if axis.discrete else value
+        if stray := told.keys() - point.keys():
+            raise ConfigError(f"sweep.baselines: {', '.join(sorted(stray))} is not searched at {told}")
+        return point
+
     def grid(self) -> list[dict[str, Any]]:
         """List every combination once, the last axis varying fastest.
 
@@ -102,6 +129,10 @@ class Space:
     def told(self) -> dict[str, str]:
         """Describe each axis in a word, for comparison and for people."""
         return {a.key: (",".join(a.texts) if a.discrete else _interval(a)) + _condition(a) for a in self.axes}
+
+
+def _value(axis: Axis, text: str) -> Any:
+    return OverridesParser.create().parse_override(f"{axis.key}={text}").value()
 
 
 def _interval(axis: Axis) -> str:

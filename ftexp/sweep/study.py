@@ -160,9 +160,15 @@ def ticket(trial: FrozenTrial) -> int:
 
 
 def counted(study: Study) -> list[FrozenTrial]:
-    """List the attempts that count, by ticket: those lost with their worker do not."""
+    """List the attempts that count, by ticket: the last of each, and none that was lost with its worker."""
     trials = [t for t in study.get_trials(deepcopy=False) if "ftexp:ticket" in t.user_attrs]
-    return sorted((t for t in trials if not t.user_attrs.get("ftexp:lost")), key=ticket)
+    last = {ticket(t): t for t in trials if not t.user_attrs.get("ftexp:lost")}
+    return [last[number] for number in sorted(last)]
+
+
+def unfinished(study: Study) -> int:
+    """Count the tickets that wait or run."""
+    return sum(not t.state.is_finished() for t in counted(study))
 
 
 def queue(study: Study, points: list[dict[str, Any] | None]) -> None:
@@ -248,7 +254,9 @@ def reap(study: Study, max_retries: int) -> list[int]:
         except UpdateFinishedTrialError:
             continue  # another process was first
         if lost:
-            point = trial.params or trial.system_attrs.get("fixed_params")
+            point = (
+                trial.system_attrs.get("fixed_params") or trial.params or None
+            )  # a kill may have left half the params
             study.add_trial(
                 create_trial(
                     state=TrialState.WAITING,
@@ -260,10 +268,35 @@ def reap(study: Study, max_retries: int) -> list[int]:
     return again
 
 
-def settle(study: Study, points: list[dict[str, Any] | None], max_retries: int) -> None:
-    """Bring the record in order after whatever ended the last launch: reap, then queue what is missing."""
+def settle(
+    study: Study, points: list[dict[str, Any] | None], max_retries: int, folder: Path | None = None
+) -> list[int]:
+    """Bring the record in order after whatever ended the last launch: reap, then queue what is missing.
+
+    Args:
+        study: the record.
+        points: of all tickets.
+        max_retries: further attempts at a ticket whose worker died.
+        folder: of the sweep; tickets that are complete and have no folder any more are queued again.
+
+    Returns:
+        The tickets whose folders are gone.
+    """
+    from optuna.trial import TrialState, create_trial
+
     reap(study, max_retries)
     queue(study, points)
+    done = [t for t in counted(study) if t.state is TrialState.COMPLETE] if folder is not None else []
+    gone = [t for t in done if folder is not None and not (folder / str(ticket(t)) / "trial.json").exists()]
+    for trial in gone:
+        study.add_trial(
+            create_trial(
+                state=TrialState.WAITING,
+                system_attrs={"fixed_params": trial.params},
+                user_attrs={"ftexp:ticket": ticket(trial)},
+            )
+        )
+    return [ticket(t) for t in gone]
 
 
 def seed_of(seed: int, number: int) -> int:

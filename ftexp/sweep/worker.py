@@ -5,6 +5,7 @@ The process keeps base model, tokens and base scores from trial to trial.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -169,7 +170,7 @@ def _run(sweep: Frozen, trial: Trial, point: dict[str, Any], number: int) -> tup
         traceback.print_exc()
         return Outcome("failed", "crash", f"{type(error).__name__}: {error}".splitlines()[0]), None
     for name, bound in sweep.options.at_most.items():
-        trial.set_constraint(f"{name} at most {bound:g}", scores[name] - bound)
+        trial.set_constraint(f"{name} at most {bound:g}", scores.get(name, math.inf) - bound)
     return Outcome("complete"), values
 
 
@@ -203,8 +204,10 @@ def judge(sweep: Frozen, trial: Trial) -> Callable[[float, int], str | None] | N
     if len(sweep.objectives) > 1 or isinstance(trial.study.pruner, _nop()):
         return None
 
+    maximised = metrics.METRICS[sweep.objectives[0]].direction is metrics.Direction.maximize
+
     def ask(value: float, step: int) -> str | None:
-        trial.report(value, step)
+        trial.report(-value if maximised else value, step)  # a pruner takes the objective's direction for that of rungs
         return f"pruned at step {step}: valid/loss {value:.4f}" if trial.should_prune() else None
 
     return ask

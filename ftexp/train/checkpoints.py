@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ftexp.errors import MachineError
 from ftexp.files import read_json, write_json
 from ftexp.progress import say
 
@@ -83,7 +84,7 @@ def store(folder: Path, fingerprint: dict[str, Any]) -> Store:
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         kept = read_json(path)
-    except ValueError:
+    except MachineError:
         return None
     return kept if isinstance(kept, dict) and {"step", "fingerprint", "files"} <= kept.keys() else None
 

@@ -48,7 +48,7 @@ def make(kind: str, total: int) -> tuple[frozen.Frozen, object]:
     grid = searched.grid() if kind == "grid" else []
     frozen.freeze(folder, searched, grid or frozen.corners(searched), composed)
     record = worker.open_study(made)
-    study.settle(record, plugin.tickets(grid, options), 2)
+    study.settle(record, plugin.tickets(grid, options, searched), 2)
     return made, record
 
 

@@ -20,6 +20,7 @@ from ftexp.sweep.options import Options
         ({"max_failures": 0}, r"sweep\.max_failures must be null or at least 1, got 0"),
         ({"timeout_minutes": 0.0}, r"sweep\.timeout_minutes must be null or above 0"),
         ({"seed": -1}, r"sweep\.seed must be between 0"),
+        ({"storage": "sqlite:///x.db", "join": True}, r"with sweep\.join=true: SQLite hands one trial to two workers"),
         ({"storage": "sqlite:///x.db", "workers": 2}, r"SQLite hands one trial to two workers"),
     ],
 )

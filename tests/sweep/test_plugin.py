@@ -161,6 +161,14 @@ def test_search_has_exactly_its_trials_and_more_only_when_asked(cli, tmp_path):
             "sweep.sampler_args is refused by TPESampler",
         ),
         (["sweep.storage=sqlite:///x.db", "sweep.workers=2"], "SQLite hands one trial to two workers"),
+        (["sweep.at_most={cost/secnds: 9}"], "sweep.at_most must be among"),
+        (["name=a,b"], "name must be one value for the whole sweep, got a,b"),
+        (["objectives=[valid/loss],[valid/f1]"], "objectives must be one value for the whole sweep"),
+        (["sweep.baselines=[{lora.r: 3}]"], "sweep.baselines: lora.r must be among 2,4, got 3"),
+        (
+            ["sweep.pruner=asha", "objectives=[valid/loss,cost/memory_gib]"],
+            "sweep.pruner=asha needs one objective, got valid/loss, cost/memory_gib",
+        ),
         (
             ["sweep.pruner=asha", "trainer.report_steps=0"],
             "sweep.pruner=asha needs trainer.report_steps above 0, got 0",
@@ -398,3 +406,107 @@ def test_sweep_of_the_embedded_model_learns(cli, tmp_path):
         scores = read_json(tmp_path / "outputs" / "sweeps" / "e" / str(n) / "trial.json")["scores"]
         assert 2.0 < scores["base/loss"] < 2.8
         assert scores["valid/loss"] < scores["base/loss"] * 0.67
+
+
+def test_launch_that_ended_before_its_trials_leaves_nothing_to_the_next(cli, tmp_path):
+    """It froze a config of its own, which is not that of the command that is corrected."""
+    (tmp_path / "file").touch()
+    given = ["lora.r=2", *TINY, "eval=loss", "name=s", "-m"]
+    code, _, err = cli(*given, "track.uri=sqlite:///file/x.db")
+    assert code == 4, err
+    code, _, err = cli(*given, "track=none", "trainer.lr=1e-3")
+    assert code == 0, err
+    assert read_json(tmp_path / "outputs/sweeps/s/0/trial.json")["config"]["trainer.lr"] == 1e-3
+
+
+def test_search_without_keys_is_refused(cli):
+    code, _, err = cli(*SWEEP, "sweep.sampler=tpe", "sweep.n_trials=2", "-m")
+    assert code == 2
+    assert "sweep.sampler=tpe needs keys to search, got none" in err
+
+
+def test_sqlite_is_refused_where_gpus_make_several_workers(cli, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    code, _, err = cli("lora.r=2,4", *SWEEP, "sweep.storage=sqlite:///x.db", "-m")
+    assert code == 2
+    assert "with 2 GPUs, so 2 workers: SQLite hands one trial to two workers" in err
+
+
+def test_trial_whose_folder_is_gone_runs_again(cli, tmp_path):
+    import shutil
+
+    given = ["lora.r=2,4", *SWEEP, "eval=loss", "-m"]
+    assert cli(*given)[0] == 0
+    folder = tmp_path / "outputs" / "sweeps" / "s"
+    before = adapters(folder)
+    shutil.rmtree(folder / "1")
+    code, _, err = cli(*given)
+    assert code == 0, err
+    assert "the folders of trials 1 are gone; they run again" in err
+    assert "1 of 2 trials to do" in err
+    assert adapters(folder) == before
+
+
+def test_storage_that_holds_another_sweep_of_the_name_is_refused(cli, tmp_path):
+    import shutil
+
+    given = [*SWEEP, "eval=loss", f"sweep.storage=sqlite:///{tmp_path}/x.db", "-m"]
+    assert cli("lora.r=2", *given)[0] == 0
+    shutil.rmtree(tmp_path / "outputs")
+    code, _, err = cli("lora.r=4", *given)
+    assert code == 2
+    assert "holds another sweep of this name" in err
+
+
+def test_helper_of_a_launch_that_died_before_its_trials_does_not_wait_for_ever(tmp_path, composed):
+    from ftexp.errors import MachineError
+    from ftexp.sweep import space
+    from ftexp.sweep.options import Options
+
+    with pytest.raises(MachineError, match="name=s: the launch to help ended before its trials began"):
+        plugin.help_out(tmp_path, space.parse(["lora.r=2,4"]), Options(), [composed("name=s")])
+
+
+def test_launch_waits_for_the_trials_of_its_helpers(tmp_path, composed, monkeypatch):
+    """A helper that is asked to leave gives its trial back, and nobody else would take it."""
+    import threading
+    import time
+
+    from ftexp import experiment
+    from ftexp.sweep import frozen, space, study, worker
+    from ftexp.sweep.options import Options
+
+    run = composed("model=tiny")
+    monkeypatch.setattr(frozen.Frozen, "run", lambda *given: run)
+    monkeypatch.setattr(experiment, "execute", lambda *given: {"valid/loss": 1.0})
+    made = frozen.Frozen(tmp_path, "s", space.parse(["lora.r=2,4"]), Options(), ["valid/loss"], None, "", {})
+    made.save()
+    record = worker.open_study(made)
+    study.queue(record, [{"lora.r": "2"}, {"lora.r": "4"}])
+    held = study.claim(record)
+
+    def leave():
+        time.sleep(1)
+        worker.give_back(record, held)
+
+    helper = threading.Thread(target=leave)
+    helper.start()
+    plugin._run_left(made, record, 2)
+    helper.join()
+    assert [t.state.name for t in study.counted(record)] == ["COMPLETE", "COMPLETE"]
+
+
+def test_bound_is_given_on_the_command_line_and_holds_in_leaderboard_and_summary(cli, tmp_path):
+    given = ["lora.r=2,4", *TINY, "eval=loss", "name=s", "-m"]
+    code, out, err = cli(*given, "sweep.at_most={cost/trainable: 5000}", "track.uri=sqlite:///m.db")
+    assert code == 0, err
+    trials = [read_json(tmp_path / "outputs/sweeps/s" / str(n) / "trial.json")["scores"] for n in range(2)]
+    assert trials[0]["cost/trainable"] <= 5000 < trials[1]["cost/trainable"]
+    assert trials[1]["valid/loss"] < trials[0]["valid/loss"]
+    assert "0 best" in out
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri="sqlite:///m.db")
+    parent = client.get_run(read_json(tmp_path / "outputs/sweeps/s/sweep.json")["mlflow_run"])
+    assert parent.data.tags["ftexp.best_trial"] == "0"
+    assert parent.data.metrics["valid/loss"] == trials[0]["valid/loss"]

@@ -313,3 +313,14 @@ def test_private_names_of_optuna_are_there(record):
     for owner, name in ((record, "_storage"), (record, "_study_id"), (record, "_thread_local"), (trial, "_suggest"),
                         (trial, "_trial_id"), (trial, "_cached_frozen_trial")):  # fmt: skip
         assert hasattr(owner, name)
+
+
+def test_worker_killed_between_two_keys_of_its_point_loses_neither(record, monkeypatch):
+    from optuna.distributions import CategoricalDistribution
+
+    study.queue(record, [{"a": "1", "b": "2"}])
+    trial = study.claim(record)
+    trial._suggest("a", CategoricalDistribution(("1",)))
+    monkeypatch.setattr(study, "alive", lambda trial: False)
+    assert study.reap(record, 2) == [0]
+    assert study.counted(record)[0].system_attrs["fixed_params"] == {"a": "1", "b": "2"}

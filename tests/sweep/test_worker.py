@@ -23,7 +23,7 @@ def sweep(tmp_path, composed, monkeypatch):
         from ftexp.sweep.plugin import tickets
 
         grid = [] if made.options.sampler is not Sampler.grid else searched.grid()
-        study.settle(record, tickets(grid, made.options), made.options.max_retries)
+        study.settle(record, tickets(grid, made.options, searched), made.options.max_retries)
         return made, record
 
     return make
@@ -148,3 +148,35 @@ def test_rows_edited_after_the_launch_fail_the_trial(sweep, monkeypatch, compose
     worker.work(made, record)
     assert {t.user_attrs["ftexp:kind"] for t in study.counted(record)} == {"data"}
     assert "the rows changed after the sweep was launched" in study.counted(record)[0].user_attrs["ftexp:reason"]
+
+
+def test_pruner_stops_the_laggard_where_the_objective_is_to_be_large(sweep, monkeypatch):
+    """Rungs are losses, where less is better whatever the objective's direction is."""
+    made, record = sweep("a=1,2,3,4,5,6", objectives=("valid/exact_match",), pruner=Pruner.median)
+    stopped = []
+
+    def execute(run, folder, label, parent, control):
+        for step in (1, 2, 3):
+            loss = {"3": 0.01, "5": 9.0}.get(folder.name, 1.0 / step)
+            if reason := control.judge(loss, step):
+                stopped.append(folder.name)
+                raise Pruned(reason)
+        return {"valid/exact_match": 0.3}
+
+    monkeypatch.setattr(experiment, "execute", execute)
+    worker.work(made, record)
+    assert stopped == ["5"]
+
+
+def test_metric_that_a_trial_lacks_breaks_its_bound(sweep, monkeypatch):
+    made, record = sweep("a=1,2", at_most={"cost/gpu_memory_gib": 2.0})
+    trials(monkeypatch, [{"valid/loss": 0.1}, {"valid/loss": 0.9, "cost/gpu_memory_gib": 1.0}])
+    worker.work(made, record)
+    assert record.best_trial.number == 1
+
+
+def test_baseline_is_run_as_its_axis_spells_it(sweep, monkeypatch):
+    made, record = sweep("a=1,2", sampler=Sampler.random, n_trials=1, baselines=[{"a": 2}])
+    trials(monkeypatch, [{"valid/loss": 0.1}])
+    worker.work(made, record)
+    assert study.counted(record)[0].params == {"a": "2"}
