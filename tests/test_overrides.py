@@ -16,7 +16,7 @@ from ftexp.errors import ConfigError
         ("trainer.dropout=0.1", "did you mean"),
         ("+model._target_=os.system", "unknown key model._target_"),
         ("++trainer.callbacks=[a]", "unknown key trainer.callbacks"),
-        ("model=nope", "model must be one of embedded, hub, smollm2_135m, tiny, got 'nope'"),
+        ("model=nope", "smollm2_360m, tiny, got 'nope'"),
         ("model=embeded", "did you mean model=embedded"),
         ("lora=default,dorra", "got 'dorra'; did you mean lora=dora"),
         ("~lora.dropout", "keys cannot be deleted"),

