@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -359,6 +360,7 @@ def main() -> int:
     plugin.register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hands errors to us, to be told in one line
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # Hydra would print its advice on kernels to stdout
     try:
         wanted, plain, left = parse(sys.argv[1:])
         whole = gather(overrides.prepare(left), wanted)

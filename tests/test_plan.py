@@ -130,6 +130,14 @@ def test_mistakes_are_told_before_anything_heavy(argv, text):
     assert int(done.stdout.split()[-3]) in (2, 3, 4)
 
 
+@pytest.mark.parametrize("more", [[], ["lora.r=4,8", "-m"]])
+def test_stdout_of_a_fresh_process_is_json_and_nothing_else(more, tmp_path):
+    command = [sys.executable, "-m", "ftexp.plan", *TINY, *more, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert json.loads(done.stdout)["count"] == max(len(more), 1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_keywords_of_the_libraries_are_refused(planned):
     code, _, err = planned(*TINY, "trainer.extra.nonsense=1")
     assert (code, "nonsense" in err) == (2, True)
