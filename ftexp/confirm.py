@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import getpass
-import json
 import math
 import os
 import socket
@@ -26,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ftexp import config, data, experiment, facts, report, track
+from ftexp import config, data, experiment, facts, report, track, verb
 from ftexp.config import Run
-from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, MachineError, Preempted, TrialsFailed
+from ftexp.errors import ConfigError, DataError, Diverged, MachineError, TrialsFailed
 from ftexp.files import read_json, write_json
 from ftexp.metrics import METRICS, SCORES, Direction
 from ftexp.progress import quiet_libraries, say
@@ -519,21 +518,15 @@ def main() -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet_libraries()
     config.register()
-    try:
-        if args.seeds is not None and not 1 <= args.seeds <= 100:
-            raise ConfigError(f"--seeds must be between 1 and 100, got {args.seeds}")
-        with control.listening():
-            entry = confirm(sweeps.find(args.name).absolute(), args.seeds, args.again)
-    except Preempted as error:
-        print(f"ftexp: {error}; the same command goes on", file=sys.stderr)
-        return error.exit_code
-    except FtexpError as error:
-        print(f"ftexp: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("ftexp: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    print(json.dumps(entry, indent=1)) if args.json else show(entry)
+    with control.listening():
+        return verb.ended(lambda: _main(args))
+
+
+def _main(args: argparse.Namespace) -> int:
+    if args.seeds is not None and not 1 <= args.seeds <= 100:
+        raise ConfigError(f"--seeds must be between 1 and 100, got {args.seeds}")
+    entry = confirm(sweeps.find(args.name).absolute(), args.seeds, args.again)
+    print(verb.as_json(entry)) if args.json else show(entry)
     return TrialsFailed.exit_code if any(member["failed"] for member in entry["result"]["members"]) else 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ftexp import compare, metrics, runs
-from ftexp.errors import FtexpError
+from ftexp import compare, metrics, runs, verb
 from ftexp.metrics import METRICS
 from ftexp.runs import Kept
 from ftexp.stats import pairs
@@ -123,15 +121,14 @@ def main() -> int:
     if len(words) != 2 or any(word.startswith("-") for word in words):
         print(USAGE, file=sys.stderr, end="")
         return 0 if words in (["-h"], ["--help"]) else 2
-    try:
-        first, second = (runs.find(word) for word in words)
-        told = difference(first, second)
-    except FtexpError as error:
-        print(f"ftexp: {error}", file=sys.stderr)
-        return error.exit_code
-    if "--json" in sys.argv[1:]:
-        scores = {name: vars(score) for name, score in told.scores.items()}
-        print(json.dumps({**vars(told), "scores": scores}, indent=1))
+    return verb.ended(lambda: _main(words, "--json" in sys.argv[1:]))
+
+
+def _main(words: list[str], plain: bool) -> int:
+    first, second = (runs.find(word) for word in words)
+    told = difference(first, second)
+    if plain:
+        print(verb.as_json({**vars(told), "scores": {name: vars(score) for name, score in told.scores.items()}}))
     else:
         show(told, [first.name, second.name] if first.name != second.name else [str(k.folder) for k in (first, second)])
     return 0

@@ -12,11 +12,11 @@ from itertools import islice
 from typing import Any
 
 from ftexp import config
-from ftexp.config import Attention, Run, Trainer
+from ftexp.config import Attention, Method, Packing, Run, Trainer
 from ftexp.model import activations, sizes
 from ftexp.model.compute import Compute
 from ftexp.model.sizes import Outline
-from ftexp.train import sft
+from ftexp.train import lengths, sft
 
 GIB = 2**30
 SMALL = 4096
@@ -102,8 +102,12 @@ class Plan:
         return self.trainable / self.total
 
 
-def rows(examples: Sequence[Any]) -> Rows:
-    """Take lengths from tokenised rows of any method."""
+def rows(examples: Sequence[Any], run: Run) -> Rows:
+    """Take lengths from tokenised rows of any method, or from the packs that training makes of them."""
+    if run.trainer.kind is Method.sft and run.data.packing is not Packing.none:
+        packs = lengths.packed(lengths.dataset(examples), run.data, quiet=True)
+        learned = tuple(sum(label != -100 for label in labels) for labels in packs["labels"])
+        return Rows(tuple(map(len, packs["input_ids"])), learned, "by the tokenizer, in packs")
     return Rows(tuple(len(e.ids) for e in examples), tuple(getattr(e, "supervised", 0) for e in examples))
 
 
@@ -128,7 +132,8 @@ def trial(run: Run, given: Rows, compute: Compute, labels: int = 0) -> Plan:
     notes += tuple(f"trainer.extra.{key} makes other batches" for key in REORDERING if key in run.trainer.extra)
     adapter = outlined.adapted - outlined.footprint
     parts = (outlined.weights, adapter, outlined.trained_bytes, state or 0, peak or 0)
-    padded = sum(b.rows * b.longest for b in passes)
+    flat = run.data.packing is Packing.bfd and compute.attention == "flash_attention_2"  # packs behind each other
+    padded = sum(b.tokens if flat else b.rows * b.longest for b in passes)
     return Plan(
         trainable=outlined.trainable,
         total=outlined.total,
@@ -192,21 +197,25 @@ def _peak(
 def batches(given: Rows, trainer: Trainer, seed: int) -> Iterator[Batch]:
     """List the forward passes of a training as the Trainer makes them.
 
-    Each epoch draws an order from `seed` + epoch (accelerate's SeedableRandomSampler); an optimizer step takes
-    `accumulation` passes, and fewer at the end of an epoch.
+    Each epoch draws an order from `seed` + epoch (accelerate's SeedableRandomSampler), or groups of like length
+    (`lengths.sampler`); an optimizer step takes `accumulation` passes, and fewer at the end of an epoch.
     """
     import torch
 
     count, size, steps = len(given.lengths), trainer.batch, sft.planned_steps(trainer, len(given.lengths))
-    first = trainer.extra.get("data_seed")
-    epoch = torch.Generator()
-    taken, number = 0, seed if first is None else first
+    start = trainer.extra.get("data_seed")
+    start = seed if start is None else start
+    draw = torch.Generator()
+    taken, epoch = 0, 0
     while taken < steps:
-        order = torch.randperm(count, generator=epoch.manual_seed(number)).tolist()
+        if trainer.group_by_length:
+            order = lengths.grouped(given.lengths, size * trainer.accumulation, seed, epoch)
+        else:
+            order = torch.randperm(count, generator=draw.manual_seed(start + epoch)).tolist()
         made = [_batch(given, order[begin : begin + size]) for begin in range(0, count, size)]
         an_epoch = math.ceil(len(made) / trainer.accumulation)
         yield from islice(made, (steps - taken) * trainer.accumulation)
-        taken, number = taken + an_epoch, number + 1
+        taken, epoch = taken + an_epoch, epoch + 1
 
 
 def _batch(given: Rows, numbers: list[int]) -> Batch:

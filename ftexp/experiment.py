@@ -293,7 +293,7 @@ def _execute(
         write_json(folder / "trial.json", trial)  # so that a restart after a kill finds its run in the store
         log.params(track.flat(run))
         before = task.before(base)
-        planned = estimate.trial(run, estimate.rows(task.train), base.compute, task.outputs)
+        planned = estimate.trial(run, estimate.rows(task.train, run), base.compute, task.outputs)
         resident = facts.resident_gib()
         facts.reset_peak_memory()
         began = time.monotonic()
@@ -337,7 +337,7 @@ def _against(
     """Set the plan of a trial beside what training took, and say where a count that is exact was missed."""
     peak = facts.peak_memory_gib()
     on_gpu = "gpu_memory_gib" in peak
-    real = peak["gpu_memory_gib"] if on_gpu else peak["memory_gib"] - resident
+    real = peak["gpu_memory_gib"] if on_gpu else max(0.0, peak["memory_gib"] - resident)
     told = estimate.against(planned, trial["facts"]["parameters"], trained, real, on_gpu)
     for miss in estimate.missed(told):
         say(f"warning: the plan is wrong: {miss}")

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftexp.errors import FtexpError, MachineError
+from ftexp import verb
+from ftexp.errors import MachineError
 from ftexp.overrides import ROOT
 from ftexp.report import markdown
 
@@ -97,17 +98,17 @@ def main() -> int:
               file=sys.stderr)  # fmt: skip
         return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
     os.environ[VARIABLE] = str(Path(sys.argv[1]).absolute())
-    try:
-        paths = [Path(name) for name in sys.argv[2:]] or sorted(HOME.glob("*.ipynb"))
-        if not paths:
-            raise MachineError(f"{HOME}: there are no notebooks")
-        for path in paths:
-            done = execute(json.loads(path.read_text(encoding="utf-8")), path.name)
-            path.write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            print(f"{os.path.relpath(path)}: ran on {sys.argv[1]}")
-    except FtexpError as error:
-        print(f"ftexp: {error}", file=sys.stderr)
-        return error.exit_code
+    return verb.ended(_main)
+
+
+def _main() -> int:
+    paths = [Path(name) for name in sys.argv[2:]] or sorted(HOME.glob("*.ipynb"))
+    if not paths:
+        raise MachineError(f"{HOME}: there are no notebooks")
+    for path in paths:
+        done = execute(json.loads(path.read_text(encoding="utf-8")), path.name)
+        path.write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"{os.path.relpath(path)}: ran on {sys.argv[1]}")
     return 0
 
 

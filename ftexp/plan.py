@@ -7,8 +7,6 @@ parameters, steps and operations are those of the real run, exactly; `ftexp/esti
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import os
 import sys
 import time
@@ -22,11 +20,12 @@ from hydra.errors import HydraException
 from rich.console import Console
 from rich.table import Table
 
-from ftexp import config, data, estimate, experiment, labels, model, overrides, show
+from ftexp import config, data, estimate, experiment, labels, model, overrides, show, verb
 from ftexp.config import Method, Run
-from ftexp.errors import ConfigError, FtexpError
+from ftexp.errors import ConfigError
 from ftexp.estimate import GIB, Plan, Rows
 from ftexp.model import architecture, compute
+from ftexp.progress import quiet_libraries
 from ftexp.sweep import frozen, plugin
 from ftexp.sweep.options import Options, Sampler
 from ftexp.sweep.space import Space
@@ -101,7 +100,7 @@ def rows(run: Run, wanted: Wanted) -> Rows:
     splits = data.load(run.data)
     if architecture.readable(run.model):
         tokenised = experiment.classified if run.trainer.kind is Method.classify else experiment.tokenised
-        return estimate.rows(tokenised(run, splits)[0])
+        return estimate.rows(tokenised(run, splits)[0], run)
     most = run.data.max_length
     lengths = tuple(min(most, len(f"{r.prompt}{r.completion}".encode()) + TEMPLATE) for r in splits.train)
     learned = lengths if run.trainer.kind is Method.sft else (0,) * len(lengths)
@@ -197,7 +196,7 @@ def probe(run: Run) -> float:
             task.run, base, tuned, task.train, task.valid, checkpoints.store(Path(work) / "probe", {}),
             lambda *_: ends.append(time.monotonic()), Control(),
         )  # fmt: skip
-    return speed(estimate.rows(task.train), short, ends)
+    return speed(estimate.rows(task.train, short), short, ends)
 
 
 def speed(given: Rows, run: Run, ends: list[float]) -> float:
@@ -360,21 +359,21 @@ def main() -> int:
     plugin.register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hands errors to us, to be told in one line
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # Hydra would print its advice on kernels to stdout
+    quiet_libraries()
+    return verb.ended(_main)
+
+
+def _main() -> int:
+    wanted, plain, left = parse(sys.argv[1:])
     try:
-        wanted, plain, left = parse(sys.argv[1:])
         whole = gather(overrides.prepare(left), wanted)
-        if wanted.probe:
-            whole = probed(whole, wanted)
-    except FtexpError as error:
-        print(f"ftexp: {error}", file=sys.stderr)
-        return error.exit_code
     except HydraException as error:
-        print(f"ftexp: {str(error).strip().splitlines()[0]}", file=sys.stderr)
-        return ConfigError.exit_code
+        raise ConfigError(str(error).strip().splitlines()[0]) from error
+    if wanted.probe:
+        whole = probed(whole, wanted)
     passed = over(whole, wanted)
     if plain:
-        print(json.dumps(as_json(whole, wanted, passed)))
+        print(verb.as_json(as_json(whole, wanted, passed), None))
     else:
         console = Console()
         tell(whole, wanted, console if console.is_terminal else Console(width=WIDTH))

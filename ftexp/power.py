@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ftexp.errors import ConfigError, FtexpError, MachineError
+from ftexp import verb
+from ftexp.errors import ConfigError, MachineError
 
 if TYPE_CHECKING:
     from ftexp.stats.noise import Plan, Spread
@@ -207,15 +207,15 @@ def main() -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="", file=sys.stderr)
         return 0 if argv else 2
-    try:
-        given, seeds, folder, as_json = parse(argv)
-        question = ask(given, seeds, folder)
-        found = answer(question)
-    except FtexpError as error:
-        print(f"ftexp: {error}", file=sys.stderr)
-        return error.exit_code
+    return verb.ended(lambda: _main(argv))
+
+
+def _main(argv: list[str]) -> int:
+    given, seeds, folder, as_json = parse(argv)
+    question = ask(given, seeds, folder)
+    found = answer(question)
     if as_json:
-        print(json.dumps(asdict(question) | asdict(found)))
+        print(verb.as_json(asdict(question) | asdict(found), None))
     else:
         print("\n".join(lines(question, found)))
     return 0

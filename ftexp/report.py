@@ -6,8 +6,6 @@ import argparse
 import csv
 import io
 import json
-import math
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ftexp import board as boards
-from ftexp import track
+from ftexp import track, verb
 from ftexp.board import Board, read
-from ftexp.errors import FtexpError, MachineError
+from ftexp.errors import MachineError
 from ftexp.files import read_json
 from ftexp.page.text import visible
 
@@ -157,22 +155,13 @@ def data(sweep: Sweep) -> dict[str, Any]:
             "between_seeds": point.spread, "reasons": [t["error"] for t in point.trials if "error" in t],
             "scores": point.scores,
         })  # fmt: skip
-    return _finite({
+    return verb.finite({
         "name": sweep.name, "objective": board.objective, "points": points, "rows": verdict.rows,
         "detectable": verdict.detectable, "untested": verdict.untested, "cost": verdict.cost,
         "cheapest": None if verdict.cheapest is None else verdict.points[verdict.cheapest].label,
         "importance": {key: [s.value, s.low, s.high] for key, s in verdict.importance.items()},
         "front": list(verdict.front),
     })  # fmt: skip
-
-
-def _finite(value: Any) -> Any:
-    """Put null for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def export(folder: Path, form: str) -> str:
@@ -232,20 +221,16 @@ def main() -> int:
         return int(left.code or 0)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a label may hold bytes of a command line that are no text
-    try:
-        if args.format is None:
-            show(args.folder, args.html, not args.no_html)
-            return 0
-        sys.stdout.write(export(args.folder, args.format))
-        if args.html is not None and not args.no_html:
-            write_page(args.folder, gather(args.folder), args.html)
-        sys.stdout.flush()
-    except FtexpError as error:
-        print(f"ftexp: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return verb.ended(lambda: _main(args))
+
+
+def _main(args: argparse.Namespace) -> int:
+    if args.format is None:
+        show(args.folder, args.html, not args.no_html)
         return 0
+    sys.stdout.write(export(args.folder, args.format))
+    if args.html is not None and not args.no_html:
+        write_page(args.folder, gather(args.folder), args.html)
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -11,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ftexp import config, data, experiment, runs
+from ftexp import config, data, experiment, runs, verb
 from ftexp.config import Tracker
-from ftexp.errors import DataError, FtexpError, MachineError
+from ftexp.errors import DataError, MachineError
 from ftexp.files import write_json
 from ftexp.progress import quiet_libraries, say
 from ftexp.runs import Kept
@@ -142,17 +141,14 @@ def main() -> int:
     quiet_libraries()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     config.register()
-    try:
-        kept = runs.find(names[0])
-        result = reproduce(kept, tolerance)
-    except FtexpError as error:
-        print(f"ftexp: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("ftexp: interrupted", file=sys.stderr)
-        return 130
-    if "--json" in words:
-        print(json.dumps(asdict(result), indent=1))
+    return verb.ended(lambda: _main(names[0], tolerance, "--json" in words))
+
+
+def _main(target: str, tolerance: float, plain: bool) -> int:
+    kept = runs.find(target)
+    result = reproduce(kept, tolerance)
+    if plain:
+        print(verb.as_json(asdict(result)))
     else:
         print("\n".join(told(result)))
         say(f"kept in {Path(os.path.relpath(kept.folder)) / FILE}")

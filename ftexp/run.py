@@ -13,8 +13,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ftexp import config, experiment, overrides, report
-from ftexp.errors import ConfigError, FtexpError, Preempted
+from ftexp import config, experiment, overrides, report, verb
+from ftexp.errors import ConfigError, FtexpError
 from ftexp.progress import quiet_libraries
 from ftexp.sweep import plugin
 from ftexp.train import control
@@ -37,22 +37,19 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet_libraries()
-    try:
-        with control.listening():
-            return _main()
-    except FtexpError as error:
-        return _refuse(error)
-    except Preempted as error:
-        print(f"ftexp: {error}; the same command goes on", file=sys.stderr)
-        return error.exit_code
-    except (HydraException, OmegaConfBaseException) as error:
-        return _refuse(ConfigError(_told(error)))
-    except KeyboardInterrupt:
-        print("ftexp: interrupted; the same command goes on with what is missing", file=sys.stderr)
-        return 130
+    with control.listening():
+        return verb.ended(_main)
 
 
 def _main() -> int:
+    try:
+        return _launch()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_told(error)) from error
+
+
+def _launch() -> int:
+    """Hand the command line to Hydra, and show what came of it."""
     sys.argv[1:] = argv = overrides.prepare(sys.argv[1:])
     wanted = overrides.runs(argv)
     folder = _check_single(argv) if wanted == "single" else Path()
@@ -99,11 +96,6 @@ def _told(error: Exception) -> str:
     """Tell a library's error in one line: Hydra says which override, the error that caused it says why."""
     lines = [str(e).strip().splitlines()[0] for e in (error, error.__cause__) if e is not None and str(e).strip()]
     return ": ".join(dict.fromkeys(lines))
-
-
-def _refuse(error: FtexpError) -> int:
-    print(f"ftexp: {error}", file=sys.stderr)
-    return error.exit_code
 
 
 if __name__ == "__main__":

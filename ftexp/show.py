@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from ftexp import data, model
+from ftexp import data, model, verb
 from ftexp.api import compose
 from ftexp.config import Data, Run
 from ftexp.data import gates, prompts
 from ftexp.data.prompts import Example
-from ftexp.errors import FtexpError, MachineError
+from ftexp.errors import MachineError
+from ftexp.progress import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -160,11 +161,12 @@ def main() -> int:
     parser.add_argument("--png", type=Path, help="file for a picture of the lengths")
     args = parser.parse_intermixed_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        show(compose(args.overrides), Console(), args.rows, args.split, args.png)
-    except FtexpError as error:
-        print(f"ftexp: {error}", file=sys.stderr)
-        return error.exit_code
+    quiet_libraries()
+    return verb.ended(lambda: _main(args))
+
+
+def _main(args: argparse.Namespace) -> int:
+    show(compose(args.overrides), Console(), args.rows, args.split, args.png)
     return 0
 
 

@@ -6,15 +6,14 @@ A server that was dead, slow or full costs a run one warning. What it missed is 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ftexp import config, runs, track
+from ftexp import config, runs, track, verb
 from ftexp.config import Track
-from ftexp.errors import FtexpError, MachineError
+from ftexp.errors import MachineError
 from ftexp.files import read_json, write_json
 from ftexp.progress import progress, quiet_libraries
 from ftexp.runs import Kept
@@ -136,16 +135,13 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="for scripts")
     args = parser.parse_args()
     quiet_libraries()
-    try:
-        told = sync(args.folders, args.uri)
-    except FtexpError as error:
-        print(f"ftexp: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("ftexp: interrupted", file=sys.stderr)
-        return 130
+    return verb.ended(lambda: _main(args))
+
+
+def _main(args: argparse.Namespace) -> int:
+    told = sync(args.folders, args.uri)
     if args.json:
-        print(json.dumps(asdict(told)))
+        print(verb.as_json(asdict(told), None))
     else:
         print(f"brought {told.runs} runs, {told.points} points and {told.files} files that were not there")
     return 0

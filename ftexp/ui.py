@@ -7,8 +7,9 @@ import os
 import sys
 from pathlib import Path
 
+from ftexp import verb
 from ftexp.config import Track
-from ftexp.errors import FtexpError, MachineError
+from ftexp.errors import MachineError
 
 HOST = "127.0.0.1"
 
@@ -49,11 +50,11 @@ def main() -> int:
     args = parser.parse_args()
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # a pickled model in the store is code
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-    try:
-        serve = command(args.uri, args.port)
-    except FtexpError as error:
-        print(f"ftexp: {error}", file=sys.stderr)
-        return error.exit_code
+    return verb.ended(lambda: _main(args))
+
+
+def _main(args: argparse.Namespace) -> int:
+    serve = command(args.uri, args.port)
     print(f"MLflow UI: http://{HOST}:{args.port}  (stop with ctrl-c)", flush=True)
     os.execv(serve[0], serve)
 

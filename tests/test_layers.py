@@ -11,7 +11,7 @@ import pytest
 import ftexp
 
 PACKAGE = Path(ftexp.__file__).parent
-ORDER = ["errors", "files", "progress", "config", "overrides", "data", "model", "metrics", "labels",
+ORDER = ["errors", "files", "progress", "verb", "config", "overrides", "data", "model", "metrics", "labels",
          "evaluate", "train", "estimate", "facts", "track", "experiment", "runs", "sync", "sweep", "stats", "board", "compare",
          "examples", "page", "report", "confirm", "notebooks", "power", "diff", "reproduce", "run",
          "api", "show", "plan", "ui", "__main__"]  # fmt: skip

@@ -93,4 +93,4 @@ def test_interruption_ends_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(reproduce.runs, "find", interrupted)
     monkeypatch.setattr(sys, "argv", ["reproduce", "x"])
     assert reproduce.main() == 130
-    assert capsys.readouterr().err == "ftexp: interrupted\n"
+    assert capsys.readouterr().err == "ftexp: interrupted; the same command goes on\n"

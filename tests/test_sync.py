@@ -136,4 +136,4 @@ def test_interruption_ends_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sync, "sync", interrupted)
     monkeypatch.setattr(sys, "argv", ["sync"])
     assert sync.main() == 130
-    assert capsys.readouterr().err == "ftexp: interrupted\n"
+    assert capsys.readouterr().err == "ftexp: interrupted; the same command goes on\n"

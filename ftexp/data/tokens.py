@@ -153,7 +153,7 @@ def _open(path: Path, rows: int) -> Any | None:
         if told is None or told["rows"] != rows or told["sha256"] != sha256(file):
             raise ValueError
         table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all()
-    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException):
+    except (OSError, ValueError, KeyError, TypeError, MachineError, pyarrow.ArrowException):
         if file.exists():
             say(f"{file.name}: a damaged cache of token ids, made anew")
         return None

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -16,11 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ftexp import config
-from ftexp.errors import FtexpError, MachineError, Preempted
+from ftexp.errors import MachineError
 from ftexp.files import read_json
 from ftexp.progress import quiet_libraries, say
 from ftexp.sweep import frozen
 from ftexp.sweep.frozen import Frozen
+from ftexp.verb import as_json, ended
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -70,7 +69,7 @@ def ls(args: argparse.Namespace) -> int:
     found = sorted(SWEEPS.glob(f"*/{frozen.FILE}"), key=lambda p: p.stat().st_mtime)
     rows = [summary(path.parent) for path in found]
     if args.json:
-        print(json.dumps(rows, indent=1))
+        print(as_json(rows))
         return 0
     table = Table()
     for title in ("sweep", "done", "complete", "pruned", "failed", "best", "state"):
@@ -97,7 +96,7 @@ def show(args: argparse.Namespace) -> int:
     sweep, record = opened(folder)
     console = Console(width=None if sys.stdout.isatty() else 132)
     if args.json:
-        print(json.dumps(rows_of(sweep, record), indent=1))
+        print(as_json(rows_of(sweep, record)))
         return 0
     if args.watch and console.is_terminal:
         with screen.live(sweep, record) as refresh:
@@ -167,7 +166,7 @@ def export(args: argparse.Namespace) -> int:
     """Write the trials as CSV or JSON to stdout."""
     rows = rows_of(*opened(find(args.name)))
     if args.format == "json":
-        print(json.dumps(rows, indent=1))
+        print(as_json(rows))
         return 0
     titles = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(sys.stdout, titles, lineterminator="\n")
@@ -206,21 +205,8 @@ def main() -> int:
     args = parser().parse_args()
     quiet_libraries()
     config.register()
-    try:
-        with control.listening():
-            return args.run(args)
-    except Preempted as error:
-        print(f"ftexp: {error}; the same command goes on", file=sys.stderr)
-        return error.exit_code
-    except FtexpError as error:
-        print(f"ftexp: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        print("ftexp: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    with control.listening():
+        return ended(lambda: args.run(args))
 
 
 if __name__ == "__main__":

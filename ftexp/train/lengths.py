@@ -35,8 +35,10 @@ def dataset(rows: Sequence[Example]) -> Dataset:
     return Dataset.from_list([{"input_ids": e.ids, "labels": e.labels} for e in rows])
 
 
-def packed(rows: Dataset, data: Data) -> Dataset:
+def packed(rows: Dataset, data: Data, quiet: bool = False) -> Dataset:
     """Pack rows as `data.packing` says; `seq_lengths` of a pack are the lengths of its rows.
+
+    `quiet` leaves out the warning of what `wrapped` does to rows.
 
     Raises:
         DataError: tokens went missing.
@@ -57,7 +59,8 @@ def packed(rows: Dataset, data: Data) -> Dataset:
     before, after = _count(rows), _count(made)
     if data.packing is Packing.wrapped:
         made = made.map(_beheaded, load_from_cache_file=False, keep_in_memory=True)
-        _warn(rows, made, data)
+        if not quiet:
+            _warn(rows, made, data)
     if before != after:
         raise DataError(f"data.packing={data.packing.value} lost tokens: {before} (all, supervised) became {after}")
     return made
@@ -65,7 +68,7 @@ def packed(rows: Dataset, data: Data) -> Dataset:
 
 def units(rows: Sequence[Example], data: Data) -> int:
     """Count what `trainer.batch` counts: rows, or packs of rows."""
-    return len(rows) if data.packing is Packing.none else len(packed(dataset(rows), data))
+    return len(rows) if data.packing is Packing.none else len(packed(dataset(rows), data, quiet=True))
 
 
 def _count(rows: Dataset) -> tuple[int, int]:
@@ -165,7 +168,6 @@ def sampler(usual: Any, seed: int) -> Any:
     Its own order follows from all that was drawn before, so that a training that goes on from a checkpoint would draw
     another one.
     """
-    import torch
     from transformers.trainer_pt_utils import LengthGroupedSampler
 
     class Seeded(LengthGroupedSampler):
@@ -175,8 +177,22 @@ def sampler(usual: Any, seed: int) -> Any:
             self.epoch = epoch
 
         def __iter__(self):
-            drawn = random.Random(f"{seed} {self.epoch}").getrandbits(32)  # more bits torch would cut off
-            self.generator = torch.Generator().manual_seed(drawn)
-            return super().__iter__()
+            return iter(grouped(self.lengths, self.batch_size, seed, self.epoch))
 
     return Seeded(usual.batch_size, lengths=usual.lengths)
+
+
+def grouped(lengths: Sequence[int], step: int, seed: int, epoch: int) -> list[int]:
+    """Order rows so that those of like length share an optimizer step.
+
+    Args:
+        lengths: tokens of each row.
+        step: rows of an optimizer step.
+        seed: of the trainer.
+        epoch: counted from 0.
+    """
+    import torch
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    drawn = random.Random(f"{seed} {epoch}").getrandbits(32)  # more bits torch would cut off
+    return get_length_grouped_indices(list(lengths), step, generator=torch.Generator().manual_seed(drawn))

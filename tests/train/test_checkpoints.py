@@ -43,7 +43,8 @@ def weights(folder):
 
 def curve(folder):
     points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in p.items() if k != "time" and not k.startswith("cost/")} for p in points]
+    measured = ("time", "cost/", "plan/memory_gib_")
+    return [{k: v for k, v in p.items() if not k.startswith(measured)} for p in points]
 
 
 @pytest.mark.parametrize("step", [1, 3, 7])

@@ -1,0 +1,53 @@
+"""How a verb ends: what a person caused is told in one line on stderr, and the exit code says what kind it was."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ftexp.errors import FtexpError, Preempted
+
+INTERRUPTED = 130
+PIPE = 128 + signal.SIGPIPE
+"""Exit code where the reader of our output left early, as `| head` does."""
+
+
+def ended(work: Callable[[], int]) -> int:
+    """Do the work of a verb and return its exit code; a fault of ours keeps its traceback."""
+    try:
+        code = work()
+        sys.stdout.flush()
+    except (FtexpError, Preempted) as error:
+        goes_on = "; the same command goes on" if isinstance(error, Preempted) else ""
+        print(f"ftexp: {error}{goes_on}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE
+    except KeyboardInterrupt:
+        print("ftexp: interrupted; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    return code
+
+
+def as_json(value: Any, indent: int | None = 1) -> str:
+    """Write JSON that any reader takes: null for the numbers that JSON does not have.
+
+    >>> as_json({"loss": float("nan"), "p": [0.5, float("inf")]}, None)
+    '{"loss": null, "p": [0.5, null]}'
+    """
+    return json.dumps(finite(value), indent=indent)
+
+
+def finite(value: Any) -> Any:
+    """Put None for NaN and the infinities, however deep."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

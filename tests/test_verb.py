@@ -1,0 +1,52 @@
+"""How a verb ends: one line, an exit code, and no traceback for what a person caused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ftexp import verb
+from ftexp.errors import ConfigError, DataError, Preempted, TrialsFailed
+
+
+def raising(error):
+    def work():
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (ConfigError("lora.r must be"), 2, "ftexp: lora.r must be\n"),
+        (DataError("x:1"), 3, "ftexp: x:1\n"),
+        (TrialsFailed("2 of 3"), 5, "ftexp: 2 of 3\n"),
+        (Preempted("asked to leave"), 75, "ftexp: asked to leave; the same command goes on\n"),
+        (KeyboardInterrupt(), 130, "ftexp: interrupted; the same command goes on\n"),
+    ],
+)
+def test_what_a_person_caused_is_one_line_and_a_code(error, code, told, capsys):
+    assert verb.ended(raising(error)) == code
+    assert capsys.readouterr().err == told
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    with pytest.raises(KeyError):
+        verb.ended(raising(KeyError("a bug")))
+    assert verb.ended(lambda: 7) == 7
+
+
+def test_a_reader_that_left_is_no_error():
+    code = "import sys; from ftexp import verb; sys.exit(verb.ended(lambda: print('x\\n' * 100_000) or 0))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == verb.PIPE
+
+
+def test_json_has_null_for_what_it_has_no_number_for():
+    told = verb.as_json({"a": [1.5, float("nan")], "b": {"c": (float("-inf"), None, "x")}})
+    assert json.loads(told, parse_constant=pytest.fail) == {"a": [1.5, None], "b": {"c": [None, None, "x"]}}
