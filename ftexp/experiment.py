@@ -296,7 +296,7 @@ def _execute(
         planned = estimate.trial(run, estimate.rows(task.train, run), base.compute, task.outputs)
         resident = facts.resident_gib()
         facts.reset_peak_memory()
-        began = time.monotonic()
+        kept.began = time.monotonic()
         with model.adapted(base, run.lora, run.seed) as tuned:
             trial["facts"]["parameters"] = asdict(model.count(tuned))
             log.tags({f"ftexp.{k}": v for k, v in config.flat(trial["facts"]).items()})
@@ -325,7 +325,7 @@ def _execute(
         scores["train/loss"] = trained["train/loss"]
         scores |= {"cost/trainable": float(trial["facts"]["parameters"]["trainable"])}
         scores |= {f"cost/{k}": v for k, v in facts.peak_memory_gib().items()}
-        scores["cost/seconds"] = time.monotonic() - began
+        scores["cost/seconds"] = kept.seconds()
         _store(run, folder, log, scores, before, after.scored, int(trained["train/steps"]), task.rival)
     kept.clear()
     return scores

@@ -17,9 +17,11 @@ def cache() -> Path:
     return Path(os.environ.get("FTEXP_CACHE") or Path.home() / ".cache" / "ftexp")
 
 
-def sha256(path: Path) -> str:
-    """Hash the bytes of a file."""
+def sha256(path: Path, sync: bool = False) -> str:
+    """Hash the bytes of a file; `sync` forces them to the disk first."""
     with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from ftexp import config
 from ftexp.config import Run
 from ftexp.errors import MachineError
-from ftexp.files import read_json
+from ftexp.files import read_json, sha256
 
 OUTPUTS = Path("outputs")
 
@@ -39,7 +38,7 @@ class Kept:
     def adapter(self) -> str | None:
         """Hash the adapter's weights; None where there is none."""
         path = self.folder / "adapter" / "adapter_model.safetensors"
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+        return sha256(path) if path.exists() else None
 
     def config(self) -> Run:
         """Build the run's config again, checked; its name and tracking are the defaults."""

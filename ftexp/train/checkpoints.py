@@ -7,15 +7,14 @@ good to go on from.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ftexp.errors import MachineError
-from ftexp.files import read_json, write_json
+from ftexp.files import read_json, sha256, write_json
 from ftexp.progress import say
 
 SEAL = "manifest.json"
@@ -33,9 +32,11 @@ class Checkpoint:
     folder: Path
     step: int
     """Optimizer steps it has behind it."""
+    seconds: float
+    """Seconds that went into it, over all attempts."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Store:
     """The checkpoints of one training. Made by `store`."""
 
@@ -44,14 +45,21 @@ class Store:
     """What decides the bits of the training, flat."""
     resume: Checkpoint | None
     """What to go on from."""
+    began: float = field(default_factory=time.monotonic)
+    """When this attempt began, on the clock of `time.monotonic`."""
+
+    def seconds(self) -> float:
+        """Count the seconds of the attempts whose work is kept: those before the checkpoint, and this one."""
+        return time.monotonic() - self.began + (self.resume.seconds if self.resume else 0.0)
 
     def seal(self, step: int) -> None:
         """Hash what the Trainer wrote at a step, force it to disk, write the manifest, and remove older ones."""
         folder = self.folder / f"checkpoint-{step}"
         for name in LEFT_OUT:
             (folder / name).unlink(missing_ok=True)
-        files = {str(p.relative_to(folder)): _hash(p, sync=True) for p in sorted(folder.rglob("*")) if p.is_file()}
-        write_json(folder / SEAL, {"step": step, "fingerprint": self.fingerprint, "files": files})
+        files = {str(p.relative_to(folder)): sha256(p, sync=True) for p in sorted(folder.rglob("*")) if p.is_file()}
+        told = {"step": step, "seconds": self.seconds(), "fingerprint": self.fingerprint, "files": files}
+        write_json(folder / SEAL, told)
         for other in self.folder.glob("checkpoint-*"):
             if other != folder:
                 shutil.rmtree(other)
@@ -77,7 +85,7 @@ def store(folder: Path, fingerprint: dict[str, Any]) -> Store:
         else:
             if kept["fingerprint"] != fingerprint:
                 say(f"{path.parent}: goes on with another number of threads, so equal up to rounding")
-            found.append(Checkpoint(path.parent, kept["step"]))
+            found.append(Checkpoint(path.parent, kept["step"], kept["seconds"]))
     return Store(folder, fingerprint, max(found, key=lambda c: c.step, default=None))
 
 
@@ -86,19 +94,11 @@ def _read(path: Path) -> dict[str, Any] | None:
         kept = read_json(path)
     except MachineError:
         return None
-    return kept if isinstance(kept, dict) and {"step", "fingerprint", "files"} <= kept.keys() else None
+    return kept if isinstance(kept, dict) and {"step", "seconds", "fingerprint", "files"} <= kept.keys() else None
 
 
 def _is_whole(path: Path, digest: str) -> bool:
-    return path.is_file() and _hash(path) == digest
-
-
-def _hash(path: Path, sync: bool = False) -> str:
-    with path.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
-        if sync:
-            os.fsync(content.fileno())
-    return digest
+    return path.is_file() and sha256(path) == digest
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> set[str]:

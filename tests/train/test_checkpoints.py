@@ -13,7 +13,7 @@ from conftest import TINY
 
 from ftexp import experiment
 from ftexp.errors import Preempted
-from ftexp.files import read_json
+from ftexp.files import read_json, write_json
 from ftexp.train import checkpoints
 from ftexp.train.control import Control
 
@@ -91,6 +91,15 @@ def sealed(tiny, tmp_path):
 
 def test_checkpoint_holds_no_pickled_arguments(sealed):
     assert "training_args.bin" not in {p.name for p in sealed[1].iterdir()}
+
+
+def test_cost_of_a_run_that_went_on_is_that_of_all_its_work(sealed):
+    run, folder = sealed
+    kept = read_json(folder / checkpoints.SEAL)
+    assert 0 < kept["seconds"] < 100
+    write_json(folder / checkpoints.SEAL, kept | {"seconds": 1000.0})
+    scores = experiment.execute(run, folder.parents[1], "x")
+    assert 1000 < scores["cost/seconds"] < 1100
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "flipped", "no seal", "torn seal"])
