@@ -36,6 +36,8 @@ PIECE = 5
 HASHES = 128
 CHUNK = 512
 """Rows hashed at once."""
+BLOCK, COMPARED = 1024, 32_768
+"""Rows whose embeddings are compared at once, and with how many of those kept: 128 MB of cosines."""
 LAST = ("test", "valid", "train")
 """Of two copies in different splits the one in the split named first is kept, so that held-out rows stay as given."""
 
@@ -179,18 +181,38 @@ def _unlike_in_meaning(rows: list[tuple[int, Row]], copies: list[Copy], threshol
     order = sorted(range(len(rows)), key=lambda n: _order(rows[n]))
     vectors = encoder.embed([rows[n][1].text() for n in order])
     chosen: list[int] = []
-    kept = np.empty_like(vectors)
-    for n, vector in enumerate(vectors):
-        cosines = np.round(kept[: len(chosen)] @ vector, 4)
-        best = int(cosines.argmax()) if chosen else -1
-        if best >= 0 and cosines[best] >= threshold:
-            of = rows[order[chosen[best]]][1]
-            copies.append(Copy(rows[order[n]][1], of, Dedup.semantic, float(cosines[best])))
-        else:
-            kept[len(chosen)] = vector
-            chosen.append(n)
+    with progress("copies in meaning", len(rows)) as advance:
+        for begin in range(0, len(vectors), BLOCK):
+            block = vectors[begin : begin + BLOCK]
+            # Of the rows kept before the block the most alike; those kept within it are met one after the other.
+            best, of = _nearest(block, vectors, chosen)
+            among = np.round(block @ block.T, 4)
+            for n in range(len(block)):
+                if best[n] >= threshold:
+                    original = rows[order[of[n]]][1]
+                    copies.append(Copy(rows[order[begin + n]][1], original, Dedup.semantic, float(best[n])))
+                    continue
+                chosen.append(begin + n)
+                closer = among[n] > best
+                best[closer], of[closer] = among[n][closer], begin + n
+            advance(len(block))
     left = {order[n] for n in chosen}
     return [ranked for n, ranked in enumerate(rows) if n in left]
+
+
+def _nearest(block: Array, vectors: Array, chosen: list[int]) -> tuple[Array, Array]:
+    """For each vector of a block its greatest cosine with the chosen ones, rounded, and which one that is first."""
+    import numpy as np
+
+    best, of = np.full(len(block), -2.0, dtype=np.float32), np.zeros(len(block), dtype=int)
+    for begin in range(0, len(chosen), COMPARED):
+        numbers = np.array(chosen[begin : begin + COMPARED])
+        cosines = np.round(block @ vectors[numbers].T, 4)
+        first = cosines.argmax(axis=1)
+        highest = cosines[np.arange(len(block)), first]
+        closer = highest > best
+        best[closer], of[closer] = highest[closer], numbers[first[closer]]
+    return best, of
 
 
 @lru_cache

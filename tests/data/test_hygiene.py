@@ -182,6 +182,32 @@ def test_rows_of_one_meaning_are_left_out_by_their_cosine(monkeypatch):
     assert "1 semantic copies (" in hygiene.told(copies, 3)
 
 
+def one_by_one(rows, vectors, threshold):
+    """The same rule without blocks: (row, the kept row in its place) of what is left out."""
+    order = sorted(rows, key=lambda row: hygiene._order((0, row)))
+    kept, found = [], set()
+    for row in order:
+        cosines = [round(float(vectors[row.prompt] @ vectors[other.prompt]), 4) for other in kept]
+        if cosines and max(cosines) >= threshold:
+            found.add((row.where, kept[cosines.index(max(cosines))].where))
+        else:
+            kept.append(row)
+    return found
+
+
+@pytest.mark.parametrize(("block", "compared"), [(1, 1), (7, 5), (64, 16), (1024, 32_768)])
+def test_blocks_leave_out_what_one_by_one_would(monkeypatch, block, compared):
+    monkeypatch.setattr(hygiene, "BLOCK", block)
+    monkeypatch.setattr(hygiene, "COMPARED", compared)
+    drawn = np.random.default_rng(5).normal(size=(200, 6)).astype(np.float32)
+    vectors = {f"p{n}": v / np.linalg.norm(v) for n, v in enumerate(drawn)}
+    rows = [Row(name, "x", f"t:{name}") for name in vectors]
+    monkeypatch.setattr(hygiene.encoder, "embed", lambda texts: np.stack([vectors[t.split("\n")[0]] for t in texts]))
+    copies = dropped(rows, Dedup.semantic, 0.8)
+    assert 40 < len(copies) < 160
+    assert {(c.row.where, c.of.where) for c in copies} == one_by_one(rows, vectors, 0.8)
+
+
 def test_the_same_row_object_twice_is_one_row():
     row = originals(1)[0]
     assert len(dropped([row, row, row], Dedup.exact)) == 2
