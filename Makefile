@@ -5,7 +5,7 @@ READY := .venv/.ready-$(shell cat requirements.lock pyproject.toml | cksum | cut
 SWEEP ?= outputs/sweeps/lora.r-8-16-64
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check hub chaos bench ui report notebooks clean
+.PHONY: help setup demo test check hub chaos test-cluster bench ui report notebooks clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -40,6 +40,11 @@ hub: $(READY) ## run the tests that need the Hugging Face hub
 
 chaos: $(READY) ## kill a sweep 40 times and compare it with a calm one, byte by byte (about 10 minutes)
 	$(BIN)/python -m pytest -m chaos -s tests/chaos
+
+test-cluster: $(READY) ## install Slurm, PostgreSQL and Ray, and run a sweep on each while its workers are killed (Debian, as root)
+	command -v slurmctld slurmd munged && ls /usr/lib/postgresql/*/bin/initdb || apt-get install -y slurmctld slurmd slurm-client munge postgresql
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'ray>=2.50,<3'
+	$(BIN)/python -m pytest -m cluster -s tests/cluster
 
 bench: $(READY) ## a sweep beside a shell loop over a TRL script, the sweeper's cost, a million rows (some 30 minutes)
 	$(BIN)/python tests/bench/sweeper.py

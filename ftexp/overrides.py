@@ -32,10 +32,10 @@ TEXTS = ("data.prompt", "data.completion")
 """Keys whose values are format strings."""
 SWEEP_KEYS = (
     "sampler", "sampler_args", "n_trials", "pruner", "pruner_args", "seed", "replicates", "baselines", "params",
-    "at_most", "workers", "storage", "join", "max_failures", "max_retries", "timeout_minutes",
+    "at_most", "workers", "engine", "engine_args", "storage", "join", "max_failures", "max_retries", "timeout_minutes",
 )  # fmt: skip
 """Keys of `hydra.sweeper`, documented in `ftexp/sweep/options.py`; short `sweep.<key>`."""
-OPEN_SWEEP = ("hydra.sweeper.sampler_args.", "hydra.sweeper.pruner_args.", "hydra.sweeper.at_most.")
+OPEN_SWEEP = tuple(f"hydra.sweeper.{key}." for key in ("sampler_args", "pruner_args", "engine_args", "at_most"))
 
 
 def prepare(argv: list[str]) -> list[str]:
@@ -112,8 +112,16 @@ def slug(overrides: list[str]) -> str:
     >>> slug([])
     'default'
     """
-    changeable = ("workers", "join", "max_failures", "max_retries", "n_trials")  # between launches of one sweep
-    silent = ("hydra.", "hydra/", "track", *(f"sweep.{key}=" for key in changeable))
+    changeable = (
+        "workers",
+        "engine",
+        "engine_args",
+        "join",
+        "max_failures",
+        "max_retries",
+        "n_trials",
+    )  # between launches of one sweep
+    silent = ("hydra.", "hydra/", "track", *(f"sweep.{key}{sign}" for key in changeable for sign in "=."))
     told = [text for text in overrides if not text.startswith(silent)]
     name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(told)).strip("-._")
     if name != "-".join(told).strip("-._").replace("=", "-").replace(",", "-") or len(name) > 64:

@@ -69,6 +69,8 @@ def test_run_works(command, cli, folder, monkeypatch):
         small = [o for o in small if not o.startswith("data.")] + ["data.valid=12"]
     if {"--cfg", "--help"} & set(argv):
         small = []
+    if "sweep.engine=slurm" in argv:
+        small.append("sweep.engine_args.cluster=local")  # jobs are processes here
     code, out, err = cli(*argv, *small)
     assert code == 0, err
     assert out

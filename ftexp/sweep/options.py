@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
+from urllib.parse import urlsplit
 
 from ftexp.config import require
 from ftexp.errors import ConfigError
@@ -46,6 +47,17 @@ class Pruner(Enum):
     """Median, but only after no gain at two rungs in a row."""
 
 
+class Engine(Enum):
+    """What starts the workers; the record hands out the trials in each case."""
+
+    local = "local"
+    """Processes of this machine."""
+    slurm = "slurm"
+    """Jobs of Slurm, through submitit; `ftexp[slurm]`."""
+    ray = "ray"
+    """Tasks of a Ray cluster; `ftexp[ray]`."""
+
+
 @dataclass
 class Options:
     """How a sweep searches, runs and ends."""
@@ -76,8 +88,14 @@ class Options:
     """Bounds on metrics: a trial above one is infeasible and never best."""
     workers: int = 0
     """Processes; 0 takes one for each visible GPU, and none (in this process) without a GPU."""
+    engine: Engine = Engine.local
+    """What starts the workers. Every machine needs the sweep's folder under the same path."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Of a Slurm job keywords of submitit (`slurm_partition`, `gpus_per_node`, `cpus_per_task`, `timeout_min`; 240
+    minutes where none is given, then the job is queued again); of a Ray task its options (`num_cpus`, `num_gpus`,
+    `resources`) and the `address` of the cluster."""
     storage: str | None = None
-    """Optuna storage; null keeps a journal in the sweep's folder."""
+    """Optuna storage, or `grpc://host:port` of its proxy; null keeps a journal in the sweep's folder."""
     join: bool = False
     """Help a sweep that another process is running already, instead of refusing; also from another machine that shares
     the folder."""
@@ -100,6 +118,11 @@ class Options:
             "sweep.timeout_minutes", self.timeout_minutes, "null or above 0",
         )  # fmt: skip
         require(0 <= self.seed < 2**31, "sweep.seed", self.seed, "between 0 and 2147483647")
+        if self.storage is not None and urlsplit(self.storage).password:
+            raise ConfigError(
+                "sweep.storage must be an address without a password, which would be kept with the sweep; give it in "
+                "PGPASSWORD or ~/.pgpass"
+            )
         if self.storage is not None and self.storage.startswith("sqlite") and (self.workers > 1 or self.join):
             others = "sweep.join=true" if self.join else f"sweep.workers={self.workers}"
             raise ConfigError(

@@ -31,7 +31,7 @@ from ftexp.files import read_json, write_json
 from ftexp.progress import say
 from ftexp.sweep import frozen, space
 from ftexp.sweep.frozen import Frozen
-from ftexp.sweep.options import Options, Pruner, Sampler
+from ftexp.sweep.options import Engine, Options, Pruner, Sampler
 from ftexp.sweep.space import Space
 
 LOCK = "supervisor.lock"
@@ -121,7 +121,7 @@ class Sweeper(HydraSweeper):
 
     def _check_options(self, searched: Space, options: Options, runs: list[Run]) -> None:
         """Refuse keys of the sweep that are at odds with what is searched."""
-        from ftexp.sweep import supervisor
+        from ftexp.sweep import engines, supervisor
 
         for axis in searched.axes:
             if axis.key in ("name", "objectives"):
@@ -139,6 +139,7 @@ class Sweeper(HydraSweeper):
             raise ConfigError(
                 f"sweep.pruner={options.pruner.value} needs one objective, got {', '.join(runs[0].objectives)}"
             )
+        engines.check(options)
         count = options.workers or len(supervisor.gpus())
         if options.storage is not None and options.storage.startswith("sqlite") and count > 1:
             raise ConfigError(
@@ -230,6 +231,7 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
     left = sum(not t.state.is_finished() for t in study.counted(record))
     count = options.workers or len(supervisor.gpus())
     where = f"{min(count, left)} workers" if count else "in this process"
+    where += "" if options.engine is Engine.local else f" on {options.engine.value}"
     say(
         f"sweep {sweep.name}: {left} of {len(points)} trials to do, {options.sampler.value}, {where}, "
         f"in {os.path.relpath(sweep.folder)}"

@@ -13,7 +13,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +77,12 @@ def storage(folder: Path, url: str | None) -> BaseStorage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if url is not None:
         try:
-            return get_storage(url)
+            return _proxy(url) if url.startswith("grpc://") else get_storage(url)
+        except ImportError as error:
+            extra = "grpc" if url.startswith("grpc://") else "postgres"
+            raise MachineError(
+                f"sweep.storage={url} needs a package that is not installed; pip install 'ftexp[{extra}]'"
+            ) from error
         except Exception as error:  # drivers raise whatever they like; all of it means the same to a person
             raise MachineError(f"sweep.storage={url} cannot be opened: {str(error).splitlines()[0]}") from error
     path = folder / JOURNAL
@@ -88,6 +93,20 @@ def storage(folder: Path, url: str | None) -> BaseStorage:
     finally:
         lock.release()
     return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]
+
+
+def _proxy(url: str) -> BaseStorage:
+    """Connect to Optuna's proxy, which holds the connection to a database for many workers."""
+    from urllib.parse import urlsplit
+
+    from optuna.storages import GrpcStorageProxy
+
+    at = urlsplit(url)
+    if not at.hostname or not at.port:
+        raise ValueError("must be grpc://host:port")
+    made = GrpcStorageProxy(host=at.hostname, port=at.port)
+    made.wait_server_ready(timeout=10)
+    return made
 
 
 def _repair(path: Path) -> None:
@@ -184,8 +203,10 @@ def queue(study: Study, points: list[dict[str, Any] | None]) -> None:
             )
 
 
-def claim(study: Study) -> Trial | None:
+def claim(study: Study, token: str = "") -> Trial | None:
     """Take the waiting ticket with the lowest number, sign it, and return it; None where none waits.
+
+    `token` is what a supervisor named this worker.
 
     Taking is atomic in a journal and in PostgreSQL. Two private names of Optuna are used: `study.ask()` would make a
     new trial where the queue is empty.
@@ -204,7 +225,8 @@ def claim(study: Study) -> Trial | None:
         study._thread_local.cached_all_trials = None
         trial = optuna.trial.Trial(study, waits._trial_id)
         try:
-            trial.set_user_attr("ftexp:worker", {"host": HOST, "pid": os.getpid(), "start": started(os.getpid())})
+            signature = {"host": HOST, "pid": os.getpid(), "start": started(os.getpid()), "token": token}
+            trial.set_user_attr("ftexp:worker", signature)
         except optuna.exceptions.UpdateFinishedTrialError:
             continue  # so slow that somebody took this process for dead
         return trial
@@ -233,8 +255,10 @@ def alive(trial: FrozenTrial) -> bool:
     return time.time() - max(trial.user_attrs.get("ftexp:beat", 0.0), began) < SILENT_SECONDS
 
 
-def reap(study: Study, max_retries: int) -> list[int]:
+def reap(study: Study, max_retries: int, ended: Container[str] = ()) -> list[int]:
     """Queue the tickets of dead workers again, each with the point it had; return their numbers.
+
+    `ended` holds the tokens of workers that are known to be gone, wherever they ran.
 
     After `max_retries` further attempts a ticket has failed: whatever kills its worker is in the trial.
     """
@@ -243,7 +267,8 @@ def reap(study: Study, max_retries: int) -> list[int]:
 
     store, again = study._storage, []
     for trial in store.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.RUNNING,)):
-        if alive(trial):
+        token = (trial.user_attrs.get("ftexp:worker") or {}).get("token", "")
+        if alive(trial) and token not in ended:
             continue
         retries = trial.user_attrs.get("ftexp:retries", 0) + 1
         lost = retries <= max_retries

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import subprocess
-import sys
 import time
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ftexp.progress import say
-from ftexp.sweep import screen, study
+from ftexp.sweep import engines, screen, study
+from ftexp.sweep.engines import GRACE_SECONDS, Worker
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.worker import PREEMPTED, STOP
 
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from optuna import Study
 
 POLL_SECONDS = 0.2
-GRACE_SECONDS = 30.0
-"""Time a worker gets to leave before it is killed."""
 
 
 @dataclass
@@ -33,7 +30,9 @@ class Slot:
     env: dict[str, str]
     cores: set[int] | None = None
     """Cores the worker is pinned to; None leaves it to the system."""
-    process: subprocess.Popen[bytes] | None = None
+    process: Worker | None = None
+    token: str = ""
+    """Names the worker in the record."""
     deaths: int = 0
     """Workers of this slot that died since one finished a trial."""
 
@@ -76,12 +75,14 @@ def supervise(sweep: Frozen, record: Study, count: int, left: int) -> None:
     """
     places = slots(count)[:left]
     (sweep.folder / "workers").mkdir(exist_ok=True)
+    start = engines.starter(sweep.options, sweep.folder)
+    ended: set[str] = set()
     with screen.live(sweep, record) as show:
         try:
             while _waiting(record) or any(s.process for s in places) or _running(record):
                 for slot in places:
-                    _tend(sweep, record, slot)
-                study.reap(record, sweep.options.max_retries)
+                    _tend(sweep, record, slot, start, ended)
+                study.reap(record, sweep.options.max_retries, ended)
                 _end_overdue(sweep, record, places)
                 show()
                 if record.user_attrs.get(STOP) and not any(s.process for s in places):
@@ -105,13 +106,14 @@ def _running(record: Study) -> int:
     return len(record.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
 
 
-def _tend(sweep: Frozen, record: Study, slot: Slot) -> None:
+def _tend(sweep: Frozen, record: Study, slot: Slot, start: Callable[..., Worker], ended: set[str]) -> None:
     """Collect a worker that ended, and start one where tickets wait."""
     if slot.process is not None:
         code = slot.process.poll()
         if code is None:
             return
         slot.process = None
+        ended.add(slot.token)
         died = code not in (0, PREEMPTED)
         slot.deaths = slot.deaths + 1 if died else 0
         if died:
@@ -121,27 +123,8 @@ def _tend(sweep: Frozen, record: Study, slot: Slot) -> None:
     if slot.deaths > 3 + sweep.options.max_retries:
         record.set_user_attr(STOP, f"worker {slot.number} died {slot.deaths} times in a row")
         return
-    slot.process = _start(sweep.folder, slot)
-
-
-def _start(folder: Path, slot: Slot) -> subprocess.Popen[bytes]:
-    """Start a worker that ends with its supervisor and has its output in a file."""
-
-    def pinned() -> None:
-        os.setsid()  # ctrl-c goes to the supervisor alone, which asks the workers to leave
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-        if slot.cores and hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, slot.cores)
-
-    with (folder / "workers" / f"{slot.number}.log").open("ab") as out:
-        return subprocess.Popen(
-            [sys.executable, "-m", "ftexp.sweep.worker", str(folder)],
-            env={**os.environ, **slot.env},
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            preexec_fn=pinned,
-        )
+    slot.token = uuid.uuid4().hex
+    slot.process = start(slot.number, slot.token, slot.env, slot.cores)
 
 
 def _end_overdue(sweep: Frozen, record: Study, places: list[Slot]) -> None:
@@ -157,7 +140,7 @@ def _end_overdue(sweep: Frozen, record: Study, places: list[Slot]) -> None:
         if worker is None or began is None or time.time() - began.timestamp() < 60 * minutes + GRACE_SECONDS:
             continue
         for slot in places:
-            if slot.process is not None and slot.process.pid == worker["pid"]:
+            if slot.process is not None and slot.token == worker["token"]:
                 record._storage.set_trial_user_attr(trial._trial_id, "ftexp:kind", "timeout")
                 record._storage.set_trial_user_attr(
                     trial._trial_id, "ftexp:reason", f"ran longer than {minutes:g} minutes"

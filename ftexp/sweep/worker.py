@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial, Trial
 
+TOKEN = "FTEXP_WORKER"
+"""Environment variable that names this start of a worker, so that its supervisor knows which trial was its."""
 BEAT_SECONDS = 60.0
 LOOK_SECONDS = 2.0
 """A worker looks this often whether its sweep was told to leave."""
@@ -54,7 +56,7 @@ class Outcome:
 
 def work(sweep: Frozen, record: Study) -> None:
     """Take and run tickets until none waits, or the sweep is told to stop."""
-    while not record.user_attrs.get(STOP) and (trial := study.claim(record)) is not None:
+    while not record.user_attrs.get(STOP) and (trial := study.claim(record, os.environ.get(TOKEN, ""))) is not None:
         run_ticket(sweep, record, trial)
         stop_after_failures(sweep, record)
 

@@ -19,6 +19,7 @@ Judge = Callable[[float, int], str | None]
 
 LEAVE = threading.Event()
 """Set when this process was asked to leave: the step under way is the last, and its checkpoint is kept."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _training = False
 
 
@@ -46,13 +47,14 @@ def at_work() -> Iterator[None]:
 
 
 def listen() -> None:
-    """Turn ctrl-c and SIGTERM into a checkpoint after the step under way, and a second one into an end at once.
+    """Turn ctrl-c, SIGTERM and SIGUSR2 into a checkpoint after the step under way.
 
-    Schedulers send SIGTERM before they take a machine away (Slurm, Kubernetes, spot instances).
+    Schedulers send them before they take a machine away (Kubernetes and spot instances SIGTERM, submitit's jobs on
+    Slurm SIGUSR2). A second ctrl-c or SIGTERM ends at once.
     """
     LEAVE.clear()
-    signal.signal(signal.SIGTERM, _asked)
-    signal.signal(signal.SIGINT, _asked)
+    for number in SIGNALS:
+        signal.signal(number, _asked)
 
 
 @contextmanager
@@ -61,7 +63,7 @@ def listening() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     listen()
     try:
         yield
@@ -76,6 +78,8 @@ def _asked(number: int, frame: Any) -> None:
     if first and _training:
         say("leaving after the step under way; once more to leave at once")
         return
+    if number == signal.SIGUSR2 and not first:
+        return
     if number == signal.SIGINT:
         raise KeyboardInterrupt
-    raise Preempted("asked to leave by SIGTERM")
+    raise Preempted(f"asked to leave by {signal.Signals(number).name}")

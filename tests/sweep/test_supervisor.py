@@ -40,7 +40,7 @@ def test_last_trials_get_the_threads_of_the_first(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
     seen = []
-    monkeypatch.setattr(supervisor, "_tend", lambda sweep, record, slot: seen.append(slot.env["OMP_NUM_THREADS"]))
+    monkeypatch.setattr(supervisor, "_tend", lambda sweep, record, slot, *_: seen.append(slot.env["OMP_NUM_THREADS"]))
     waiting = iter([1, 0, 0, 0])
     monkeypatch.setattr(supervisor, "_waiting", lambda record: next(waiting))
     monkeypatch.setattr(supervisor, "_running", lambda record: 0)

@@ -1,0 +1,136 @@
+"""Engines start the worker command and tell whether it runs; what they cannot start is refused before anything is."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import optuna
+import psutil
+import pytest
+from conftest import TINY
+
+from ftexp.errors import ConfigError
+from ftexp.sweep import engines, frozen, study, worker
+from ftexp.sweep.options import Engine, Options
+
+SWEEP = [*TINY, "track=none", "eval=loss", "lora.r=2,4,8"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["sweep.engine=slurm"], "sweep.workers must be set with sweep.engine=slurm, got 0"),
+        (["sweep.engine=ray"], "sweep.workers must be set with sweep.engine=ray, got 0"),
+        (["sweep.engine_args.num_cpus=2"], "sweep.engine_args are for sweep.engine=slurm or ray, got num_cpus"),
+        (["sweep.engine=k8s"], "k8s"),
+        (["sweep.storage=grpc://nowhere"], "must be grpc://host:port"),
+        (["sweep.storage=postgresql://me:hunter2@db/x"], "an address without a password"),
+    ],
+)
+def test_what_cannot_start_is_refused(cli, tmp_path, given, message):
+    code, _, err = cli(*SWEEP, *given, "name=s", "-m")
+    assert code in (2, 4)
+    assert message in err
+    assert "hunter2" not in err
+    assert not list(tmp_path.glob("outputs/sweeps/s/[0-9]*"))
+
+
+def test_an_engine_that_is_not_installed_names_its_extra(monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'ftexp\[ray\]'"):
+        engines.check(Options(engine=Engine.ray, workers=2))
+
+
+def test_keywords_submitit_does_not_know_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"sweep.engine_args is refused by submitit: .*partitio"):
+        engines.starter(
+            Options(engine=Engine.slurm, workers=1, engine_args={"cluster": "local", "partitio": "x"}), tmp_path
+        )
+
+
+def stubborn(tmp_path, answer):
+    """A process that answers SIGUSR2 as told."""
+    code = f"import signal,time; signal.signal(signal.SIGUSR2, {answer}); print(1, flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
+
+
+def test_a_worker_leaves_by_itself_or_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(engines, "GRACE_SECONDS", 0.5)
+    willing, deaf = stubborn(tmp_path, "lambda *_: exit(75)"), stubborn(tmp_path, "signal.SIG_IGN")
+    engines.leave(willing)
+    engines.leave(deaf)
+    assert willing.wait(5) == worker.PREEMPTED
+    assert deaf.wait(5) == -signal.SIGKILL
+
+
+def test_a_second_signal_of_a_scheduler_says_nothing_new(tmp_path):
+    code = ("import os,signal,time\nfrom ftexp.train import control\ncontrol.listen()\n"
+            "with control.at_work():\n for _ in range(2): os.kill(os.getpid(), signal.SIGUSR2); time.sleep(.1)\n"
+            "print(control.LEAVE.is_set())")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_jobs_of_submitit_give_the_same_adapters_though_one_is_killed(tmp_path):
+    """`cluster: local` runs each job as a process here; the real Slurm is in tests/cluster."""
+
+    def launch(folder, *more):
+        folder.mkdir()
+        out = (folder / "out.txt").open("w")
+        command = [sys.executable, "-m", "ftexp.run", *SWEEP, "name=s", *more, "-m"]
+        return subprocess.Popen(command, cwd=folder, stdout=out, stderr=out)
+
+    def hashes(folder):
+        found = folder.glob("outputs/sweeps/s/*/adapter/adapter_model.safetensors")
+        return {p.parts[-3]: hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
+
+    assert launch(tmp_path / "calm").wait(120) == 0
+    jobs = tmp_path / "jobs"
+    process = launch(jobs, "sweep.engine=slurm", "sweep.workers=1", "sweep.engine_args.cluster=local")
+    pid, until = None, time.monotonic() + 120
+    while pid is None:
+        assert time.monotonic() < until and process.poll() is None, (jobs / "out.txt").read_text()
+        time.sleep(0.1)
+        if (jobs / "outputs/sweeps/s/identity.json").exists():
+            record = worker.open_study(frozen.load(jobs / "outputs/sweeps/s"))
+            signed = [
+                t.user_attrs.get("ftexp:worker") for t in record.get_trials(states=(optuna.trial.TrialState.RUNNING,))
+            ]
+            pid = next((s["pid"] for s in signed if s), None)
+    assert pid != process.pid
+    psutil.Process(pid).send_signal(signal.SIGKILL)
+    assert process.wait(200) == 0, (jobs / "out.txt").read_text()
+    assert len(hashes(jobs)) == 3
+    assert hashes(jobs) == hashes(tmp_path / "calm")
+    assert any(t.user_attrs.get("ftexp:retries") for t in study.counted(record))
+
+
+def test_ticket_of_a_worker_known_to_be_gone_is_queued_at_once(tmp_path):
+    """A worker of another machine is silent for minutes before it is taken for dead; its job's end says so at once."""
+    record = optuna.create_study()
+    study.queue(record, [{}, {}])
+    for token in ("a", "b"):
+        trial = study.claim(record, token)
+        away = {**trial.user_attrs["ftexp:worker"], "host": "elsewhere"}
+        record._storage.set_trial_user_attr(trial._trial_id, "ftexp:worker", away)
+    assert study.reap(record, 3) == []
+    assert study.reap(record, 3, {"b"}) == [1]
+
+
+def test_the_worker_signs_with_its_token(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(subprocess, "Popen", lambda command, env, **_: seen.update(env, command=command))
+    (tmp_path / "workers").mkdir()
+    engines.launched(tmp_path, 3, "abc", {"CUDA_VISIBLE_DEVICES": "1"})
+    assert (seen[worker.TOKEN], seen["CUDA_VISIBLE_DEVICES"]) == ("abc", "1")
+    assert seen["command"][-1] == str(tmp_path)
+    assert (tmp_path / "workers" / "3.log").exists()
+    assert os.environ.get(worker.TOKEN) is None
