@@ -321,6 +321,8 @@ def _execute(
         if tested is not None:
             scores |= {f"test/{k}": v for k, v in tested.scores.items()}
             _write_table(folder / "test.parquet", tested.table)
+            if tested.labels:
+                write_json(folder / "test_labels.json", tested.labels)
         scores |= {f"{task.rival}/{k}": v for k, v in before.scores.items() if k not in metrics.COUNTS} | after.more
         scores["train/loss"] = trained["train/loss"]
         scores |= {"cost/trainable": float(trial["facts"]["parameters"]["trainable"])}
