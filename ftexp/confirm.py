@@ -30,7 +30,7 @@ from ftexp.config import Run
 from ftexp.errors import ConfigError, DataError, Diverged, MachineError, TrialsFailed
 from ftexp.files import read_json, write_json
 from ftexp.metrics import METRICS, SCORES, Direction
-from ftexp.progress import quiet_libraries, say
+from ftexp.progress import quiet_libraries, say, warn
 from ftexp.sealed import FILE, line, lines, number, openings, ranged, times
 from ftexp.sweep import __main__ as sweeps
 from ftexp.sweep import plugin
@@ -254,7 +254,7 @@ def _carry_out(plan: Plan, entries: list[dict[str, Any]]) -> dict[str, Any]:
     if _rows(plan).sealed_digest() != entry["test"]["sha256"]:
         raise DataError(f"the sealed rows of {sweep.name} are no longer those that were opened {entry['date']}")
     if sweep.code != facts.code():
-        say("the code of ftexp is not that of the launch; the winner is trained again with the new code")
+        say("the code of ftexp is not that of the launch; the winner is trained again with the new code", always=True)
     _warn(entry)
     for planned in entry["runs"]:
         member = plan.members[planned["member"]]
@@ -262,7 +262,7 @@ def _carry_out(plan: Plan, entries: list[dict[str, Any]]) -> dict[str, Any]:
         try:
             experiment.execute(run, _folder(sweep, planned), label, sweep.mlflow_run, opened=entry["opened"])
         except Diverged as error:
-            say(f"{label}: {error}")
+            say(f"{label}: {error}", always=True)
     done = {**entry, "result": _result(plan, entry)}
     _tag(plan, done)
     _keep(sweep.folder, [*entries[:-1], done])
@@ -275,9 +275,9 @@ def _folder(sweep: Frozen, planned: dict[str, Any]) -> Path:
 
 def _warn(entry: dict[str, Any]) -> None:
     if entry["elsewhere"]:
-        say(f"warning: these sealed rows were opened before, by {'; '.join(entry['elsewhere'])}")
+        warn(f"these sealed rows were opened before, by {'; '.join(entry['elsewhere'])}")
     if entry["opened"] > 1:
-        say(f"warning: the sealed rows are opened {times(entry)}; what was learned before may bias the choice")
+        warn(f"the sealed rows are opened {times(entry)}; what was learned before may bias the choice")
 
 
 def _result(plan: Plan, entry: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned
 from ftexp.files import read_json, write_json
 from ftexp.model import Base
 from ftexp.overrides import ROOT
-from ftexp.progress import say
+from ftexp.progress import say, warn
 from ftexp.train import TRAINERS, checkpoints, classify, lengths, sft
 from ftexp.train.control import Control
 
@@ -244,7 +244,8 @@ def _fitting(
         free_memory()
         shape = {"batch": run.trainer.batch, "accumulation": run.trainer.accumulation}
         trial.setdefault("out_of_memory", []).append(shape)
-        say(f"{label}: out of memory; again with trainer.batch={shape['batch']} accumulation={shape['accumulation']}")
+        say(f"{label}: out of memory; again with trainer.batch={shape['batch']} accumulation={shape['accumulation']}",
+            always=True)  # fmt: skip
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -342,7 +343,7 @@ def _against(
     real = peak["gpu_memory_gib"] if on_gpu else max(0.0, peak["memory_gib"] - resident)
     told = estimate.against(planned, trial["facts"]["parameters"], trained, real, on_gpu)
     for miss in estimate.missed(told):
-        say(f"warning: the plan is wrong: {miss}")
+        warn(f"the plan is wrong: {miss}")
     memory = {key: value for key, value in told["memory_gib"].items() if value is not None}
     log.metrics({f"plan/memory_gib_{key}": value for key, value in memory.items()}, 0)
     log.metrics({f"plan/{key}": float(told[key]["planned"]) for key in ("trainable", "total", "steps", "flops")}, 0)

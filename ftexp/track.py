@@ -20,7 +20,7 @@ from filelock import FileLock
 from ftexp import config
 from ftexp.config import Run, Track, Tracker
 from ftexp.errors import MachineError, Pruned
-from ftexp.progress import say
+from ftexp.progress import say, warn
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -116,7 +116,7 @@ class Log:
             send(self.client, self.run_id)
         except (MlflowException, SQLAlchemyError, OSError) as error:
             self.client = None  # one warning, and no more waiting; the files of the run are complete
-            say(f"warning: MLflow failed, the run goes on with files only: {str(error).splitlines()[0][:200]}; "
+            warn(f"MLflow failed, the run goes on with files only: {str(error).splitlines()[0][:200]}; "
                 "bring them later with: python -m ftexp.sync")  # fmt: skip
 
 
@@ -202,7 +202,7 @@ def open_parent(track: Track, name: str, folder: Path) -> str | None:
 def attach(uri: str, run_id: str, path: Path) -> None:
     """Show a file with a run of the tracking store; a store that is not here, or fails, costs one line."""
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
-        say(f"{path.name} is not in MLflow: {uri} is not here")
+        say(f"{path.name} is not in MLflow: {uri} is not here", always=True)
         return
     _restrain()
     from mlflow import MlflowClient
@@ -212,7 +212,7 @@ def attach(uri: str, run_id: str, path: Path) -> None:
     try:
         MlflowClient(tracking_uri=uri).log_artifact(run_id, str(path))
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        say(f"warning: {path.name} is not in MLflow: {str(error).splitlines()[0]}")
+        warn(f"{path.name} is not in MLflow: {str(error).splitlines()[0]}")
 
 
 def close_parent(
@@ -276,7 +276,7 @@ def _reached(track: Track) -> bool:
         store(track)
     except Unreachable as error:
         _dead.add(track.uri)
-        say(f"warning: {error}; the run goes on with files only, bring them later with: python -m ftexp.sync")
+        warn(f"{error}; the run goes on with files only, bring them later with: python -m ftexp.sync")
         return False
     return True
 

@@ -211,7 +211,7 @@ def _label_table(lines: Sequence[Mapping[str, Any]]) -> str:
     body = "".join(
         _cells(line["label"], *(_figure(key, line[key]) for key in keys if key != "label")) for line in lines
     )
-    return f'<table class="sort"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<table class="sort small"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def _figure(key: str, value: float | None) -> str:
