@@ -290,9 +290,11 @@ def _execute(
     kept = checkpoints.store(folder / "checkpoints", fingerprint(run, trial["facts"]))
     done = kept.resume.step if kept.resume else 0
     with track.start(run, folder, label, parent, trial.get("mlflow_run"), done) as log:
+        trial["inputs"] = _inputs(run, splits, {"train": len(task.train), "valid": len(task.valid)})
         trial |= {"mlflow_run": log.run_id, "steps": sft.planned_steps(run.trainer, task.units)}
         write_json(folder / "trial.json", trial)  # so that a restart after a kill finds its run in the store
         log.params(track.flat(run))
+        log.inputs(trial["inputs"])
         before = task.before(base)
         planned = estimate.trial(run, estimate.rows(task.train, run), base.compute, task.outputs)
         resident = facts.resident_gib()
@@ -552,6 +554,21 @@ def _facts(run: Run, base: Base, splits: data.Splits, used: Tokenised) -> dict[s
         "code_sha256": facts.code(),
         "git": facts.git(ROOT),
     }  # fmt: skip
+
+
+def _inputs(run: Run, splits: data.Splits, used: dict[str, int]) -> list[dict[str, Any]]:
+    """Tell the rows that are trained and scored on as a tracking store lists data sets; never the sealed ones."""
+    what = run.data
+    paths = {"train": what.path, "valid": what.valid_path or what.path}
+    contexts = {"train": "training", "valid": "validation"}
+    told = []
+    for split, digest in splits.digests().items():
+        source = {"kind": what.kind.value, "path": paths[split], "commit": splits.commit, "seed": what.seed}
+        told.append({
+            "name": f"{Path(paths[split]).name or what.kind.value}/{split}", "sha256": digest, "rows": used[split],
+            "kind": what.kind.value, "context": contexts[split], "source": {k: v for k, v in source.items() if v != ""},
+        })  # fmt: skip
+    return told
 
 
 def _counts(splits: data.Splits, used: Tokenised) -> dict[str, Any]:

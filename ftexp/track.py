@@ -29,6 +29,8 @@ FILE = "metrics.jsonl"
 FLUSH_SECONDS = 5.0
 BATCH = 900
 """Points in one call; MLflow takes at most 1000."""
+NAME, DIGEST = 500, 36
+"""Letters that MLflow takes of the name and of the digest of a data set."""
 PRUNED, ERROR = "ftexp.pruned", "ftexp.error"
 ENDS = {PRUNED, ERROR}
 """Tags that tell how an attempt ended."""
@@ -93,6 +95,25 @@ class Log:
             from mlflow.entities import RunTag
 
             client.log_batch(run_id, tags=[RunTag(name, str(value)) for name, value in values.items()])
+
+        self._try(send)
+
+    def inputs(self, sets: list[dict[str, Any]]) -> None:
+        """Record what was trained and scored on, as MLflow's data sets: name, digest, rows and where they are from."""
+
+        def send(client: MlflowClient, run_id: str) -> None:
+            from mlflow.entities import Dataset, DatasetInput, InputTag
+            from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+            told = [
+                DatasetInput(
+                    Dataset(one["name"][:NAME], one["sha256"][:DIGEST], one["kind"], json.dumps(one["source"]),
+                            profile=json.dumps({"num_rows": one["rows"]})),
+                    [InputTag(MLFLOW_DATASET_CONTEXT, one["context"])],
+                ) for one in sets
+            ]  # fmt: skip
+            if told:
+                client.log_inputs(run_id, told)
 
         self._try(send)
 
