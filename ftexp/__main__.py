@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
+
+from ftexp.progress import QUIET
 
 VERBS = {
     "run": "train and score one run, or a sweep with -m",
@@ -16,6 +19,7 @@ VERBS = {
     "reproduce": "train a run again and compare it step by step",
     "sync": "bring to MLflow what its store missed",
     "power": "tell the rows and seeds a comparison needs",
+    "notebooks": "run the notebooks of analysis/ on a sweep",
     "ui": "show runs and sweeps in the MLflow UI",
 }
 
@@ -27,9 +31,19 @@ def module(verb: str) -> str:
 
 def main() -> int:
     """Hand the command line to the module of its verb."""
+    if sys.argv[1:2] in (["--completion"], ["--complete"]):
+        from ftexp import completion
+        from ftexp import verb as verbs
+
+        return verbs.ended(lambda: completion.main(sys.argv[1:]))
+    if sys.argv[1:2] == ["-q"]:
+        os.environ[QUIET] = "1"
+        del sys.argv[1]
     if len(sys.argv) < 2 or sys.argv[1] not in VERBS:
-        lines = [f"  {verb:8}{what}" for verb, what in VERBS.items()]
-        print("\n".join(["usage: ftexp VERB ...", "", *lines]), file=sys.stderr)
+        lines = [f"  {verb:10}{what}" for verb, what in VERBS.items()]
+        head = ["usage: ftexp [-q] VERB ...    (-q, or FTEXP_QUIET=1: warnings and errors alone on stderr)",
+                "       ftexp --completion bash|zsh|fish"]  # fmt: skip
+        print("\n".join([*head, "", *lines]), file=sys.stderr)
         return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
     verb = sys.argv.pop(1)
     sys.argv[0] = f"ftexp {verb}"

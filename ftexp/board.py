@@ -22,6 +22,8 @@ SCORES = {  # column title -> metric without its split, format
     "labels F1": ("f1_macro", ".3f"),
     "ROC-AUC": ("roc_auc_macro", ".3f"),
 }
+COSTS = {"cost/trainable", "cost/seconds", "cost/memory_gib", "cost/gpu_memory_gib"}
+"""Metrics with columns of their own."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Board:
     """The same by point: what is ranked."""
     objective: str
     """The metric that ranks."""
+    objectives: tuple[str, ...]
+    """All that the sweep wants better, `objective` first; each has a column."""
     best: int | None
     """Index of the best point within the bounds of `sweep.at_most`; None where none is complete."""
 
@@ -80,7 +84,8 @@ def read(folder: Path) -> Board:
         there = sorted(int(p.parent.name) for p in folder.glob("[0-9]*/trial.json"))
         trials = [{"number": n, **(read_json(folder / str(n) / "trial.json") or {})} for n in there]
     config = next((t["config"] for t in trials if "config" in t), {"objectives": ["valid/loss"]})
-    objective = (sweep or config)["objectives"][0]
+    objectives = tuple((sweep or config)["objectives"])
+    objective = objectives[0]
     size = (sweep or {}).get("options", {}).get("replicates", 1)
     groups: dict[int, list[dict[str, Any]]] = {}
     for trial in trials:
@@ -88,7 +93,7 @@ def read(folder: Path) -> Board:
     points = [_point(members, size, objective) for members in groups.values()]
     bounds = (sweep or {}).get("options", {}).get("at_most", {})
     values = [point.scores[objective] if point.complete and _within(point, bounds) else None for point in points]
-    return Board(trials, points, objective, metrics.best(values, METRICS[objective].direction))
+    return Board(trials, points, objective, objectives, metrics.best(values, METRICS[objective].direction))
 
 
 def _within(point: Point, bounds: dict[str, float]) -> bool:
@@ -122,7 +127,7 @@ def titles(board: Board) -> list[str]:
     """Name the columns that this sweep fills; the first two are text, the others numbers."""
     replicated = _replicated(board)
     seeds = ["between seeds"] if replicated else []
-    return ["trials" if replicated else "trial", "overrides", "rank", "trainable", *_scored(board), *seeds,
+    return ["trials" if replicated else "trial", "overrides", "rank", "trainable", *_columns(board), *seeds,
             "seconds", "GiB"]  # fmt: skip
 
 
@@ -144,7 +149,7 @@ def _bases(board: Board) -> list[Line]:
     for point in board.points:
         if point.complete:
             rival = "base" if "base/loss" in point.scores else "tfidf"  # a classifier's base has no head
-            shown = _shown(point.scores, rival, _scored(board))
+            shown = _shown(point.scores, rival, _columns(board))
             bases.setdefault((rival, *shown), []).append(point.numbers)
     gap, told = [""] if _replicated(board) else [], []
     for n, ((rival, *cells), numbers) in enumerate(bases.items(), start=1):
@@ -159,7 +164,7 @@ def _cells(board: Board, point: Point, best: bool) -> list[str]:
     spread = [] if point.spread is None else [f"{point.spread:.4f}"]
     return [
         f"{point.numbers} best" if best else point.numbers, label(point), str(point.trials[0]["config"]["lora.r"]),
-        f"{scores['cost/trainable'] / 1e6:.2f} M", *_shown(scores, "valid", _scored(board)), *spread,
+        millions(scores["cost/trainable"]), *_shown(scores, "valid", _columns(board)), *spread,
         f"{scores['cost/seconds']:.0f}", f"{memory:.1f}",
     ]  # fmt: skip
 
@@ -175,8 +180,24 @@ def _replicated(board: Board) -> bool:
     return any(point.spread is not None for point in board.points)
 
 
-def _scored(board: Board) -> list[str]:
-    return [title for title, (name, _) in SCORES.items() if any(f"valid/{name}" in _scores(t) for t in board.trials)]
+def _columns(board: Board) -> dict[str, tuple[str, str]]:
+    """Title -> metric and format: what trials have of `SCORES`, and each objective that is not among them."""
+    found = {
+        title: (f"valid/{name}", style) for title, (name, style) in SCORES.items()
+        if any(f"valid/{name}" in t.get("scores", {}) for t in board.trials)
+    }  # fmt: skip
+    there = {name for name, _ in found.values()} | COSTS
+    more = {name.removeprefix("valid/").replace("_", " "): (name, ".4f") for name in board.objectives}
+    return found | {title: column for title, column in more.items() if column[0] not in there}
+
+
+def millions(weights: float) -> str:
+    """Write a number of weights in one unit, so that a column of them sorts.
+
+    >>> millions(4_884_480), millions(4096)
+    ('4.88 M', '0.0041 M')
+    """
+    return f"{weights / 1e6:.{2 if weights >= 1e5 else 4}f} M"
 
 
 def point_of(board: Board, trials: tuple[int, ...]) -> Point:
@@ -193,10 +214,11 @@ def _rankable(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def _scores(trial: dict[str, Any]) -> dict[str, float]:
-    return trial.get("scores", {})
-
-
-def _shown(scores: dict[str, float], split: str, titles: list[str]) -> list[str]:
-    values = [(scores.get(f"{split}/{SCORES[title][0]}"), SCORES[title][1]) for title in titles]
-    return ["" if value is None else format(value, style) for value, style in values]
+def _shown(scores: dict[str, float], split: str, columns: dict[str, tuple[str, str]]) -> list[str]:
+    """Fill the columns for `valid`, or for `base` or `tfidf`, which have those of `valid/` alone."""
+    cells = []
+    for name, style in columns.values():
+        there = split == "valid" or name.startswith("valid/")
+        value = scores.get(name.replace("valid/", f"{split}/")) if there else None
+        cells.append("" if value is None else format(value, style))
+    return cells

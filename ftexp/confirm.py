@@ -30,7 +30,8 @@ from ftexp.config import Run
 from ftexp.errors import ConfigError, DataError, Diverged, MachineError, TrialsFailed
 from ftexp.files import read_json, write_json
 from ftexp.metrics import METRICS, SCORES, Direction
-from ftexp.progress import quiet_libraries, say
+from ftexp.progress import quiet_libraries, say, warn
+from ftexp.sealed import FILE, line, lines, number, openings, ranged, times
 from ftexp.sweep import __main__ as sweeps
 from ftexp.sweep import plugin
 from ftexp.sweep.frozen import Frozen
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from ftexp.stats.columns import Interval
     from ftexp.stats.pairs import Comparison
 
-FILE = "confirm.json"
 SEEDS = 3
 """Fresh seeds where none are asked for: with fewer than two the noise between seeds stays unknown."""
 WINNER, CHEAPEST = "winner", "cheapest"
@@ -113,11 +113,6 @@ def confirm(folder: Path, seeds: int | None = None, again: bool = False) -> dict
         entry = _opening(plan, seeds or SEEDS, again, kept)
         _keep(sweep.folder, [*kept, entry])
         return _carry_out(plan, [*kept, entry])
-
-
-def openings(folder: Path) -> list[dict[str, Any]]:
-    """Read the openings of a sweep's sealed rows, oldest first."""
-    return (read_json(folder / FILE) or {"openings": []})["openings"]
 
 
 def _keep(folder: Path, entries: list[dict[str, Any]]) -> None:
@@ -259,7 +254,7 @@ def _carry_out(plan: Plan, entries: list[dict[str, Any]]) -> dict[str, Any]:
     if _rows(plan).sealed_digest() != entry["test"]["sha256"]:
         raise DataError(f"the sealed rows of {sweep.name} are no longer those that were opened {entry['date']}")
     if sweep.code != facts.code():
-        say("the code of ftexp is not that of the launch; the winner is trained again with the new code")
+        say("the code of ftexp is not that of the launch; the winner is trained again with the new code", always=True)
     _warn(entry)
     for planned in entry["runs"]:
         member = plan.members[planned["member"]]
@@ -267,7 +262,7 @@ def _carry_out(plan: Plan, entries: list[dict[str, Any]]) -> dict[str, Any]:
         try:
             experiment.execute(run, _folder(sweep, planned), label, sweep.mlflow_run, opened=entry["opened"])
         except Diverged as error:
-            say(f"{label}: {error}")
+            say(f"{label}: {error}", always=True)
     done = {**entry, "result": _result(plan, entry)}
     _tag(plan, done)
     _keep(sweep.folder, [*entries[:-1], done])
@@ -280,9 +275,9 @@ def _folder(sweep: Frozen, planned: dict[str, Any]) -> Path:
 
 def _warn(entry: dict[str, Any]) -> None:
     if entry["elsewhere"]:
-        say(f"warning: these sealed rows were opened before, by {'; '.join(entry['elsewhere'])}")
+        warn(f"these sealed rows were opened before, by {'; '.join(entry['elsewhere'])}")
     if entry["opened"] > 1:
-        say(f"warning: the sealed rows are opened {_times(entry)}; what was learned before may bias the choice")
+        warn(f"the sealed rows are opened {times(entry)}; what was learned before may bias the choice")
 
 
 def _result(plan: Plan, entry: dict[str, Any]) -> dict[str, Any]:
@@ -408,32 +403,6 @@ def _tag(plan: Plan, entry: dict[str, Any]) -> None:
         track.tag(told, run_id, where)
 
 
-def line(entry: dict[str, Any]) -> str:
-    """Tell an opening in one line."""
-    opened = f"sealed rows opened {_times(entry)}"
-    if "result" not in entry:
-        return f"Confirmation of {entry['plan'][0]['label']} begun {entry['date']}, {opened}: not finished."
-    result = entry["result"]
-    winner, name = result["members"][0], result["objective"].removeprefix("valid/")
-    seeds = "1 fresh seed" if len(winner["seeds"]) == 1 else f"{len(winner['seeds'])} fresh seeds"
-    score = f"{name.replace('_', ' ')} {_told(winner['test'][name])}"
-    return f"Confirmed on {result['rows']} sealed rows and {seeds}: {winner['label']}, {score}; {opened}."
-
-
-def _times(entry: dict[str, Any]) -> str:
-    return "1 time" if entry["opened"] == 1 else f"{entry['opened']} times"
-
-
-def _told(interval: dict[str, Any]) -> str:
-    """Write a score with its interval where it has one."""
-    value = _number(interval["value"])
-    return value if interval["low"] is None else f"{value} ({_number(interval['low'])} to {_number(interval['high'])})"
-
-
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4f}"
-
-
 def table(result: dict[str, Any]) -> Table:
     """Lay out each member's scores: in the sweep, on the same rows with fresh seeds, and on the sealed rows."""
     name = result["objective"].removeprefix("valid/")
@@ -445,8 +414,8 @@ def table(result: dict[str, Any]) -> Table:
     for member in result["members"]:
         failed = f", {member['failed']} diverged" if member["failed"] else ""
         made.add_row(
-            member["role"], member["label"], _number(member["valid"]), _number(member["valid_again"]),
-            _told(member["test"][name]), _told(member["optimism"]), f"{len(member['seeds'])}{failed}",
+            member["role"], member["label"], number(member["valid"]), number(member["valid_again"]),
+            ranged(member["test"][name]), ranged(member["optimism"]), f"{len(member['seeds'])}{failed}",
         )  # fmt: skip
     return made
 
@@ -458,32 +427,8 @@ def scores(result: dict[str, Any]) -> Table:
     for member in result["members"]:
         made.add_column(member["role"], justify="right")
     for name in result["members"][0]["test"]:
-        made.add_row(f"test/{name}", *(_told(member["test"][name]) for member in result["members"]))
+        made.add_row(f"test/{name}", *(ranged(member["test"][name]) for member in result["members"]))
     return made
-
-
-def lines(entry: dict[str, Any]) -> list[str]:
-    """Tell a result in a few plain lines, for below the table."""
-    from ftexp.stats.noise import ALPHA
-
-    result = entry["result"]
-    winner, told = result["members"][0], [line(entry)]
-    expected = result["expected_optimism"]
-    if expected is not None:
-        told.append(
-            f"The winner looked {_told(winner['optimism'])}{result['unit']} better in the sweep than on sealed rows; "
-            f"were all {result['points']} points equal, {_number(expected)} would be expected."
-        )
-    if result["replicates"] == 1:
-        told.append("One run a point in the sweep: its noise between seeds is not in the interval of the optimism.")
-    if (pair := result["pair"]) is not None:
-        verdict = "are not told apart" if pair["p"] > ALPHA else "differ"
-        told.append(f"Winner less cheapest: {_told({'value': pair['difference'], **pair})}{result['unit']}, "
-                    f"p={pair['p']:.2g}: they {verdict} on sealed rows.")  # fmt: skip
-    told += [f"The winner alone: {result['alone']}."] if result["alone"] else []
-    told += ["One fresh seed: the intervals are over rows alone."] if len(winner["seeds"]) == 1 else []
-    told += [f"These sealed rows were opened before, by {'; '.join(entry['elsewhere'])}."] * bool(entry["elsewhere"])
-    return told
 
 
 def show(entry: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from ftexp.config import Eval
 from ftexp.data import tokens
 from ftexp.data.prompts import Example
 from ftexp.data.splits import normalise
-from ftexp.progress import progress, say
+from ftexp.progress import progress, warn
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +90,7 @@ def score(
         scores |= labels.scores(truth, named, known.labels)
         by_label = labels.table(truth, named, sorted(known.labels))
     if (share := scores.get("unparsable", 0)) > UNPARSABLE:
-        say(f"warning: {share:.0%} of the completions of {label} say nothing that can be scored; they count as wrong")
+        warn(f"{share:.0%} of the completions of {label} say nothing that can be scored; they count as wrong")
     return Scored(scores, table, by_label)
 
 

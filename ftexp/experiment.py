@@ -15,7 +15,7 @@ from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned
 from ftexp.files import read_json, write_json
 from ftexp.model import Base
 from ftexp.overrides import ROOT
-from ftexp.progress import say
+from ftexp.progress import say, warn
 from ftexp.train import TRAINERS, checkpoints, classify, lengths, sft
 from ftexp.train.control import Control
 
@@ -244,7 +244,8 @@ def _fitting(
         free_memory()
         shape = {"batch": run.trainer.batch, "accumulation": run.trainer.accumulation}
         trial.setdefault("out_of_memory", []).append(shape)
-        say(f"{label}: out of memory; again with trainer.batch={shape['batch']} accumulation={shape['accumulation']}")
+        say(f"{label}: out of memory; again with trainer.batch={shape['batch']} accumulation={shape['accumulation']}",
+            always=True)  # fmt: skip
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -289,9 +290,11 @@ def _execute(
     kept = checkpoints.store(folder / "checkpoints", fingerprint(run, trial["facts"]))
     done = kept.resume.step if kept.resume else 0
     with track.start(run, folder, label, parent, trial.get("mlflow_run"), done) as log:
+        trial["inputs"] = _inputs(run, splits, {"train": len(task.train), "valid": len(task.valid)})
         trial |= {"mlflow_run": log.run_id, "steps": sft.planned_steps(run.trainer, task.units)}
         write_json(folder / "trial.json", trial)  # so that a restart after a kill finds its run in the store
         log.params(track.flat(run))
+        log.inputs(trial["inputs"])
         before = task.before(base)
         planned = estimate.trial(run, estimate.rows(task.train, run), base.compute, task.outputs)
         resident = facts.resident_gib()
@@ -321,6 +324,8 @@ def _execute(
         if tested is not None:
             scores |= {f"test/{k}": v for k, v in tested.scores.items()}
             _write_table(folder / "test.parquet", tested.table)
+            if tested.labels:
+                write_json(folder / "test_labels.json", tested.labels)
         scores |= {f"{task.rival}/{k}": v for k, v in before.scores.items() if k not in metrics.COUNTS} | after.more
         scores["train/loss"] = trained["train/loss"]
         scores |= {"cost/trainable": float(trial["facts"]["parameters"]["trainable"])}
@@ -340,7 +345,7 @@ def _against(
     real = peak["gpu_memory_gib"] if on_gpu else max(0.0, peak["memory_gib"] - resident)
     told = estimate.against(planned, trial["facts"]["parameters"], trained, real, on_gpu)
     for miss in estimate.missed(told):
-        say(f"warning: the plan is wrong: {miss}")
+        warn(f"the plan is wrong: {miss}")
     memory = {key: value for key, value in told["memory_gib"].items() if value is not None}
     log.metrics({f"plan/memory_gib_{key}": value for key, value in memory.items()}, 0)
     log.metrics({f"plan/{key}": float(told[key]["planned"]) for key in ("trainable", "total", "steps", "flops")}, 0)
@@ -549,6 +554,21 @@ def _facts(run: Run, base: Base, splits: data.Splits, used: Tokenised) -> dict[s
         "code_sha256": facts.code(),
         "git": facts.git(ROOT),
     }  # fmt: skip
+
+
+def _inputs(run: Run, splits: data.Splits, used: dict[str, int]) -> list[dict[str, Any]]:
+    """Tell the rows that are trained and scored on as a tracking store lists data sets; never the sealed ones."""
+    what = run.data
+    paths = {"train": what.path, "valid": what.valid_path or what.path}
+    contexts = {"train": "training", "valid": "validation"}
+    told = []
+    for split, digest in splits.digests().items():
+        source = {"kind": what.kind.value, "path": paths[split], "commit": splits.commit, "seed": what.seed}
+        told.append({
+            "name": f"{Path(paths[split]).name or what.kind.value}/{split}", "sha256": digest, "rows": used[split],
+            "kind": what.kind.value, "context": contexts[split], "source": {k: v for k, v in source.items() if v != ""},
+        })  # fmt: skip
+    return told
 
 
 def _counts(splits: data.Splits, used: Tokenised) -> dict[str, Any]:

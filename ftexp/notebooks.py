@@ -93,22 +93,26 @@ def _lines(text: str) -> list[str]:
 
 def main() -> int:
     """Run the command line; return the exit code."""
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        print("usage: python -m ftexp.notebooks FOLDER [NOTEBOOK ...]    (of a sweep; default: analysis/*.ipynb)",
-              file=sys.stderr)  # fmt: skip
-        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
-    os.environ[VARIABLE] = str(Path(sys.argv[1]).absolute())
-    return verb.ended(_main)
+    words = [word for word in sys.argv[1:] if word != "--json"]
+    if not words or words[0].startswith("-"):
+        usage = "usage: python -m ftexp.notebooks FOLDER [NOTEBOOK ...] [--json]"
+        print(f"{usage}    (of a sweep; default: analysis/*.ipynb)", file=sys.stderr)
+        return 0 if words in (["-h"], ["--help"]) else 2
+    os.environ[VARIABLE] = str(Path(words[0]).absolute())
+    return verb.ended(lambda: _main(words[0], words[1:], "--json" in sys.argv[1:]))
 
 
-def _main() -> int:
-    paths = [Path(name) for name in sys.argv[2:]] or sorted(HOME.glob("*.ipynb"))
+def _main(where: str, names: list[str], plain: bool) -> int:
+    paths = [Path(name) for name in names] or sorted(HOME.glob("*.ipynb"))
     if not paths:
         raise MachineError(f"{HOME}: there are no notebooks")
     for path in paths:
         done = execute(json.loads(path.read_text(encoding="utf-8")), path.name)
         path.write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(f"{os.path.relpath(path)}: ran on {sys.argv[1]}")
+        if not plain:
+            print(f"{os.path.relpath(path)}: ran on {where}")
+    if plain:
+        print(verb.as_json({"sweep": where, "notebooks": [os.path.relpath(path) for path in paths]}))
     return 0
 
 

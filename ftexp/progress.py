@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console(stderr=True, highlight=False)
 QUIET_SECONDS = 10.0
 """Without a terminal: seconds between two lines about the same work."""
+QUIET = "FTEXP_QUIET"
+"""Environment variable; set to anything but 0, warnings and errors alone are told on stderr. Workers inherit it."""
 
 
 @contextmanager
@@ -21,9 +24,14 @@ def progress(label: str, total: int) -> Iterator[Callable[..., None]]:
     Yields:
         A function `advance(units, note="")` to call as units get done; `note` is shown behind the count.
     """
-    show = _bar if console.is_terminal else _lines
+    show = _nothing if quiet() else _bar if console.is_terminal else _lines
     with show(label, total) as advance:
         yield advance
+
+
+@contextmanager
+def _nothing(label: str, total: int) -> Iterator[Callable[..., None]]:
+    yield lambda *_: None
 
 
 @contextmanager
@@ -67,6 +75,22 @@ def quiet_libraries() -> None:
             warnings.filterwarnings("ignore", module=library)
 
 
-def say(text: str) -> None:
-    """Print one line on stderr, above any bar."""
-    console.print(text, soft_wrap=True, markup=False)
+def quiet() -> bool:
+    """Whether progress and notes are left out."""
+    return os.environ.get(QUIET, "") not in ("", "0")
+
+
+def say(text: str, always: bool = False) -> None:
+    """Print one line on stderr, above any bar.
+
+    Args:
+        text: what to tell.
+        always: told in quiet too, because something went wrong or was left out.
+    """
+    if always or not quiet():
+        console.print(text, soft_wrap=True, markup=False)
+
+
+def warn(text: str) -> None:
+    """Print a warning in one line on stderr, quiet or not."""
+    say(f"warning: {text}", always=True)

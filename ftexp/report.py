@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ftexp import board as boards
-from ftexp import track, verb
+from ftexp import sealed, track, verb
 from ftexp.board import Board, read
 from ftexp.errors import MachineError
 from ftexp.files import read_json
@@ -56,7 +56,7 @@ def gather(folder: Path) -> Sweep:
 
 
 def beside(folder: Path, board: Board, verdict: Verdict) -> Sweep:
-    """Read what stands in the folder beside the trials: curves, and the rows of the best point."""
+    """Read what stands in the folder beside the trials: curves, rows and labels of the best point, its confirmation."""
     from ftexp import compare, examples
     from ftexp.page.figures import Sweep
 
@@ -74,6 +74,9 @@ def beside(folder: Path, board: Board, verdict: Verdict) -> Sweep:
         curves={n: track.curve(place / track.FILE, "valid/loss") for n, place in places.items()},
         rows=examples.of(content) if content else [],
         command=() if shown is None else _command(places[shown], winner.trials[0] if winner else {}),
+        openings=sealed.openings(folder),
+        labels=() if shown is None else read_json(places[shown] / "labels.json") or (),
+        sealed_labels=sealed.labels(folder),
     )
 
 
@@ -102,20 +105,19 @@ def show(folder: Path, html: Path | None = None, page: bool = True) -> None:
         MachineError: the folder holds neither sweep nor run, or the page cannot be written.
     """
     from ftexp import compare
+    from ftexp.page import figures
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     board = read(folder)
     console.print(leaderboard(board))
-    verdict = compare.read(folder, board.trials, board.objective)
-    for line in compare.lines(verdict):
+    sweep = beside(folder, board, compare.read(folder, board.trials, board.objective))
+    for line in [*compare.lines(sweep.verdict), *figures.confirmed(sweep)]:
         console.print(line, markup=False, highlight=False)
-    if confirmed := read_json(folder / "confirm.json"):
-        console.print(confirmed["line"], markup=False, highlight=False)
     for trial in board.trials:
         if "error" in trial:
             console.print(f"trial {trial['number']} {trial['state']}: {trial['error']}", markup=False)
     if page:
-        path = write_page(folder, beside(folder, board, verdict), html)
+        path = write_page(folder, sweep, html)
         console.print(f"page: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -160,7 +162,7 @@ def data(sweep: Sweep) -> dict[str, Any]:
         "detectable": verdict.detectable, "untested": verdict.untested, "cost": verdict.cost,
         "cheapest": None if verdict.cheapest is None else verdict.points[verdict.cheapest].label,
         "importance": {key: [s.value, s.low, s.high] for key, s in verdict.importance.items()},
-        "front": list(verdict.front),
+        "front": list(verdict.front), "confirmed": list(sweep.openings),
     })  # fmt: skip
 
 

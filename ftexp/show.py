@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -103,6 +103,34 @@ def show(run: Run, console: Console, rows: int, split: str, png: Path | None) ->
         prompts.render(part, tokenizer, run.data)
 
 
+def counted(run: Run, rows: int, split: str) -> dict[str, Any]:
+    """Sum the data of a run up for scripts: rows, lengths in tokens, and the first rows token by token.
+
+    Raises:
+        FtexpError: the run would be refused for its data.
+    """
+    splits = data.load(run.data)
+    tokenizer = model.tokenizer(run.model)
+    gates.near_leaks(splits, run.data)
+    sides = {"train": splits.train, "valid": splits.valid}
+    made = {name: prompts.render(part, tokenizer, run.data) for name, part in sides.items()}
+    parts = {
+        name: {"rows": len(part), "tokens": sum(len(e.ids) for e in part),
+               "supervised": sum(e.supervised for e in part), "longest": max((len(e.ids) for e in part), default=0)}
+        for name, part in made.items()
+    }  # fmt: skip
+    shown = [
+        {"where": e.row.where, "tokens": len(e.ids), "supervised": e.supervised,
+         "spans": [{"text": text, "supervised": learned, "special": special}
+                   for text, learned, special in spans(e, tokenizer)]}
+        for e in made[split][:rows]
+    ]  # fmt: skip
+    return {
+        "read": splits.read, **parts, "test": {"rows": len(splits.test)}, "dropped": splits.dropped(),
+        "max_length": run.data.max_length, split + "_rows": shown,
+    }  # fmt: skip
+
+
 def _lengths(console: Console, examples: list[Example], how: Data) -> None:
     lengths = sorted(len(example.ids) for example in examples)
     learned = sum(example.supervised for example in examples)
@@ -158,7 +186,9 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="as for ftexp.run, such as data=file data.path=my.csv")
     parser.add_argument("--rows", type=int, default=3, help="rows to print (default: %(default)s)")
     parser.add_argument("--split", choices=["train", "valid"], default="train", help="default: %(default)s")
-    parser.add_argument("--png", type=Path, help="file for a picture of the lengths")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--json", action="store_true", help="one JSON object on stdout; a refused row is an error alone")
+    way.add_argument("--png", type=Path, help="file for a picture of the lengths")
     args = parser.parse_intermixed_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet_libraries()
@@ -166,7 +196,11 @@ def main() -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    show(compose(args.overrides), Console(), args.rows, args.split, args.png)
+    run = compose(args.overrides)
+    if args.json:
+        print(verb.as_json(counted(run, args.rows, args.split)))
+        return 0
+    show(run, Console(), args.rows, args.split, args.png)
     return 0
 
 

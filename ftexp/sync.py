@@ -71,6 +71,7 @@ def _bring(kept: Kept, uri: str, told: Brought, parents: dict[Path, str]) -> Non
     stored = client.get_run(run_id)
     if not stored.data.params:
         log.params(kept.trial["config"])
+        log.inputs(kept.trial.get("inputs", []))
     if "facts" in kept.trial:
         log.tags({f"ftexp.{k}": v for k, v in config.flat(kept.trial["facts"]).items()})
     there = {entry.path for entry in client.list_artifacts(run_id)}

@@ -20,7 +20,7 @@ from filelock import FileLock
 from ftexp import config
 from ftexp.config import Run, Track, Tracker
 from ftexp.errors import MachineError, Pruned
-from ftexp.progress import say
+from ftexp.progress import say, warn
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,6 +29,8 @@ FILE = "metrics.jsonl"
 FLUSH_SECONDS = 5.0
 BATCH = 900
 """Points in one call; MLflow takes at most 1000."""
+NAME, DIGEST = 500, 36
+"""Letters that MLflow takes of the name and of the digest of a data set."""
 PRUNED, ERROR = "ftexp.pruned", "ftexp.error"
 ENDS = {PRUNED, ERROR}
 """Tags that tell how an attempt ended."""
@@ -96,6 +98,25 @@ class Log:
 
         self._try(send)
 
+    def inputs(self, sets: list[dict[str, Any]]) -> None:
+        """Record what was trained and scored on, as MLflow's data sets: name, digest, rows and where they are from."""
+
+        def send(client: MlflowClient, run_id: str) -> None:
+            from mlflow.entities import Dataset, DatasetInput, InputTag
+            from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+            told = [
+                DatasetInput(
+                    Dataset(one["name"][:NAME], one["sha256"][:DIGEST], one["kind"], json.dumps(one["source"]),
+                            profile=json.dumps({"num_rows": one["rows"]})),
+                    [InputTag(MLFLOW_DATASET_CONTEXT, one["context"])],
+                ) for one in sets
+            ]  # fmt: skip
+            if told:
+                client.log_inputs(run_id, told)
+
+        self._try(send)
+
     def table(self, rows: list[dict[str, Any]], name: str) -> None:
         """Store a table that the MLflow UI can open."""
         columns = {key: [row.get(key) for row in rows] for key in rows[0]} if rows else {}
@@ -116,7 +137,7 @@ class Log:
             send(self.client, self.run_id)
         except (MlflowException, SQLAlchemyError, OSError) as error:
             self.client = None  # one warning, and no more waiting; the files of the run are complete
-            say(f"warning: MLflow failed, the run goes on with files only: {str(error).splitlines()[0][:200]}; "
+            warn(f"MLflow failed, the run goes on with files only: {str(error).splitlines()[0][:200]}; "
                 "bring them later with: python -m ftexp.sync")  # fmt: skip
 
 
@@ -202,7 +223,7 @@ def open_parent(track: Track, name: str, folder: Path) -> str | None:
 def attach(uri: str, run_id: str, path: Path) -> None:
     """Show a file with a run of the tracking store; a store that is not here, or fails, costs one line."""
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
-        say(f"{path.name} is not in MLflow: {uri} is not here")
+        say(f"{path.name} is not in MLflow: {uri} is not here", always=True)
         return
     _restrain()
     from mlflow import MlflowClient
@@ -212,7 +233,7 @@ def attach(uri: str, run_id: str, path: Path) -> None:
     try:
         MlflowClient(tracking_uri=uri).log_artifact(run_id, str(path))
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        say(f"warning: {path.name} is not in MLflow: {str(error).splitlines()[0]}")
+        warn(f"{path.name} is not in MLflow: {str(error).splitlines()[0]}")
 
 
 def close_parent(
@@ -276,7 +297,7 @@ def _reached(track: Track) -> bool:
         store(track)
     except Unreachable as error:
         _dead.add(track.uri)
-        say(f"warning: {error}; the run goes on with files only, bring them later with: python -m ftexp.sync")
+        warn(f"{error}; the run goes on with files only, bring them later with: python -m ftexp.sync")
         return False
     return True
 

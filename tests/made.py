@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from ftexp.files import write_json
+from ftexp.files import read_json, write_json
 
 ROWS = 24
 LABELS = ("drama", "comedy", "war")
@@ -80,6 +80,7 @@ def one(folder, n, rank, lr, state, kind, hostile, tokens, hard, nats, replicate
                       "parameters": {"trainable": rank * 10**5, "total": 10**7}, "versions": {"torch": "2.13.0" + hostile}}}  # fmt: skip
     if state == "complete":
         told["scores"] = scores
+        told["plan"] = planned(rank)
         folder.mkdir(parents=True, exist_ok=True)
         pyarrow.parquet.write_table(
             pyarrow.table({k: _written(v) for k, v in rows.items()}), folder / "examples.parquet"
@@ -87,6 +88,8 @@ def one(folder, n, rank, lr, state, kind, hostile, tokens, hard, nats, replicate
     else:
         told["error"] = f"{state} at step 4: {hostile or 'valid/loss 9.0'}"
     write_json(folder / "trial.json", told)
+    if kind == "labels" and state == "complete":
+        write_json(folder / "labels.json", by_label(hostile))
     last = {"complete": 10, "pruned": 4, "failed": 6}[state]
     steps = [{"step": s, "valid/loss": loss * (1 + 4 / s)} for s in range(2, last + 1, 2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
@@ -94,6 +97,41 @@ def one(folder, n, rank, lr, state, kind, hostile, tokens, hard, nats, replicate
         folder / ".hydra" / "overrides.yaml",
         [f"lora.r={rank}", f"trainer.lr={lr}", "name=x", f"data.prompt={hostile}{{q}}"],
     )
+
+
+def planned(rank):
+    """Return what a trial planned and what it took."""
+    counts = {"trainable": rank * 10**5, "total": 10**7, "steps": 10, "flops": rank * 10**12}
+    return {k: {"planned": v, "real": v} for k, v in counts.items()} | {
+        "memory_gib": {"planned": 1.5, "real": 2.0, "error": -0.25}
+    }
+
+
+def by_label(hostile="", f1=0.5):
+    """Return what a trial says of each label; one was never true."""
+    return [
+        {"label": name + hostile, "true": 9 * (name != "war"), "predicted": 4, "precision": 0.5, "recall": f1,
+         "f1": f1 if name != "war" else None, "roc_auc": 0.75, "threshold": 0.25, "tfidf_f1": 0.4}
+        for name in LABELS
+    ]  # fmt: skip
+
+
+def confirmed(folder: Path, trials=(0,), hostile: str = "", finished: bool = True, labels: bool = False):
+    """Put a confirmation of a point on record, over two fresh seeds and 24 sealed rows."""
+    label = read_json(folder / str(trials[0]) / "trial.json")["label"]
+    score, off = {"value": 0.4321, "low": 0.4, "high": 0.46}, {"value": 0.0123, "low": -0.01, "high": 0.04}
+    member = {"role": "winner", "label": label, "trials": list(trials), "seeds": [7, 8], "failed": 0, "valid": 0.4198,
+              "valid_again": 0.4242, "by_seed": [0.43, 0.4342], "optimism": off,
+              "test": {"loss": score, "memorised": {"value": 0.0, "low": None, "high": None}}}  # fmt: skip
+    result = {"objective": "valid/loss", "unit": "", "rows": 24, "groups": None, "expected_optimism": 0.0099, "points": 3,
+              "replicates": 1, "members": [member], "pair": None, "alone": "no point is cheaper" + hostile, "seed_sd": 0.003}  # fmt: skip
+    entry = {"opened": 1, "date": "2026-01-02T03:04:05+00:00", "who": "a on b", "test": {"sha256": "c", "rows": 24},
+             "plan": [{"role": "winner", "label": label, "trials": list(trials)}], "seeds": [7, 8], "elsewhere": [],
+             "runs": [{"number": n, "member": 0, "seed": 7 + n} for n in range(2)]}  # fmt: skip
+    write_json(folder / "confirm.json", {"line": "", "openings": [entry | ({"result": result} if finished else {})]})
+    for n in range(2 * labels):
+        write_json(folder / "confirm" / str(n) / "test_labels.json", by_label(hostile, (0.5, 0.7)[n]))
+    return folder
 
 
 def _written(values):
@@ -105,7 +143,7 @@ if __name__ == "__main__":
 
     place = Path(sys.argv[1])
     sweep(place / "two-hundred", 200, pruned=90, failed=6)
-    sweep(place / "labels", 3, "labels")
+    confirmed(sweep(place / "labels", 3, "labels"), labels=True)
     sweep(place / "loss", 3, "loss", failed=1)
     sweep(place / "hostile", 5, hostile=HOSTILE, pruned=1, failed=1)
     sweep(place / "seeds", 6, replicates=2)

@@ -13,8 +13,8 @@ import ftexp
 PACKAGE = Path(ftexp.__file__).parent
 ORDER = ["errors", "files", "progress", "verb", "config", "overrides", "data", "model", "metrics", "labels",
          "evaluate", "train", "estimate", "facts", "track", "experiment", "runs", "sync", "sweep", "stats", "board", "compare",
-         "examples", "page", "report", "confirm", "notebooks", "power", "diff", "reproduce", "run",
-         "api", "show", "plan", "ui", "__main__"]  # fmt: skip
+         "examples", "sealed", "page", "report", "confirm", "notebooks", "power", "diff", "reproduce", "run",
+         "api", "show", "plan", "ui", "completion", "__main__"]  # fmt: skip
 """A module imports only from those to its left."""
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "mlflow", "sklearn", "numpy", "pandas", "pyarrow"}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py"))

@@ -103,6 +103,10 @@ def test_command_runs_a_notebook_in_place(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["notebooks", str(sweep(tmp_path / "s")), str(path)])
     assert notebooks.main() == 0
     assert outputs(load(path))[0]["data"]["text/plain"] == ["'s'"]
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["notebooks", str(tmp_path / "s"), str(path), "--json"])
+    assert notebooks.main() == 0
+    assert json.loads(capsys.readouterr().out) == {"sweep": str(tmp_path / "s"), "notebooks": [os.path.relpath(path)]}
     monkeypatch.setattr(sys, "argv", ["notebooks", str(tmp_path / "gone"), str(NOTEBOOKS[0])])
     assert notebooks.main() == 4
     assert "must be the folder of a sweep" in capsys.readouterr().err

@@ -39,3 +39,20 @@ def test_bar_on_terminal(terminal):
         advance(1)
     assert "training" in out.getvalue()
     assert "3/3" in out.getvalue()
+
+
+@pytest.mark.parametrize(("value", "told"), [("", True), ("0", True), ("1", False), ("yes", False)])
+@pytest.mark.parametrize("interactive", [True, False])
+def test_quiet_leaves_warnings_alone(value, told, interactive, terminal, monkeypatch):
+    monkeypatch.setenv(module.QUIET, value)
+    monkeypatch.setattr(module, "QUIET_SECONDS", 0)
+    out = terminal(interactive)
+    with module.progress("training", 3) as advance:
+        advance(2, "loss 0.5")
+        advance(1)
+    module.say("a note")
+    module.say("rows left out", always=True)
+    module.warn("no server")
+    text = out.getvalue()
+    assert ("training" in text) is ("a note" in text) is told
+    assert "rows left out" in text and "warning: no server" in text

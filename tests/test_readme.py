@@ -1,4 +1,4 @@
-"""Every command of the README is run: `make` targets exist, `ftexp` commands work on the tiny model."""
+"""Every command of the README and the pages of `analysis/` is run: `make` targets exist, the others on a tiny model."""
 
 import json
 import re
@@ -12,13 +12,16 @@ from conftest import TINY
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
-COMMANDS = [
-    line.split("   #")[0].strip()
-    for block in BLOCKS
-    for line in block.replace("\\\n", " ").splitlines()
-    if line.strip()
-]
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "analysis").glob("*.md")))}
+
+
+def commands(text):
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [" ".join(line.split("   #")[0].split()) for line in lines if line.strip()]
+
+
+COMMANDS = list(dict.fromkeys(command for text in PAGES.values() for command in commands(text)))
 RUNS = [c for c in COMMANDS if c.startswith("python -m ftexp.run")]
 MAKES = [c for c in COMMANDS if c.startswith("make ")]
 
@@ -33,6 +36,9 @@ def test_readme_has_commands_and_all_are_run_here():
         "ftexp.power",
         "ftexp.show",
         "ftexp.sweep",
+        "ftexp.confirm",
+        "ftexp.plan",
+        "bash",  # of ftexp --completion
     }, others
 
 
@@ -63,6 +69,12 @@ def folder(tmp_path_factory):
 def test_run_works(command, cli, folder, monkeypatch):
     """As written, but for a small model and few steps; what names the person's own model and rows stays."""
     monkeypatch.chdir(folder)
+    code, out, err = run_small(command, cli)
+    assert code == 0, err
+    assert out
+
+
+def run_small(command, cli):
     argv = shlex.split(command)[3:]
     small = [o for o in TINY if not any(a.split("=")[0] == o.split("=")[0] for a in argv)]
     if any(a.startswith("data=jsonl") for a in argv):
@@ -71,9 +83,7 @@ def test_run_works(command, cli, folder, monkeypatch):
         small = []
     if "sweep.engine=slurm" in argv:
         small.append("sweep.engine_args.cluster=local")  # jobs are processes here
-    code, out, err = cli(*argv, *small)
-    assert code == 0, err
-    assert out
+    return cli(*argv, *small)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in (*RUNS, *MAKES)])
@@ -85,7 +95,15 @@ def test_other_verbs_work_after_their_sweep(command, cli, folder, monkeypatch, c
     monkeypatch.chdir(folder)
     code, _, err = cli("lora.r=8,16,64", "-m", *TINY, "track=none", "name=lora.r-8-16-64")
     assert code == 0, err
+    if " mine" in command or "/mine" in command:
+        [launch] = [c for c in RUNS if "name=mine" in c]
+        assert run_small(launch, cli)[0] == 0
     capsys.readouterr()
+    if command.startswith("ftexp "):
+        monkeypatch.setattr(sys, "argv", shlex.split(command.split(">")[0]))
+        assert verbs.main() == 0
+        assert capsys.readouterr().out
+        return
     verb, *argv = shlex.split(command)[2:]
     monkeypatch.setattr(sys, "argv", [verb, *argv, *(["model=tiny"] if verb == "ftexp.show" else [])])
     assert import_module(verbs.module(verb.removeprefix("ftexp."))).main() == 0
@@ -100,6 +118,17 @@ def test_exit_codes_of_the_readme_are_those_of_the_code():
     assert raised - {1} <= set(told)
 
 
-def test_pictures_and_files_the_readme_shows_exist():
-    for target in re.findall(r"\]\(([^)#:]+)\)", TEXT):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_pictures_and_files_a_page_shows_exist(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", PAGES[page]):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_score_has_a_line_in_the_page_of_numbers():
+    from ftexp.metrics import METRICS
+
+    page = PAGES[ROOT / "analysis" / "NUMBERS.md"]
+    for name in METRICS:
+        short = name.split("/")[1]
+        average = short.rpartition("_")[2]  # f1_macro and its like are told by their average
+        assert any(f"`{word}`" in page for word in (name, short, average)), name

@@ -64,6 +64,23 @@ def test_objective_and_its_direction_decide(sweep):
     assert report.read(folder).best == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "title", "base"), [("valid/chrf", "chrf", "0.1000"), ("forgetting/loss", "forgetting/loss", "")]
+)
+def test_every_objective_has_a_column(sweep, name, title, base):
+    told = [trial(8, 0.3), trial(16, 0.2)]
+    for n, t in enumerate(told):
+        t["scores"] |= {name: 0.25 + n, "base/chrf": 0.1}
+    text = printed(sweep(*told, objectives=["valid/loss", name, "cost/trainable", "valid/exact_match"]))
+    head, rows = (
+        [[c.strip() for c in line.strip("┃│").split(bar)] for line in text.splitlines() if line.startswith(bar)]
+        for bar in "┃│"
+    )
+    (titles,), at = head, head[0].index(title)
+    assert [row[at] for row in rows] == [base, "1.2500", "0.2500"]
+    assert len(titles) == len(set(titles)) and titles.count("trainable") == 1
+
+
 def test_nan_never_wins(sweep):
     assert report.read(sweep(trial(8, math.nan), trial(16, 5.0), trial(4, math.nan))).best == 1
     assert report.read(sweep(trial(8, math.nan))).best is None

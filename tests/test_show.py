@@ -112,3 +112,24 @@ def test_colours_are_written_to_a_terminal():
     out = io.StringIO()
     Console(file=out, force_terminal=True).print(show.coloured(example(), tiny.tokenizer(), brackets=False))
     assert "\x1b[1;32m" in out.getvalue()
+
+
+def test_json_says_what_the_screen_says(shown):
+    import json
+
+    from ftexp import data
+
+    given = [*SMALL, "data.test=5"]
+    code, out, err = shown(*given, "--json", "--rows", "2", "--split", "valid")
+    assert code == 0, err
+    told, splits = json.loads(out), data.load(show.compose(given).data)
+    assert (told["read"], told["train"]["rows"], told["valid"]["rows"], told["test"]) == (
+        splits.read, len(splits.train), len(splits.valid), {"rows": 5})  # fmt: skip
+    assert f"tokens: {told['train']['tokens'] + told['valid']['tokens']}," in shown(*given)[1]
+    first = told["valid_rows"][0]
+    assert len(told["valid_rows"]) == 2
+    learned = "".join(s["text"] for s in first["spans"] if s["supervised"])
+    assert splits.valid[0].completion in learned
+    assert not any(row.completion in out for row in splits.test)
+    code, out, err = shown(*SMALL, "data.max_length=60", "--json")
+    assert (code, out) == (3, "") and "ftexp: yoda:0: a row must be at most" in err

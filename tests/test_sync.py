@@ -52,7 +52,7 @@ def in_files(folder):
 
 
 def test_sweep_without_its_server_ends_well_and_is_brought_later_once(cli, verb, tmp_path):
-    code, _, err = cli("lora.r=2,4", *TINY, "name=s", DEAD, "-m")
+    code, _, err = cli("lora.r=2,4", *TINY, "name=s", "data.test=4", DEAD, "-m")
     assert code == 0, err
     assert err.count("warning: track.uri=http://127.0.0.1:9 cannot be opened") == 1
     uri = f"sqlite:///{tmp_path}/ml.db"
@@ -68,6 +68,9 @@ def test_sweep_without_its_server_ends_well_and_is_brought_later_once(cli, verb,
     assert {r.info.status for r in runs.values()} == {"FINISHED"}
     assert runs["lora.r=2"].data.tags["mlflow.parentRunId"] == runs["s"].info.run_id
     assert runs["lora.r=4"].data.params["lora.r"] == "4"
+    given = {i.tags[0].value: i.dataset for i in runs["lora.r=4"].inputs.dataset_inputs}
+    rows = {context: json.loads(one.profile)["num_rows"] for context, one in given.items()}
+    assert rows == {"training": 104, "validation": 12}  # and nothing of the 4 sealed rows
     assert verb("--uri", uri)[1] == "brought 0 runs, 0 points and 0 files that were not there\n"
     assert histories(uri) == told
 

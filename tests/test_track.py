@@ -29,6 +29,9 @@ def test_run_arrives_whole(tracked, tmp_path):
     (tmp_path / "file.txt").write_text("x")
     with track.start(tracked, tmp_path / "0", "lora.r=4", parent) as log:
         log.params(track.flat(tracked))
+        for _ in range(2):  # a run that goes on tells them again
+            log.inputs([{"name": "my.jsonl/train", "sha256": "ab" * 32, "rows": 7, "kind": "jsonl", "context": "training",
+                         "source": {"path": "my.jsonl"}}])  # fmt: skip
         log.tags({"ftexp.weights": "abc"})
         for step in range(5):
             log.metrics({"train/loss": 1 / (step + 1)}, step)
@@ -42,6 +45,14 @@ def test_run_arrives_whole(tracked, tmp_path):
     assert trial.data.tags["mlflow.parentRunId"] == parent == runs["sweep"].info.run_id
     assert trial.data.params["lora.r"] == "16"
     assert trial.data.tags["ftexp.weights"] == "abc"
+    (given,) = trial.inputs.dataset_inputs
+    assert (given.dataset.name, given.dataset.digest, given.dataset.source_type) == (
+        "my.jsonl/train",
+        "ab" * 18,
+        "jsonl",
+    )
+    assert json.loads(given.dataset.profile) == {"num_rows": 7}
+    assert [(tag.key, tag.value) for tag in given.tags] == [("mlflow.data.context", "training")]
     assert [m.value for m in client.get_metric_history(trial.info.run_id, "train/loss")] == [1 / n for n in range(1, 6)]
     assert {f.path for f in client.list_artifacts(trial.info.run_id)} == {"examples.json", "file.txt"}
     assert runs["sweep"].data.metrics["trials"] == 1

@@ -1,9 +1,11 @@
 """How a verb ends: one line, an exit code, and no traceback for what a person caused."""
 
 import json
+import os
 import subprocess
 import sys
 
+import made
 import pytest
 
 from ftexp import verb
@@ -50,3 +52,22 @@ def test_a_reader_that_left_is_no_error():
 def test_json_has_null_for_what_it_has_no_number_for():
     told = verb.as_json({"a": [1.5, float("nan")], "b": {"c": (float("-inf"), None, "x")}})
     assert json.loads(told, parse_constant=pytest.fail) == {"a": [1.5, None], "b": {"c": [None, None, "x"]}}
+
+
+def test_no_colour_where_the_output_is_no_terminal(tmp_path):
+    made.sweep(tmp_path / "s")
+    env = {key: value for key, value in os.environ.items() if key not in ("FORCE_COLOR", "NO_COLOR")}
+    done = subprocess.run([sys.executable, "-m", "ftexp", "report", "s"], cwd=tmp_path, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout and b"\x1b" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_no_colour_on_a_terminal_where_it_is_not_wanted(asked):
+    code = "from ftexp.progress import console; console.print('[red]x[/red]')"
+    env = os.environ | {"TERM": "xterm-256color"} | ({"NO_COLOR": "1"} if asked else {})
+    mine, theirs = os.openpty()
+    subprocess.run([sys.executable, "-c", code], env=env, stdout=theirs, stderr=theirs, check=True)
+    os.close(theirs)
+    assert (b"\x1b[31m" in os.read(mine, 1000)) is not asked
+    os.close(mine)

@@ -135,7 +135,7 @@ def usable(
     gone = [rows[n] for n in range(len(rows)) if lost[n]]
     if gone:
         told = f"{len(gone)} of {len(rows)} rows have more than data.max_length={data.max_length} tokens"
-        say(f"left out: {told}, the first is {gone[0].where}")
+        say(f"left out: {told}, the first is {gone[0].where}", always=True)
         if len(gone) > LOST * len(rows) and Gate.lost not in data.allow:
             raise DataError(f"{gone[0].where}: {told}; more than {LOST:.0%} may be lost with data.allow=[lost]")
     mute = [n for n in kept if not supervised[n]]
@@ -143,7 +143,7 @@ def usable(
         told = f"{len(mute)} of {len(rows)} rows have no supervised token within data.max_length={data.max_length}"
         if Gate.unsupervised not in data.allow:
             raise DataError(f"{rows[mute[0]].where}: {told}; leave them out with data.allow=[unsupervised]")
-        say(f"left out: {told}, the first is {rows[mute[0]].where}")
+        say(f"left out: {told}, the first is {rows[mute[0]].where}", always=True)
         kept = [n for n in kept if supervised[n]]
     endless = [n for n in kept if not ended[n]]
     if len(endless) > LOST * len(rows) and Gate.no_eos not in data.allow:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -43,7 +43,11 @@ class Splits:
 
     def digest(self) -> str:
         """Hash the content of all three splits: equal text in equal splits, equal digest, on any machine."""
-        return self._digest
+        return self._digests[0]
+
+    def digests(self) -> dict[str, str]:
+        """Hash the content of the training and of the held-out rows, each for itself and in its order."""
+        return dict(zip(("train", "valid"), self._digests[1:3], strict=True))
 
     def sealed_digest(self) -> str:
         """Hash the content of the test rows alone, in any order: an opening of them is known by it."""
@@ -51,15 +55,25 @@ class Splits:
         return hashlib.sha256("\n".join(contents).encode()).hexdigest()
 
     @cached_property
-    def _digest(self) -> str:
-        made = hashlib.sha256()
-        for n, part in enumerate((self.train, self.valid, self.test)):  # the bytes of one JSON list, piece by piece
-            made.update(b", [" if n else b"[[")
-            for m, row in enumerate(part):
-                made.update((", " if m else "").encode() + json.dumps(_content(row)).encode())
-            made.update(b"]")
-        made.update(b"]")
-        return made.hexdigest()
+    def _digests(self) -> tuple[str, ...]:
+        """Of all three splits, and of each: the bytes of one JSON list of lists, and of its lists, piece by piece."""
+        whole, parts = hashlib.sha256(), []
+        for n, part in enumerate((self.train, self.valid, self.test)):
+            whole.update(b", " if n else b"[")
+            own = hashlib.sha256()
+            for piece in _pieces(part):
+                whole.update(piece)
+                own.update(piece)
+            parts.append(own.hexdigest())
+        whole.update(b"]")
+        return whole.hexdigest(), *parts
+
+
+def _pieces(part: tuple[Row, ...]) -> Iterator[bytes]:
+    yield b"["
+    for n, row in enumerate(part):
+        yield (", " if n else "").encode() + json.dumps(_content(row)).encode()
+    yield b"]"
 
 
 def _content(row: Row) -> list[object]:

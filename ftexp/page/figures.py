@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftexp import board as boards
+from ftexp import sealed
 from ftexp.board import Board, Point
 from ftexp.compare import Verdict
 from ftexp.examples import Example
@@ -41,6 +42,12 @@ class Sweep:
     """Held-out rows of the winner's first trial beside the base."""
     command: tuple[str, ...]
     """Words that run the winner again; empty where they were not kept."""
+    openings: Sequence[Mapping[str, Any]] = ()
+    """Of the sealed rows by `ftexp confirm`, oldest first."""
+    labels: Sequence[Mapping[str, Any]] = ()
+    """What the winner's first trial says of each label on the held-out rows; empty where rows have none."""
+    sealed_labels: Sequence[Mapping[str, Any]] = ()
+    """The same of the confirmed point on the sealed rows, means over its fresh seeds."""
 
     @property
     def complete(self) -> list[Point]:
@@ -181,6 +188,16 @@ def named(found: Bin) -> str:
     """Name a bin by its value or its range, and say how many points it holds."""
     low, high = (f"{v:.3g}" if isinstance(v, float) else str(v) for v in (found.low, found.high))
     return f"{low if found.low == found.high else f'{low} to {high}'} ({found.trials})"
+
+
+def confirmed(sweep: Sweep) -> list[str]:
+    """Tell what the last opening of the sealed rows came to; nothing where they are sealed."""
+    if not sweep.openings:
+        return []
+    last, winner = dict(sweep.openings[-1]), sweep.winner
+    trials = [] if winner is None else [t["number"] for t in winner.trials]
+    moved = None if winner is None else sealed.moved(last, trials, boards.label(winner))
+    return [*sealed.lines(last), *([] if moved is None else [moved])]
 
 
 def brief(label: str) -> str:

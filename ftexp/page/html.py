@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ftexp import board as boards
-from ftexp import compare, config, examples
+from ftexp import compare, config, examples, sealed
 from ftexp.board import Line, Point
 from ftexp.examples import Example
 from ftexp.metrics import METRICS, Direction
@@ -24,16 +24,20 @@ MOST_ROWS = 200
 """Held-out rows on the page: those that broke first, then those that got better."""
 MOST_TEXT = 4000
 """Characters of a text on the page."""
+EXACT = ("trainable", "total", "steps", "flops")
+"""Of a plan: what is counted, and must be met."""
 OUTCOMES = {examples.WIN: "better", examples.LOSS: "worse", examples.SAME: "same"}
 
 
 def page(sweep: Sweep) -> str:
     """Write the whole page; equal sweeps give equal pages."""
     made = [
-        ("decision", "Decision", decision(sweep)), ("leaderboard", "Leaderboard", leaderboard(sweep)),
+        ("decision", "Decision", decision(sweep)), ("confirmation", "Confirmation", confirmation(sweep)),
+        ("leaderboard", "Leaderboard", leaderboard(sweep)),
         ("intervals", "How sure", intervals(sweep)), ("curves", "Held-out curves", curves(sweep)),
         ("effects", "What each key did", effects(sweep)), ("cost", "Quality against cost", cost(sweep)),
-        ("examples", "Examples", rows(sweep)), ("ended", "Trials that ended early", ended(sweep)),
+        ("labels", "Labels", labels(sweep)), ("examples", "Examples", rows(sweep)),
+        ("ended", "Trials that ended early", ended(sweep)), ("plan", "Plan against real", plan(sweep)),
         ("made", "How it was made", provenance(sweep)),
     ]  # fmt: skip
     there = [(key, title, body) for key, title, body in made if body]
@@ -74,6 +78,7 @@ def decision(sweep: Sweep) -> str:
         ("Best point", _best(sweep, sweep.winner), ""),
         ("Cannot be told from it", _same(sweep), ""),
         ("Noise", _noise(sweep), ""),
+        ("Sealed rows", _sealed(sweep), ""),
         ("Cost of the best point", _cost(sweep, sweep.winner), ""),
         ("Rows", _receipt(sweep), ""),
         ("Run the best point again", _again(sweep), ' class="wide"'),
@@ -136,15 +141,134 @@ def _noise(sweep: Sweep) -> str:
     )
 
 
+def _sealed(sweep: Sweep) -> str:
+    """Say in the card what the winner was worth on rows that no trial saw, or how to learn it."""
+    trials = [t for t in sweep.board.trials if t.get("facts", {}).get("rows", {}).get("test")]
+    if not sweep.openings:
+        return (
+            f"Not opened. <code>ftexp confirm {_e(sweep.name)}</code> scores the winner on them once." if trials else ""
+        )
+    last = dict(sweep.openings[-1])
+    if "result" not in last:
+        return _e(sealed.line(last))
+    winner, result = last["result"]["members"][0], last["result"]
+    name = result["objective"].removeprefix("valid/")
+    seeds = len(winner["seeds"])
+    return (
+        f"{_e(winner['label'])}: test/{_e(name)} <strong>{_e(sealed.ranged(winner['test'][name]))}</strong><br>"
+        f"{result['rows']} rows, {seeds} fresh seed{'' if seeds == 1 else 's'}, opened {sealed.times(last)}"
+    )
+
+
+def confirmation(sweep: Sweep) -> str:
+    """Write what `ftexp confirm` found: the winner again, on fresh seeds and on the sealed rows."""
+    if not sweep.openings:
+        return ""
+    last = dict(sweep.openings[-1])
+    told = "".join(f"<li>{_e(line)}</li>" for line in figures.confirmed(sweep))
+    if "result" not in last:
+        return f'<ul class="told">{told}</ul>'
+    result = last["result"]
+    name, unit = result["objective"].removeprefix("valid/"), result["unit"]
+    heads = _heads("point", "in the sweep", "fresh seeds", f"sealed rows, test/{name}", f"optimism{unit}", "seeds")
+    body = ""
+    for member in result["members"]:
+        diverged = f", {member['failed']} diverged" if member["failed"] else ""
+        before = (sealed.number(member["valid"]), sealed.number(member["valid_again"]))
+        after = (sealed.ranged(member["test"][name]), sealed.ranged(member["optimism"]))
+        cells = (*before, *after, f"{len(member['seeds'])}{diverged}")
+        body += _cells(f"{member['role']}: {member['label']}", *cells)
+    every = "".join(
+        _cells(f"test/{key}", *(sealed.ranged(m["test"][key]) for m in result["members"]))
+        for key in result["members"][0]["test"]
+    )
+    table = f"<table><thead>{heads}</thead><tbody>{body}</tbody></table>"
+    heads = _heads("score", *(member["role"] for member in result["members"]))
+    others = f'<table class="slim"><thead>{heads}</thead><tbody>{every}</tbody></table>'
+    return (
+        f'{_scroll("Confirmation", table)}<ul class="told">{told}</ul><h3>Every score on the sealed rows</h3>'
+        + _scroll("Scores on the sealed rows", others)
+    )
+
+
+def labels(sweep: Sweep) -> str:
+    """Write what the winner knows of each label, on held-out rows and on sealed ones that were opened."""
+    if not sweep.labels or sweep.winner is None:
+        return ""
+    trial = sweep.winner.trials[0]
+    told = f"<p>Trial {trial['number']} ({_e(trial['label'])}) on the held-out rows. An empty cell is undefined.</p>"
+    found = told + _scroll("Labels on held-out rows", _label_table(sweep.labels))
+    if sweep.sealed_labels:
+        found += "<h3>On the sealed rows</h3><p>The confirmed point; means over its fresh seeds.</p>"
+        found += _scroll("Labels on sealed rows", _label_table(sweep.sealed_labels))
+    return found
+
+
+def _label_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    keys = [key for key in lines[0] if key == "label" or any(line.get(key) is not None for line in lines)]
+    titles = {"roc_auc": "ROC-AUC", "f1": "F1", "base_f1": "F1 of the base", "tfidf_f1": "F1 of TF-IDF"}
+    heads = "".join(f'<th scope="col"{_num(key != "label")}>{_e(titles.get(key, key))}</th>' for key in keys)
+    body = "".join(
+        _cells(line["label"], *(_figure(key, line[key]) for key in keys if key != "label")) for line in lines
+    )
+    return f'<table class="sort small"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _figure(key: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:g}" if key in ("true", "predicted") else f"{value:.3f}"
+
+
+def plan(sweep: Sweep) -> str:
+    """Set the plan of each trial beside what it took; what is counted exactly is listed only where it was missed."""
+    known = [t for t in sweep.board.trials if "plan" in t]
+    if not known:
+        return ""
+    missed = {t["number"]: [k for k in EXACT if t["plan"][k]["planned"] != t["plan"][k]["real"]] for t in known}
+    right = sum(not keys for keys in missed.values())
+    body = "".join(_planned(trial, missed[trial["number"]]) for trial in known)
+    titles = ("trial", "overrides", "trainable", "total", "steps", "TFLOP", "GiB planned", "GiB real", "error")
+    heads = "".join(f'<th scope="col"{_num(n > 1)}>{title}</th>' for n, title in enumerate(titles))
+    table = f'<table class="sort"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
+    told = f"Parameters, steps and operations of {right} of {len(known)} trials are as planned"
+    told += "." if right == len(known) else "; the others show planned &rarr; real."
+    return (
+        f"<p>{told} Memory is that of training: on a GPU all that is allocated, on a CPU what the process grew by over "
+        "the loaded base, to which its allocator and scoring add.</p>" + _scroll("Plan against real", table)
+    )
+
+
+def _planned(trial: dict[str, Any], missed: list[str]) -> str:
+    told = trial["plan"]
+    counts = []
+    for key in EXACT:
+        ways = ("planned", "real") if key in missed else ("real",)
+        shown = [f"{told[key][way] / 1e12:,.4g}" if key == "flops" else f"{told[key][way]:,}" for way in ways]
+        counts.append(f'<td class="num{" warn" if key in missed else ""}">{" &rarr; ".join(shown)}</td>')
+    memory = told["memory_gib"]
+    error = "" if memory["error"] is None else f"{100 * memory['error']:+.0f} %"
+    sizes = "".join(
+        f'<td class="num">{cell}</td>' for cell in (*(f"{memory[w]:.3f}" for w in ("planned", "real")), error)
+    )
+    name = f'<td>{trial["number"]}</td><th scope="row">{_e(trial["label"])}</th>'
+    return f"<tr>{name}{''.join(counts)}{sizes}</tr>"
+
+
+def _cells(name: str, *cells: str) -> str:
+    numbers = "".join(f'<td class="num">{_e(cell)}</td>' for cell in cells)
+    return f'<tr><th scope="row">{_e(name)}</th>{numbers}</tr>'
+
+
 def _cost(sweep: Sweep, winner: Point) -> str:
     scores, facts = winner.scores, winner.trials[0].get("facts", {})
     of = facts.get("parameters", {}).get("total")
-    whole = f" of {of / 1e6:.2f} M" if of else ""
+    whole = f" of {boards.millions(of)}" if of else ""
     memory = scores.get("cost/gpu_memory_gib", scores["cost/memory_gib"])
     spent = math.fsum(t.get("scores", {}).get("cost/seconds", 0.0) for t in sweep.board.trials)
     kind = "GPU memory" if "cost/gpu_memory_gib" in scores else "memory of the process"
     return (
-        f"{scores['cost/trainable'] / 1e6:.2f} M weights trained{whole}<br>{scores['cost/seconds']:.0f} s, "
+        f"{boards.millions(scores['cost/trainable'])} weights trained{whole}<br>{scores['cost/seconds']:.0f} s, "
         f"{memory:.1f} GiB {kind}<br>all complete trials together: {spent:.0f} s"
     )
 

@@ -112,6 +112,7 @@ vertical-align:bottom}
 .num{text-align:right;white-space:nowrap}
 tbody th{font-weight:400;min-width:11.5rem;overflow-wrap:anywhere}
 table.small tbody th{min-width:0;overflow-wrap:break-word}
+table.slim{width:auto;min-width:min(100%,26rem)}
 td:first-child{white-space:nowrap}
 tr.best>*{font-weight:600}
 tr.base>*,tr.unfinished>*{color:var(--soft)}

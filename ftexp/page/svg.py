@@ -115,7 +115,17 @@ def ticks(axis: Scale, most: int = 5) -> list[float]:
     return [round((first + n) * step, 12) for n in range(count)]
 
 
-def short(value: float) -> str:
+def apart(values: Sequence[float]) -> list[str]:
+    """Write the numbers of an axis in three digits, or in as many as it takes to tell them apart.
+
+    >>> apart([0.3050, 0.3052]), apart([1.0, 2.0])
+    (['0.305', '0.3052'], ['1', '2'])
+    """
+    told = [[short(v, digits) for v in values] for digits in range(3, 13)]
+    return next((names for names in told if len(set(names)) == len(set(values))), told[-1])
+
+
+def short(value: float, digits: int = 3) -> str:
     """Write a number for an axis.
 
     >>> [short(v) for v in (0, 0.0002, 0.25, 12, 2500, 4884480)]
@@ -125,11 +135,11 @@ def short(value: float) -> str:
         return "0" if value == 0 else str(value)
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
+            return f"{value / size:.{digits}g}{unit}"
     if abs(value) >= 0.001:
-        return f"{value:.3g}"
-    digits, power = f"{value:.2e}".split("e")
-    return f"{float(digits):g}e{int(power)}"
+        return f"{value:.{digits}g}"
+    leading, power = f"{value:.{digits - 1}e}".split("e")
+    return f"{float(leading):.{digits}g}e{int(power)}"
 
 
 def lines(series: Sequence[Series], x: str, y: str, title: str, level: tuple[str, float] | None = None) -> Svg:
@@ -245,15 +255,14 @@ def _text(x: float, y: float, text: str, look: str = "") -> str:
 
 def _axes(across: Scale, up: Scale, x: str, y: str) -> str:
     drawn = []
-    for value in ticks(up):
+    rungs, marks = ticks(up), ticks(across)
+    for value, name in zip(rungs, apart(rungs), strict=True):
         at = up.at(value)
-        drawn.append(
-            f'<path class="grid" d="M{LEFT} {at}H{WIDTH - RIGHT}"/>{_text(LEFT - 8, at + 4, short(value), "end")}'
-        )
-    for value in ticks(across):
+        drawn.append(f'<path class="grid" d="M{LEFT} {at}H{WIDTH - RIGHT}"/>{_text(LEFT - 8, at + 4, name, "end")}')
+    for value, name in zip(marks, apart(marks), strict=True):
         at = across.at(value)
         drawn.append(f'<path class="tick" d="M{at} {HEIGHT - BOTTOM}v5"/>')
-        drawn.append(_text(at, HEIGHT - BOTTOM + 19, short(value), "mid"))
+        drawn.append(_text(at, HEIGHT - BOTTOM + 19, name, "mid"))
     drawn.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
     drawn.append(_text(4, 14, y, "title"))
     drawn.append(_text(WIDTH - RIGHT, HEIGHT - 6, x, "end title"))

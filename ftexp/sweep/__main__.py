@@ -115,7 +115,7 @@ def stop(args: argparse.Namespace) -> int:
     sweep, record = opened(folder)
     holder = plugin.running(folder)
     if holder is None:
-        print(f"{sweep.name} is not running: {screen.line(sweep, record)}")
+        _told(args, folder, f"{sweep.name} is not running: {screen.line(sweep, record)}")
         return 0
     record.set_user_attr(worker.STOP, "stopped by `ftexp sweep stop`")
     record.set_user_attr(worker.LEAVE, True)
@@ -125,8 +125,14 @@ def stop(args: argparse.Namespace) -> int:
         time.sleep(0.2)
     if plugin.running(folder):
         raise MachineError(f"{sweep.name}: process {holder} still runs; it ends after the step or score under way")
-    print(f"{sweep.name} stopped: {screen.line(sweep, record)}; goes on with: ftexp sweep resume {sweep.name}")
+    line = screen.line(sweep, record)
+    _told(args, folder, f"{sweep.name} stopped: {line}; goes on with: ftexp sweep resume {sweep.name}")
     return 0
+
+
+def _told(args: argparse.Namespace, folder: Path, line: str) -> None:
+    """Print where a sweep stands: the line, or what `ls --json` says of it."""
+    print(as_json(summary(folder)) if args.json else line)
 
 
 def resume(args: argparse.Namespace) -> int:
@@ -138,6 +144,9 @@ def resume(args: argparse.Namespace) -> int:
     sweep = frozen.load(folder)
     with plugin.only_supervisor(folder, sweep.name):
         plugin.go_on(sweep, args.workers)
+    if args.json:
+        print(as_json(summary(folder)))
+        return 0
     report.show(Path(os.path.relpath(folder)))
     return 0
 
@@ -165,7 +174,7 @@ def rows_of(sweep: Frozen, record: Study) -> list[dict[str, Any]]:
 def export(args: argparse.Namespace) -> int:
     """Write the trials as CSV or JSON to stdout."""
     rows = rows_of(*opened(find(args.name)))
-    if args.format == "json":
+    if args.json or args.format == "json":
         print(as_json(rows))
         return 0
     titles = list(dict.fromkeys(key for row in rows for key in row))
@@ -187,8 +196,7 @@ def parser() -> argparse.ArgumentParser:
         verb.set_defaults(run=run)
         if run is not ls:
             verb.add_argument("name", help="name of the sweep, or its folder")
-        if run in (ls, show):
-            verb.add_argument("--json", action="store_true", help="for scripts")
+        verb.add_argument("--json", action="store_true", help="for scripts")
         if run is show:
             verb.add_argument("--watch", action="store_true", help="keep the screen up to date until the sweep ends")
         if run is resume:

@@ -198,7 +198,7 @@ def launch(
             f"name={sweep.name}: sweep.storage={options.storage} holds another sweep of this name; choose another name"
         )
     if before.get("code", code) != code:
-        say("the code of ftexp is not that of the launch; trials from now on run with the new code")
+        say("the code of ftexp is not that of the launch; trials from now on run with the new code", always=True)
     sweep.save()
     if kept is None:
         write_json(folder / "identity.json", identity.told)
@@ -227,7 +227,10 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
         record.set_user_attr(worker.LEAVE, None)
         gone = study.settle(record, points, options.max_retries, sweep.folder)
     if gone:
-        say(f"sweep {sweep.name}: the folders of trials {', '.join(map(str, gone))} are gone; they run again")
+        say(
+            f"sweep {sweep.name}: the folders of trials {', '.join(map(str, gone))} are gone; they run again",
+            always=True,
+        )
     left = sum(not t.state.is_finished() for t in study.counted(record))
     count = options.workers or len(supervisor.gpus())
     where = f"{min(count, left)} workers" if count else "in this process"
@@ -265,7 +268,7 @@ def go_on(sweep: Frozen, workers: int | None) -> None:
         if kept is not None and data.load(run.data).digest() != kept:
             raise ConfigError(f"name={sweep.name}: the rows changed since the sweep was launched; choose another name")
     if sweep.code != facts.code():
-        say("the code of ftexp is not that of the launch; trials from now on run with the new code")
+        say("the code of ftexp is not that of the launch; trials from now on run with the new code", always=True)
     sweep = replace(sweep, options=options, code=facts.code())
     sweep.save()
     carry_out(sweep, runs[0])

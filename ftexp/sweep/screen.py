@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ftexp import metrics
 from ftexp.files import read_json
-from ftexp.progress import console, say
+from ftexp.progress import console, quiet, say
 from ftexp.sweep import study
 from ftexp.sweep.frozen import Frozen
 
@@ -167,7 +167,7 @@ def live(sweep: Frozen, record: Study) -> Iterator[Callable[[], None]]:
         A function to call often.
     """
     looked, ended = 0.0, _ended(record)
-    screen = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+    screen = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal and not quiet() else None
 
     def show() -> None:
         nonlocal looked, ended

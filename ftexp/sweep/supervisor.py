@@ -117,7 +117,7 @@ def _tend(sweep: Frozen, record: Study, slot: Slot, start: Callable[..., Worker]
         died = code not in (0, PREEMPTED)
         slot.deaths = slot.deaths + 1 if died else 0
         if died:
-            say(f"worker {slot.number} died (exit {code}); see {sweep.folder}/workers/{slot.number}.log")
+            say(f"worker {slot.number} died (exit {code}); see {sweep.folder}/workers/{slot.number}.log", always=True)
     if record.user_attrs.get(STOP) or not _waiting(record):
         return
     if slot.deaths > 3 + sweep.options.max_retries:

@@ -76,7 +76,7 @@ def run_ticket(sweep: Frozen, record: Study, trial: Trial) -> None:
         raise
     trial.set_user_attr("ftexp:reason", outcome.reason)
     trial.set_user_attr("ftexp:kind", outcome.kind)
-    say(f"trial {number} {outcome.state} {outcome.reason}".rstrip())
+    say(f"trial {number} {outcome.state} {outcome.reason}".rstrip(), always=outcome.state == "failed")
     states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
     state = states[outcome.state]
     if outcome.kind in ("diverged", "oom"):

@@ -79,9 +79,9 @@ def store(folder: Path, fingerprint: dict[str, Any]) -> Store:
     for path in sorted(folder.glob(f"checkpoint-*/{SEAL}")):
         kept = _read(path)
         if kept is None or not all(_is_whole(path.parent / name, digest) for name, digest in kept["files"].items()):
-            say(f"{path.parent}: a damaged checkpoint, not used")
+            say(f"{path.parent}: a damaged checkpoint, not used", always=True)
         elif told := _difference(kept["fingerprint"], fingerprint) - ROUNDING:
-            say(f"{path.parent}: not used, it is of a run with another {', '.join(sorted(told))}")
+            say(f"{path.parent}: not used, it is of a run with another {', '.join(sorted(told))}", always=True)
         else:
             if kept["fingerprint"] != fingerprint:
                 say(f"{path.parent}: goes on with another number of threads, so equal up to rounding")

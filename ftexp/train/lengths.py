@@ -16,7 +16,7 @@ from ftexp.config import Data, Packing
 from ftexp.data.prompts import Example
 from ftexp.data.tokens import Tokens
 from ftexp.errors import ConfigError, DataError
-from ftexp.progress import say
+from ftexp.progress import warn
 
 if TYPE_CHECKING:
     import torch
@@ -92,8 +92,8 @@ def _warn(rows: Dataset, packs: Dataset, data: Data) -> None:
     borders = np.cumsum([len(ids) for ids in packs["input_ids"]])[:-1]
     torn = len(np.setdiff1d(borders, ends))
     lost = _count(rows)[1] - _count(packs)[1]
-    say(
-        f"warning: data.packing=wrapped tears {torn} of {len(rows)} rows at every {data.max_length} tokens, lets rows "
+    warn(
+        f"data.packing=wrapped tears {torn} of {len(rows)} rows at every {data.max_length} tokens, lets rows "
         f"see those before them, and {lost} supervised tokens begin a pack and are not learned; data.packing=bfd does "
         "none of this"
     )

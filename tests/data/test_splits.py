@@ -198,6 +198,8 @@ def test_digest_is_that_of_one_json_list():
     splits = split(made(*"abcdé"), Data(valid=1, test=1), "t")
     parts = [[(r.prompt, r.completion) for r in part] for part in (splits.train, splits.valid, splits.test)]
     assert splits.digest() == hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    each = [hashlib.sha256(json.dumps(part).encode()).hexdigest() for part in parts]
+    assert splits.digests() == {"train": each[0], "valid": each[1]}  # the sealed rows have theirs in an opening alone
 
 
 def test_sealed_digest_is_of_the_test_rows_alone_in_any_order():

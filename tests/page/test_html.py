@@ -6,7 +6,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from made import HOSTILE, sweep
+from made import HOSTILE, confirmed, sweep
 
 from ftexp import board as boards
 from ftexp import compare, report
@@ -64,7 +64,8 @@ def folders(tmp_path_factory):
         "loss": sweep(place / "loss", kind="loss", failed=1),
         "seeds": sweep(place / "seeds", 6, replicates=2),
         "none": sweep(place / "none", 2, failed=2),
-        "hostile": sweep(place / "hostile", 5, hostile=HOSTILE, pruned=1, failed=1),
+        "hostile": confirmed(sweep(place / "hostile", 5, hostile=HOSTILE, pruned=1, failed=1), hostile=HOSTILE),
+        "sealed": confirmed(sweep(place / "sealed", kind="labels", hostile=HOSTILE), labels=True, hostile=HOSTILE),
     }
     return made | {"run": made["three"] / "0"}
 
@@ -133,7 +134,7 @@ def test_rows_that_do_not_add_up_are_told(folders, tmp_path):
     assert "This does not add up." in html.page(report.gather(folder))
 
 
-@pytest.mark.parametrize("name", ["three", "labels", "loss", "seeds", "run", "none", "hostile"])
+@pytest.mark.parametrize("name", ["three", "labels", "loss", "seeds", "run", "none", "hostile", "sealed"])
 def test_page_needs_nothing_from_elsewhere(name, folders):
     page = html.page(report.gather(folders[name]))
     found = Seen(page)
@@ -172,6 +173,7 @@ def test_hostile_text_stays_text(folders):
     said = "".join(Seen(page).texts)
     assert said.count("<script>alert(1)</script>") > 30
     assert "\u202e" not in page
+    assert hostile_marks(html.page(report.gather(folders["sealed"]))) == []
 
 
 @pytest.mark.parametrize("module", [html, svg])
@@ -187,6 +189,93 @@ def test_hostile_text_is_caught_where_escaping_breaks(module, folders, monkeypat
 def test_page_without_a_result_says_so(folders):
     page = html.page(report.gather(folders["none"]))
     assert "nothing to choose from yet" in page and "failed at step 4" in page
+
+
+def section(folder, key):
+    page = html.page(report.gather(folder))
+    found = re.search(rf'<section id="{key}".*?</section>', page, re.DOTALL)
+    return None if found is None else Seen(found[0])
+
+
+def test_plan_stands_beside_what_was_taken(folders):
+    found = section(folders["three"], "plan")
+    told = read_json(folders["three"] / "1" / "trial.json")
+    row = next(r for r in found.tables[0] if r[0] == "1")
+    rank = told["config"]["lora.r"]
+    assert row[1:] == [told["label"], f"{rank * 10**5:,}", "10,000,000", "10", str(rank), "1.500", "2.000", "-25 %"]
+    assert "of 3 of 3 trials are as planned." in " ".join(found.texts)
+
+
+def test_a_plan_that_was_missed_is_told(tmp_path):
+    folder = sweep(tmp_path / "s")
+    told = read_json(folder / "2" / "trial.json")
+    told["plan"]["steps"]["real"] = 9
+    write_json(folder / "2" / "trial.json", told)
+    found = section(folder, "plan")
+    assert "of 2 of 3 trials are as planned; the others" in " ".join(found.texts)
+    assert [r[4] for r in found.tables[0][1:]] == ["10", "10", "10 → 9"]
+
+
+def test_sweeps_of_before_plans_have_no_such_section(tmp_path):
+    folder = sweep(tmp_path / "s")
+    for n in range(3):
+        told = read_json(folder / str(n) / "trial.json")
+        del told["plan"]
+        write_json(folder / str(n) / "trial.json", told)
+    assert section(folder, "plan") is None
+
+
+def test_labels_of_the_winner_stand_on_the_page(folders):
+    assert section(folders["three"], "labels") is None
+    found = section(folders["labels"], "labels")
+    (table,) = found.tables
+    assert table[0] == [
+        "label",
+        "true",
+        "predicted",
+        "precision",
+        "recall",
+        "F1",
+        "ROC-AUC",
+        "threshold",
+        "F1 of TF-IDF",
+    ]
+    assert table[1] == ["drama", "9", "4", "0.500", "0.500", "0.500", "0.750", "0.250", "0.400"]
+    assert table[3][:2] == ["war", "0"] and table[3][5] == ""
+
+
+def test_labels_of_opened_rows_stand_below_them(folders):
+    _, table = section(folders["sealed"], "labels").tables
+    assert table[1][3:6] == ["0.500", "0.600", "0.600"]  # means over the two seeds
+
+
+def test_confirmation_is_on_page_card_and_terminal(tmp_path, capsys):
+    folder = sweep(tmp_path / "s")
+    best = report.read(folder).best
+    assert section(folder, "confirmation") is None
+    confirmed(folder, (best,))
+    found = section(folder, "confirmation")
+    label = read_json(folder / str(best) / "trial.json")["label"]
+    assert found.tables[0][1] == [f"winner: {label}", "0.4198", "0.4242", "0.4321 (0.4000 to 0.4600)",
+                                  "0.0123 (-0.0100 to 0.0400)", "2"]  # fmt: skip
+    assert found.tables[1][1:] == [["test/loss", "0.4321 (0.4000 to 0.4600)"], ["test/memorised", "0.0000"]]
+    assert "test/loss 0.4321 (0.4000 to 0.4600)" in " ".join(" ".join(section(folder, "decision").texts).split())
+    report.show(folder, page=False)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "looked 0.0123 (-0.0100 to 0.0400) better in the sweep" in out and "Confirmed was" not in out
+    confirmed(folder, ((best + 1) % 3,))
+    report.show(folder, page=False)
+    assert f"first now is {label}" in " ".join(capsys.readouterr().out.split())
+    assert report.data(report.gather(folder))["confirmed"][0]["result"]["rows"] == 24
+
+
+def test_sealed_rows_that_were_not_opened_say_how(tmp_path):
+    folder = sweep(tmp_path / "s")
+    assert "Not opened." not in html.page(report.gather(folder))
+    told = read_json(folder / "0" / "trial.json")
+    told["facts"]["rows"] |= {"test": 24, "train": 76}
+    write_json(folder / "0" / "trial.json", told)
+    assert "Not opened. <code>ftexp confirm s</code>" in html.page(report.gather(folder))
 
 
 def test_examples_count_wins_and_losses(folders):

@@ -98,3 +98,14 @@ def test_picture_of_a_notebook_brings_its_colours():
     alone = svg.lines([Series("a", [(0, 1.0), (1, 2.0)])], "x", "y", "t")._repr_svg_()
     assert "--accent:" in alone and 'class="paper"' in alone
     parsed(alone)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.30490, 0.30531), (5e-5, 5.01e-5), (4_884_480, 4_884_520), (0.1, 900)])
+def test_no_two_marks_of_an_axis_read_the_same(low, high):
+    marks = svg.ticks(svg.scale([low, high], 0, 100))
+    assert len(marks) > 1 and len(set(svg.apart(marks))) == len(marks)
+
+
+def test_three_digits_alone_would_read_the_same():
+    marks = svg.ticks(svg.scale([0.30490, 0.30531], 0, 100))
+    assert len({svg.short(v) for v in marks}) < len(marks)

@@ -54,6 +54,9 @@ def test_list_show_and_export_tell_what_ran(cli, verb):
     assert [e["lora.r"] for e in exported] == ["2", "4"]
     assert float(exported[0]["valid/loss"]) == read_json_scores("s", 0)["valid/loss"]
     assert json.loads(verb("export", "outputs/sweeps/s", "--format", "json")[1]) == trials
+    assert json.loads(verb("export", "s", "--json")[1]) == trials
+    for name in ("stop", "resume"):
+        assert json.loads(verb(name, "s", "--json")[1])["best_trials"] == row["best_trials"]
 
 
 def read_json_scores(name, number):

@@ -1,0 +1,105 @@
+"""Openings of a sweep's sealed rows, as `confirm.json` tells them: read back, and put in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ftexp.files import read_json
+
+FILE = "confirm.json"
+LABELS = "test_labels.json"
+"""Of a run whose sealed rows were opened: one entry a label, where rows have labels."""
+
+
+def openings(folder: Path) -> list[dict[str, Any]]:
+    """Read the openings of a sweep's sealed rows, oldest first."""
+    return (read_json(folder / FILE) or {"openings": []})["openings"]
+
+
+def line(entry: dict[str, Any]) -> str:
+    """Tell an opening in one line."""
+    opened = f"sealed rows opened {times(entry)}"
+    if "result" not in entry:
+        return f"Confirmation of {entry['plan'][0]['label']} begun {entry['date']}, {opened}: not finished."
+    result = entry["result"]
+    winner, name = result["members"][0], result["objective"].removeprefix("valid/")
+    seeds = "1 fresh seed" if len(winner["seeds"]) == 1 else f"{len(winner['seeds'])} fresh seeds"
+    score = f"{name.replace('_', ' ')} {ranged(winner['test'][name])}"
+    return f"Confirmed on {result['rows']} sealed rows and {seeds}: {winner['label']}, {score}; {opened}."
+
+
+def lines(entry: dict[str, Any]) -> list[str]:
+    """Tell an opening in a few plain lines, for below the table; only that it is not finished where it is not."""
+    from ftexp.stats.noise import ALPHA
+
+    if "result" not in entry:
+        return [line(entry)]
+    result = entry["result"]
+    winner, said = result["members"][0], [line(entry)]
+    expected = result["expected_optimism"]
+    if expected is not None:
+        said.append(
+            f"The winner looked {_off(winner['optimism'], result['unit'])} in the sweep than on sealed rows; "
+            f"were all {result['points']} points equal, {number(expected)} would be expected."
+        )
+    if result["replicates"] == 1:
+        said.append("One run a point in the sweep: its noise between seeds is not in the interval of the optimism.")
+    if (pair := result["pair"]) is not None:
+        verdict = "are not told apart" if pair["p"] > ALPHA else "differ"
+        said.append(f"Winner less cheapest: {ranged({'value': pair['difference'], **pair})}{result['unit']}, "
+                    f"p={pair['p']:.2g}: they {verdict} on sealed rows.")  # fmt: skip
+    said += [f"The winner alone: {result['alone']}."] if result["alone"] else []
+    said += ["One fresh seed: the intervals are over rows alone."] if len(winner["seeds"]) == 1 else []
+    said += [f"These sealed rows were opened before, by {'; '.join(entry['elsewhere'])}."] * bool(entry["elsewhere"])
+    return said
+
+
+def moved(entry: dict[str, Any], trials: list[int], label: str) -> str | None:
+    """Say that another point ranks first now than the one that was confirmed; None where it is the same."""
+    confirmed = entry["plan"][0]
+    return None if confirmed["trials"] == trials else f"Confirmed was {confirmed['label']}; first now is {label}."
+
+
+def labels(folder: Path) -> list[dict[str, Any]]:
+    """Read what the last finished opening says of each label, on the sealed rows and of the winner.
+
+    Counts and scores are means over the fresh seeds; what one of them has no number for is None.
+    """
+    entry = next((e for e in reversed(openings(folder)) if "result" in e), None)
+    runs = [folder / "confirm" / str(r["number"]) / LABELS for r in (entry or {"runs": []})["runs"] if r["member"] == 0]
+    tables = [table for path in runs if (table := read_json(path)) is not None]
+    return [_over_seeds(list(rows)) for rows in zip(*tables, strict=True)]
+
+
+def _over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, first in rows[0].items():
+        values = [row[key] for row in rows]
+        known = None if None in values else sum(values) / len(values) if not isinstance(first, str) else first
+        found[key] = known
+    return found
+
+
+def times(entry: dict[str, Any]) -> str:
+    """Say how often the rows of an opening have been opened, this time included."""
+    return "1 time" if entry["opened"] == 1 else f"{entry['opened']} times"
+
+
+def ranged(interval: dict[str, Any]) -> str:
+    """Write a score with its interval where it has one."""
+    value = number(interval["value"])
+    return value if interval["low"] is None else f"{value} ({number(interval['low'])} to {number(interval['high'])})"
+
+
+def _off(optimism: dict[str, Any], unit: str) -> str:
+    """Say by how much a point looked better, or worse, with the interval of that."""
+    if optimism["value"] is None or optimism["value"] >= 0:
+        return f"{ranged(optimism)}{unit} better"
+    low, high = (None if end is None else -end for end in (optimism["high"], optimism["low"]))
+    return f"{ranged({'value': -optimism['value'], 'low': low, 'high': high})}{unit} worse"
+
+
+def number(value: float | None) -> str:
+    """Write a score in four digits after the point."""
+    return "undefined" if value is None else f"{value:.4f}"

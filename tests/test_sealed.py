@@ -1,0 +1,54 @@
+"""Openings of sealed rows, read back and told."""
+
+import pytest
+from made import by_label, confirmed, sweep
+
+from ftexp import sealed
+from ftexp.files import read_json, write_json
+
+
+def test_no_opening_says_nothing(tmp_path):
+    folder = sweep(tmp_path / "s")
+    assert sealed.openings(folder) == [] and sealed.labels(folder) == []
+
+
+def test_what_is_not_finished_says_so(tmp_path):
+    (entry,) = sealed.openings(confirmed(sweep(tmp_path / "s"), finished=False))
+    (line,) = sealed.lines(entry)
+    assert line.endswith("sealed rows opened 1 time: not finished.")
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "high", "told"),
+    [(-0.01, 0.02, 0.05, "0.0200 (-0.0100 to 0.0500) better"), (-0.05, -0.02, 0.01, "0.0200 (-0.0100 to 0.0500) worse"),
+     (None, -0.02, None, "0.0200 worse"), (None, 0.0, None, "0.0000 better")],
+)  # fmt: skip
+def test_optimism_below_zero_is_worse(low, value, high, told, tmp_path):
+    (entry,) = sealed.openings(confirmed(sweep(tmp_path / "s")))
+    entry["result"]["members"][0]["optimism"] = {"value": value, "low": low, "high": high}
+    assert f"The winner looked {told} in the sweep" in sealed.lines(entry)[1]
+
+
+def test_labels_are_means_over_seeds_where_all_have_a_number(tmp_path):
+    folder = confirmed(sweep(tmp_path / "s", kind="labels"), labels=True)
+    drama, _, war = sealed.labels(folder)
+    assert drama == by_label(f1=0.6)[0]  # 0.5 of one seed and 0.7 of the other
+    assert war["f1"] is None and war["true"] == 0
+    told = by_label()
+    told[0]["f1"] = None
+    write_json(folder / "confirm" / "1" / sealed.LABELS, told)
+    assert sealed.labels(folder)[0]["f1"] is None
+
+
+def test_labels_of_the_cheapest_member_have_no_part(tmp_path):
+    folder = confirmed(sweep(tmp_path / "s", kind="labels"), labels=True)
+    kept = read_json(folder / sealed.FILE)
+    kept["openings"][0]["runs"][1]["member"] = 1
+    write_json(folder / sealed.FILE, kept)
+    assert sealed.labels(folder)[0]["f1"] == 0.5
+
+
+def test_another_winner_than_the_confirmed_one_is_told(tmp_path):
+    (entry,) = sealed.openings(confirmed(sweep(tmp_path / "s"), trials=(1,)))
+    assert sealed.moved(entry, [1], "x") is None
+    assert sealed.moved(entry, [0], "lora.r=2") == f"Confirmed was {entry['plan'][0]['label']}; first now is lora.r=2."
