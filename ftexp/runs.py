@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from ftexp import config
 from ftexp.config import Run
 from ftexp.errors import MachineError
-from ftexp.files import read_json
+from ftexp.files import read_json, sha256
 
 OUTPUTS = Path("outputs")
 
@@ -36,10 +35,10 @@ class Kept:
             return []
         return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
-    def adapter(self) -> str | None:
-        """Hash the adapter's weights; None where there is none."""
-        path = self.folder / "adapter" / "adapter_model.safetensors"
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+    def weights(self) -> str | None:
+        """Hash the weights that were trained: the adapter, or the whole model where there is none."""
+        files = (self.folder / "adapter" / "adapter_model.safetensors", self.folder / "model" / "model.safetensors")
+        return next((sha256(path) for path in files if path.exists()), None)
 
     def config(self) -> Run:
         """Build the run's config again, checked; its name and tracking are the defaults."""
