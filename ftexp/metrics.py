@@ -86,18 +86,17 @@ SCORES = {
 """What one model gets on one split, by its name without the split."""
 
 
-def _of(*kinds: str) -> dict[str, Metric]:
-    """Take the scores that methods with one rival report of it; some need another key too, such as `eval.generate`."""
-    others = {SFT, CLASSIFY, REWARD, DPO} - {*kinds}
-    left = {name: tuple(key for key in m.needs if key not in others) for name, m in SCORES.items()}
+def _of(kinds: tuple[str, ...], keys: tuple[str, ...] = ()) -> dict[str, Metric]:
+    """Take the scores that methods report of their rival; of some only with another key of theirs."""
+    left = {name: tuple(key for key in m.needs if key in (*kinds, *keys)) for name, m in SCORES.items()}
     return {name: replace(m, needs=left[name] or kinds) for name, m in SCORES.items() if left[name] or not m.needs}
 
 
 METRICS = {
     **{f"valid/{name}": m for name, m in SCORES.items()},
     **{f"test/{name}": replace(m, sealed=True) for name, m in SCORES.items()},
-    **{f"base/{name}": m for name, m in _of(SFT, DPO).items()},
-    **{f"tfidf/{name}": m for name, m in _of(CLASSIFY, REWARD).items()},
+    **{f"base/{name}": m for name, m in _of((SFT, DPO), ("eval.generate", "eval.labels")).items()},
+    **{f"tfidf/{name}": m for name, m in _of((CLASSIFY, REWARD)).items()},
     "train/loss": _least("nats a token, last step"),
     "forgetting/loss": _least("nats a token of general text, after less before", "eval.forgetting"),
     "forgetting/before": _least("nats a token of general text, base", "eval.forgetting"),
