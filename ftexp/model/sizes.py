@@ -122,6 +122,7 @@ def _base(model: Model, dtype: str, attention: str, labels: int) -> PreTrainedMo
     config = architecture.described(model)
     if labels:
         config.num_labels = labels
+        config.get_text_config().pad_token_id = 0  # a head asks for one; which does not matter to sizes
     kind: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
     try:
         return kind.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
