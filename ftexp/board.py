@@ -21,6 +21,8 @@ SCORES = {  # column title -> metric without its split, format
     "F1": ("f1", ".3f"),
     "labels F1": ("f1_macro", ".3f"),
     "ROC-AUC": ("roc_auc_macro", ".3f"),
+    "accuracy": ("accuracy", ".3f"),
+    "margin": ("margin", ".3f"),
 }
 COSTS = {"cost/trainable", "cost/seconds", "cost/memory_gib", "cost/gpu_memory_gib"}
 """Metrics with columns of their own."""
@@ -163,10 +165,16 @@ def _cells(board: Board, point: Point, best: bool) -> list[str]:
     memory = scores.get("cost/gpu_memory_gib", scores["cost/memory_gib"])
     spread = [] if point.spread is None else [f"{point.spread:.4f}"]
     return [
-        f"{point.numbers} best" if best else point.numbers, label(point), str(point.trials[0]["config"]["lora.r"]),
+        f"{point.numbers} best" if best else point.numbers, label(point), _rank(point),
         millions(scores["cost/trainable"]), *_shown(scores, "valid", _columns(board)), *spread,
         f"{scores['cost/seconds']:.0f}", f"{memory:.1f}",
     ]  # fmt: skip
+
+
+def _rank(point: Point) -> str:
+    """Tell the rank; none where base weights were trained without an adapter."""
+    told = point.trials[0]["config"]
+    return "none" if told.get("lora.variant") == "none" else str(told["lora.r"])
 
 
 def _unfinished(board: Board, point: Point) -> Line:

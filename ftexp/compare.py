@@ -20,11 +20,14 @@ ALPHA = noise.ALPHA
 MOST_POINTS = 64
 """Points that are compared, which takes some 3 seconds; of more, the best are."""
 RATIOS = {
-    "valid/loss": ("tokens", 1.0),
-    "valid/perplexity": ("tokens", 1.0),
-    "valid/bits_per_byte": ("bytes", math.log(2)),
+    "valid/loss": ("nats", "tokens", 1.0),
+    "valid/perplexity": ("nats", "tokens", 1.0),
+    "valid/bits_per_byte": ("nats", "bytes", math.log(2)),
+    "valid/chosen_loss": ("chosen_nats", "chosen_tokens", 1.0),
 }
-"""Scores that are nats over something: over which column, and nats in a unit. Others are means of a column."""
+"""Scores that are nats over something: which, over which, and nats in a unit. Others are means of a column."""
+UNITS = ("decisions", "pairs", "tokens")
+"""What a loss may be a mean over; a table of rows has one of these columns."""
 COSTS = {"cost/trainable": "weights", "cost/gpu_memory_gib": "GiB", "cost/memory_gib": "GiB"}
 """What "cheapest" goes by: the first in which the points differ. Seconds differ by chance and are not among them."""
 
@@ -209,9 +212,9 @@ def column(content: dict[str, list[Any]], objective: str) -> Column | None:
     0.6
     """
     if objective in RATIOS:
-        over, nats = RATIOS[objective]
-        over = "decisions" if "decisions" in content and objective == "valid/loss" else over  # of a classifier
-        return columns.ratio([n / nats for n in content["nats"]], content[over]) if over in content else None
+        of, over, nats = RATIOS[objective]
+        over = next((u for u in UNITS if u in content), over) if objective == "valid/loss" else over
+        return columns.ratio([n / nats for n in content[of]], content[over]) if over in content else None
     name = objective.removeprefix("valid/")
     return columns.mean(content[name]) if name in content else None
 

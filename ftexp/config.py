@@ -99,6 +99,12 @@ class Variant(Enum):
     """Scaled by alpha / sqrt(r), arXiv:2312.03732."""
     dora = "dora"
     """Magnitude and direction learned apart, arXiv:2402.09353."""
+    pissa = "pissa"
+    """LoRA that starts at the largest singular values, which leave the base while it trains, arXiv:2404.02948. What is
+    saved is a plain adapter of twice the rank for the untouched base."""
+    none = "none"
+    """No adapter: weights of the base are trained as they are, all of them or those of `lora.train`, and the whole
+    model is saved."""
 
 
 class Source(Enum):
@@ -234,6 +240,11 @@ class Method(Enum):
 
     sft = "sft"
     """Supervised fine-tuning with TRL's SFTTrainer."""
+    reward = "reward"
+    """A reward model: a head with one output that scores the better answer of a pair above the worse one (Bradley and
+    Terry 1952)."""
+    dpo = "dpo"
+    """Direct preference optimisation on pairs of answers, arXiv:2305.18290; the reference is the untouched base."""
     classify = "classify"
     """A fresh head on the model that tells the labels of a text: rows whose completion is a list of labels, parted by
     `eval.labels` (a comma where that is null)."""
@@ -311,6 +322,12 @@ class Lora:
     """Names of the layers that get an adapter; `[all-linear]` is every linear layer but the output head."""
     variant: Variant = Variant.lora
     """How the update is parametrised."""
+    lr_ratio: float = 1.0
+    """Learning rate of the matrices B as a multiple of that of A, which is `trainer.lr`; above 1 is LoRA+
+    (arXiv:2402.12354, which takes 16)."""
+    train: list[str] = field(default_factory=list)
+    """With `variant=none`: parts of the names of the base weights to train, the others stay frozen; `layer.4` is every
+    weight of layer 4, `*` stands for any letters between two dots. A fresh head is trained in any case. Empty: all."""
     extra: dict[str, Any] = field(default_factory=dict)
     """More keywords for `peft.LoraConfig`, which refuses those it does not know."""
 
@@ -322,6 +339,15 @@ class Lora:
         )
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a share in [0, 1)")
         require(bool(self.targets), "lora.targets", self.targets, "a list of at least one layer name")
+        require(1 <= self.lr_ratio <= 1000, "lora.lr_ratio", self.lr_ratio, "between 1 and 1000")
+        require(all(self.train), "lora.train", self.train, "a list of parts of names of weights")
+        if self.variant is not Variant.none:
+            require(not self.train, "lora.train", self.train, "empty unless lora.variant=none")
+            return
+        usual = {"dropout": 0.0, "targets": ["all-linear"], "lr_ratio": 1.0, "extra": {}}
+        for key, value in usual.items():
+            given = getattr(self, key)
+            require(given == value, f"lora.{key}", given, "left out with lora.variant=none: there is no adapter")
 
 
 @dataclass
@@ -491,6 +517,9 @@ class Trainer:
     """Draw batches of rows of about equal length: less padding, and an order that is less random."""
     class_weights: bool = False
     """With `kind=classify`: weigh labels in the training loss so that rare ones count as much as common ones."""
+    beta: float = 0.1
+    """With `kind=dpo`: how fast the loss falls as the model moves from its reference; small values let it move far.
+    `valid/loss` and `valid/margin` are in its unit, so trials of several values are compared by `valid/accuracy`."""
     extra: dict[str, Any] = field(default_factory=dict)
     """More keywords for `trl.SFTConfig`, which refuses those it does not know."""
 
@@ -508,8 +537,12 @@ class Trainer:
         if self.kind is not Method.classify:
             require(self.multi_label, "trainer.multi_label", self.multi_label, "true unless trainer.kind=classify")
             require(not self.class_weights, "trainer.class_weights", True, "false unless trainer.kind=classify")
-        else:
-            require(not self.group_by_length, "trainer.group_by_length", True, "false with trainer.kind=classify")
+        if self.kind is not Method.sft:
+            rule = f"false with trainer.kind={self.kind.value}"
+            require(not self.group_by_length, "trainer.group_by_length", True, rule)
+        require(0 < self.beta <= 100, "trainer.beta", self.beta, "above 0 and at most 100")
+        if self.kind is not Method.dpo:
+            require(self.beta == 0.1, "trainer.beta", self.beta, "left out unless trainer.kind=dpo")
         require(self.report_steps >= 0, "trainer.report_steps", self.report_steps, "0 or more")
         require(
             self.checkpoint_minutes is None or self.checkpoint_minutes >= 0,
@@ -604,6 +637,13 @@ class Run:
         )
         require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 4294967295")
         require(bool(self.objectives), "objectives", self.objectives, "a list of at least one metric")
+        variant = self.lora.variant
+        if variant in (Variant.none, Variant.pissa):
+            rule = f"none with lora.variant={variant.value}: it changes weights of the base"
+            require(self.quant.kind is Format.none, "quant.kind", self.quant.kind.value, rule)
+        if variant is Variant.none:
+            rule = "float32 (lora=none takes it) or bfloat16, which loses small steps, with lora.variant=none"
+            require(self.model.dtype in (Dtype.float32, Dtype.bfloat16), "model.dtype", self.model.dtype.value, rule)
 
 
 RETIRED = {
@@ -614,6 +654,8 @@ RETIRED = {
     "target_modules": "lora.targets",
     "use_rslora": "lora.variant",
     "use_dora": "lora.variant",
+    "loraplus_lr_ratio": "lora.lr_ratio",
+    "beta": "trainer.beta",
     "load_in_4bit": "quant.kind",
     "load_in_8bit": "quant.kind",
     "bnb_4bit_use_double_quant": "quant.double",

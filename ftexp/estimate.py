@@ -16,7 +16,7 @@ from ftexp.config import Attention, Method, Packing, Run, Trainer
 from ftexp.model import activations, sizes
 from ftexp.model.compute import Compute
 from ftexp.model.sizes import Outline
-from ftexp.train import lengths, sft
+from ftexp.train import lengths, pairs, sft
 
 GIB = 2**30
 SMALL = 4096
@@ -34,9 +34,11 @@ class Rows:
     lengths: tuple[int, ...]
     """Tokens of each."""
     supervised: tuple[int, ...]
-    """Supervised tokens of each; 0 for a classifier."""
+    """Supervised tokens of each, of a pair in both answers; 0 for a classifier."""
     counted: str = "by the tokenizer"
     """How the tokens were counted."""
+    worse: tuple[int, ...] = ()
+    """Of pairs of answers: tokens of the worse one with its prompt; `lengths` are those of the better one."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Batch:
     """A forward pass."""
 
     rows: int
+    """Rows; both answers of a pair are one each."""
     longest: int
     """Tokens of its longest row; the others are padded to it."""
     tokens: int
@@ -69,6 +72,8 @@ class Plan:
     """Bytes of the base, scales of quantized weights included."""
     adapter: int
     """Bytes of the adapter."""
+    copy: int
+    """Bytes of base weights that are kept to put the base back; on a GPU they lie in host memory and do not count."""
     gradients: int
     """Bytes of the gradients."""
     optimizer: int | None
@@ -76,10 +81,10 @@ class Plan:
     activations: int | None
     """Peak bytes of a forward and backward pass on the largest batch; null where the model cannot be traced."""
     memory: int
-    """Bytes at the peak of training: the sum of the five above. Tensors alone: a GPU's allocator and context come on
+    """Bytes at the peak of training: the sum of the six above. Tensors alone: a GPU's allocator and context come on
     top, and a process on a CPU grew by 1.4 to 1.6 times what is not weights (embedded model, 8 and 16 rows)."""
     adapter_file: int
-    """Bytes of the adapter's file."""
+    """Bytes of the adapter's file; of the model's where there is no adapter."""
     checkpoint: int
     """Bytes of weights and optimizer state in a checkpoint; the tokenizer's files and the logs come on top."""
     steps: int
@@ -108,6 +113,10 @@ def rows(examples: Sequence[Any], run: Run) -> Rows:
         packs = lengths.packed(lengths.dataset(examples), run.data, quiet=True)
         learned = tuple(sum(label != -100 for label in labels) for labels in packs["labels"])
         return Rows(tuple(map(len, packs["input_ids"])), learned, "by the tokenizer, in packs")
+    if run.trainer.kind in pairs.KINDS:
+        learned = tuple(len(p.chosen.completion) + len(p.rejected.completion) for p in examples)
+        tokens = [len(e.ids) for e in pairs.sides(examples)]
+        return Rows(tuple(tokens[: len(examples)]), learned, worse=tuple(tokens[len(examples) :]))
     return Rows(tuple(len(e.ids) for e in examples), tuple(getattr(e, "supervised", 0) for e in examples))
 
 
@@ -131,7 +140,8 @@ def trial(run: Run, given: Rows, compute: Compute, labels: int = 0) -> Plan:
     notes += () if state is not None else (f"state of trainer.optimizer={run.trainer.optimizer} is not known here",)
     notes += tuple(f"trainer.extra.{key} makes other batches" for key in REORDERING if key in run.trainer.extra)
     adapter = outlined.adapted - outlined.footprint
-    parts = (outlined.weights, adapter, outlined.trained_bytes, state or 0, peak or 0)
+    copy = outlined.changed if compute.device == "cpu" else 0
+    parts = (outlined.weights, adapter, copy, outlined.trained_bytes, state or 0, peak or 0)
     flat = run.data.packing is Packing.bfd and compute.attention == "flash_attention_2"  # packs behind each other
     padded = sum(b.tokens if flat else b.rows * b.longest for b in passes)
     return Plan(
@@ -142,12 +152,13 @@ def trial(run: Run, given: Rows, compute: Compute, labels: int = 0) -> Plan:
         footprint_adapted=outlined.adapted,
         weights=outlined.weights,
         adapter=adapter,
+        copy=copy,
         gradients=outlined.trained_bytes,
         optimizer=state,
         activations=peak,
         memory=sum(parts),
         adapter_file=outlined.adapter_file,
-        checkpoint=outlined.adapter_file + (state or 0),
+        checkpoint=outlined.trained_file + (state or 0),
         steps=sft.planned_steps(run.trainer, len(given.lengths)),
         tokens=sum(b.tokens for b in passes),
         padded=padded,
@@ -197,21 +208,16 @@ def _peak(
 def batches(given: Rows, trainer: Trainer, seed: int) -> Iterator[Batch]:
     """List the forward passes of a training as the Trainer makes them.
 
-    Each epoch draws an order from `seed` + epoch (accelerate's SeedableRandomSampler), or groups of like length
-    (`lengths.sampler`); an optimizer step takes `accumulation` passes, and fewer at the end of an epoch.
+    Each epoch draws an order (`sft.orders`), or groups of like length (`lengths.sampler`); an optimizer step takes
+    `accumulation` passes, and fewer at the end of an epoch.
     """
-    import torch
-
     count, size, steps = len(given.lengths), trainer.batch, sft.planned_steps(trainer, len(given.lengths))
-    start = trainer.extra.get("data_seed")
-    start = seed if start is None else start
-    draw = torch.Generator()
-    taken, epoch = 0, 0
+    drawn, taken, epoch = sft.orders(count, trainer, seed), 0, 0
     while taken < steps:
         if trainer.group_by_length:
             order = lengths.grouped(given.lengths, size * trainer.accumulation, seed, epoch)
         else:
-            order = torch.randperm(count, generator=draw.manual_seed(start + epoch)).tolist()
+            order = next(drawn)
         made = [_batch(given, order[begin : begin + size]) for begin in range(0, count, size)]
         an_epoch = math.ceil(len(made) / trainer.accumulation)
         yield from islice(made, (steps - taken) * trainer.accumulation)
@@ -219,7 +225,7 @@ def batches(given: Rows, trainer: Trainer, seed: int) -> Iterator[Batch]:
 
 
 def _batch(given: Rows, numbers: list[int]) -> Batch:
-    lengths = [given.lengths[n] for n in numbers]
+    lengths = [given.lengths[n] for n in numbers] + [given.worse[n] for n in numbers if given.worse]
     return Batch(len(lengths), max(lengths), sum(lengths), sum(given.supervised[n] for n in numbers))
 
 

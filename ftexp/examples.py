@@ -118,7 +118,7 @@ def _text(row: dict[str, Any], before: str, after: str, classified: bool) -> tup
 
 
 def _nats(row: dict[str, Any], rival: str) -> Measure:
-    over = "decisions" if "decisions" in row else "tokens"
+    over = next(unit for unit in ("decisions", "pairs", "tokens") if unit in row)
     unit = over.removesuffix("s")
     size = max(1, row[over])
     return Measure(f"nats a {unit}", row[f"{rival}_nats"] / size, row["nats"] / size, lower_is_better=True)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ftexp import config, data, estimate, evaluate, facts, labels, metrics, model, track
-from ftexp.config import Format, Kind, Method, Packing, Run, Template, Tracker
+from ftexp.config import Format, Kind, Long, Method, Packing, Run, Template, Tracker
 from ftexp.data import gates, general, prompts, tokens
 from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned
 from ftexp.files import read_json, write_json
 from ftexp.model import Base
 from ftexp.overrides import ROOT
 from ftexp.progress import say, warn
-from ftexp.train import TRAINERS, checkpoints, classify, lengths, sft
+from ftexp.train import TRAINERS, checkpoints, classify, dpo, lengths, pairs, reward, sft
 from ftexp.train.control import Control
+from ftexp.train.pairs import Pair
 
 Tokenised = tuple[Sequence[prompts.Example], Sequence[prompts.Example]]
 
@@ -43,8 +45,9 @@ def check(run: Run, folder: Path | None) -> None:
     splits = data.load(run.data)
     _check_shape(run, splits)
     _check_labels(run, splits)
-    if run.eval.forgetting is not None and run.trainer.kind is Method.classify:
-        raise ConfigError("eval.forgetting must be null with trainer.kind=classify: a classifier predicts no text")
+    if run.eval.forgetting is not None and run.trainer.kind in (Method.classify, Method.reward):
+        kind = run.trainer.kind.value
+        raise ConfigError(f"eval.forgetting must be null with trainer.kind={kind}: such a model predicts no text")
     if run.eval.forgetting is not None:
         general.passages(run.eval.forgetting)
     rows = splits.digest()
@@ -56,10 +59,10 @@ def check(run: Run, folder: Path | None) -> None:
 
 def switched_on(run: Run) -> set[str]:
     """Keys of this run that metrics need and that are on."""
-    if run.trainer.kind is Method.classify:
-        return {metrics.CLASSIFY}
+    if run.trainer.kind in (Method.classify, Method.reward):
+        return {f"trainer.kind={run.trainer.kind.value}"}
     given = {
-        metrics.SFT: True,
+        f"trainer.kind={run.trainer.kind.value}": True,
         "eval.generate": run.eval.generate,
         "eval.labels": run.eval.labels is not None,
         "eval.forgetting": run.eval.forgetting is not None,
@@ -69,10 +72,14 @@ def switched_on(run: Run) -> set[str]:
 
 def _check_lengths(run: Run) -> None:
     """Refuse ways to share a forward pass that do not go together."""
-    how = run.data.packing
-    if how is not Packing.none and run.trainer.kind is Method.classify:
+    how, kind = run.data.packing, run.trainer.kind
+    if how is not Packing.none and kind is not Method.sft:
         raise ConfigError(
-            f"data.packing must be none with trainer.kind=classify, got {how.value}: it scores whole rows"
+            f"data.packing must be none with trainer.kind={kind.value}, got {how.value}: it scores whole rows"
+        )
+    if run.data.long is Long.cut and kind in pairs.KINDS:
+        raise ConfigError(
+            f"data.long must be refuse or drop with trainer.kind={kind.value}, got cut: answers differ at their ends"
         )
     if how is not Packing.none and run.trainer.group_by_length:
         raise ConfigError(
@@ -87,6 +94,16 @@ def _check_shape(run: Run, splits: data.Splits) -> None:
         raise ConfigError(
             f"trainer.kind=sft cannot learn from pairs of answers, as in {pair.where}; "
             "data.completion='{chosen}' learns the chosen ones"
+        )
+    lone = next((row for row in (*splits.train, *splits.valid) if not row.rejected), None)
+    if lone is not None and run.trainer.kind in pairs.KINDS:
+        raise ConfigError(
+            f"trainer.kind={run.trainer.kind.value} learns from pairs of answers, {lone.where} has one; "
+            "rows need prompt, chosen and rejected"
+        )
+    if run.eval.labels is not None and run.trainer.kind in pairs.KINDS:
+        raise ConfigError(
+            f"eval.labels must be null with trainer.kind={run.trainer.kind.value}, got {run.eval.labels!r}"
         )
     text = next((row for row in splits.valid if not row.prompt), None)
     if text is not None and run.eval.generate:
@@ -105,6 +122,9 @@ def prepare(run: Run) -> None:
     if run.trainer.kind is Method.classify:
         _prepare_classifier(run)
         return
+    if run.trainer.kind in pairs.KINDS:
+        _prepare_pairs(run)
+        return
     train, valid = tokenised(run, data.load(run.data))
     general_text(run, model.tokenizer(run.model))
     _check_length(run, [tokens.longest(train), tokens.longest(valid)])
@@ -120,6 +140,14 @@ def prepare(run: Run) -> None:
 def _prepare_classifier(run: Run) -> None:
     train, valid, _ = classified(run, data.load(run.data))
     _check_length(run, (*train, *valid))
+
+
+def _prepare_pairs(run: Run) -> None:
+    train, valid = paired(run, data.load(run.data))
+    _check_length(run, pairs.sides([*train, *valid]))
+    if run.trainer.kind is Method.dpo:
+        general_text(run, model.tokenizer(run.model))
+        _check_room(run, [p.chosen for p in valid])
 
 
 def _check_length(run: Run, rows: Sequence[prompts.Example | classify.Example]) -> None:
@@ -295,6 +323,7 @@ def _execute(
         write_json(folder / "trial.json", trial)  # so that a restart after a kill finds its run in the store
         log.params(track.flat(run))
         log.inputs(trial["inputs"])
+        task.ready(base)
         before = task.before(base)
         planned = estimate.trial(run, estimate.rows(task.train, run), base.compute, task.outputs)
         resident = facts.resident_gib()
@@ -313,12 +342,12 @@ def _execute(
             try:
                 trained = train_adapter(run, base, tuned, task.train, task.valid, kept, log.metrics, control)
             except Pruned:
-                tuned.save_pretrained(str(folder / "adapter"))
+                model.save(base, tuned, folder)
                 raise
             trial["plan"] = _against(planned, trial, trained, resident, log)
             after = task.after(base, tuned)
             tested = task.final(base, tuned, after) if task.test else None
-            tuned.save_pretrained(str(folder / "adapter"))
+            model.save(base, tuned, folder)
         trial |= after.kept
         scores = {f"valid/{k}": v for k, v in after.scored.scores.items()}
         if tested is not None:
@@ -395,6 +424,8 @@ class Task:
     """Scores the trained model."""
     final: Callable[[Base, Any, After], evaluate.Scored]
     """Scores the trained model on `test`; what was fitted on the held-out rows stays as it is."""
+    ready: Callable[[Base], None] = lambda base: None
+    """Asks the untouched base what training needs of it."""
 
 
 def generation(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = ()) -> Task:
@@ -407,17 +438,12 @@ def generation(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = ())
     known = evaluate.seen(train, valid, run.eval)
 
     def before(base: Base) -> evaluate.Scored:
+        general_before(run, base)
         return base_scores(run, base, valid, splits.digest(), known)
 
     def after(base: Base, tuned: Any) -> After:
         scored = evaluate.score(tuned, base.tokenizer, valid, run.eval, "valid", known)
-        text = general_text(run, base.tokenizer)
-        if not text:
-            return After(scored)
-        with tuned.disable_adapter():
-            was = general_before(run, base, tuned, text)
-        now = general_loss(run, base, tuned, text, "general text")
-        return After(scored, {"forgetting/before": was, "forgetting/after": now, "forgetting/loss": now - was})
+        return After(scored, forgotten(run, base, tuned))
 
     def final(base: Base, tuned: Any, _: After) -> evaluate.Scored:
         return evaluate.score(tuned, base.tokenizer, test, run.eval, "test", known)
@@ -457,10 +483,100 @@ def _check_known(rows: list[classify.Example], known: list[str], many: bool) -> 
         raise DataError(f"{stray.row.where}: no training or held-out row has the label {', '.join(stray.labels)!r}")
 
 
+def rewarding(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = ()) -> Task:
+    """Rows are pairs of answers; a base model has no head, so the rival is TF-IDF with logistic regression."""
+    train, valid = paired(run, splits)
+    test = pairs.render(opened, model.tokenizer(run.model), run.data) if opened else []
+    if test:
+        _check_length(run, pairs.sides(test))
+
+    def before(base: Base) -> evaluate.Scored:
+        key = f"{splits.digest()} {config.digest(run.data)}"
+        if key not in _tfidf:
+            _tfidf[key] = reward.baseline(train, valid)
+        return _tfidf[key]
+
+    def after(base: Base, tuned: Any) -> After:
+        return After(reward.score(tuned, base.tokenizer, valid, run.eval, "valid"))
+
+    def final(base: Base, tuned: Any, _: After) -> evaluate.Scored:
+        return reward.score(tuned, base.tokenizer, test, run.eval, "test")
+
+    return Task(run, train, valid, test, len(train), 1, "tfidf", before, after, final)
+
+
+def preference(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = ()) -> Task:
+    """Rows are pairs of answers; the rival is the base model, which is the reference too."""
+    train, valid = paired(run, splits)
+    test = pairs.render(opened, model.tokenizer(run.model), run.data) if opened else []
+    if test:
+        _check_length(run, pairs.sides(test))
+        _check_room(run, [p.chosen for p in test])
+    known = evaluate.seen([p.chosen for p in train], [p.chosen for p in valid], run.eval)
+
+    def ready(base: Base) -> None:
+        used = [train[n] for n in dpo.passed(len(train), run.trainer, run.seed)]
+        for pair in train:
+            pair.reference = None
+        for part, label in ((used, "train"), (valid, "valid"), (test, "test")):
+            refer(run, base, part, label)
+
+    def before(base: Base) -> evaluate.Scored:
+        general_before(run, base)
+        key = f"dpo {base.weights} {base.key} {splits.digest()} {config.digest(run.data, run.eval)}"
+        if key not in _base_scores:
+            told = [cast("tuple[float, float]", p.reference) for p in valid]
+            _base_scores[key] = dpo.score(base.model, base.tokenizer, valid, told, run, "base", known)
+        return _base_scores[key]
+
+    def after(base: Base, tuned: Any) -> After:
+        told = dpo.asked(tuned, base, valid, run.eval, "valid")
+        scored = dpo.score(tuned, base.tokenizer, valid, told, run, "valid", known)
+        return After(scored, forgotten(run, base, tuned))
+
+    def final(base: Base, tuned: Any, _: After) -> evaluate.Scored:
+        told = dpo.asked(tuned, base, test, run.eval, "test")
+        return dpo.score(tuned, base.tokenizer, test, told, run, "test", known)
+
+    return Task(run, train, valid, test, len(train), 0, "base", before, after, final, ready)
+
+
 TASKS = {
     Method.sft: generation,
     Method.classify: classification,
+    Method.reward: rewarding,
+    Method.dpo: preference,
 }
+
+
+_pairs: tuple[str, tuple[list[Pair], list[Pair]]] | None = None
+
+
+def paired(run: Run, splits: data.Splits) -> tuple[list[Pair], list[Pair]]:
+    """Return train and valid rows as pairs of answers; kept in memory while trials ask for the same."""
+    global _pairs
+    key = f"{splits.digest()} {config.digest(run.model, run.data)}"
+    if _pairs is None or _pairs[0] != key:
+        gates.near_leaks(splits, run.data)
+        tokenizer = model.tokenizer(run.model)
+        train, valid = (pairs.render(part, tokenizer, run.data) for part in (splits.train, splits.valid))
+        _pairs = key, (train, valid)
+    return _pairs[1]
+
+
+_references: dict[str, list[tuple[float, float]]] = {}
+
+
+def refer(run: Run, base: Base, rows: list[Pair], label: str) -> None:
+    """Give pairs the nats of both answers by the reference: asked once for a model and pairs, not once a trial."""
+    places = " ".join(p.row.where for p in rows)
+    key = f"{base.weights} {base.key} {config.digest(run.data)} {sha256(places.encode()).hexdigest()}"
+    if rows and key not in _references:
+        if label == "train":
+            _references.clear()  # of other rows, or another base
+        _references[key] = dpo.refer(base, rows, f"reference, {label}")
+    for pair, told in zip(rows, _references.get(key, ()), strict=True):
+        pair.reference = told
 
 
 def classified(run: Run, splits: data.Splits) -> tuple[list[classify.Example], list[classify.Example], list[str]]:
@@ -533,12 +649,24 @@ def general_loss(run: Run, base: Base, scored: Any, text: list[prompts.Example],
 _general: dict[str, float] = {}
 
 
-def general_before(run: Run, base: Base, untrained: Any, text: list[prompts.Example]) -> float:
-    """Score the base on general text: once for a model and text, not once a trial."""
+def general_before(run: Run, base: Base) -> float:
+    """Score the untouched base on general text: once for a model and text, not once a trial. 0 where it is off."""
+    text = general_text(run, base.tokenizer)
+    if not text:
+        return 0.0
     key = f"{base.weights} {base.key} {general.digest([e.row for e in text])}"
     if key not in _general:
-        _general[key] = general_loss(run, base, untrained, text, "base general text")
+        _general[key] = general_loss(run, base, base.model, text, "base general text")
     return _general[key]
+
+
+def forgotten(run: Run, base: Base, tuned: Any) -> dict[str, float]:
+    """Score a trained model on general text; its base was scored before training. Empty where it is off."""
+    text = general_text(run, base.tokenizer)
+    if not text:
+        return {}
+    was, now = general_before(run, base), general_loss(run, base, tuned, text, "general text")
+    return {"forgetting/before": was, "forgetting/after": now, "forgetting/loss": now - was}
 
 
 def _facts(run: Run, base: Base, splits: data.Splits, used: Tokenised) -> dict[str, Any]:
@@ -603,7 +731,8 @@ def _store(
     )
     log.table([{k: row[k] for k in shown if k in row} for row in rows[: run.eval.examples]], "examples")
     log.files(folder / "examples.parquet")
-    log.files(folder / "adapter", "adapter")
+    if (folder / "adapter").exists():  # a whole model stays in the run's folder, it would be kept twice
+        log.files(folder / "adapter", "adapter")
     if after.labels:
         lines = [{**new, f"{rival}_f1": old["f1"]} for old, new in zip(before.labels, after.labels, strict=True)]
         write_json(folder / "labels.json", lines)

@@ -51,9 +51,10 @@ def _most(unit: str, *needs: str) -> Metric:
 
 
 SFT, CLASSIFY = "trainer.kind=sft", "trainer.kind=classify"
+REWARD, DPO = "trainer.kind=reward", "trainer.kind=dpo"
 
 SCORES = {
-    "loss": _least("nats a token; nats a decision with trainer.kind=classify"),
+    "loss": _least("nats a token; a decision with trainer.kind=classify, a pair with reward and dpo"),
     "perplexity": _least("exp(nats a token)", SFT),
     "bits_per_byte": _least("bits a byte of UTF-8", SFT),
     "exact_match": _most("share of rows", "eval.generate"),
@@ -74,20 +75,28 @@ SCORES = {
     "subset_accuracy": _most("share of rows", "eval.labels", CLASSIFY),
     "roc_auc_macro": _most("mean over labels", CLASSIFY),
     "roc_auc_micro": _most("over all labels of all rows", CLASSIFY),
+    "accuracy": _most("share of pairs whose better answer is ahead", REWARD, DPO),
+    "margin": _most(
+        "what the better answer is ahead by, mean over pairs; with dpo in units of 1 / beta nats", REWARD, DPO
+    ),
+    "roc_auc": _most("over all answers of all pairs", REWARD),
+    "chosen_likelier": _most("share of pairs whose better answer the model finds likelier", DPO),
+    "chosen_loss": _least("nats a token of the better answers", DPO),
 }
 """What one model gets on one split, by its name without the split."""
 
-_LANGUAGE = {
-    name: replace(m, needs=tuple(key for key in m.needs if key != CLASSIFY) or (SFT,))
-    for name, m in SCORES.items()
-    if m.needs != (CLASSIFY,)
-}
-_LABELS = {name: m for name, m in SCORES.items() if not m.needs or CLASSIFY in m.needs}
+
+def _of(kinds: tuple[str, ...], keys: tuple[str, ...] = ()) -> dict[str, Metric]:
+    """Take the scores that methods report of their rival; of some only with another key of theirs."""
+    left = {name: tuple(key for key in m.needs if key in (*kinds, *keys)) for name, m in SCORES.items()}
+    return {name: replace(m, needs=left[name] or kinds) for name, m in SCORES.items() if left[name] or not m.needs}
+
+
 METRICS = {
     **{f"valid/{name}": m for name, m in SCORES.items()},
     **{f"test/{name}": replace(m, sealed=True) for name, m in SCORES.items()},
-    **{f"base/{name}": m for name, m in _LANGUAGE.items()},
-    **{f"tfidf/{name}": replace(m, needs=(CLASSIFY,)) for name, m in _LABELS.items()},
+    **{f"base/{name}": m for name, m in _of((SFT, DPO), ("eval.generate", "eval.labels")).items()},
+    **{f"tfidf/{name}": m for name, m in _of((CLASSIFY, REWARD)).items()},
     "train/loss": _least("nats a token, last step"),
     "forgetting/loss": _least("nats a token of general text, after less before", "eval.forgetting"),
     "forgetting/before": _least("nats a token of general text, base", "eval.forgetting"),
@@ -180,6 +189,28 @@ def loss(nats: Sequence[float], tokens: Sequence[int]) -> float:
     if not sum(tokens):
         raise ValueError("loss needs at least one supervised token, got none")
     return math.fsum(nats) / sum(tokens)
+
+
+def pair_loss(margin: float) -> float:
+    """Negative log-likelihood that the better answer wins, in nats: ln(1 + exp(-margin)) (Bradley and Terry 1952).
+
+    Both answers alike: ln 2.
+
+    >>> pair_loss(0.0) == math.log(2), pair_loss(-1000.0)
+    (True, 1000.0)
+    """
+    return max(-margin, 0.0) + math.log1p(math.exp(-abs(margin)))
+
+
+def preferred(margin: float) -> float:
+    """1 where the better answer is ahead, 0 where the worse one is; a tie is a coin's throw.
+
+    TRL counts a tie as wrong, so that a model before its first step scores 0 and not one half.
+
+    >>> [preferred(m) for m in (0.3, 0.0, -0.3)]
+    [1.0, 0.5, 0.0]
+    """
+    return 0.5 if margin == 0 else float(margin > 0)
 
 
 def perplexity(nats: Sequence[float], tokens: Sequence[int]) -> float:

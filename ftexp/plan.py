@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ftexp import config, data, estimate, experiment, labels, model, overrides, show, verb
-from ftexp.config import Method, Run
+from ftexp.config import Method, Run, Variant
 from ftexp.errors import ConfigError
 from ftexp.estimate import GIB, Plan, Rows
 from ftexp.model import architecture, compute
@@ -29,7 +29,7 @@ from ftexp.progress import quiet_libraries
 from ftexp.sweep import frozen, plugin
 from ftexp.sweep.options import Options, Sampler
 from ftexp.sweep.space import Space
-from ftexp.train import sft
+from ftexp.train import pairs, sft
 
 if TYPE_CHECKING:
     from ftexp.data import Splits
@@ -94,17 +94,28 @@ def rows(run: Run, wanted: Wanted) -> Rows:
     Raises:
         FtexpError: the data of the run would be refused.
     """
+    paired = run.trainer.kind in pairs.KINDS
     if wanted.rows is not None and wanted.tokens is not None:
-        learned = 0 if run.trainer.kind is Method.classify else wanted.tokens
-        return Rows((wanted.tokens,) * wanted.rows, (learned,) * wanted.rows, "as given by --rows and --tokens")
+        learned = 0 if run.trainer.kind is Method.classify else wanted.tokens * (1 + paired)
+        sizes = (wanted.tokens,) * wanted.rows
+        worse = sizes if paired else ()
+        return Rows(sizes, (learned,) * wanted.rows, "as given by --rows and --tokens", worse)
     splits = data.load(run.data)
     if architecture.readable(run.model):
-        tokenised = experiment.classified if run.trainer.kind is Method.classify else experiment.tokenised
-        return estimate.rows(tokenised(run, splits)[0], run)
+        classified = run.trainer.kind is Method.classify
+        made = experiment.classified if classified else experiment.paired if paired else experiment.tokenised
+        return estimate.rows(made(run, splits)[0], run)
     most = run.data.max_length
-    lengths = tuple(min(most, len(f"{r.prompt}{r.completion}".encode()) + TEMPLATE) for r in splits.train)
-    learned = lengths if run.trainer.kind is Method.sft else (0,) * len(lengths)
-    return Rows(lengths, learned, "at most: by bytes, the tokenizer is not on this machine")
+    lengths, worse = (
+        tuple(min(most, len(text.encode()) + TEMPLATE) for text in texts)
+        for texts in (
+            (f"{r.prompt}{r.completion}" for r in splits.train),
+            (f"{r.prompt}{r.rejected}" for r in splits.train),
+        )
+    )
+    learned = tuple(a + b * paired for a, b in zip(lengths, worse, strict=True))
+    learned = (0,) * len(lengths) if run.trainer.kind is Method.classify else learned
+    return Rows(lengths, learned, "at most: by bytes, the tokenizer is not on this machine", worse if paired else ())
 
 
 def outputs(run: Run, splits: Splits) -> int:
@@ -122,7 +133,8 @@ def trial(label: str, run: Run, wanted: Wanted) -> Trial:
         FtexpError: the run would be refused.
     """
     sft.arguments(run.trainer, "cpu", run.seed, "", 1)  # refuses keywords that TRL does not know
-    heads = 0 if run.trainer.kind is not Method.classify else outputs(run, data.load(run.data))
+    classified = run.trainer.kind is Method.classify
+    heads = outputs(run, data.load(run.data)) if classified else int(run.trainer.kind is Method.reward)
     return Trial(label, run, estimate.trial(run, rows(run, wanted), compute.policy(run.model), heads), wanted.rate)
 
 
@@ -190,6 +202,7 @@ def probe(run: Run) -> float:
     short = replace(run, trainer=replace(run.trainer, steps=PROBE, report_steps=0, checkpoint_minutes=None))
     task = experiment.TASKS[run.trainer.kind](short, data.load(run.data))
     base = model.load(run.model, run.quant, task.outputs)
+    task.ready(base)
     ends: list[float] = []
     with tempfile.TemporaryDirectory() as work, model.adapted(base, run.lora, run.seed) as tuned:
         TRAINERS[run.trainer.kind](
@@ -250,7 +263,7 @@ def single(one: Trial, wanted: Wanted) -> list[tuple[str, str]]:
     """List what a trial takes: name and value."""
     plan, run = one.plan, one.run
     halves = f", {plan.packed:,} as packed" if plan.packed != plan.total else ""
-    parts = ("weights", "adapter", "gradients", "optimizer", "activations")
+    parts = ("weights", "adapter", "copy", "gradients", "optimizer", "activations")
     sizes = {name: getattr(plan, name) for name in parts}
     listed = [
         ("parameters", f"{plan.total:,}{halves}"),
@@ -258,7 +271,7 @@ def single(one: Trial, wanted: Wanted) -> list[tuple[str, str]]:
         *((name, "not known" if size is None else _bytes(size)) for name, size in sizes.items()),
         ("peak of training", _bytes(plan.memory)),
         ("footprint", f"{plan.footprint / 1e6:.6f} MB, {plan.footprint_adapted / 1e6:.6f} MB with the adapter"),
-        ("adapter file", _bytes(plan.adapter_file)),
+        ("model file" if run.lora.variant is Variant.none else "adapter file", _bytes(plan.adapter_file)),
         ("checkpoint", _bytes(plan.checkpoint)),
         ("steps", f"{plan.steps:,} of {run.trainer.batch * run.trainer.accumulation} rows"),
         ("tokens", f"{plan.tokens:,}, {plan.padded:,} with padding ({plan.counted})"),

@@ -96,7 +96,7 @@ def compared(old: Kept, new: Kept, tolerance: float) -> Result:
         first = first or f"{key[0]} at step {key[1]}: {a!r} and {b!r}"
         off = abs(a - b) / max(abs(a), abs(b), 1e-12)
         largest = max(largest, math.inf if math.isnan(off) else off)
-    equal = old.adapter() is not None and old.adapter() == new.adapter()
+    equal = old.weights() is not None and old.weights() == new.weights()
     exact = first is None and equal
     verdict = "bit-exact" if exact else "within tolerance" if largest <= tolerance else "different"
     return Result(verdict, len(before), first, largest, equal, runs.changed(runs.facts(old), runs.facts(new)))

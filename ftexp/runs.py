@@ -35,10 +35,10 @@ class Kept:
             return []
         return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
-    def adapter(self) -> str | None:
-        """Hash the adapter's weights; None where there is none."""
-        path = self.folder / "adapter" / "adapter_model.safetensors"
-        return sha256(path) if path.exists() else None
+    def weights(self) -> str | None:
+        """Hash the weights that were trained: the adapter, or the whole model where there is none."""
+        files = (self.folder / "adapter" / "adapter_model.safetensors", self.folder / "model" / "model.safetensors")
+        return next((sha256(path) for path in files if path.exists()), None)
 
     def config(self) -> Run:
         """Build the run's config again, checked; its name and tracking are the defaults."""

@@ -38,6 +38,20 @@ NAN, INF = math.nan, math.inf
         ),
         ("trainer.multi_label=false", r"trainer\.multi_label must be true unless trainer\.kind=classify"),
         ("trainer.class_weights=true", r"trainer\.class_weights must be false unless trainer\.kind=classify"),
+        ("trainer.beta=0 trainer.kind=dpo", r"trainer\.beta must be above 0 and at most 100, got 0\.0"),
+        ("trainer.beta=0.2", r"trainer\.beta must be left out unless trainer\.kind=dpo, got 0\.2"),
+        ("trainer.kind=reward trainer.group_by_length=true", r"trainer\.group_by_length must be false with"),
+        ("trainer.kind=dpo trainer.class_weights=true", r"trainer\.class_weights must be false unless"),
+        ("lora.lr_ratio=0.5", r"lora\.lr_ratio must be between 1 and 1000, got 0\.5"),
+        ("lora.train=[layer.4]", r"lora\.train must be empty unless lora\.variant=none"),
+        ("lora=none lora.train=['']", r"lora\.train must be a list of parts"),
+        ("lora=none lora.dropout=0.1", r"lora\.dropout must be left out with lora\.variant=none.*, got 0\.1"),
+        ("lora=none lora.lr_ratio=4", r"lora\.lr_ratio must be left out with lora\.variant=none"),
+        ("lora=none lora.targets=[q_proj]", r"lora\.targets must be left out with lora\.variant=none"),
+        ("lora=none quant=nf4", r"quant\.kind must be none with lora\.variant=none.*, got 'nf4'"),
+        ("lora=pissa quant=int8", r"quant\.kind must be none with lora\.variant=pissa"),
+        ("lora.variant=none", r"model\.dtype must be float32 .*with lora\.variant=none, got 'auto'"),
+        ("lora=none model.dtype=float16", r"model\.dtype must be float32 .*, got 'float16'"),
         ("data.max_length=1", r"data\.max_length must be between 8"),
         ("data.valid=0", r"data\.valid must be at least 1"),
         ("data.test=-1", r"data\.test must be 0 or more"),
@@ -101,6 +115,12 @@ def test_shares_counts_columns_and_gates_compose(composed):
 def test_default_alpha_follows_rank(composed):
     assert [composed(f"lora.r={r}").lora.alpha for r in (8, 64)] == [16, 128]
     assert composed("lora.r=8", "lora.alpha=5").lora.alpha == 5
+
+
+def test_training_without_an_adapter_takes_float32(composed):
+    assert composed("lora=none").model.dtype is config.Dtype.float32
+    assert composed("lora=none", "model.dtype=bfloat16").model.dtype is config.Dtype.bfloat16
+    assert composed("lora=default").model.dtype is config.Dtype.auto
 
 
 def test_missing_path_names_its_key(composed):

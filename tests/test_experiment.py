@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 from conftest import TINY
 
-from ftexp import experiment, metrics
+from ftexp import experiment, metrics, model
 from ftexp.errors import ConfigError, DataError, Diverged, MachineError
 from ftexp.files import read_json, write_json
 
@@ -337,3 +337,81 @@ def test_loss_only_run_writes_no_completions(tiny, tmp_path):
     scores = experiment.execute(tiny("eval=loss"), tmp_path / "a", "x")
     assert "valid/exact_match" not in scores
     assert "prediction" not in pyarrow.parquet.read_table(tmp_path / "a" / "examples.parquet").column_names
+
+
+def test_a_trial_after_one_of_the_whole_model_is_as_alone(tiny, tmp_path, monkeypatch):
+    """The base is the same object and has its bytes back: a training without an adapter is seen by nobody after it."""
+    monkeypatch.setattr(experiment, "_base_scores", {})
+    alone = experiment.execute(tiny("eval=loss"), tmp_path / "alone", "x")
+    base = model.load(tiny().model, tiny().quant)
+    whole = experiment.execute(tiny("eval=loss", "lora=none"), tmp_path / "whole", "x")
+    assert model.load(tiny().model, tiny().quant) is base
+    after = experiment.execute(tiny("eval=loss"), tmp_path / "after", "x")
+    assert whole["valid/loss"] < whole["base/loss"] == alone["base/loss"]
+    assert alone["valid/loss"] == after["valid/loss"] != whole["valid/loss"]
+    files = [(tmp_path / n / "adapter" / "adapter_model.safetensors").read_bytes() for n in ("alone", "after")]
+    assert files[0] == files[1]
+
+
+def test_saved_model_gives_the_scores_that_were_reported(tiny, tmp_path):
+    """And goes on as the base of another run, by its folder."""
+    first = experiment.execute(tiny("lora=none", "eval=loss"), tmp_path / "a", "x")
+    again = tiny("model=hub", f"model.path={tmp_path}/a/model", "eval=loss", "model.attention=eager")
+    second = experiment.execute(again, tmp_path / "b", "x")
+    assert second["base/loss"] == pytest.approx(first["valid/loss"], rel=1e-6)
+    assert second["valid/loss"] < second["base/loss"]
+
+
+def test_forgetting_of_a_whole_model_is_told_beside_the_untouched_base(tiny, tmp_path):
+    text = tmp_path / "general.txt"
+    text.write_text("\n\n".join(f"Passage {n} of some general text." for n in range(4)))
+    given = (f"eval.forgetting={text}", "eval=loss")
+    kept = [
+        experiment.execute(tiny(*given, *more), tmp_path / str(n), "x") for n, more in enumerate([[], ["lora=none"]])
+    ]
+    assert kept[0]["forgetting/before"] == kept[1]["forgetting/before"] != kept[1]["forgetting/after"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["trainer=reward"], r"trainer\.kind=reward learns from pairs of answers, yoda:\d+ has one"),
+        (["trainer=dpo"], r"trainer\.kind=dpo learns from pairs of answers"),
+        (["trainer=dpo", "data=preference", "eval.labels='|'"], r"eval\.labels must be null with trainer\.kind=dpo"),
+        (
+            ["trainer=dpo", "data=preference", "data.long=cut"],
+            r"data\.long must be refuse or drop with trainer\.kind=dpo",
+        ),
+        (["trainer=reward", "data=preference", "data.packing=bfd"], r"data\.packing must be none with .*reward"),
+        (["trainer=reward", "data=preference", "eval.forgetting=python-docs"], "such a model predicts no text"),
+        (
+            ["trainer=reward", "data=preference", "objectives=[valid/exact_match]"],
+            r"needs eval\.generate, which is off",
+        ),
+        (["trainer=dpo", "data=preference", "objectives=[valid/roc_auc]"], r"needs trainer\.kind=reward"),
+    ],
+)
+def test_what_does_not_go_with_pairs_is_refused(tiny, given, message):
+    with pytest.raises(ConfigError, match=message):
+        experiment.check(tiny(*given), None)
+
+
+@pytest.mark.parametrize("kind", ["reward", "dpo"])
+def test_numbers_of_pairs_are_known_and_their_tables_tell_them(kind, tiny, tmp_path):
+    from ftexp import compare
+
+    run = tiny("data=preference", f"trainer={kind}", "trainer.steps=2")
+    scores = experiment.execute(run, tmp_path / "a", "x", opened=0)
+    counts = {f"valid/{name}" for name in metrics.COUNTS}
+    assert {name for name in scores if not name.startswith("plan")} <= {*metrics.METRICS, *counts}
+    table = compare.read_table(tmp_path / "a" / "examples.parquet")
+    for name in ("loss", "accuracy", "margin", *(["chosen_loss", "chosen_likelier"] if kind == "dpo" else [])):
+        assert compare.column(table, f"valid/{name}").value == pytest.approx(scores[f"valid/{name}"], rel=1e-9)
+
+
+def test_sealed_pairs_are_scored_when_they_are_opened(tiny, tmp_path):
+    for kind in ("reward", "dpo"):
+        run = tiny("data=preference", f"trainer={kind}", "trainer.steps=2", "data.test=9", "eval.generate=false")
+        scores = experiment.execute(run, tmp_path / kind, "x", opened=1)
+        assert scores["test/rows"] == 9
+        assert 0 <= scores["test/accuracy"] <= 1

@@ -104,7 +104,7 @@ def test_f1_equals_squad_scorer(a, b):
 
 
 SMALLER_IS_BETTER = {"loss", "perplexity", "bits_per_byte", "memorised", "unparsable", "trainable", "memory_gib",
-                     "gpu_memory_gib", "seconds", "before", "after"}  # fmt: skip
+                     "gpu_memory_gib", "seconds", "before", "after", "chosen_loss"}  # fmt: skip
 
 
 def test_directions_by_hand():
@@ -232,3 +232,22 @@ def test_copies_of_training_rows_are_found():
     assert metrics.memorised("VERY  brave, the pilot is", trained) == 1
     assert metrics.memorised("Very brave the pilot was", trained) == 0
     assert metrics.memorised("", trained | {""}) == 0  # silence copies nothing
+
+
+@pytest.mark.parametrize("margin", [-1000.0, -30.0, -0.5, 0.0, 1e-9, 2.0, 800.0])
+def test_loss_of_a_pair_equals_torchs(margin):
+    expected = -torch.nn.functional.logsigmoid(torch.tensor(margin, dtype=torch.float64))
+    assert metrics.pair_loss(margin) == pytest.approx(expected.item(), rel=1e-12, abs=1e-300)
+
+
+def test_metrics_of_pairs_belong_to_their_methods():
+    needs = {name: set(metrics.METRICS[name].needs) for name in metrics.METRICS}
+    both = {metrics.REWARD, metrics.DPO}
+    assert needs["valid/accuracy"] == needs["valid/margin"] == both
+    assert needs["base/accuracy"] == needs["base/chosen_loss"] == {metrics.DPO}
+    assert needs["tfidf/accuracy"] == needs["tfidf/roc_auc"] == {metrics.REWARD}
+    assert needs["tfidf/f1_macro"] == {metrics.CLASSIFY}
+    assert needs["tfidf/loss"] == {metrics.CLASSIFY, metrics.REWARD}
+    assert needs["base/loss"] == {metrics.SFT, metrics.DPO}
+    assert needs["base/exact_match"] == {"eval.generate"}
+    assert not {"base/roc_auc", "tfidf/perplexity", "base/roc_auc_macro"} & needs.keys()

@@ -6,13 +6,15 @@ import difflib
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import config
 from ftexp.config import Format, Kind, Lora, Model, Quant, Variant
 from ftexp.errors import ConfigError, MachineError
+from ftexp.files import read_json, write_json
 from ftexp.model import compute, embedded, tiny
 from ftexp.model.compute import Compute
 
@@ -34,7 +36,9 @@ class Base:
     key: str
     """Digest of the config it was loaded for."""
     head: tuple[str, ...] = ()
-    """Names of the modules of a fresh classification head, which a trial trains whole."""
+    """Names of the modules of a fresh head (of a classifier or a reward), which a trial trains whole."""
+    start: dict[str, torch.Tensor] = field(default_factory=dict)
+    """First weights of the adapter that is on, where they were taken out of the base (PiSSA)."""
 
 
 def source(model: Model) -> str:
@@ -220,6 +224,12 @@ def fingerprint(model: torch.nn.Module) -> str:
     return total.hexdigest()
 
 
+PISSA = "pissa_niter_16"
+"""How peft finds the largest singular values: 16 rounds of a randomised decomposition, drawn from the seed."""
+TAKERS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways of peft to start an adapter that take its first weights out of the base."""
+
+
 def adapter(lora: Lora, head: tuple[str, ...] = ()) -> LoraConfig:
     """Translate the config to peft's; the modules of a classification head are trained and saved whole.
 
@@ -236,9 +246,16 @@ def adapter(lora: Lora, head: tuple[str, ...] = ()) -> LoraConfig:
         "target_modules": targets,
         "use_rslora": lora.variant is Variant.rslora,
         "use_dora": lora.variant is Variant.dora,
+        **({"init_lora_weights": PISSA} if lora.variant is Variant.pissa else {}),
         "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
         **({"modules_to_save": list(head)} if head else {}),
     }
+    asked = str(lora.extra.get("init_lora_weights", "")).lower()
+    if asked.startswith(TAKERS):
+        raise ConfigError(
+            f"lora.extra.init_lora_weights must not change the base, got {asked}: the saved adapter would not fit it; "
+            "lora.variant=pissa saves one that does"
+        )
     return cast("LoraConfig", accept(LoraConfig, own, lora.extra, "lora.extra"))
 
 
@@ -273,35 +290,123 @@ def check_targets(model: PreTrainedModel, targets: list[str]) -> None:
 
 
 @contextmanager
-def adapted(base: Base, lora: Lora, seed: int) -> Iterator[PeftModel]:
-    """Lend out the base with a fresh adapter, and take the adapter and every trace of training off again.
+def adapted(base: Base, lora: Lora, seed: int) -> Iterator[PeftModel | PreTrainedModel]:
+    """Lend out the base for training, with a fresh adapter or with its own weights thawed, and undo it all after.
 
-    The adapter's first weights follow from `seed` alone. A base whose weights changed in spite of being frozen is
-    dropped, so the next trial loads it anew.
+    The first weights follow from `seed` alone. Base weights that a trial changes are kept in host memory and put back;
+    a base that is not what it was in spite of that is dropped, so the next trial loads it anew.
+
+    Raises:
+        ConfigError: peft refuses the adapter, a name fits no layer or weight, or nothing is left to train.
     """
     global _warm
-    from peft import get_peft_model
     from transformers import set_seed
 
-    check_targets(base.model, lora.targets)
-    wanted = adapter(lora, base.head)
-    heads = {name: base.model.get_submodule(name) for name in base.head}
-    set_seed(seed)
+    whole = lora.variant is Variant.none
+    heads = {} if whole else {name: base.model.get_submodule(name) for name in base.head}
     forward, hooks = base.model.__dict__.get("forward"), _hooks(base.model)
+    mine = thawed(base.model, lora.train, base.head) if whole else []
+    changed = [(weight, weight.detach().cpu().clone()) for weight in mine]
+    set_seed(seed)
+    tuned: Any = base.model
     try:
-        tuned = cast("PeftModel", get_peft_model(base.model, wanted))
-    except ValueError as error:
-        raise ConfigError(f"lora is refused by peft: {error}") from error
-    try:
+        for weight in mine:
+            weight.requires_grad_(True)
+        if not whole:
+            tuned, changed = _with_adapter(base, lora)
         if not count(tuned).trainable:
             raise ConfigError(f"lora.extra={lora.extra} leaves no weight to train")
         yield tuned
     finally:
+        base.start = {}
         _strip(base, tuned, forward, hooks)
         for name, module in heads.items():  # peft leaves the trained one
             base.model.set_submodule(name, module.requires_grad_(False))
+        for weight, value in changed:
+            weight.data, weight.grad = value.to(weight.device), None
         if fingerprint(base.model) != base.weights:
             _warm = None
+
+
+def thawed(model: PreTrainedModel, parts: list[str], head: tuple[str, ...]) -> list[torch.nn.Parameter]:
+    """Return the weights to train without an adapter: all, or a fresh head and those whose names have one of the parts.
+
+    Raises:
+        ConfigError: a part is in no name; tells names near it.
+    """
+    weights = dict(model.named_parameters())
+    for part in parts:
+        if not any(has_part(name, part) for name in weights):
+            words = sorted({word for name in weights for word in name.split(".") if not word.isdigit()})
+            near = difflib.get_close_matches(part.split(".")[-1], words, n=1)
+            hint = f", did you mean {near[0]}?" if near else f"; names are made of {', '.join(words)}"
+            raise ConfigError(f"lora.train: {part!r} is in the name of no weight{hint}")
+    heads = tuple(f"{name}." for name in head)
+    return [
+        weight for name, weight in weights.items()
+        if not parts or name.startswith(heads) or any(has_part(name, part) for part in parts)
+    ]  # fmt: skip
+
+
+def has_part(name: str, part: str) -> bool:
+    """Tell whether words of a dotted name, one after the other, are those of a part; `*` stands for any letters.
+
+    >>> has_part("model.layers.4.mlp.up.weight", "layers.4"), has_part("model.layers.14.mlp.up.weight", "layers.4")
+    (True, False)
+    """
+    words, wanted = name.split("."), part.split(".")
+    starts = range(len(words) - len(wanted) + 1)
+    return any(all(map(fnmatchcase, words[start:], wanted)) for start in starts)
+
+
+def _with_adapter(base: Base, lora: Lora) -> tuple[PeftModel, list[tuple[torch.nn.Parameter, torch.Tensor]]]:
+    """Put a fresh adapter on; returns the weights too that it was taken out of (PiSSA), each as it was before."""
+    from peft import get_peft_model, get_peft_model_state_dict
+
+    check_targets(base.model, lora.targets)
+    was = [(weight, weight.data) for weight in base.model.parameters()]
+    try:
+        tuned = cast("PeftModel", get_peft_model(base.model, adapter(lora, base.head)))
+    except ValueError as error:
+        raise ConfigError(f"lora is refused by peft: {error}") from error
+    if lora.variant is Variant.pissa:
+        kept = get_peft_model_state_dict(tuned)
+        base.start = {name: value.detach().cpu().clone() for name, value in kept.items() if "lora_" in name}
+    # peft puts another tensor into the weight that it changes, so the old one is kept without a copy on a CPU
+    return tuned, [(weight, old.cpu()) for weight, old in was if weight.data_ptr() != old.data_ptr()]
+
+
+def save(base: Base, tuned: Any, folder: Path) -> None:
+    """Write what was trained: `adapter/`, which loads on the untouched base, or `model/` where there is no adapter.
+
+    `model/` holds the tokenizer too, so that `model=hub model.path=<folder>/model` takes it up.
+    """
+    if tuned is base.model:
+        tuned.save_pretrained(str(folder / "model"))
+        base.tokenizer.save_pretrained(str(folder / "model"))
+        return
+    tuned.save_pretrained(str(folder / "adapter"))
+    if base.start:
+        _against_untouched(base.start, folder / "adapter")
+
+
+def _against_untouched(start: dict[str, torch.Tensor], folder: Path) -> None:
+    """Make of a saved PiSSA adapter one for the untouched base, of twice the rank.
+
+    The base lost B0 A0 when training began, so what was learned is B A - B0 A0 = [B, -B0] [A; A0]. peft's own
+    conversion does the same and loses a head that was trained beside the adapter.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file, about = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    kept = load_file(file)
+    for name, first in start.items():
+        at = 0 if "lora_A" in name else 1
+        kept[name] = torch.cat([kept[name], -first if at else first], dim=at).contiguous()
+    save_file(kept, file, metadata={"format": "pt"})
+    told = read_json(about) or {}
+    write_json(about, told | {"r": 2 * told["r"], "lora_alpha": 2 * told["lora_alpha"], "init_lora_weights": True})
 
 
 def _hooks(model: torch.nn.Module) -> set[tuple[int, int]]:
@@ -310,9 +415,10 @@ def _hooks(model: torch.nn.Module) -> set[tuple[int, int]]:
     return {(id(table), number) for table in tables for number in table}
 
 
-def _strip(base: Base, tuned: PeftModel, forward: Any, hooks: set[tuple[int, int]]) -> None:
+def _strip(base: Base, tuned: Any, forward: Any, hooks: set[tuple[int, int]]) -> None:
     """Undo what peft, transformers and TRL leave on a model: adapter, patched forward, checkpointing, hooks."""
-    tuned.unload()
+    if tuned is not base.model:
+        tuned.unload()
     model = base.model
     model.__dict__.pop("forward", None)  # TRL replaces it on the instance
     if forward is not None:

@@ -16,15 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
 
 ERROR = 0.02
 """Largest relative error of the peak against what PyTorch's CPU allocator hands out."""
 
 
-def peak(
-    tuned: PeftModel, rows: int, length: int, supervised: int, attention: str, checkpointing: bool, head: bool
-) -> int:
+def peak(tuned: Any, rows: int, length: int, supervised: int, attention: str, checkpointing: bool, head: bool) -> int:
     """Trace one training step of a model on the meta device: peak bytes beside weights and gradients.
 
     Args:
@@ -57,7 +54,7 @@ def peak(
     return live.peak
 
 
-def _loss(tuned: PeftModel, ids: torch.Tensor, attention: str, supervised: int | None) -> torch.Tensor:
+def _loss(tuned: Any, ids: torch.Tensor, attention: str, supervised: int | None) -> torch.Tensor:
     """Return the loss alone: what it was made of lives on only as far as the backward pass needs it."""
     import torch
 
@@ -69,7 +66,7 @@ def _loss(tuned: PeftModel, ids: torch.Tensor, attention: str, supervised: int |
     return torch.nn.functional.cross_entropy(logits.float(), truth, reduction="sum")
 
 
-def _mask(tuned: PeftModel, ids: torch.Tensor, attention: str) -> torch.Tensor:
+def _mask(tuned: Any, ids: torch.Tensor, attention: str) -> torch.Tensor:
     """Make the mask that transformers makes of padded rows; making it from their lengths would look at numbers."""
     import torch
 
@@ -78,7 +75,7 @@ def _mask(tuned: PeftModel, ids: torch.Tensor, attention: str) -> torch.Tensor:
     return torch.zeros(shape, dtype=next(tuned.parameters()).dtype if attention == "eager" else torch.bool)
 
 
-def _written(tuned: PeftModel, ids: torch.Tensor, attention: str, supervised: int) -> torch.Tensor:
+def _written(tuned: Any, ids: torch.Tensor, attention: str, supervised: int) -> torch.Tensor:
     """Project as many positions as are supervised, as `evaluate.supervised_logits` does."""
     head: Any = tuned.get_output_embeddings()  # type: ignore
 
@@ -130,7 +127,7 @@ def _attention() -> Any:
     return Fused.apply
 
 
-def _live(tuned: PeftModel) -> Any:
+def _live(tuned: Any) -> Any:
     """Make the counter of live bytes; storages of the model itself do not count."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode

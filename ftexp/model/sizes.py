@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import model as models
-from ftexp.config import Format, Lora, Model, Quant
+from ftexp.config import Format, Lora, Model, Quant, Variant
 from ftexp.errors import ConfigError
 from ftexp.model import architecture
 
@@ -25,9 +25,9 @@ NESTED = 256
 
 @dataclass(frozen=True)
 class Outline:
-    """A model with a fresh adapter on the meta device, and what was counted while it was put together."""
+    """A model with a fresh adapter, or thawed weights, on the meta device, and what was counted on the way."""
 
-    model: PeftModel
+    model: PeftModel | PreTrainedModel
     weights: int
     """Bytes of the base as stored: packed weights, their scales, and buffers."""
     footprint: int
@@ -48,7 +48,11 @@ class Outline:
     trained_bytes: int
     """Bytes of the trainable weights; their gradients take as many."""
     adapter_file: int
-    """Bytes of `adapter_model.safetensors`."""
+    """Bytes of `adapter_model.safetensors`, or of `model.safetensors` where there is no adapter."""
+    trained_file: int
+    """The same in a checkpoint; half of it for PiSSA, whose saved adapter has twice the rank."""
+    changed: int
+    """Bytes of base weights that training changes, so that a copy of them is kept."""
     unpacked: int
     """Bytes of the largest quantized matrix unpacked for its product; 0 without quantization."""
 
@@ -76,14 +80,19 @@ def outline(model: Model, quant: Quant, lora: Lora, dtype: str, attention: str, 
         head = _head(base, labels) if labels else ()
         matrices = quantized(base) if quant.kind is not Format.none else {}
         base.requires_grad_(False)
+        full = lora.variant is Variant.none
+        mine = models.thawed(base, lora.train, head) if full else []
         models.check_targets(base, lora.targets)
         whole, stored, plain = _footprint(base, matrices, quant), _scales(matrices, quant), _weight_bytes(base)
         wanted = models.adapter(lora, head)
         wanted.init_lora_weights = False  # sizes do not depend on it, and some ways of it need the weights
         try:
-            tuned = cast("PeftModel", get_peft_model(base, wanted))
+            tuned: Any = base if full else get_peft_model(base, wanted)
         except ValueError as error:
             raise ConfigError(f"lora is refused by peft: {error}") from error
+        for weight in mine:
+            weight.requires_grad_(True)
+        taken = [m.get_base_layer().weight for m in tuned.modules() if lora.variant is Variant.pissa and _adapts(m)]
     trained = [p for p in tuned.parameters() if p.requires_grad]
     counts = models.count(tuned)
     return Outline(
@@ -99,7 +108,9 @@ def outline(model: Model, quant: Quant, lora: Lora, dtype: str, attention: str, 
         flop_weights=cast(Any, tuned).num_parameters(exclude_embeddings=True),
         tensors=tuple(p.numel() for p in trained),
         trained_bytes=sum(p.numel() * p.itemsize for p in trained),
-        adapter_file=adapter_file(tuned),
+        adapter_file=model_file(tuned) if full else adapter_file(tuned, 2 if lora.variant is Variant.pissa else 1),
+        trained_file=model_file(tuned) if full else adapter_file(tuned),
+        changed=sum(p.numel() * p.itemsize for p in (*mine, *taken)),
         unpacked=max(matrices.values(), default=0) * getattr(torch, dtype).itemsize,
     )
 
@@ -111,6 +122,7 @@ def _base(model: Model, dtype: str, attention: str, labels: int) -> PreTrainedMo
     config = architecture.described(model)
     if labels:
         config.num_labels = labels
+        config.get_text_config().pad_token_id = 0  # a head asks for one; which does not matter to sizes
     kind: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
     try:
         return kind.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
@@ -190,21 +202,50 @@ def _scales(matrices: dict[str, int], quant: Quant) -> int:
     return sum(scale_bytes(n, quant.double) for n in matrices.values())
 
 
-def adapter_file(tuned: PeftModel) -> int:
-    """Bytes of the safetensors file that `save_pretrained` of peft writes.
+def _adapts(module: Any) -> bool:
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(module, LoraLayer)
+
+
+def adapter_file(tuned: PeftModel, times: int = 1) -> int:
+    """Bytes of the safetensors file that `save_pretrained` of peft writes, with so many times the rank."""
+    from peft import get_peft_model_state_dict
+
+    kept = get_peft_model_state_dict(tuned)
+    shapes = {name: list(value.shape) for name, value in kept.items()}
+    for name, shape in shapes.items():
+        if "lora_" in name and times > 1:
+            shape[0 if "lora_A" in name else 1] *= times
+    return file_bytes({name: (value.dtype, shapes[name]) for name, value in kept.items()})
+
+
+def model_file(base: PreTrainedModel) -> int:
+    """Bytes of the safetensors file that `save_pretrained` of transformers writes: each weight once."""
+    named = dict(base.named_parameters())  # tied weights are in it under their first name
+    held = {name: value for name, value in base.state_dict().items() if name in named or name not in _tied(base)}
+    return file_bytes({name: (value.dtype, list(value.shape)) for name, value in held.items()})
+
+
+def _tied(base: PreTrainedModel) -> set[str]:
+    """Name the weights that are another's: parameters that stand in the model a second time."""
+    every = {name for name, _ in base.named_parameters(remove_duplicate=False)}
+    return every - {name for name, _ in base.named_parameters()}
+
+
+def file_bytes(tensors: dict[str, tuple[Any, list[int]]]) -> int:
+    """Bytes of a safetensors file, from the format and shape of each tensor by its name.
 
     8 bytes for the length of the header, the header as JSON padded to 8 bytes, and the weights, ordered by the width
     of their numbers and then by name (safetensors' `serialize`).
     """
-    from peft import get_peft_model_state_dict
     from safetensors.torch import _TYPES  # type: ignore
 
     names = {dtype: name for name, dtype in _TYPES.items()}
-    kept = get_peft_model_state_dict(tuned)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, value in sorted(kept.items(), key=lambda item: (-item[1].itemsize, item[0])):
-        begin, end = end, end + value.numel() * value.itemsize
-        header[name] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": [begin, end]}
     told = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + 8 * math.ceil(told / 8) + end

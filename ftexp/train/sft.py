@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from ftexp.train.control import Control, Report, at_work
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import TrainerCallback
+    from transformers import PreTrainedModel, TrainerCallback
     from trl import SFTConfig
 
 DEAD_STEPS = 3
@@ -33,21 +34,21 @@ DEAD_STEPS = 3
 def train(
     run: Run,
     base: Base,
-    tuned: PeftModel,
+    tuned: PeftModel | PreTrainedModel,
     rows: Sequence[Example],
     valid: Sequence[Example],
     kept: Store,
     report: Report,
     control: Control,
 ) -> dict[str, float]:
-    """Train the adapter in place, from the start or from a checkpoint.
+    """Train the adapter, or the thawed weights of the base, in place, from the start or from a checkpoint.
 
     On a CPU a training that was killed and went on ends with the bits of one that was not.
 
     Args:
         run: the checked config.
         base: the model the adapter sits on, and its tokenizer.
-        tuned: the model with the adapter.
+        tuned: the model with the adapter; the base itself where it has none.
         rows: training rows.
         valid: held-out rows of the curve, scored every `trainer.report_steps` steps.
         kept: checkpoints of this training, and the one to go on from.
@@ -82,8 +83,8 @@ def train(
 
 
 def optimise(
-    run: Run, tuned: PeftModel, steps: int, curve: Callable[[Any, str], float], make: Callable[[TrainerCallback], Any],
-    kept: Store, report: Report, control: Control,
+    run: Run, tuned: PeftModel | PreTrainedModel, steps: int, curve: Callable[[Any, str], float],
+    make: Callable[[TrainerCallback], Any], kept: Store, report: Report, control: Control,
 ) -> dict[str, float]:  # fmt: skip
     """Run a Trainer with what every method needs around it: checkpoints, rungs, an early end, a clean model after it.
 
@@ -102,6 +103,8 @@ def optimise(
         advance(resume.step if resume else 0)
         stopped: list[BaseException] = []
         trainer = make(watch(run, curve, steps, report, advance, kept, control, stopped))
+        if run.lora.lr_ratio != 1:
+            trainer.optimizer = two_rates(tuned, trainer, run.lora.lr_ratio)
         with cleaned_up(trainer), at_work():
             trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
     if stopped:
@@ -109,6 +112,30 @@ def optimise(
     check_weights(tuned, steps)
     last = next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry)
     return {"train/steps": steps, "train/loss": last, "train/flops": trainer.state.total_flos}
+
+
+def two_rates(tuned: Any, trainer: Any, ratio: float) -> Any:
+    """Make the optimizer of LoRA+: matrices B, and vectors such as those of DoRA, learn `ratio` times as fast as A."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    kind, keywords = trainer.get_optimizer_cls_and_kwargs(trainer.args, tuned)
+    rate, decay = keywords.pop("lr"), trainer.args.weight_decay
+    return create_loraplus_optimizer(
+        tuned, kind, lr=rate, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay, **keywords
+    )
+
+
+def orders(count: int, trainer: Trainer, seed: int) -> Iterator[list[int]]:
+    """Yield the order of the rows in each epoch as the Trainer draws it without groups of like length.
+
+    Each epoch draws from `seed` + epoch (accelerate's SeedableRandomSampler).
+    """
+    import torch
+
+    start = trainer.extra.get("data_seed")
+    draw = torch.Generator()
+    for epoch in itertools.count():
+        yield torch.randperm(count, generator=draw.manual_seed((seed if start is None else start) + epoch)).tolist()
 
 
 def planned_steps(trainer: Trainer, rows: int) -> int:
@@ -157,7 +184,7 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
     return cast("SFTConfig", accept(SFTConfig, own, trainer.extra, "trainer.extra"))
 
 
-def _trainer(base: Base, tuned: PeftModel, settings: SFTConfig, dataset: Dataset, watch: TrainerCallback) -> Any:
+def _trainer(base: Base, tuned: Any, settings: SFTConfig, dataset: Dataset, watch: TrainerCallback) -> Any:
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
@@ -271,7 +298,7 @@ def watch(
     return Watch()
 
 
-def check_weights(tuned: PeftModel, steps: int) -> None:
+def check_weights(tuned: PeftModel | PreTrainedModel, steps: int) -> None:
     """Refuse trained weights that are not finite."""
     for name, weight in tuned.named_parameters():
         if weight.requires_grad and not weight.isfinite().all():

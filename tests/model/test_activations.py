@@ -101,3 +101,12 @@ def test_encoders_can_be_traced():
         for attention in ("eager", "sdpa"):
             told = sizes.outline(Model(kind=Kind.hub, path=path), Quant(), Lora(), "float32", attention, labels=4)
             assert activations.peak(told.model, 2, 64, 0, attention, False, head=True) > 1e6
+
+
+def test_a_head_on_a_model_without_a_padding_token_is_traced():
+    """SmolLM2's outline names none; transformers refuses more than one row there."""
+    told = sizes.outline(Model(), Quant(), Lora(), "float32", "eager", labels=1)
+    assert activations.peak(told.model, 2, 16, 1, "eager", False, head=True) > 0
+    told.model.config.get_text_config().pad_token_id = None
+    with pytest.raises(ValueError, match="no padding token"):
+        activations.peak(told.model, 2, 16, 1, "eager", False, head=True)

@@ -2,12 +2,15 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 
 from ftexp import model
-from ftexp.config import Format, Kind, Lora, Model, Quant, Variant
+from ftexp.config import Dtype, Format, Kind, Lora, Model, Quant, Variant
 from ftexp.errors import ConfigError, MachineError
 
 TINY = Model(kind=Kind.tiny)
@@ -50,6 +53,131 @@ def test_base_is_untouched_after_an_adapter(base, variant):
     assert torch.equal(base.model(ids).logits, before)
     assert model.load(TINY, Quant()) is base
     assert not any(p.requires_grad for p in base.model.parameters())
+
+
+FLOAT = Model(kind=Kind.tiny, dtype=Dtype.float32)
+PISSA = Lora(r=4, alpha=8.0, variant=Variant.pissa)
+
+
+def moved(tuned):
+    """Change what is trained, as an optimizer would."""
+    for n, p in enumerate(p for p in tuned.parameters() if p.requires_grad):
+        p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(n)).to(p) * 0.05
+
+
+def test_pissa_starts_where_the_base_is_and_gives_its_weights_back():
+    base = model.load(FLOAT, Quant())
+    ids, weights = torch.arange(3, 20)[None], {n: p.clone() for n, p in base.model.named_parameters()}
+    places = {n: p.stride() for n, p in base.model.named_parameters()}
+    before = base.model(ids).logits.detach()
+    with model.adapted(base, PISSA, 0) as tuned:
+        assert (tuned(ids).logits - before).abs().max() < 1e-5
+        assert all(v.abs().max() > 0 for v in adapter_state(tuned).values())
+        with tuned.disable_adapter():
+            assert (tuned(ids).logits - before).abs().max() > 1e-3  # the base lost what the adapter has
+        moved(tuned)
+    assert all(torch.equal(p, weights[n]) and p.stride() == places[n] for n, p in base.model.named_parameters())
+    assert model.load(FLOAT, Quant()) is base
+    assert not base.start
+
+
+def test_sabotage_weights_that_are_not_given_back_are_seen(monkeypatch):
+    base = model.load(FLOAT, Quant())
+    usual = model._with_adapter
+    monkeypatch.setattr(model, "_with_adapter", lambda *given: (usual(*given)[0], []))
+    with model.adapted(base, PISSA, 0):
+        pass
+    assert model.load(FLOAT, Quant()) is not base
+
+
+def loaded(folder, labels=0):
+    """Put a saved adapter on a base of its own."""
+    fresh = model._load(FLOAT, Quant(), "fresh", labels)
+    return PeftModel.from_pretrained(fresh.model, folder / "adapter")
+
+
+def test_saved_pissa_fits_the_untouched_base(tmp_path):
+    """As peft's own conversion does, to the bit; without it the same file is another model."""
+    base, ids = model.load(FLOAT, Quant()), torch.arange(3, 20)[None]
+    with model.adapted(base, PISSA, 0) as tuned:
+        tuned.save_pretrained(tmp_path / "start")
+        moved(tuned)
+        told = tuned(ids).logits.detach()
+        model.save(base, tuned, tmp_path / "ours")
+        tuned.save_pretrained(tmp_path / "raw" / "adapter")
+        tuned.save_pretrained(tmp_path / "theirs", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    again = loaded(tmp_path / "ours").eval()
+    assert again.peft_config["default"].r == 2 * PISSA.r
+    assert (again(ids).logits - told).abs().max() < 1e-5
+    assert (loaded(tmp_path / "raw").eval()(ids).logits - told).abs().max() > 1e-3
+    ours, theirs = (load_file(tmp_path / end / "adapter_model.safetensors") for end in ("ours/adapter", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_saved_pissa_keeps_a_head(tmp_path):
+    """peft's conversion keeps the matrices A and B alone."""
+    base, ids = model.load(FLOAT, Quant(), 3), torch.arange(3, 20)[None]
+    with model.adapted(base, PISSA, 0) as tuned:
+        moved(tuned)
+        told = tuned(ids).logits.detach()
+        model.save(base, tuned, tmp_path)
+    assert (loaded(tmp_path, 3).eval()(ids).logits - told).abs().max() < 1e-5
+    assert told.abs().max() > 1e-3
+
+
+NONE = Lora(variant=Variant.none)
+
+
+def test_whole_model_is_trained_saved_and_put_back(tmp_path):
+    base, ids = model.load(FLOAT, Quant()), torch.arange(3, 20)[None]
+    with model.adapted(base, NONE, 0) as tuned:
+        assert tuned is base.model
+        assert model.count(tuned).trainable == model.count(tuned).total
+        moved(tuned)
+        told = tuned(ids).logits.detach()
+        model.save(base, tuned, tmp_path)
+    assert model.fingerprint(base.model) == base.weights
+    assert not any(p.requires_grad or p.grad is not None for p in base.model.parameters())
+    saved = Model(kind=Kind.hub, path=str(tmp_path / "model"), dtype=Dtype.float32)
+    assert torch.equal(model.load(saved, Quant()).model(ids).logits, told)
+    assert model.tokenizer(saved).eos_token == base.tokenizer.eos_token
+
+
+def test_a_failure_leaves_the_whole_model_as_it_was():
+    base = model.load(FLOAT, Quant())
+    with pytest.raises(KeyError), model.adapted(base, NONE, 0) as tuned:
+        moved(tuned)
+        raise KeyError
+    assert model.load(FLOAT, Quant()) is base
+    assert model.fingerprint(base.model) == base.weights
+
+
+def test_named_weights_and_the_head_are_trained_alone():
+    base = model.load(FLOAT, Quant(), 3)
+    before = {n: p.clone() for n, p in base.model.named_parameters()}
+    with model.adapted(base, replace(NONE, train=["layers.1.mlp", "q_proj.weight"]), 0) as tuned:
+        trained = {n for n, p in tuned.named_parameters() if p.requires_grad}
+        moved(tuned)
+        changed = {n for n, p in tuned.named_parameters() if not torch.equal(p, before[n])}
+    mlp = {f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+    assert trained == changed == {*mlp, *(f"model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1)), "score.weight"}
+
+
+@pytest.mark.parametrize(("part", "message"), [("layers.7", r"'layers\.7' is in the name of no weight"),
+                                               ("q_prj", r"did you mean q_proj\?"), ("ayers", "did you mean layers")])  # fmt: skip
+def test_part_of_no_name_is_refused(part, message):
+    base = model.load(FLOAT, Quant())
+    with pytest.raises(ConfigError, match=message), model.adapted(base, replace(NONE, train=[part]), 0):
+        pass
+    assert model.load(FLOAT, Quant()) is base
+
+
+@pytest.mark.parametrize("way", ["pissa", "pissa_niter_4", "olora", "LoftQ", "corda"])
+def test_way_to_start_that_changes_the_base_is_refused(way):
+    with pytest.raises(ConfigError, match=r"lora\.extra\.init_lora_weights must not change the base"):
+        model.adapter(Lora(extra={"init_lora_weights": way}))
+    assert model.adapter(Lora(extra={"init_lora_weights": "gaussian"})).init_lora_weights == "gaussian"
 
 
 def test_base_that_changed_is_dropped(base):

@@ -1,14 +1,16 @@
 """Counts and bytes on the meta device against real models, saved files, bitsandbytes, and the numbers of the recipes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ftexp import model
-from ftexp.config import Format, Kind, Lora, Model, Quant, Variant
+from ftexp.config import Dtype, Format, Kind, Lora, Model, Quant, Variant
 from ftexp.errors import ConfigError
-from ftexp.model import sizes
+from ftexp.model import sizes, tiny
 
 LLAMA = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -154,3 +156,43 @@ def test_what_the_libraries_refuse_is_told(stored):
     asked, _ = stored("distilbert", 3)
     with pytest.raises(ConfigError, match="has no text to learn"):
         sizes.outline(asked, Quant(), Lora(), "float32", "eager")
+
+
+def test_distilbert_with_its_last_two_layers_thawed_as_its_recipe_counts():
+    """Layers 4 and 5 and the head for 42 labels."""
+    asked = Model(kind=Kind.hub, path="distilbert/distilbert-base-uncased")
+    lora = Lora(variant=Variant.none, train=["layer.4", "layer.5"])
+    told = sizes.outline(asked, Quant(), lora, "float32", "eager", 42)
+    assert (told.trainable, told.total) == (14_798_634, 66_985_770)
+    assert told.adapted == told.footprint
+    assert told.changed == told.trained_bytes == 4 * 14_798_634
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_counts_and_files_without_an_adapter_are_those_of_the_real_model(name, stored, tmp_path):
+    labels = 5 if name in ENCODERS else 0
+    asked, real = stored(name, labels)
+    told = sizes.outline(asked, Quant(), Lora(variant=Variant.none), "float32", "eager", labels)
+    assert told.trainable == told.total == sum(p.numel() for p in real.parameters())
+    assert told.changed == told.trained_bytes == sum(p.nbytes for p in real.parameters())
+    real.save_pretrained(tmp_path / "again")
+    assert told.adapter_file == told.trained_file == (tmp_path / "again" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_pissa_is_saved_with_twice_its_rank(name, stored, tmp_path):
+    asked, _ = stored(name)
+    tiny.tokenizer().save_pretrained(asked.path)
+    base = model._load(replace(asked, dtype=Dtype.float32), Quant(), "x")
+    lora = Lora(4, 8, variant=Variant.pissa)
+    told = sizes.outline(asked, Quant(), lora, "float32", "eager")
+    before = {n: p.data_ptr() for n, p in base.model.named_parameters()}
+    with model.adapted(base, lora, 0) as tuned:
+        model.save(base, tuned, tmp_path)
+        moved = [
+            p for n, p in tuned.named_parameters() if "base_layer.weight" in n and p.data_ptr() not in before.values()
+        ]
+        assert told.changed == sum(p.nbytes for p in moved) > 0
+        tuned.save_pretrained(tmp_path / "raw")
+    assert told.adapter_file == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert told.trained_file == (tmp_path / "raw" / "adapter_model.safetensors").stat().st_size

@@ -260,3 +260,54 @@ def test_training_without_gradients_is_over(tiny, tmp_path, monkeypatch):
         trained(tiny("trainer.steps=6"), tmp_path)
     monkeypatch.setattr(sft, "DEAD_STEPS", 99)  # without the guard it ends well
     trained(tiny("trainer.steps=6"), tmp_path)
+
+
+def rates(run, folder):
+    """Learning rate of each trained weight, as the optimizer has it when training begins."""
+    told = {}
+    honest = sft.two_rates
+
+    def spied(tuned, trainer, ratio):
+        made = honest(tuned, trainer, ratio)
+        names = {id(p): n for n, p in tuned.named_parameters()}
+        told.update({names[id(p)]: (g["lr"], g["weight_decay"]) for g in made.param_groups for p in g["params"]})
+        return made
+
+    sft.two_rates = spied
+    try:
+        weights = trained(run, folder)
+    finally:
+        sft.two_rates = honest
+    return told, weights
+
+
+@pytest.mark.parametrize("lora", ["default", "dora"])
+def test_b_learns_so_many_times_as_fast_as_a(tiny, tmp_path, lora):
+    given = (f"lora={lora}", "trainer.lr=1e-3", "trainer.steps=1", "trainer.warmup=0", "trainer.weight_decay=0.1")
+    told, fast = rates(tiny(*given, "lora.lr_ratio=8"), tmp_path)
+    assert told.keys() == fast.keys()
+    assert {rate for name, (rate, _) in told.items() if "lora_A" in name} == {1e-3}
+    assert {rate for name, (rate, _) in told.items() if "lora_A" not in name} == {8e-3}
+    assert {decay for name, (_, decay) in told.items() if "lora_B" in name} == {0.1}
+    nothing, slow = rates(tiny(*given), tmp_path)
+    assert nothing == {}
+    # Adam's first step is the learning rate for every weight whose gradient is not tiny
+    steps = [max(w.abs().max().item() for n, w in part.items() if "lora_B" in n) for part in (fast, slow)]
+    assert steps[0] / steps[1] == pytest.approx(8, rel=1e-3)
+
+
+def test_killed_training_of_two_rates_or_of_the_whole_model_ends_with_the_same_bits(tiny, tmp_path):
+    from test_pairs import After
+
+    from ftexp import experiment
+    from ftexp.errors import Preempted
+    from ftexp.runs import find
+
+    for lora in ("loraplus", "none"):
+        run = tiny(f"lora={lora}", "eval.generate=false", "trainer.neftune=5")
+        here = tmp_path / lora
+        experiment.execute(run, here / "calm", "x")
+        with pytest.raises(Preempted):
+            experiment.execute(run, here / "left", "x", control=Control(leave=After()))
+        experiment.execute(run, here / "left", "x")
+        assert find(str(here / "calm")).weights() == find(str(here / "left")).weights() is not None
