@@ -6,14 +6,16 @@ import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ftexp import compare, fidelity, report, trained
+from ftexp import fidelity, report, trained
 from ftexp.config import Kind, Method, Model, Run, Template
 from ftexp.fidelity import Fidelity
 from ftexp.metrics import SCORES
 from ftexp.runs import Kept
-from ftexp.stats import columns
+
+if TYPE_CHECKING:
+    from ftexp.stats.columns import Interval
 
 ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Model whose 4-bit copy, unpacked, is `model=embedded`."""
@@ -187,8 +189,11 @@ def _training(kept: Kept, run: Run) -> str:
     ])  # fmt: skip
 
 
-def intervals(kept: Kept) -> list[tuple[str, float, columns.Interval | None, float | None]]:
+def intervals(kept: Kept) -> list[tuple[str, float, Interval | None, float | None]]:
     """List the held-out scores: name, value, 95 % interval over rows where there is one, and the rival's score."""
+    from ftexp import compare  # numpy and scipy, after the command line is checked
+    from ftexp.stats import columns
+
     told, content = kept.trial["scores"], compare.read_table(kept.folder / "examples.parquet")
     rival = "base" if "base/loss" in told else "tfidf"
     prompts = [] if content is None else content["prompt"]

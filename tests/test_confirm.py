@@ -475,7 +475,11 @@ def test_confirmed_winner_is_registered(tmp_path, monkeypatch, cli, quick):
     assert kept.run_id == trial["mlflow_run"]
     assert kept.source.endswith("/adapter")
     tags = kept.tags
-    assert (tags["ftexp.sweep"], tags["ftexp.trial"], tags["ftexp.overrides"]) == ("s", str(winner["trials"][0]), winner["label"])
+    assert (tags["ftexp.sweep"], tags["ftexp.trial"], tags["ftexp.overrides"]) == (
+        "s",
+        str(winner["trials"][0]),
+        winner["label"],
+    )
     for key, end in (("", "value"), ("_low", "low"), ("_high", "high")):
         assert float(tags[f"ftexp.test/loss{key}"]) == winner["test"]["loss"][end]
     assert (tags["ftexp.test_rows"], tags["ftexp.test_seeds"], tags["ftexp.test_opened"]) == ("20", "3", "1")

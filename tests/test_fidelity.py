@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ftexp import data, evaluate, experiment, fidelity, model
-from ftexp.config import Kind, Model, Quant
+from ftexp.config import Dtype, Kind, Model, Quant
 from ftexp.data import prompts
 from ftexp.fidelity import Answers, Limit
 
@@ -20,8 +20,8 @@ def answers(loss=2.0, choices=((1, 2), (3, 4)), completions=("a", "b"), margin=1
     ("after", "moved", "share", "equal", "kept"),
     [
         (answers(), 0.0, 1.0, 2, True),
-        (answers(2.02), 0.01, 1.0, 2, True),
-        (answers(1.98), 0.01, 1.0, 2, True),
+        (answers(2.019), 0.0095, 1.0, 2, True),
+        (answers(1.981), 0.0095, 1.0, 2, True),
         (answers(2.03), 0.015, 1.0, 2, False),  # worse
         (answers(1.97), 0.015, 1.0, 2, False),  # better is another model too
         (answers(choices=((1, 2), (3, 9))), 0.0, 0.75, 2, True),
@@ -48,7 +48,7 @@ def test_choice_that_hangs_on_rounding_is_not_counted():
 
 def test_choices_and_loss_of_a_model_are_those_of_a_plain_forward_pass(tiny):
     run = tiny()
-    base = model.load(Model(kind=Kind.tiny), Quant())
+    base = model.load(Model(kind=Kind.tiny, dtype=Dtype.float32), Quant())
     rows = prompts.render(data.load(run.data).valid[:4], base.tokenizer, run.data)
     told = fidelity.texts(base.model, base.tokenizer, rows, run.eval, "t")
     nats = tokens = 0
@@ -77,11 +77,11 @@ def test_classifier_decisions_are_those_of_its_thresholds(tiny):
             known = classify.names(rows)
         else:
             _, rows, known = experiment.classified(run, data.load(run.data))
-        base = model.load(Model(kind=Kind.tiny), Quant(), len(known))
+        base = model.load(Model(kind=Kind.tiny, dtype=Dtype.float32), Quant(), len(known))
         torch.manual_seed(0)
         head = base.model.get_submodule("score")
         torch.nn.init.normal_(head.weight)
-        limits = {name: 0.3 for name in known} if many else {}
+        limits = dict.fromkeys(known, 0.3) if many else {}
         told = fidelity.decisions(base.model, base.tokenizer, rows, run.eval, "t", known, limits, many)
         model.forget()
         raw = classify.logits(base.model, base.tokenizer, rows, run.eval, "t")

@@ -70,7 +70,10 @@ def test_folder_that_is_taken_is_refused(tmp_path):
     (tmp_path / "full" / "x").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("full", "file"):
-        with pytest.raises(ConfigError, match=f"{name}: must be a new or an empty folder"), files.whole(tmp_path / name):
+        with (
+            pytest.raises(ConfigError, match=f"{name}: must be a new or an empty folder"),
+            files.whole(tmp_path / name),
+        ):
             pass
     with pytest.raises(MachineError, match="cannot be made"), files.whole(tmp_path / "file" / "below"):
         pass

@@ -88,7 +88,9 @@ def test_no_row_of_the_run_is_read(run, monkeypatch):
 
 def test_draws_come_again_whatever_stands_beside(run):
     alone = json.loads(run("s", "b", "--json", "--temperature", "1", "--top-p", "0.9", "--seed", "3")[1])["answers"]
-    beside = json.loads(run("s", "a", "b", "--json", "--temperature", "1", "--top-p", "0.9", "--seed", "3")[1])["answers"]
+    beside = json.loads(run("s", "a", "b", "--json", "--temperature", "1", "--top-p", "0.9", "--seed", "3")[1])[
+        "answers"
+    ]
     assert beside[1] == alone[0]
     other = json.loads(run("s", "b", "--json", "--temperature", "1", "--top-p", "0.9", "--seed", "4")[1])["answers"]
     assert other != alone
@@ -111,7 +113,8 @@ def test_tokens_are_drawn_as_often_as_the_softmax_says():
         ]
         counts = [drawn.count(ord(base.tokenizer.decode([n]))) for n in range(10, 14)]
         narrow = {
-            generate.complete(base.model, base.tokenizer, [(5,)], How(1, 2.0, 0.3, seed), 1, "t")[0] for seed in range(20)
+            generate.complete(base.model, base.tokenizer, [(5,)], How(1, 2.0, 0.3, seed), 1, "t")[0]
+            for seed in range(20)
         }
     finally:
         hook.remove()

@@ -79,7 +79,9 @@ def test_folder_is_read_as_it_was_written(at, tmp_path):
     made.save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     again = saved.read(tmp_path, compute.policy(Model(kind=Kind.tiny, dtype=config_dtype())))
-    assert all(torch.equal(a, b) for a, b in zip(made.state_dict().values(), again.model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(made.state_dict().values(), again.model.state_dict().values(), strict=True)
+    )
     assert again.tokenizer("abc").input_ids == tiny.tokenizer()("abc").input_ids
 
 
