@@ -6,6 +6,7 @@ Batch size, padding and order change speed and memory, never a score.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -273,7 +274,7 @@ def write(
         settings: how to choose tokens, and when to stop.
         batch: prompts that are written together.
         label: name of the work on the screen.
-        streamer: is told each token as it is written; with one prompt only.
+        streamer: is told each token as it is written, in place of a bar; with one prompt only.
 
     Returns:
         What was written, special tokens left out, in the order of the prompts.
@@ -283,8 +284,9 @@ def write(
     written = [""] * len(asked)
     was_training = model.training
     model.eval()
+    shown = progress(f"{label} completions", len(asked)) if streamer is None else nullcontext(lambda _: None)
     try:
-        with torch.no_grad(), progress(f"{label} completions", len(asked)) as advance:
+        with torch.no_grad(), shown as advance:
             for numbers in batches([len(ids) for ids in asked], batch, spread=0):
                 ids, mask = _left_padded([asked[n] for n in numbers], _pad(tokenizer))
                 out = model.generate(  # type: ignore

@@ -45,7 +45,7 @@ examples:
   ftexp export outputs/runs/my-run --to my-model --form merged
   ftexp export my-run --to my-adapter --push me/my-adapter      a private repository; --public for all to see
 
-GGUF, for llama.cpp and Ollama, is made from a merged folder with llama.cpp's own converter, which no package has:
+GGUF, for llama.cpp and Ollama, is made from a merged folder by llama.cpp's own converter, which the package gguf lacks:
   python llama.cpp/convert_hf_to_gguf.py my-model --outfile my-model.gguf
   llama.cpp/build/bin/llama-quantize my-model.gguf my-model-q4.gguf Q4_K_M
 """

@@ -15,13 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from ftexp import data, evaluate, experiment, export, fidelity, model, trained
-from ftexp.config import Dtype, Kind, Model, Quant
 from ftexp.data import prompts
 from ftexp.errors import Unfaithful
 from ftexp.files import read_json
 from ftexp.model import saved, tiny
-
-FLAT = Model(kind=Kind.tiny, dtype=Dtype.float32)
 
 
 @pytest.fixture
@@ -313,6 +310,25 @@ def test_template_of_training_goes_with_the_tokenizer(composed):
     assert export.shipped(tiny.tokenizer(), classifier).chat_template == tiny.TEMPLATE
 
 
-def test_quantised_base_has_its_own_limit():
-    assert fidelity.PACKED.loss > max(limit.loss for limit in fidelity.LIMITS.values())
-    assert Quant().kind.value == "none"
+def test_packed_base_is_merged_into_its_weights_before_packing(tmp_path, monkeypatch, capsys):
+    """A run on nf4 weights: the merged model stands on the full weights, within the limit for packed bases."""
+    from conftest import TINY
+
+    from ftexp import run as command
+
+    monkeypatch.chdir(tmp_path)
+    tiny.model("eager").save_pretrained("my-model")
+    tiny.tokenizer().save_pretrained("my-model")
+    given = [t for t in TINY if t != "model=tiny"]
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["ftexp.run", *given, "model=hub", "model.path=./my-model", "quant=nf4", "track=none", "name=q"],
+    )
+    assert command.main() == 0
+    monkeypatch.setattr(sys, "argv", ["ftexp export", "q", "--to", "m", "--form", "merged", "--json"])
+    capsys.readouterr()
+    assert export.main() == 0
+    told = json.loads(capsys.readouterr().out)["fidelity"]
+    assert told["limit"]["loss"] == fidelity.PACKED.loss and 0 < told["moved"] < fidelity.PACKED.loss
+    assert {weight.dtype for weight in load_file("m/model.safetensors").values()} == {torch.float32}

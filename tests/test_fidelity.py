@@ -8,7 +8,7 @@ from ftexp.config import Dtype, Kind, Model, Quant
 from ftexp.data import prompts
 from ftexp.fidelity import Answers, Limit
 
-LIMIT = Limit(0.01, 0.75)
+LIMIT = Limit(0.02, 0.75)
 
 
 def answers(loss=2.0, choices=((1, 2), (3, 4)), completions=("a", "b"), margin=1.0):
@@ -20,10 +20,10 @@ def answers(loss=2.0, choices=((1, 2), (3, 4)), completions=("a", "b"), margin=1
     ("after", "moved", "share", "equal", "kept"),
     [
         (answers(), 0.0, 1.0, 2, True),
-        (answers(2.019), 0.0095, 1.0, 2, True),
-        (answers(1.981), 0.0095, 1.0, 2, True),
-        (answers(2.03), 0.015, 1.0, 2, False),  # worse
-        (answers(1.97), 0.015, 1.0, 2, False),  # better is another model too
+        (answers(2.019), 0.019, 1.0, 2, True),
+        (answers(1.981), 0.019, 1.0, 2, True),
+        (answers(2.03), 0.03, 1.0, 2, False),  # worse
+        (answers(1.97), 0.03, 1.0, 2, False),  # better is another model too
         (answers(choices=((1, 2), (3, 9))), 0.0, 0.75, 2, True),
         (answers(choices=((1, 9), (3, 9))), 0.0, 0.5, 2, False),
         (answers(completions=("a", "c")), 0.0, 1.0, 1, True),  # one early choice changes a whole completion: told alone

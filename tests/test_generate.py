@@ -50,7 +50,7 @@ def test_answers_are_those_of_the_run_itself(run):
     assert any(a["tuned"] != a["base"] for a in told["answers"])  # or one could stand for the other
 
 
-def test_sabotage_another_template_writes_something_else(at, run, monkeypatch):
+def test_sabotage_another_template_gives_other_ids(at):
     row = recorded(trained.find("s"))[0]
     plain = generate.encode
 
@@ -59,8 +59,6 @@ def test_sabotage_another_template_writes_something_else(at, run, monkeypatch):
 
         return plain(rows, tokenizer, replace(run, data=replace(run.data, template=Template.plain)), texts)
 
-    monkeypatch.setattr(generate, "encode", bare)
-    _, out, _ = run("s", row["prompt"], "--json")
     with trained.load(trained.find("s")) as loaded:
         asked = plain([generate.typed(row["prompt"], "x")], loaded.base.tokenizer, loaded.run, False)
         other = bare([generate.typed(row["prompt"], "x")], loaded.base.tokenizer, loaded.run, False)
