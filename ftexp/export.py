@@ -131,6 +131,7 @@ def _merged(kept: Kept, run: Run, folder: Path, form: str, dtype: str) -> Fideli
     say("asking base and adapter")
     with trained.load(kept) as loaded:
         before = ask(loaded.tuned, loaded.base.tokenizer, "run")
+        formats = (dtype, loaded.base.compute.dtype)  # the coarser of both rounds
         chosen = replace(loaded.base.compute, dtype=dtype)
     model.forget()
     known = trained.names(kept)
@@ -151,7 +152,8 @@ def _merged(kept: Kept, run: Run, folder: Path, form: str, dtype: str) -> Fideli
     again = saved.read(folder, chosen, len(known))
     after = ask(again.model, again.tokenizer, form)
     packed = run.quant.kind is not Format.none or form == "merged4bit"
-    told = fidelity.compare(before, after, fidelity.PACKED if packed else fidelity.LIMITS[dtype])
+    coarser = max((fidelity.LIMITS[name] for name in formats), key=lambda limit: limit.loss)
+    told = fidelity.compare(before, after, fidelity.PACKED if packed else coarser)
     if form == "merged4bit":
         return told
     if not told.kept:
