@@ -36,7 +36,7 @@ check: $(READY) ## run the fast tests only
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not chaos and not hub"
 
 hub: $(READY) ## run the tests that need the Hugging Face hub
-	$(BIN)/python -m pytest -m hub tests/data/test_hub.py
+	$(BIN)/python -m pytest -m hub tests/data/test_hub.py tests/test_export.py
 
 chaos: $(READY) ## kill a sweep 40 times and compare it with a calm one, byte by byte (about 10 minutes)
 	$(BIN)/python -m pytest -m chaos -s tests/chaos

@@ -17,6 +17,8 @@ VERBS = {
     "confirm": "train a sweep's winner again and score it once on the sealed rows",
     "diff": "tell what differs between two runs, and whether it is chance",
     "reproduce": "train a run again and compare it step by step",
+    "generate": "print what a trained run writes, beside its base model",
+    "export": "write a run to a folder that others can load, merged or as an adapter, and push it",
     "sync": "bring to MLflow what its store missed",
     "power": "tell the rows and seeds a comparison needs",
     "notebooks": "run the notebooks of analysis/ on a sweep",

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import hashlib
+import json
 import math
 import os
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import count, islice
 from pathlib import Path
@@ -25,15 +27,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ftexp import config, data, experiment, facts, report, track, verb
-from ftexp.config import Run
+from ftexp import config, data, experiment, facts, registry, report, track, verb
+from ftexp.config import Run, Track
 from ftexp.errors import ConfigError, DataError, Diverged, MachineError, TrialsFailed
 from ftexp.files import read_json, write_json
 from ftexp.metrics import METRICS, SCORES, Direction
 from ftexp.progress import quiet_libraries, say, warn
 from ftexp.sealed import FILE, line, lines, number, openings, ranged, times
 from ftexp.sweep import __main__ as sweeps
-from ftexp.sweep import plugin
+from ftexp.sweep import frozen, plugin
 from ftexp.sweep.frozen import Frozen
 
 if TYPE_CHECKING:
@@ -440,6 +442,57 @@ def show(entry: dict[str, Any]) -> None:
         console.print(told, markup=False, highlight=False)
 
 
+def _check_register(folder: Path, name: str) -> None:
+    """Refuse what could not be registered, before anything is trained."""
+    registry.check_name(name)
+    if frozen.load(folder).mlflow_run is None:
+        raise ConfigError(
+            f"--register={name} needs a sweep that is in MLflow, {folder.name} is not: it was launched with "
+            "track=none, or ftexp sync has yet to bring it"
+        )
+
+
+def register(folder: Path, entry: dict[str, Any], name: str) -> registry.Version:
+    """Register the winner's adapter, of several seeds the first, with the sealed score of its config.
+
+    Args:
+        folder: of the sweep.
+        entry: its last opening, with a result.
+        name: of the registered model.
+
+    Raises:
+        MachineError: the store cannot be opened or refuses, or does not hold the adapter.
+    """
+    winner = entry["result"]["members"][0]
+    number = winner["trials"][0]
+    trial = read_json(folder / str(number) / "trial.json") or {}
+    if "track" not in trial or not trial.get("mlflow_run"):
+        raise MachineError(f"trial {number} of {folder.name} is not in MLflow; bring it with: python -m ftexp.sync")
+    where = Track(uri=trial["track"]["uri"], experiment=trial["track"]["experiment"])
+    told = json.dumps(trial["config"], sort_keys=True)
+    score = entry["result"]["objective"].replace("valid/", "test/")
+    ends = winner["test"][score.removeprefix("test/")]
+    tags = {
+        "ftexp.sweep": folder.name, "ftexp.trial": number, "ftexp.overrides": winner["label"],
+        "ftexp.config_sha256": hashlib.sha256(told.encode()).hexdigest(),
+        **{f"ftexp.{score}{end}": ends[key] for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))
+           if ends[key] is not None},
+        "ftexp.test_rows": entry["result"]["rows"], "ftexp.test_seeds": len(winner["seeds"]),
+        "ftexp.test_opened": entry["opened"],
+    }  # fmt: skip
+    about = (
+        f"{line(entry)} The sealed score is that of the config on fresh seeds; this is the adapter of trial {number}."
+    )
+    return registry.register(where, trial["mlflow_run"], name, {k: str(v) for k, v in tags.items()}, about)
+
+
+def _registered(version: registry.Version | None) -> list[str]:
+    if version is None:
+        return []
+    how = "registered" if version.fresh else "registered before"
+    return [f"{how}: models:/{version.name}/{version.version}", ""]
+
+
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     made = argparse.ArgumentParser(
@@ -450,6 +503,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("name", help="name of the sweep, or its folder")
     made.add_argument("--seeds", type=int, help=f"fresh seeds a point ({SEEDS})")
     made.add_argument("--again", action="store_true", help="open the sealed rows once more; every output says so")
+    made.add_argument("--register", metavar="NAME",
+                      help="make a version of this model in MLflow's registry from the winner's adapter")  # fmt: skip
     made.add_argument("--json", action="store_true", help="for scripts")
     return made
 
@@ -470,8 +525,16 @@ def main() -> int:
 def _main(args: argparse.Namespace) -> int:
     if args.seeds is not None and not 1 <= args.seeds <= 100:
         raise ConfigError(f"--seeds must be between 1 and 100, got {args.seeds}")
-    entry = confirm(sweeps.find(args.name).absolute(), args.seeds, args.again)
-    print(verb.as_json(entry)) if args.json else show(entry)
+    folder = sweeps.find(args.name).absolute()
+    if args.register is not None:
+        _check_register(folder, args.register)
+    entry = confirm(folder, args.seeds, args.again)
+    version = None if args.register is None else register(folder, entry, args.register)
+    if args.json:
+        print(verb.as_json(entry if version is None else entry | {"registered": asdict(version)}))
+    else:
+        show(entry)
+        print(*_registered(version), sep="\n", end="")
     return TrialsFailed.exit_code if any(member["failed"] for member in entry["result"]["members"]) else 0
 
 

@@ -47,6 +47,12 @@ class Pruned(FtexpError):
     exit_code = 0
 
 
+class Unfaithful(FtexpError, ArithmeticError):
+    """An exported model does not answer as the run it was made from; nothing of it is kept."""
+
+    exit_code = 5
+
+
 class Preempted(KeyboardInterrupt):
     """The process was asked to leave; what it was at can be gone on with. Passes every `except Exception`."""
 

@@ -6,6 +6,7 @@ Batch size, padding and order change speed and memory, never a score.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +20,8 @@ from ftexp.progress import progress, warn
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
 
     AnyModel = PreTrainedModel | PeftModel
 
@@ -242,28 +244,55 @@ def generate(
     Prompts are padded on the left, so that each continues at its own last token; in float32 a row is then written the
     same alone and in any batch.
     """
-    import torch
     from transformers import GenerationConfig
 
-    ends = model.generation_config.eos_token_id  # type: ignore
     settings = GenerationConfig(
         max_new_tokens=planned_tokens(examples, how),
         do_sample=False,
         pad_token_id=_pad(tokenizer),
-        eos_token_id=sorted(
-            {cast(int, tokenizer.eos_token_id), *(ends if isinstance(ends, list) else [ends])} - {None}
-        ),
+        eos_token_id=ends(model, tokenizer),
     )
-    written = [""] * len(examples)
+    return write(model, tokenizer, [e.prompt for e in examples], settings, how.batch, label)
+
+
+def ends(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """List the tokens that end a completion: the tokenizer's, and those of the model's own settings."""
+    own = model.generation_config.eos_token_id  # type: ignore
+    return sorted({cast(int, tokenizer.eos_token_id), *(own if isinstance(own, list) else [own])} - {None})
+
+
+def write(
+    model: AnyModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[tuple[int, ...]], settings: GenerationConfig,
+    batch: int, label: str, streamer: BaseStreamer | None = None,
+) -> list[str]:  # fmt: skip
+    """Let a model go on from prompts, as the settings say.
+
+    Args:
+        model: a causal language model, with or without an adapter.
+        tokenizer: its tokenizer.
+        asked: token ids of each prompt.
+        settings: how to choose tokens, and when to stop.
+        batch: prompts that are written together.
+        label: name of the work on the screen.
+        streamer: is told each token as it is written, in place of a bar; with one prompt only.
+
+    Returns:
+        What was written, special tokens left out, in the order of the prompts.
+    """
+    import torch
+
+    written = [""] * len(asked)
     was_training = model.training
     model.eval()
+    shown = progress(f"{label} completions", len(asked)) if streamer is None else nullcontext(lambda _: None)
     try:
-        with torch.no_grad(), progress(f"{label} completions", len(examples)) as advance:
-            for numbers in batches([len(e.prompt) for e in examples], how.batch, spread=0):
-                ids, mask = _left_padded([examples[n].prompt for n in numbers], _pad(tokenizer))
+        with torch.no_grad(), shown as advance:
+            for numbers in batches([len(ids) for ids in asked], batch, spread=0):
+                ids, mask = _left_padded([asked[n] for n in numbers], _pad(tokenizer))
                 out = model.generate(  # type: ignore
-                    input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
-                )
+                    input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings,
+                    streamer=streamer,
+                )  # fmt: skip
                 texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
                 for n, text in zip(numbers, texts, strict=True):
                     written[n] = text

@@ -1,15 +1,18 @@
-"""Files of ours: the cache, and JSON that is whole or absent."""
+"""Files of ours: the cache, and files and folders that are whole or absent."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ftexp.errors import MachineError
+from ftexp.errors import ConfigError, MachineError
 
 
 def cache() -> Path:
@@ -38,6 +41,32 @@ def write_json(path: Path, content: Any) -> None:
     except BaseException:
         Path(fresh).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """Lend an empty folder that takes the name `target` where the work ends well, and is removed where it does not.
+
+    Raises:
+        ConfigError: the name is taken.
+        MachineError: the folder cannot be made.
+    """
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise ConfigError(f"{target}: must be a new or an empty folder, there is something of this name")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise MachineError(f"{target}: cannot be made: {error.strerror or error}") from error
+    try:
+        yield fresh
+        os.umask(mask := os.umask(0))
+        fresh.chmod(0o777 & ~mask)  # a temporary folder is made for its owner alone
+        for path in fresh.rglob("*"):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+        fresh.replace(target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def read_json(path: Path) -> Any | None:

@@ -73,14 +73,14 @@ def beside(folder: Path, board: Board, verdict: Verdict) -> Sweep:
         axes=tuple(axis["key"].lstrip("+") for axis in (frozen or {}).get("axes", [])),
         curves={n: track.curve(place / track.FILE, "valid/loss") for n, place in places.items()},
         rows=examples.of(content) if content else [],
-        command=() if shown is None else _command(places[shown], winner.trials[0] if winner else {}),
+        command=() if shown is None else command(places[shown], winner.trials[0] if winner else {}),
         openings=sealed.openings(folder),
         labels=() if shown is None else read_json(places[shown] / "labels.json") or (),
         sealed_labels=sealed.labels(folder),
     )
 
 
-def _command(place: Path, trial: dict[str, Any]) -> tuple[str, ...]:
+def command(place: Path, trial: dict[str, Any]) -> tuple[str, ...]:
     """Return the words that run a trial again, alone; where it was tracked is left to the reader."""
     import yaml
 

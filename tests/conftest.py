@@ -62,3 +62,27 @@ def cli(tmp_path, monkeypatch, capsys):
         return code, out, err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def shipped(tmp_path_factory):
+    """A folder with a finished sweep `s` of two ranks, which keeps rows sealed, and a classifier `c`, both of the tiny model."""
+    folder = tmp_path_factory.mktemp("shipped")
+    small = [t for t in TINY if not t.startswith("trainer.")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for given in (
+            [*TINY, "lora.r=2,4", "data.test=10", "name=s", "-m"],
+            [*small, "data=genres", "trainer=classify", "trainer.steps=4", "trainer.lr=1e-2", "name=c"],
+        ):
+            patch.setattr(sys, "argv", ["ftexp.run", *given, "track=none"])
+            assert command.main() == 0
+    return folder
+
+
+@pytest.fixture
+def at(shipped, monkeypatch):
+    """Stand in the folder of `shipped`; leave it as it is."""
+    config.register()
+    monkeypatch.chdir(shipped)
+    return shipped

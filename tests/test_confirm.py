@@ -24,6 +24,7 @@ from ftexp.stats.columns import Interval
 from ftexp.sweep import frozen
 from ftexp.train import classify, sft
 
+EXECUTE = experiment.execute
 SMALL = [*[t for t in TINY if not t.startswith(("trainer.", "data.rows"))], "data.rows=80", "data.test=20", "trainer.steps=2",
          "trainer.lr=1e-4", "trainer.report_steps=0", "trainer.checkpoint_minutes=0", "name=s"]  # fmt: skip
 """Two ranks so little trained that they cannot be told apart."""
@@ -455,3 +456,46 @@ def test_user_without_a_name_has_a_number(monkeypatch):
 
     monkeypatch.setattr(confirm.getpass, "getuser", nameless)
     assert confirm._who().startswith(f"{os.getuid()} on ")
+
+
+def test_confirmed_winner_is_registered(tmp_path, monkeypatch, cli, quick):
+    """In a real store: the winner's adapter, with the sealed score and its interval as tags; the same again adds nothing."""
+    config.register()
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as real:
+        real.setattr(experiment, "execute", EXECUTE)
+        sweep = launched(tmp_path, *SMALL, "lora.r=2,4", "eval=loss")
+    code, out, err = cli("s", "--register", "yoda", "--json")
+    assert code == 0, err
+    entry = json.loads(out)
+    assert entry["registered"] == {"name": "yoda", "version": "1", "fresh": True}
+    winner = entry["result"]["members"][0]
+    trial = read_json(sweep / str(winner["trials"][0]) / "trial.json")
+    from ftexp import track
+    from ftexp.config import Track
+
+    kept = track.store(Track())[0].get_model_version("yoda", "1")
+    assert kept.run_id == trial["mlflow_run"]
+    assert kept.source.endswith("/adapter")
+    tags = kept.tags
+    assert (tags["ftexp.sweep"], tags["ftexp.trial"], tags["ftexp.overrides"]) == (
+        "s",
+        str(winner["trials"][0]),
+        winner["label"],
+    )
+    for key, end in (("", "value"), ("_low", "low"), ("_high", "high")):
+        assert float(tags[f"ftexp.test/loss{key}"]) == winner["test"]["loss"][end]
+    assert (tags["ftexp.test_rows"], tags["ftexp.test_seeds"], tags["ftexp.test_opened"]) == ("20", "3", "1")
+    assert len(tags["ftexp.config_sha256"]) == 64
+    assert "this is the adapter of trial" in kept.description
+    count = len(quick)
+    _, again, _ = cli("s", "--register", "yoda")
+    assert "registered before: models:/yoda/1" in again and len(quick) == count
+
+
+def test_what_cannot_be_registered_is_refused_before_training(sweep, quick, cli):
+    code, _, err = cli("s", "--register", "yoda")
+    assert code == 2 and "--register=yoda needs a sweep that is in MLflow, s is not" in err.replace("\n", " ")
+    code, _, err = cli("s", "--register", "a/b")
+    assert code == 2 and "--register must be 1 to 64 letters" in err
+    assert not quick and not (sweep / "confirm.json").exists()

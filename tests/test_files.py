@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from ftexp import files
+from ftexp.errors import ConfigError, MachineError
 
 
 def test_cache_follows_the_environment(monkeypatch, tmp_path):
@@ -46,3 +47,39 @@ def test_file_is_whole_after_kill_at_any_moment(tmp_path):
         content = json.loads(path.read_text())
         assert len(content) == 20000
         assert len(set(content)) == 1
+
+
+def test_folder_is_whole_or_absent(tmp_path):
+    with files.whole(tmp_path / "a" / "b") as folder:
+        (folder / "x").write_text("1")
+        assert not (tmp_path / "a" / "b").exists()
+    assert (tmp_path / "a" / "b" / "x").read_text() == "1"
+    assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o777 & ~current_umask()
+    with pytest.raises(KeyboardInterrupt), files.whole(tmp_path / "c") as folder:
+        (folder / "x").write_text("1")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["a"]
+    (tmp_path / "empty").mkdir()
+    with files.whole(tmp_path / "empty") as folder:
+        (folder / "x").write_text("2")
+    assert os.listdir(tmp_path / "empty") == ["x"]
+
+
+def test_folder_that_is_taken_is_refused(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("full", "file"):
+        with (
+            pytest.raises(ConfigError, match=f"{name}: must be a new or an empty folder"),
+            files.whole(tmp_path / name),
+        ):
+            pass
+    with pytest.raises(MachineError, match="cannot be made"), files.whole(tmp_path / "file" / "below"):
+        pass
+    assert (tmp_path / "full" / "x").read_text() == (tmp_path / "file").read_text() == "mine"
+
+
+def current_umask():
+    os.umask(mask := os.umask(0))
+    return mask

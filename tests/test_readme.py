@@ -31,6 +31,8 @@ def test_readme_has_commands_and_all_are_run_here():
     others = [c for c in COMMANDS if c not in (*RUNS, *MAKES)]
     assert {c.split()[0:3][-1] for c in others} <= {
         "ftexp.diff",
+        "ftexp.export",
+        "ftexp.generate",
         "ftexp.reproduce",
         "ftexp.report",
         "ftexp.power",

@@ -125,6 +125,12 @@ def load(model: Model, quant: Quant, labels: int = 0) -> Base:
     return _warm
 
 
+def forget() -> None:
+    """Drop the base model in memory: the next `load` reads it anew."""
+    global _warm
+    _warm = None
+
+
 def _load(model: Model, quant: Quant, key: str, labels: int = 0) -> Base:
     import torch
     from transformers.utils import logging

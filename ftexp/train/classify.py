@@ -53,20 +53,28 @@ def render(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, run: Run) ->
     """
     made = []
     for row in rows:
-        ids = tuple(cast(list[int], tokenizer(row.prompt, verbose=False)["input_ids"]))
+        ids = text_ids(row, tokenizer, run)
         told = labels.parse(row.completion, run.eval.labels or ",")
-        most = run.data.max_length
-        if len(ids) > most:
-            raise DataError(
-                f"{row.where}: a row must be at most data.max_length={most} tokens, this one has {len(ids)}"
-            )
-        if tokenizer.pad_token_id in ids:
-            raise DataError(f"{row.where}: the text holds the padding token, behind which a classifier sees nothing")
         if not told or (not run.trainer.multi_label and len(told) > 1):
             wanted = "a label" if run.trainer.multi_label else "one label (trainer.multi_label=false)"
             raise DataError(f"{row.where}: the completion must name {wanted}, got {row.completion!r}")
         made.append(Example(row, ids, told))
     return made
+
+
+def text_ids(row: Row, tokenizer: PreTrainedTokenizerBase, run: Run) -> tuple[int, ...]:
+    """Tokenise the text of a row.
+
+    Raises:
+        DataError: it is too long, or holds the padding token.
+    """
+    ids = tuple(cast(list[int], tokenizer(row.prompt, verbose=False)["input_ids"]))
+    most = run.data.max_length
+    if len(ids) > most:
+        raise DataError(f"{row.where}: a row must be at most data.max_length={most} tokens, this one has {len(ids)}")
+    if tokenizer.pad_token_id in ids:
+        raise DataError(f"{row.where}: the text holds the padding token, behind which a classifier sees nothing")
+    return ids
 
 
 def names(*parts: list[Example]) -> list[str]:

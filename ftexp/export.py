@@ -1,0 +1,291 @@
+"""`python -m ftexp.export RUN --to FOLDER`: a run as a folder that others can load, with a model card.
+
+An adapter goes out as it was saved. A merged model is read back from its folder and must answer as base and adapter
+did (`fidelity`), or nothing is left of it. Sealed rows are not looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftexp import card, config, data, fidelity, model, trained, verb
+from ftexp.config import Format, Method, Run
+from ftexp.data import prompts
+from ftexp.errors import ConfigError, DataError, MachineError, Unfaithful
+from ftexp.fidelity import Answers, Fidelity
+from ftexp.files import read_json, whole, write_json
+from ftexp.progress import quiet_libraries, say
+from ftexp.runs import Kept
+from ftexp.train import classify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMS = ("adapter", "merged", "merged4bit")
+WEIGHTS = "adapter_model.safetensors"
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+EPILOG = """forms:
+  adapter     the adapter as the run saved it, with tokenizer and card; needs the base model to be used (default)
+  merged      a whole model: adapter added to the base in float32, then stored as the base was computed in (--dtype).
+              It is read back, its held-out loss and greedy choices are compared with base and adapter, and it is
+              removed again where they moved (exit code 5)
+  merged4bit  merged, then packed to 4 bit (nf4). This changes what the model answers; the change is measured and
+              told, and nothing is refused. Where that matters, serve base and adapter, or the merged model
+
+examples:
+  ftexp export lora.r-8-16-64 --to my-adapter                   a sweep: its winner
+  ftexp export outputs/runs/my-run --to my-model --form merged
+  ftexp export my-run --to my-adapter --push me/my-adapter      a private repository; --public for all to see
+
+GGUF, for llama.cpp and Ollama, is made from a merged folder by llama.cpp's own converter, which the package gguf lacks:
+  python llama.cpp/convert_hf_to_gguf.py my-model --outfile my-model.gguf
+  llama.cpp/build/bin/llama-quantize my-model.gguf my-model-q4.gguf Q4_K_M
+"""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export came to."""
+
+    run: str
+    """Folder of the run."""
+    folder: str
+    form: str
+    files: dict[str, int]
+    """Name -> bytes."""
+    fidelity: Fidelity | None
+    """None for an adapter, whose weights are the run's own."""
+    pushed: str | None = None
+    """Address of the repository."""
+
+
+def export(kept: Kept, target: Path, form: str = "adapter", dtype: str | None = None) -> Exported:
+    """Write a run to a folder, whole or not at all.
+
+    Args:
+        kept: a complete run.
+        target: a folder that is not there yet, or empty.
+        form: one of `FORMS`.
+        dtype: number format of merged weights; None takes the one the base was computed in.
+
+    Raises:
+        ConfigError: the target is taken.
+        DataError: the rows are no longer those of the run, so that a merged model could not be compared.
+        MachineError: base or adapter cannot be loaded.
+        Unfaithful: the merged model does not answer as the run.
+    """
+    run = kept.config()
+    with whole(target) as folder:
+        told = None
+        if form == "adapter":
+            _adapter(kept, run, folder)
+        else:
+            told = _merged(kept, run, folder, form, dtype or kept.trial["facts"]["compute"]["dtype"])
+        text = card.write(kept, form, told, trained.confirmed(kept))
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*"))}
+    return Exported(str(kept.folder), str(target), form, files, told)
+
+
+def _adapter(kept: Kept, run: Run, folder: Path) -> None:
+    """Copy the adapter, name its base as others know it, and put the tokenizer beside it."""
+    from ftexp.model.saved import ADAPTER
+
+    source = kept.folder / "adapter"
+    told = read_json(source / ADAPTER)
+    if told is None or not (source / WEIGHTS).is_file():
+        raise MachineError(f"{source}: must hold an adapter; there is no {ADAPTER} with {WEIGHTS}")
+    shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)
+    named = {"base_model_name_or_path": card.base_name(run.model), "revision": run.model.revision}
+    write_json(folder / ADAPTER, told | named)
+    shipped(model.tokenizer(run.model), run).save_pretrained(str(folder))
+
+
+def shipped(tokenizer: PreTrainedTokenizerBase, run: Run) -> PreTrainedTokenizerBase:
+    """Give a tokenizer the chat template the run was trained with, none where its prompts stood plain."""
+    if run.trainer.kind is not Method.classify:
+        template = prompts.template(tokenizer, run.data)
+        tokenizer.chat_template = template  # type: ignore
+    return tokenizer
+
+
+def _merged(kept: Kept, run: Run, folder: Path, form: str, dtype: str) -> Fidelity:
+    """Merge, write, read back and compare.
+
+    Raises:
+        Unfaithful: the model moved beyond its limit.
+    """
+    import torch
+
+    from ftexp.model import compute, saved
+
+    ask = _questions(kept, run)
+    say("asking base and adapter")
+    with trained.load(kept) as loaded:
+        before = ask(loaded.tuned, loaded.base.tokenizer, "run")
+        formats = (dtype, loaded.base.compute.dtype)  # the coarser of both rounds
+        chosen = replace(loaded.base.compute, dtype=dtype)
+    model.forget()
+    known = trained.names(kept)
+    say("merging in float32")
+    made = saved.merged(run.model, kept.folder / "adapter", len(known))
+    if known:
+        made.config.id2label = dict(enumerate(known))
+        made.config.label2id = {name: n for n, name in enumerate(known)}
+        made.config.problem_type = "multi_label_classification" if run.trainer.multi_label else (
+            "single_label_classification")  # fmt: skip
+    made.to(getattr(torch, dtype)).save_pretrained(str(folder))
+    del made
+    shipped(model.tokenizer(run.model), run).save_pretrained(str(folder))
+    if form == "merged4bit":
+        _pack(folder, chosen, len(known))
+    say("asking the model as it was written")
+    compute.apply(chosen)
+    again = saved.read(folder, chosen, len(known))
+    after = ask(again.model, again.tokenizer, form)
+    packed = run.quant.kind is not Format.none or form == "merged4bit"
+    coarser = max((fidelity.LIMITS[name] for name in formats), key=lambda limit: limit.loss)
+    told = fidelity.compare(before, after, fidelity.PACKED if packed else coarser)
+    if form == "merged4bit":
+        return told
+    if not told.kept:
+        raise Unfaithful(f"the merged model is not the run {kept.name}: {fidelity.line(told)}; it was removed")
+    return told
+
+
+def _pack(folder: Path, chosen: Any, labels: int) -> None:
+    """Pack the model of a folder to 4 bit, in its place."""
+    from ftexp.model import saved
+
+    say("warning: packing a merged model to 4 bit changes its answers; by how much is measured below")
+    base = saved.read(folder, chosen, labels, nf4=True)
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    base.model.save_pretrained(str(folder))
+
+
+def _questions(kept: Kept, run: Run) -> Callable[[Any, PreTrainedTokenizerBase, str], Answers]:
+    """Render the held-out rows, and return a function that asks a model about them with its own tokenizer.
+
+    Raises:
+        DataError: the rows are no longer those of the run.
+    """
+    splits = data.load(run.data)
+    told = kept.trial["facts"]["rows"]["sha256"]
+    if splits.digest() != told:
+        raise DataError(
+            f"{run.data.path or run.data.kind.value}: the rows are no longer those of {kept.name}, so that a merged "
+            "model cannot be compared with it; --form adapter needs no rows"
+        )
+    known, limits = trained.names(kept), kept.trial.get("thresholds", {})
+
+    def ask(asked: Any, tokenizer: PreTrainedTokenizerBase, label: str) -> Answers:
+        if known:
+            rows = classify.render(splits.valid, tokenizer, run)
+            return fidelity.decisions(asked, tokenizer, rows, run.eval, label, known, limits, run.trainer.multi_label)
+        return fidelity.texts(asked, tokenizer, prompts.render(splits.valid, tokenizer, run.data), run.eval, label)
+
+    return ask
+
+
+def check_push(name: str) -> None:
+    """Refuse a repository name that the hub would, and a machine that has no token for it.
+
+    Raises:
+        ConfigError: the name is not one of a repository.
+        MachineError: there is no token.
+    """
+    from huggingface_hub import get_token
+
+    config.require(REPOSITORY.fullmatch(name) is not None, "--push", name, "OWNER/NAME of a repository of the hub")
+    if get_token() is None:
+        raise MachineError("--push needs a token of the hub with the right to write: HF_TOKEN in the environment, or "
+                           "hf auth login")  # fmt: skip
+
+
+def push(folder: Path, name: str, public: bool) -> str:
+    """Upload a folder to the hub and return the address of the repository; a new one is private unless `public`.
+
+    Raises:
+        MachineError: the hub cannot be reached or refuses; the folder stays as it is.
+    """
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    api = HfApi()
+    try:
+        made = api.create_repo(name, private=not public, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Exported with ftexp")
+    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        told = " ".join(str(error).split())[:300].replace(get_token() or "\0", "***")
+        raise MachineError(
+            f"--push {name}: {told}; {folder} is whole, send it again with: hf upload {name} {folder}"
+        ) from None
+    return str(made)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    made = argparse.ArgumentParser(
+        "ftexp export", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG,
+        description="Write a run to a folder that others can load, with tokenizer and model card.",
+    )  # fmt: skip
+    made.add_argument("run", help=trained.RUN_HELP)
+    made.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="new or empty folder to write to")
+    made.add_argument("--form", choices=FORMS, default="adapter", help="see below (%(default)s)")
+    made.add_argument("--dtype", choices=tuple(fidelity.LIMITS), help="number format of merged weights")
+    made.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to this repository of the hub")
+    made.add_argument("--public", action="store_true", help="make a new repository public; private without it")
+    made.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return made
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    from ftexp.train import control
+
+    args = parser().parse_args()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
+    config.register()
+    with control.listening():
+        return verb.ended(lambda: _main(args))
+
+
+def _main(args: argparse.Namespace) -> int:
+    if args.dtype is not None and args.form == "adapter":
+        raise ConfigError(f"--dtype must be left out with --form adapter, got {args.dtype}: it is as the run saved it")
+    if args.public and args.push is None:
+        raise ConfigError("--public must be left out without --push")
+    if args.push is not None:
+        check_push(args.push)
+    told = export(trained.find(args.run), args.to, args.form, args.dtype)
+    if args.push is not None:
+        told = replace(told, pushed=push(args.to, args.push, args.public))
+    print(verb.as_json(asdict(told))) if args.json else print("\n".join(lines(told)))
+    return 0
+
+
+def lines(told: Exported) -> list[str]:
+    """Tell an export in plain lines."""
+    size = sum(told.files.values())
+    text = [f"{told.folder}: {card.FORMS[told.form]}; {len(told.files)} files, {size / 2**20:.1f} MiB"]
+    if told.fidelity is not None:
+        text.append(fidelity.line(told.fidelity))
+        if told.form == "merged4bit" and not told.fidelity.kept:
+            text.append("warning: that is far from the run; do not take its scores for those of this model")
+    return text + ([f"pushed to {told.pushed}"] if told.pushed else [])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,334 @@
+"""A run as a folder for others: whole or absent, equal to the run or refused, and pushed without a word of the token."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ftexp import data, evaluate, experiment, export, fidelity, model, trained
+from ftexp.data import prompts
+from ftexp.errors import Unfaithful
+from ftexp.files import read_json
+from ftexp.model import saved, tiny
+
+
+@pytest.fixture
+def run(at, monkeypatch, capsys):
+    """Return a function that runs `ftexp export`; gives exit code, stdout and stderr."""
+
+    def call(*argv):
+        monkeypatch.setattr(sys, "argv", ["ftexp export", *map(str, argv)])
+        capsys.readouterr()
+        code = export.main()
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def snippet(folder, monkeypatch, at):
+    """Run the Python of a card, as a reader would; return what it prints."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    code = code.replace('folder = "."', f"folder = {str(folder)!r}").replace("max_new_tokens=64", "max_new_tokens=4")
+    monkeypatch.chdir(at)
+    space = {}
+    with contextlib.redirect_stdout(told := io.StringIO()):
+        exec(code, space)
+    return told.getvalue(), space["model"]
+
+
+def test_adapter_is_the_runs_own_and_loads_with_peft(run, tmp_path, monkeypatch, at):
+    kept = trained.find("s")
+    code, out, err = run("s", "--to", tmp_path / "a", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["files"].keys() >= {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (
+        kept.folder / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+    assert read_json(tmp_path / "a" / "adapter_config.json")["base_model_name_or_path"] == "ftexp-tiny"
+    text = "".join(p.read_text() for p in (tmp_path / "a").iterdir() if p.suffix in (".json", ".md"))
+    assert str(Path.home()) not in text and str(at) not in text
+    assert "\ntokenizer = " in (tmp_path / "a" / "README.md").read_text()
+    snippet(tmp_path / "a", monkeypatch, at)
+    base = tiny.model("eager")
+    ids = torch.tensor([[5, 6, 7]])
+    bare = base(ids).logits
+    tuned = saved._attached(base, tmp_path / "a")
+    assert not torch.equal(tuned(ids).logits, bare)
+
+
+def test_merged_model_answers_as_the_run(run, tmp_path, monkeypatch, at):
+    """Loaded by transformers alone, it has the loss that the run's own file tells."""
+    code, out, err = run("s", "--to", tmp_path / "m", "--form", "merged", "--json")
+    assert code == 0, err
+    told = json.loads(out)["fidelity"]
+    kept = trained.find("s")
+    loss = kept.trial["scores"]["valid/loss"]
+    assert told["before"] == pytest.approx(loss, rel=1e-9)
+    assert told["after"] == pytest.approx(loss, rel=1e-6)
+    assert told["rows"] == 12 and told["choices"] == 1 and told["completions"] == told["compared"] == 12
+    printed, loaded = snippet(tmp_path / "m", monkeypatch, at)
+    assert printed
+    again = kept.config()
+    rows = prompts.render(data.load(again.data).valid, tiny.tokenizer(), again.data)
+    assert evaluate.score(loaded.eval(), tiny.tokenizer(), rows, again.eval, "t").scores["loss"] == pytest.approx(
+        loss, rel=1e-6
+    )
+    assert "Faithful to the run" in (tmp_path / "m" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_within_its_limit(run, tmp_path, dtype):
+    code, out, err = run("s", "--to", tmp_path / "m", "--form", "merged", "--dtype", dtype, "--json")
+    assert code == 0, err
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    assert {str(weight.dtype) for weight in stored.values()} == {f"torch.{dtype}"}
+    assert json.loads(out)["fidelity"]["limit"]["loss"] == fidelity.LIMITS[dtype].loss
+
+
+def test_classifier_is_merged_with_its_head_and_labels(run, tmp_path, monkeypatch, at):
+    code, out, err = run("c", "--to", tmp_path / "m", "--form", "merged", "--json")
+    assert code == 0, err
+    kept = trained.find("c")
+    assert json.loads(out)["fidelity"]["after"] == pytest.approx(kept.trial["scores"]["valid/loss"], rel=1e-6)
+    told = read_json(tmp_path / "m" / "config.json")
+    assert list(told["id2label"].values()) == kept.trial["labels"]
+    printed, _ = snippet(tmp_path / "m", monkeypatch, at)
+    assert printed.startswith("tensor(")
+    code, _, err = run("c", "--to", tmp_path / "a")
+    assert code == 0, err
+    monkeypatch.undo()
+    monkeypatch.chdir(at)
+    other = snippet(tmp_path / "a", monkeypatch, at)[0]
+    numbers = [list(map(float, re.findall(r"0\.\d+", text))) for text in (printed, other)]
+    assert len(numbers[0]) == 20 and numbers[0] == pytest.approx(
+        numbers[1], abs=2e-4
+    )  # base with the adapter says the same as merged
+
+
+def test_model_that_moved_is_refused_and_removed(run, tmp_path, monkeypatch):
+    """Sabotage of the merge: one matrix of fourteen gets its update twice."""
+    honest = saved.merged
+
+    def twice(model, folder, labels=0):
+        made = honest(model, folder, labels)
+        fresh = tiny.model("eager").state_dict()
+        name = "model.layers.1.mlp.down_proj.weight"
+        weight = made.get_parameter(name)
+        weight.data += 3 * (weight.data - fresh[name])
+        return made
+
+    monkeypatch.setattr(saved, "merged", twice)
+    code, out, err = run("s", "--to", tmp_path / "m", "--form", "merged")
+    assert (code, out) == (Unfaithful.exit_code, "") == (5, "")
+    assert "the merged model is not the run s/1: held-out loss 5." in err and "it was removed" in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_sabotage_without_the_gate_the_moved_model_would_stay(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(fidelity, "LIMITS", dict.fromkeys(fidelity.LIMITS, fidelity.Limit(1e9, 0.0)))
+    monkeypatch.setattr(saved, "merged", lambda *_: tiny.model("eager"))  # the base, no adapter at all
+    assert run("s", "--to", tmp_path / "m", "--form", "merged")[0] == 0
+    assert (tmp_path / "m" / "model.safetensors").exists()
+
+
+def test_packing_is_warned_of_measured_and_kept(run, tmp_path):
+    code, out, err = run("s", "--to", tmp_path / "m", "--form", "merged4bit", "--json")
+    assert code == 0, err
+    assert "warning: packing a merged model to 4 bit changes its answers" in err
+    told = json.loads(out)["fidelity"]
+    assert told["after"] != told["before"]
+    assert read_json(tmp_path / "m" / "config.json")["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "nothing was done to win it back" in card and f"{told['after']:.6f}" in card
+
+
+def test_sealed_rows_are_not_rendered(run, tmp_path, monkeypatch, tiny):
+    """A recorder on the one render sees held-out rows and no sealed one; it would see them in a confirmation."""
+    kept = trained.find("s")
+    splits = data.load(kept.config().data)
+    seen, honest = set(), prompts.examples
+
+    def record(rows, *more):
+        seen.update(row.prompt for row in rows)
+        return honest(rows, *more)
+
+    monkeypatch.setattr(prompts, "examples", record)
+    assert run("s", "--to", tmp_path / "m", "--form", "merged")[0] == 0
+    sealed = {row.prompt for row in splits.test}
+    assert len(sealed) == 10 and seen >= {row.prompt for row in splits.valid} and not seen & sealed
+    experiment.generation(kept.config(), splits, splits.test)
+    assert seen >= sealed
+
+
+def test_rows_that_changed_are_refused_where_they_are_needed(run, tmp_path, monkeypatch):
+    honest = data.load
+    monkeypatch.setattr(
+        data, "load", lambda told: __import__("dataclasses").replace(honest(told), train=honest(told).train[1:])
+    )
+    code, _, err = run("s", "--to", tmp_path / "m", "--form", "merged")
+    assert code == 3 and "the rows are no longer those of s/1" in err
+    assert run("s", "--to", tmp_path / "a")[0] == 0
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_interruption_leaves_nothing(run, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(saved, "read", interrupted)
+    assert run("s", "--to", tmp_path / "m", "--form", "merged")[0] == 130
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "told"),
+    [
+        (["--dtype", "float16"], 2, "--dtype must be left out with --form adapter"),
+        (["--public"], 2, "--public must be left out without --push"),
+        (["--push", "name"], 2, "--push must be OWNER/NAME"),
+        (["--push", "a/../b"], 2, "--push must be OWNER/NAME"),
+        (["--push", "me/x"], 4, "--push needs a token of the hub"),
+    ],
+)
+def test_what_is_wrong_is_told_first(argv, code, told, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.setattr(model, "load", lambda *_: pytest.fail("a model was loaded"))
+    got, _, err = run("s", "--to", tmp_path / "a", *argv)
+    assert got == code and told in err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("mine")
+    got, _, err = run("s", "--to", tmp_path / "full")
+    assert got == 2 and "must be a new or an empty folder" in err
+
+
+def test_push_makes_a_private_repository_and_uploads_the_folder(run, tmp_path, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, name, private, exist_ok):
+            calls.append((name, private, exist_ok))
+            return f"https://hub.example/{name}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            calls.append((repo_id, sorted(os.listdir(folder_path))))
+
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    code, out, err = run("s", "--to", tmp_path / "a", "--push", "me/yoda")
+    assert code == 0, err
+    assert calls[0] == ("me/yoda", True, True)
+    assert calls[1] == ("me/yoda", sorted(os.listdir(tmp_path / "a")))
+    assert out.endswith("pushed to https://hub.example/me/yoda\n")
+    assert "hf_secret" not in out + err
+    assert run("s", "--to", tmp_path / "b", "--push", "me/yoda", "--public")[0] == 0
+    assert calls[2] == ("me/yoda", False, True)
+
+
+def test_refusal_of_the_hub_is_one_line_without_the_token(run, tmp_path, monkeypatch):
+    """The real client against a server that refuses, and says the token back."""
+    heard = []
+
+    class Refuse(BaseHTTPRequestHandler):
+        def do_POST(self):
+            heard.append(self.headers["Authorization"])
+            told = json.dumps({"error": f"no: {self.headers['Authorization']}"}).encode()
+            self.send_response(403)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(told)))
+            self.end_headers()
+            self.wfile.write(told)
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Refuse)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    from huggingface_hub import HfApi, constants
+
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: HfApi(endpoint=address, token="hf_secret"))
+    try:
+        code, out, err = run("s", "--to", tmp_path / "a", "--push", "me/yoda")
+    finally:
+        server.shutdown()
+    assert heard and "hf_secret" in heard[0]
+    assert code == 4 and err.count("\n") <= 3
+    assert "hf_secret" not in out + err
+    assert "is whole, send it again with: hf upload me/yoda" in err
+    assert (tmp_path / "a" / "README.md").exists()
+
+
+@pytest.mark.hub
+def test_push_to_the_real_hub(run, tmp_path):
+    """Needs HF_TOKEN, and FTEXP_TEST_REPO=OWNER/NAME that may be written to."""
+    name = os.environ["FTEXP_TEST_REPO"]
+    assert run("s", "--to", tmp_path / "a", "--push", name)[0] == 0
+
+
+def test_update_of_a_tied_matrix_is_refused(tmp_path, monkeypatch, capsys):
+    """An adapter on the embedding of a model whose output head is the same matrix: a merge changes both."""
+    from conftest import TINY
+
+    from ftexp import run as command
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["ftexp.run", *TINY, "lora.targets=[embed_tokens,q_proj]", "trainer.lr=0.1", "track=none", "name=t"],
+    )
+    assert command.main() == 0
+    monkeypatch.setattr(sys, "argv", ["ftexp export", "t", "--to", "m", "--form", "merged"])
+    capsys.readouterr()
+    assert export.main() == 5
+    assert "the merged model is not the run t: held-out loss 5." in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
+def test_template_of_training_goes_with_the_tokenizer(composed):
+    told = {}
+    for template in ("model", "chatml", "plain"):
+        told[template] = export.shipped(
+            tiny.tokenizer(), composed("model=tiny", f"data.template={template}")
+        ).chat_template
+    assert told["plain"] is None
+    assert told["chatml"] == prompts.CHATML
+    assert told["model"] == tiny.TEMPLATE
+    classifier = composed("model=tiny", "data=genres", "trainer=classify")
+    assert export.shipped(tiny.tokenizer(), classifier).chat_template == tiny.TEMPLATE
+
+
+def test_packed_base_is_merged_into_its_weights_before_packing(tmp_path, monkeypatch, capsys):
+    """A run on nf4 weights: the merged model stands on the full weights, within the limit for packed bases."""
+    from conftest import TINY
+
+    from ftexp import run as command
+
+    monkeypatch.chdir(tmp_path)
+    tiny.model("eager").save_pretrained("my-model")
+    tiny.tokenizer().save_pretrained("my-model")
+    given = [t for t in TINY if t != "model=tiny"]
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["ftexp.run", *given, "model=hub", "model.path=./my-model", "quant=nf4", "track=none", "name=q"],
+    )
+    assert command.main() == 0
+    monkeypatch.setattr(sys, "argv", ["ftexp export", "q", "--to", "m", "--form", "merged", "--json"])
+    capsys.readouterr()
+    assert export.main() == 0
+    told = json.loads(capsys.readouterr().out)["fidelity"]
+    assert told["limit"]["loss"] == fidelity.PACKED.loss and 0 < told["moved"] < fidelity.PACKED.loss
+    assert {weight.dtype for weight in load_file("m/model.safetensors").values()} == {torch.float32}
