@@ -12,9 +12,9 @@ import ftexp
 
 PACKAGE = Path(ftexp.__file__).parent
 ORDER = ["errors", "files", "progress", "verb", "config", "overrides", "data", "model", "metrics", "labels",
-         "evaluate", "train", "estimate", "facts", "track", "experiment", "runs", "sync", "sweep", "stats", "board", "compare",
+         "evaluate", "train", "estimate", "facts", "track", "experiment", "runs", "sync", "probe", "sweep", "stats", "board", "compare",
          "examples", "page", "report", "confirm", "notebooks", "power", "diff", "reproduce", "run",
-         "api", "show", "plan", "ui", "__main__"]  # fmt: skip
+         "api", "show", "plan", "doctor", "ui", "__main__"]  # fmt: skip
 """A module imports only from those to its left."""
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "mlflow", "sklearn", "numpy", "pandas", "pyarrow"}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py"))
@@ -54,7 +54,7 @@ def test_imports_point_left(path):
 
 
 def test_the_command_imports_nothing_heavy():
-    modules = "ftexp.run, ftexp.api, ftexp.report, ftexp.confirm, ftexp.power, ftexp.show, ftexp.plan, ftexp.ui, ftexp.sweep.__main__"
+    modules = "ftexp.run, ftexp.api, ftexp.report, ftexp.confirm, ftexp.power, ftexp.show, ftexp.plan, ftexp.doctor, ftexp.ui, ftexp.sweep.__main__"
     code = f"import sys, {modules}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not HEAVY & set(loaded)

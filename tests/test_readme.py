@@ -27,6 +27,7 @@ def test_readme_has_commands_and_all_are_run_here():
     assert len(RUNS) >= 5
     others = [c for c in COMMANDS if c not in (*RUNS, *MAKES)]
     assert {c.split()[0:3][-1] for c in others} <= {
+        "ftexp.doctor",
         "ftexp.diff",
         "ftexp.reproduce",
         "ftexp.report",

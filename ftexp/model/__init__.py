@@ -121,6 +121,11 @@ def load(model: Model, quant: Quant, labels: int = 0) -> Base:
     return _warm
 
 
+def fresh(model: Model, quant: Quant) -> Base:
+    """Load a small base beside the one that is kept, for a probe."""
+    return _load(model, quant, "probe")
+
+
 def _load(model: Model, quant: Quant, key: str, labels: int = 0) -> Base:
     import torch
     from transformers.utils import logging

@@ -24,7 +24,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from ftexp import config, data, experiment, facts, metrics, overrides, track
+from ftexp import config, data, experiment, facts, metrics, overrides, probe, track
 from ftexp.config import Run
 from ftexp.errors import ConfigError, FtexpError, MachineError, Preempted, TrialsFailed
 from ftexp.files import read_json, write_json
@@ -70,6 +70,7 @@ class Sweeper(HydraSweeper):
         if not (folder / frozen.FILE).exists():
             for run in {config.digest(r.model, r.lora, r.data, r.trainer, r.eval): r for r in runs}.values():
                 experiment.prepare(run)
+            probe.refuse(probe.quick(runs[0], folder))
         with only_supervisor(folder, runs[0].name, options.join) as alone:
             if alone:
                 launch(folder, searched, options, runs, self._compose, self.master, type(self).started)
@@ -228,6 +229,8 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
     if gone:
         say(f"sweep {sweep.name}: the folders of trials {', '.join(map(str, gone))} are gone; they run again")
     left = sum(not t.state.is_finished() for t in study.counted(record))
+    if left:
+        probe.refuse(probe.quick(run, sweep.folder))  # of a sweep that goes on: elsewhere, or with other versions
     count = options.workers or len(supervisor.gpus())
     where = f"{min(count, left)} workers" if count else "in this process"
     say(
