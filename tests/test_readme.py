@@ -86,7 +86,7 @@ def test_other_verbs_work_after_their_sweep(command, cli, folder, monkeypatch, c
     assert code == 0, err
     capsys.readouterr()
     verb, *argv = shlex.split(command)[2:]
-    monkeypatch.setattr(sys, "argv", [verb, *argv, *(["model=tiny"] if verb == "ftexp.show" else [])])
+    monkeypatch.setattr(sys, "argv", [verb, *argv, *(["model=tiny"] if verb in ("ftexp.show", "ftexp.doctor") else [])])
     assert import_module(verbs.module(verb.removeprefix("ftexp."))).main() == 0
     assert capsys.readouterr().out
 

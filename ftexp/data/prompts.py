@@ -9,6 +9,7 @@ supervised, of a conversation every answer; they are found by rendering the conv
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -100,6 +101,21 @@ def template(tokenizer: PreTrainedTokenizerBase, data: Data) -> str | None:
 def template_digest(tokenizer: PreTrainedTokenizerBase, data: Data) -> str:
     """Hash the template, to be stored with the run."""
     return hashlib.sha256((template(tokenizer, data) or "").encode()).hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash what decides the ids of a text: vocabulary, merges, how text is cut, and the special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    told = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
+    if isinstance(told, dict):
+        told |= {"padding": None, "truncation": None}  # of the last call
+    special = [
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        sorted(tokenizer.all_special_ids),
+    ]
+    return hashlib.sha256(json.dumps([type(tokenizer).__name__, told, special]).encode()).hexdigest()
 
 
 def render(rows: tuple[Row, ...], tokenizer: PreTrainedTokenizerBase, data: Data) -> list[Example]:
