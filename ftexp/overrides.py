@@ -14,7 +14,7 @@ from typing import Any
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 
 from ftexp import config
@@ -36,6 +36,10 @@ SWEEP_KEYS = (
 )  # fmt: skip
 """Keys of `hydra.sweeper`, documented in `ftexp/sweep/options.py`; short `sweep.<key>`."""
 OPEN_SWEEP = ("hydra.sweeper.sampler_args.", "hydra.sweeper.pruner_args.", "hydra.sweeper.at_most.")
+
+
+HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.verbose")
+"""Settings of Hydra that may be overridden; callbacks, logging and launchers of Hydra can name code to run."""
 
 
 def prepare(argv: list[str]) -> list[str]:
@@ -60,10 +64,16 @@ def prepare(argv: list[str]) -> list[str]:
     flags = list(argv)
     for text in args.overrides:
         flags.remove(text)
-    searches = any(text.startswith(("sweep=", "hydra.sweeper.")) for text in overrides)
+    searches = any(text.lstrip("+").startswith(("sweep=", "hydra.sweeper.")) for text in overrides)
     if searches and not (args.multirun or args.cfg):
         flags.append("-m")
+    elif not args.multirun and (several := next((text for text in overrides if _is_sweep(text)), None)) is not None:
+        raise ConfigError(f"{several} has several values: add -m for a sweep over them")
     return flags + overrides
+
+
+def _is_sweep(text: str) -> bool:
+    return OverridesParser.create().parse_override(text).is_sweep_override()
 
 
 def _spelled_out(text: str) -> str:
@@ -137,11 +147,20 @@ def check(overrides: list[str]) -> None:
         try:
             override = parser.parse_override(text)
         except HydraException as error:
+            if text.lstrip("+").startswith("sweep.at_most."):
+                name, _, value = text.lstrip("+").removeprefix("sweep.at_most.").partition("=")
+                raise ConfigError(
+                    f"{text}: write 'sweep.at_most={{{name}: {value}}}', names of metrics have a slash"
+                ) from error
             raise ConfigError(f"{text}: not a Hydra override ({str(error).splitlines()[0]})") from error
         key = override.key_or_group.split("@")[0]
         if key in ("hydra/sweeper", "hydra/launcher"):
             raise ConfigError(f"{text}: ftexp brings its own sweeper and workers; see sweep.workers and sweep.sampler")
+        if override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+            raise ConfigError(f"{text}: write the options out, separated by commas{_options(key, options)}")
+        config.refuse_secret(key, text)
         if key.startswith(("hydra.", "hydra/")):
+            _check_hydra(key, text)
             continue
         if override.is_delete():
             raise ConfigError(f"{text}: keys cannot be deleted, every key of the schema has a value")
@@ -151,6 +170,17 @@ def check(overrides: list[str]) -> None:
             raise ConfigError(f"unknown key {key} in {text}{_hint(key, known | set(options))}")
         elif override.is_add() and key in known:
             raise ConfigError(f"{text}: {key} exists already, write {text.lstrip('+')}")
+
+
+def _options(key: str, options: dict[str, list[str]]) -> str:
+    return f": {key}={','.join(options[key])}" if key in options else ""
+
+
+def _check_hydra(key: str, text: str) -> None:
+    """Refuse settings of Hydra that run code, change folders under way, or write the environment to disk."""
+    own = tuple(f"hydra.sweeper.{name}" for name in SWEEP_KEYS)
+    if key not in HYDRA and not key.startswith(own):
+        raise ConfigError(f"{text}: of Hydra's own settings only {', '.join(HYDRA)} may be set")
 
 
 def _is_mapping(override: Override) -> bool:

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ftexp import config, experiment, overrides, report, verb
 from ftexp.errors import ConfigError, FtexpError
+from ftexp.files import check_folder
 from ftexp.progress import quiet_libraries
 from ftexp.sweep import plugin
 from ftexp.train import control
@@ -80,6 +81,7 @@ def _check_single(argv: list[str]) -> Path:
         cfg = hydra.compose("config", given, return_hydra_config=True)
         folder = Path(cfg.hydra.run.dir)
         run = config.build(hydra.compose("config", given))
+    check_folder(folder)
     experiment.check(run, folder)
     if experiment.complete(run, folder) is None:
         experiment.prepare(run)

@@ -109,12 +109,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     told = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
     if isinstance(told, dict):
         told |= {"padding": None, "truncation": None}  # of the last call
-    special = [
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-        sorted(tokenizer.all_special_ids),
-    ]
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids)]
     return hashlib.sha256(json.dumps([type(tokenizer).__name__, told, special]).encode()).hexdigest()
 
 

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ftexp import config, data, experiment, facts, metrics, overrides, probe, track
 from ftexp.config import Run
 from ftexp.errors import ConfigError, FtexpError, MachineError, Preempted, TrialsFailed
-from ftexp.files import read_json, write_json
+from ftexp.files import check_folder, read_json, write_json
 from ftexp.progress import say
 from ftexp.sweep import frozen, space
 from ftexp.sweep.frozen import Frozen
@@ -67,6 +67,7 @@ class Sweeper(HydraSweeper):
         if (instead := type(self).instead) is not None:
             instead(searched, options, runs)
             return
+        check_folder(folder)
         if not (folder / frozen.FILE).exists():
             for run in {config.digest(r.model, r.lora, r.data, r.trainer, r.eval): r for r in runs}.values():
                 experiment.prepare(run)
@@ -127,6 +128,13 @@ class Sweeper(HydraSweeper):
         for axis in searched.axes:
             if axis.key in ("name", "objectives"):
                 raise ConfigError(f"{axis.key} must be one value for the whole sweep, got {','.join(axis.texts)}")
+        if options.replicates > 1:
+            if any(axis.key == "seed" for axis in searched.axes):
+                raise ConfigError(
+                    f"seed must be one value with sweep.replicates={options.replicates}, which count it up"
+                )
+            last = max(run.seed for run in runs) + options.replicates - 1
+            config.require(last < 2**32, "seed + sweep.replicates", last, "at most 4294967295 for the last")
         if options.sampler is not Sampler.grid and not searched.axes:
             raise ConfigError(
                 f"sweep.sampler={options.sampler.value} needs keys to search, got none; lora.r=8,16 is one"
@@ -182,10 +190,13 @@ def launch(
         OmegaConf.save(master, folder / "multirun.yaml")
         frozen.freeze(folder, searched, grid or frozen.corners(searched), compose)
     before = read_json(folder / frozen.FILE) or {}
-    same_store = before.get("track_uri") == runs[0].track.uri
-    parent = (before.get("mlflow_run") if same_store else None) or track.open_parent(
-        runs[0].track, runs[0].name, folder
-    )
+    was, now = before.get("track_uri", runs[0].track.uri), runs[0].track.uri
+    if was != now:
+        raise ConfigError(
+            f"name={runs[0].name} was launched with track.uri={was}, got {now}: its trials would lie in two stores; "
+            "keep the first, or choose another name"
+        )
+    parent = before.get("mlflow_run") or track.open_parent(runs[0].track, runs[0].name, folder)
     rows = {config.digest(r.data): data.load(r.data).digest() for r in runs}
     if any(before.get("rows", {}).get(key, digest) != digest for key, digest in rows.items()):
         raise ConfigError(f"name={runs[0].name}: the rows changed since the sweep was launched; choose another name")

@@ -154,8 +154,8 @@ def _run(sweep: Frozen, trial: Trial, point: dict[str, Any], number: int) -> tup
         run = sweep.run(point, number % sweep.options.replicates)
         same_rows(sweep, run)
         keep_hydra_files(sweep, run, point, folder)
-        control = Control(judge(sweep, trial), deadline(sweep), same_model(trial, run))
-        scores = experiment.execute(run, folder, label, sweep.mlflow_run, control)
+        asked = Control(judge(sweep, trial), deadline(sweep), same_model(trial, run))
+        scores = experiment.execute(run, folder, label, sweep.mlflow_run, asked)
         values = [scores[name] for name in sweep.objectives]
     except Pruned as error:
         return Outcome("pruned", "", str(error)), None

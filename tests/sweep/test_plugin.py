@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import shutil
 
 import pytest
 from conftest import TINY
@@ -536,3 +537,12 @@ def test_model_that_was_written_to_between_two_trials_of_a_sweep_is_refused(cli,
     code, _, err = cli(*given)
     assert code == (5 if edited else 0), err
     assert ("mine: weights changed after the sweep was launched" in err) == edited
+
+
+def test_same_sweep_in_another_store_is_refused(cli, tmp_path):
+    given = [*TINY, "eval=loss", "name=k", "lora.r=2", "trainer.steps=1", "-m"]
+    assert cli(*given, "track.uri=sqlite:///a.db")[0] == 0
+    code, _, err = cli(*given, "track.uri=sqlite:///b.db")
+    assert code == 2
+    assert "name=k was launched with track.uri=sqlite:///a.db, got sqlite:///b.db" in err
+    assert not (tmp_path / "b.db").exists()
