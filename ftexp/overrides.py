@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ SWEEP_KEYS = (
 OPEN_SWEEP = ("hydra.sweeper.sampler_args.", "hydra.sweeper.pruner_args.", "hydra.sweeper.at_most.")
 
 
+FOREIGN = ("config_path", "config_name", "config_dir", "experimental_rerun")
+"""Flags of Hydra that compose configs from elsewhere, which can name code to run, or read a pickle."""
 HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.verbose")
 """Settings of Hydra that may be overridden; callbacks, logging and launchers of Hydra can name code to run."""
 
@@ -57,6 +60,11 @@ def prepare(argv: list[str]) -> list[str]:
     args = get_args_parser().parse_intermixed_args(argv)
     if args.help or args.hydra_help or args.shell_completion or args.info is not None:
         return argv
+    for flag in FOREIGN:
+        if getattr(args, flag, None):
+            raise ConfigError(
+                f"--{flag.replace('_', '-')} is not taken: configs are those of conf/, closed and checked"
+            )
     check(args.overrides)
     overrides = [_spelled_out(text) for text in args.overrides]
     if not any(text.lstrip("+").startswith("name=") for text in overrides):
@@ -67,12 +75,13 @@ def prepare(argv: list[str]) -> list[str]:
     searches = any(text.lstrip("+").startswith(("sweep=", "hydra.sweeper.")) for text in overrides)
     if searches and not (args.multirun or args.cfg):
         flags.append("-m")
-    elif not args.multirun and (several := next((text for text in overrides if _is_sweep(text)), None)) is not None:
+    elif not args.multirun and (several := next((text for text in overrides if is_sweep(text)), None)) is not None:
         raise ConfigError(f"{several} has several values: add -m for a sweep over them")
     return flags + overrides
 
 
-def _is_sweep(text: str) -> bool:
+def is_sweep(text: str) -> bool:
+    """Tell whether an override has several values."""
     return OverridesParser.create().parse_override(text).is_sweep_override()
 
 
@@ -210,3 +219,31 @@ def _hint(key: str, known: set[str]) -> str:
         leaves = {name.rsplit(".", 1)[-1]: name for name in sorted(known)} | config.RETIRED
         near = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1)]
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def check_composed(hydra: Any) -> None:
+    """Refuse what a file of `conf/` or `sweeps/` makes Hydra run or write beside our sweeper.
+
+    Args:
+        hydra: Hydra's own part of a composed config, as plain dicts.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    allowed = (["sweeper", "_target_"], ["launcher", "_target_"])
+    for path, value in _walk(hydra, []):
+        if path[-1] in ("_target_", "()", "_args_", "_partial_") and path not in allowed:
+            raise ConfigError(f"hydra.{'.'.join(path)} must not be set: configs run no code, got {value!r}")
+        if path[:2] in (["job", "env_set"], ["job", "env_copy"]):
+            raise ConfigError(f"hydra.{'.'.join(path)} must not be set: Hydra would write the environment to disk")
+
+
+def _walk(node: Any, path: list[str]) -> Iterator[tuple[list[str], Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _walk(value, [*path, str(key)])
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            yield from _walk(value, [*path, str(number)])
+    else:
+        yield path, node

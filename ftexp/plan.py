@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ftexp import config, data, estimate, experiment, labels, model, overrides, show, verb
+from ftexp import run as command
 from ftexp.config import Method, Run
 from ftexp.errors import ConfigError
 from ftexp.estimate import GIB, Plan, Rows
@@ -148,6 +149,7 @@ def launched(argv: list[str]) -> tuple[Space, Options, list[Run]]:
     Raises:
         FtexpError: the sweep would be refused.
     """
+    command.check_composed(argv)
     checked: list[tuple[Space, Options, list[Run]]] = []
     plugin.Sweeper.instead = lambda *given: checked.append(given)
     sys.argv[1:] = argv
