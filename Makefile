@@ -38,7 +38,7 @@ check: $(READY) ## run the fast tests only
 hub: $(READY) ## run the tests that need the Hugging Face hub
 	$(BIN)/python -m pytest -m hub tests/data/test_hub.py
 
-chaos: $(READY) ## kill a sweep 40 times and compare it with a calm one, byte by byte (about 10 minutes)
+chaos: $(READY) ## kill a sweep 40 times and compare it with a calm one, and run 500 trials in one process (some 30 minutes)
 	$(BIN)/python -m pytest -m chaos -s tests/chaos
 
 bench: $(READY) ## a sweep beside a shell loop over a TRL script, the sweeper's cost, a million rows (some 30 minutes)

@@ -153,11 +153,15 @@ def check(overrides: list[str]) -> None:
     overrides = [_quoted(text) for text in overrides]
     known, options = set(config.keys()) | {f"sweep.{key}" for key in SWEEP_KEYS}, groups()
     for text in overrides:
+        name, _, value = text.lstrip("+~").partition("=")
+        config.refuse_secret(name, value)
+        if name.startswith(OPEN) and config.SECRET.search(name):
+            raise ConfigError(f"{name} must not be set: {config.INSTEAD}")
         try:
             override = parser.parse_override(text)
         except HydraException as error:
             if text.lstrip("+").startswith("sweep.at_most."):
-                name, _, value = text.lstrip("+").removeprefix("sweep.at_most.").partition("=")
+                name = name.removeprefix("sweep.at_most.")
                 raise ConfigError(
                     f"{text}: write 'sweep.at_most={{{name}: {value}}}', names of metrics have a slash"
                 ) from error
@@ -167,7 +171,6 @@ def check(overrides: list[str]) -> None:
             raise ConfigError(f"{text}: ftexp brings its own sweeper and workers; see sweep.workers and sweep.sampler")
         if override.value_type is ValueType.GLOB_CHOICE_SWEEP:
             raise ConfigError(f"{text}: write the options out, separated by commas{_options(key, options)}")
-        config.refuse_secret(key, text)
         if key.startswith(("hydra.", "hydra/")):
             _check_hydra(key, text)
             continue

@@ -18,7 +18,9 @@ def test_embedded_template_is_known(composed):
     assert chat.digest(model.tokenizer(composed().model).chat_template) in chat.KNOWN
 
 
-@pytest.mark.parametrize("template", ["{{ messages[0].content }}", "{{ raise_exception('no') }}", "{% if", "{{ 1 / 0 }}"])
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0].content }}", "{{ raise_exception('no') }}", "{% if", "{{ 1 / 0 }}"]
+)
 def test_template_that_ends_passes_here_whatever_it_says(template):
     chat.check(template)
 
