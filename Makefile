@@ -38,7 +38,7 @@ check: $(READY) ## run the fast tests only
 hub: $(READY) ## run the tests that need the Hugging Face hub
 	$(BIN)/python -m pytest -m hub tests/data/test_hub.py tests/test_export.py
 
-chaos: $(READY) ## kill a sweep 40 times and compare it with a calm one, byte by byte (about 10 minutes)
+chaos: $(READY) ## kill a sweep 40 times and compare it with a calm one, and run 500 trials in one process (some 30 minutes)
 	$(BIN)/python -m pytest -m chaos -s tests/chaos
 
 test-cluster: $(READY) ## install Slurm, PostgreSQL and Ray, and run a sweep on each while its workers are killed (Debian, as root)

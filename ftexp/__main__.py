@@ -11,6 +11,7 @@ from ftexp.progress import QUIET
 VERBS = {
     "run": "train and score one run, or a sweep with -m",
     "plan": "tell parameters, memory, operations, hours and money of a run or sweep before it starts",
+    "doctor": "probe machine, libraries and recipe before a run or sweep",
     "sweep": "list, look at, stop, resume and export sweeps",
     "show": "show data: print rows as the model will see them, and their lengths",
     "report": "print the leaderboard of a sweep or a run, and write it as a page",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -26,6 +27,10 @@ from ftexp.errors import ConfigError
 
 SECRET = re.compile(r"token$|secret|password|api_?key|credential", re.IGNORECASE)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+STORES = ("sqlite", "http", "https", "file", "postgresql", "mysql", "mssql", "databricks", "uc", "databricks-uc")
+"""Beginnings of an address that MLflow takes for a tracking store."""
 
 
 def require(ok: bool, key: str, value: object, rule: str) -> None:
@@ -292,6 +297,8 @@ class Model:
             require(bool(self.path), "model.path", self.path, "a hub id or a folder when model=hub")
         else:
             require(not self.path, "model.path", self.path, f"empty when model={self.kind.value} (use model=hub)")
+            rule = f"null when model={self.kind.value} (use model=hub)"
+            require(self.revision is None, "model.revision", self.revision, rule)
 
 
 @dataclass
@@ -339,6 +346,10 @@ class Lora:
         )
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a share in [0, 1)")
         require(bool(self.targets), "lora.targets", self.targets, "a list of at least one layer name")
+        good = all(self.targets) and len({*self.targets}) == len(self.targets)
+        require(good, "lora.targets", self.targets, "names of layers, each once")
+        alone = "all-linear" not in self.targets or len(self.targets) == 1
+        require(alone, "lora.targets", self.targets, "[all-linear] alone, or names of layers")
         require(1 <= self.lr_ratio <= 1000, "lora.lr_ratio", self.lr_ratio, "between 1 and 1000")
         require(all(self.train), "lora.train", self.train, "a list of parts of names of weights")
         if self.variant is not Variant.none:
@@ -433,6 +444,7 @@ class Data:
             self.test,
             "0 or more, or a share of the rows below 1",
         )
+        require(0 <= self.seed < 2**32, "data.seed", self.seed, "between 0 and 4294967295")
         require(0 < self.dedup_threshold <= 1, "data.dedup_threshold", self.dedup_threshold, "above 0 and at most 1")
         for key in ("group_by", "stratify_by"):
             value = getattr(self, key)
@@ -527,6 +539,8 @@ class Trainer:
         _finite("trainer", self)
         require(0 < self.lr <= 1, "trainer.lr", self.lr, "above 0 and at most 1")
         require(self.steps is None or self.steps >= 1, "trainer.steps", self.steps, "null or at least 1")
+        require(self.steps is None or self.steps <= 10**9, "trainer.steps", self.steps, "at most 1000000000")
+        require(bool(self.optimizer), "trainer.optimizer", self.optimizer, "the name of an optimizer in transformers")
         require(0 < self.epochs <= 10_000, "trainer.epochs", self.epochs, "above 0 and at most 10000")
         require(1 <= self.batch <= 65536, "trainer.batch", self.batch, "between 1 and 65536 rows")
         require(1 <= self.accumulation <= 65536, "trainer.accumulation", self.accumulation, "between 1 and 65536")
@@ -600,6 +614,10 @@ class Track:
 
     def __post_init__(self) -> None:
         require(bool(self.uri), "track.uri", self.uri, "an address; track=none switches tracking off")
+        scheme, colon, rest = self.uri.partition(":")
+        known = not colon or len(scheme) == 1 or scheme.partition("+")[0] in STORES
+        require((known and rest.strip("/") != "") or not colon, "track.uri", self.uri,
+                f"an address that begins with {', '.join(STORES)}, and goes on, or a folder")  # fmt: skip
         require(bool(self.experiment), "track.experiment", self.experiment, "a name")
 
 
@@ -644,6 +662,8 @@ class Run:
         if variant is Variant.none:
             rule = "float32 (lora=none takes it) or bfloat16, which loses small steps, with lora.variant=none"
             require(self.model.dtype in (Dtype.float32, Dtype.bfloat16), "model.dtype", self.model.dtype.value, rule)
+        once = len({*self.objectives}) == len(self.objectives)
+        require(once, "objectives", self.objectives, "metrics, each once")
 
 
 RETIRED = {
@@ -704,6 +724,25 @@ def register() -> None:
     old = omegaconf.__version__.startswith("2.3.")  # where `register_resolver` is another, retired function
     register: Any = OmegaConf.register_new_resolver if old else OmegaConf.register_resolver
     register("mul", lambda *factors: math.prod(factors), replace=True)
+    register("oc.env", environment, replace=True)
+
+
+NOT_GIVEN = object()
+
+
+def environment(name: str, default: Any = NOT_GIVEN) -> Any:
+    """Read a variable of the environment for a config, as OmegaConf's own `oc.env`; not one that holds a secret.
+
+    Raises:
+        ConfigError: the variable is named like a secret, or is not set and has no default.
+    """
+    if SECRET.search(name) or KEYS.search(os.environ.get(name, "")):
+        raise ConfigError(f"${{oc.env:{name}}} must not be read into a config: configs are written to disk")
+    if name in os.environ:
+        return os.environ[name]
+    if default is NOT_GIVEN:
+        raise ConfigError(f"${{oc.env:{name}}} names a variable of the environment that is not set")
+    return default if default is None else str(default)
 
 
 def store(name: str, node: Any, group: str | None = None, package: str | None = None) -> None:
@@ -791,14 +830,42 @@ def _unknown(node: Any, prefix: str = "") -> list[str]:
     return found
 
 
+KEYS = re.compile(
+    r"hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|"
+    r"glpat-[\w-]{20,}|xox[abpr]-[\w-]{10,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\."
+)
+"""Keys of well-known services, by their beginnings."""
+LOGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s@]*:[^/\s@]*@|[a-z][a-z0-9+.-]*://[^/\s@]+@(?=[^/\s])", re.IGNORECASE)
+"""A name or password within an address."""
+SIGNED = re.compile(r"[?&](sig|signature|token|access_token|api_?key|x-amz-\w+|x-goog-\w+|password)=", re.IGNORECASE)
+"""A signature within an address."""
+INSTEAD = (
+    "configs are written to disk; give secrets in the environment (HF_TOKEN, MLFLOW_TRACKING_USERNAME and _PASSWORD, "
+    "MLFLOW_TRACKING_TOKEN, PGPASSWORD)"
+)
+
+
+def refuse_secret(key: str, text: str) -> None:
+    """Refuse a value that holds a secret, without telling it.
+
+    Raises:
+        ConfigError: names the key and where secrets belong.
+    """
+    kinds = ((KEYS, "an access key"), (LOGIN, "a user or password"), (SIGNED, "a signature"))
+    for pattern, what in kinds:
+        if pattern.search(text):
+            raise ConfigError(f"{key} must not hold {what}: {INSTEAD}")
+
+
 def _refuse_secrets(run: Run) -> None:
+    for key, value in flat(run).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and key not in ("data.prompt", "data.completion"):
+                refuse_secret(key, text)
     for group in ("lora", "trainer"):
         for key in getattr(run, group).extra:
             if SECRET.search(key):
-                raise ConfigError(
-                    f"{group}.extra.{key} must not be set: configs are written to disk; give secrets in the "
-                    "environment (HF_TOKEN, MLFLOW_TRACKING_TOKEN)"
-                )
+                raise ConfigError(f"{group}.extra.{key} must not be set: {INSTEAD}")
 
 
 def plain(node: Any) -> Any:

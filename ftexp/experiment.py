@@ -192,7 +192,9 @@ def fingerprint(run: Run, told: dict[str, Any]) -> dict[str, Any]:
     """
     free = ("eval.", "objectives")
     config_part = {k: v for k, v in identity(run).items() if not k.startswith(free)}
-    deciding = ("rows", "template_sha256", "weights_sha256", "compute", "versions", "code_sha256")
+    deciding = (
+        "rows", "template_sha256", "tokenizer_sha256", "weights_sha256", "compute", "versions", "code_sha256",
+    )  # fmt: skip
     return config_part | config.flat({k: told[k] for k in deciding})
 
 
@@ -315,6 +317,8 @@ def _execute(
     task = TASKS[run.trainer.kind](run, splits, splits.test if opened else ())
     base = model.load(run.model, run.quant, task.outputs)
     trial["facts"] = _facts(task.run, base, splits, (task.train, task.valid))
+    if control.known is not None:
+        control.known(trial["facts"])
     kept = checkpoints.store(folder / "checkpoints", fingerprint(run, trial["facts"]))
     done = kept.resume.step if kept.resume else 0
     with track.start(run, folder, label, parent, trial.get("mlflow_run"), done) as log:
@@ -676,6 +680,7 @@ def _facts(run: Run, base: Base, splits: data.Splits, used: Tokenised) -> dict[s
         "rows": _counts(splits, used),
         **({"data_commit": splits.commit} if splits.commit else {}),
         "template_sha256": prompts.template_digest(base.tokenizer, run.data),
+        "tokenizer_sha256": prompts.tokenizer_digest(base.tokenizer),
         "weights_sha256": base.weights,
         "compute": asdict(base.compute),
         "versions": facts.versions(),

@@ -14,6 +14,7 @@ from pathlib import Path
 LIBRARIES = (
     "torch",
     "transformers",
+    "tokenizers",
     "trl",
     "peft",
     "accelerate",

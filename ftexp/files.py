@@ -20,6 +20,19 @@ def cache() -> Path:
     return Path(os.environ.get("FTEXP_CACHE") or Path.home() / ".cache" / "ftexp")
 
 
+def check_folder(path: Path) -> None:
+    """Refuse a folder that cannot be made or written, before anything is begun.
+
+    Raises:
+        MachineError: names what is in the way.
+    """
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise MachineError(f"{there}: must be a folder, a file of this name is in the way")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise MachineError(f"{there}: must be a folder that can be written")
+
+
 def sha256(path: Path, sync: bool = False) -> str:
     """Hash the bytes of a file; `sync` forces them to the disk first."""
     with path.open("rb") as file:

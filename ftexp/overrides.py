@@ -8,13 +8,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 
 from ftexp import config
@@ -38,6 +39,12 @@ SWEEP_KEYS = (
 OPEN_SWEEP = tuple(f"hydra.sweeper.{key}." for key in ("sampler_args", "pruner_args", "engine_args", "at_most"))
 
 
+FOREIGN = ("config_path", "config_name", "config_dir", "experimental_rerun")
+"""Flags of Hydra that compose configs from elsewhere, which can name code to run, or read a pickle."""
+HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.verbose")
+"""Settings of Hydra that may be overridden; callbacks, logging and launchers of Hydra can name code to run."""
+
+
 def prepare(argv: list[str]) -> list[str]:
     """Check the overrides of a command line and put its flags in front, where Hydra 1.3 wants them.
 
@@ -53,6 +60,11 @@ def prepare(argv: list[str]) -> list[str]:
     args = get_args_parser().parse_intermixed_args(argv)
     if args.help or args.hydra_help or args.shell_completion or args.info is not None:
         return argv
+    for flag in FOREIGN:
+        if getattr(args, flag, None):
+            raise ConfigError(
+                f"--{flag.replace('_', '-')} is not taken: configs are those of conf/, closed and checked"
+            )
     check(args.overrides)
     overrides = [_spelled_out(text) for text in args.overrides]
     if not any(text.lstrip("+").startswith("name=") for text in overrides):
@@ -60,10 +72,17 @@ def prepare(argv: list[str]) -> list[str]:
     flags = list(argv)
     for text in args.overrides:
         flags.remove(text)
-    searches = any(text.startswith(("sweep=", "hydra.sweeper.")) for text in overrides)
+    searches = any(text.lstrip("+").startswith(("sweep=", "hydra.sweeper.")) for text in overrides)
     if searches and not (args.multirun or args.cfg):
         flags.append("-m")
+    elif not args.multirun and (several := next((text for text in overrides if is_sweep(text)), None)) is not None:
+        raise ConfigError(f"{several} has several values: add -m for a sweep over them")
     return flags + overrides
+
+
+def is_sweep(text: str) -> bool:
+    """Tell whether an override has several values."""
+    return OverridesParser.create().parse_override(text).is_sweep_override()
 
 
 def _spelled_out(text: str) -> str:
@@ -142,14 +161,26 @@ def check(overrides: list[str]) -> None:
     overrides = [_quoted(text) for text in overrides]
     known, options = set(config.keys()) | {f"sweep.{key}" for key in SWEEP_KEYS}, groups()
     for text in overrides:
+        name, _, value = text.lstrip("+~").partition("=")
+        config.refuse_secret(name, value)
+        if name.startswith(OPEN) and config.SECRET.search(name):
+            raise ConfigError(f"{name} must not be set: {config.INSTEAD}")
         try:
             override = parser.parse_override(text)
         except HydraException as error:
+            if text.lstrip("+").startswith("sweep.at_most."):
+                name = name.removeprefix("sweep.at_most.")
+                raise ConfigError(
+                    f"{text}: write 'sweep.at_most={{{name}: {value}}}', names of metrics have a slash"
+                ) from error
             raise ConfigError(f"{text}: not a Hydra override ({str(error).splitlines()[0]})") from error
         key = override.key_or_group.split("@")[0]
         if key in ("hydra/sweeper", "hydra/launcher"):
             raise ConfigError(f"{text}: ftexp brings its own sweeper and workers; see sweep.workers and sweep.sampler")
+        if override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+            raise ConfigError(f"{text}: write the options out, separated by commas{_options(key, options)}")
         if key.startswith(("hydra.", "hydra/")):
+            _check_hydra(key, text)
             continue
         if override.is_delete():
             raise ConfigError(f"{text}: keys cannot be deleted, every key of the schema has a value")
@@ -159,6 +190,17 @@ def check(overrides: list[str]) -> None:
             raise ConfigError(f"unknown key {key} in {text}{_hint(key, known | set(options))}")
         elif override.is_add() and key in known:
             raise ConfigError(f"{text}: {key} exists already, write {text.lstrip('+')}")
+
+
+def _options(key: str, options: dict[str, list[str]]) -> str:
+    return f": {key}={','.join(options[key])}" if key in options else ""
+
+
+def _check_hydra(key: str, text: str) -> None:
+    """Refuse settings of Hydra that run code, change folders under way, or write the environment to disk."""
+    own = tuple(f"hydra.sweeper.{name}" for name in SWEEP_KEYS)
+    if key not in HYDRA and not key.startswith(own):
+        raise ConfigError(f"{text}: of Hydra's own settings only {', '.join(HYDRA)} may be set")
 
 
 def _is_mapping(override: Override) -> bool:
@@ -188,3 +230,31 @@ def _hint(key: str, known: set[str]) -> str:
         leaves = {name.rsplit(".", 1)[-1]: name for name in sorted(known)} | config.RETIRED
         near = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1)]
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def check_composed(hydra: Any) -> None:
+    """Refuse what a file of `conf/` or `sweeps/` makes Hydra run or write beside our sweeper.
+
+    Args:
+        hydra: Hydra's own part of a composed config, as plain dicts.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    allowed = (["sweeper", "_target_"], ["launcher", "_target_"])
+    for path, value in _walk(hydra, []):
+        if path[-1] in ("_target_", "()", "_args_", "_partial_") and path not in allowed:
+            raise ConfigError(f"hydra.{'.'.join(path)} must not be set: configs run no code, got {value!r}")
+        if path[:2] in (["job", "env_set"], ["job", "env_copy"]):
+            raise ConfigError(f"hydra.{'.'.join(path)} must not be set: Hydra would write the environment to disk")
+
+
+def _walk(node: Any, path: list[str]) -> Iterator[tuple[list[str], Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _walk(value, [*path, str(key)])
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            yield from _walk(value, [*path, str(number)])
+    else:
+        yield path, node

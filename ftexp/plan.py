@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ftexp import config, data, estimate, experiment, labels, model, overrides, show, verb
+from ftexp import run as command
 from ftexp.config import Method, Run, Variant
 from ftexp.errors import ConfigError
 from ftexp.estimate import GIB, Plan, Rows
@@ -151,6 +152,16 @@ def gather(argv: list[str], wanted: Wanted) -> Whole:
         if wanted.rows is None:
             experiment.check(run, None)
         return Whole([trial("", run, wanted)], 1)
+    return _sweep(*launched(argv), wanted)
+
+
+def launched(argv: list[str]) -> tuple[Space, Options, list[Run]]:
+    """Check the command line of a sweep as its launch does, and start nothing.
+
+    Raises:
+        FtexpError: the sweep would be refused.
+    """
+    command.check_composed(argv)
     checked: list[tuple[Space, Options, list[Run]]] = []
     plugin.Sweeper.instead = lambda *given: checked.append(given)
     sys.argv[1:] = argv
@@ -158,7 +169,7 @@ def gather(argv: list[str], wanted: Wanted) -> Whole:
         hydra.main(**overrides.BASE, config_path=str(overrides.CONF), config_name="config")(lambda _: None)()
     finally:
         plugin.Sweeper.instead = None
-    return _sweep(*checked[0], wanted)
+    return checked[0]
 
 
 def _sweep(searched: Space, options: Options, runs: list[Run], wanted: Wanted) -> Whole:

@@ -10,11 +10,13 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ftexp import config, experiment, overrides, report, verb
 from ftexp.errors import ConfigError, FtexpError
+from ftexp.files import check_folder
 from ftexp.progress import quiet_libraries
 from ftexp.sweep import plugin
 from ftexp.train import control
@@ -44,7 +46,7 @@ def main() -> int:
 def _main() -> int:
     try:
         return _launch()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_told(error)) from error
 
 
@@ -52,6 +54,8 @@ def _launch() -> int:
     """Hand the command line to Hydra, and show what came of it."""
     sys.argv[1:] = argv = overrides.prepare(sys.argv[1:])
     wanted = overrides.runs(argv)
+    if wanted is not None:
+        check_composed(argv)
     folder = _check_single(argv) if wanted == "single" else Path()
     ran: list[Any] = []
 
@@ -73,6 +77,14 @@ def _launch() -> int:
     return 0
 
 
+def check_composed(argv: list[str]) -> None:
+    """Look at Hydra's own part of the config before Hydra acts on it: callbacks and the like can be any code."""
+    given = [text for text in overrides.given(argv) if not overrides.is_sweep(text)]
+    with hydra.initialize_config_dir(str(overrides.CONF), **overrides.BASE):
+        cfg = hydra.compose("config", given, return_hydra_config=True)
+    overrides.check_composed(OmegaConf.to_container(cfg.hydra, resolve=False))
+
+
 def _check_single(argv: list[str]) -> Path:
     """Compose and check a single run before Hydra writes its folder, and return it."""
     given = overrides.given(argv)
@@ -80,6 +92,7 @@ def _check_single(argv: list[str]) -> Path:
         cfg = hydra.compose("config", given, return_hydra_config=True)
         folder = Path(cfg.hydra.run.dir)
         run = config.build(hydra.compose("config", given))
+    check_folder(folder)
     experiment.check(run, folder)
     if experiment.complete(run, folder) is None:
         experiment.prepare(run)

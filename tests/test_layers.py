@@ -12,10 +12,10 @@ import ftexp
 
 PACKAGE = Path(ftexp.__file__).parent
 ORDER = ["errors", "files", "progress", "verb", "config", "overrides", "data", "model", "metrics", "labels",
-         "evaluate", "train", "estimate", "facts", "track", "registry", "experiment", "runs", "sync", "sweep", "stats",
-         "board", "compare", "examples", "sealed", "page", "report", "confirm", "notebooks", "power", "diff", "reproduce",
-         "trained", "generate", "fidelity", "card", "export", "run", "api", "show", "plan", "ui", "completion",
-         "__main__"]  # fmt: skip
+         "evaluate", "train", "estimate", "facts", "track", "registry", "experiment", "runs", "sync", "probe", "sweep",
+         "stats", "board", "compare", "examples", "sealed", "page", "report", "confirm", "notebooks", "power", "diff",
+         "reproduce", "trained", "generate", "fidelity", "card", "export", "run", "api", "show", "plan", "doctor", "ui",
+         "completion", "__main__"]  # fmt: skip
 """A module imports only from those to its left."""
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "mlflow", "sklearn", "numpy", "pandas", "pyarrow"}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py"))
@@ -55,7 +55,7 @@ def test_imports_point_left(path):
 
 
 def test_the_command_imports_nothing_heavy():
-    modules = "ftexp.run, ftexp.api, ftexp.report, ftexp.confirm, ftexp.power, ftexp.show, ftexp.plan, ftexp.ui, ftexp.generate, ftexp.export, ftexp.sweep.__main__"
+    modules = "ftexp.run, ftexp.api, ftexp.report, ftexp.confirm, ftexp.power, ftexp.show, ftexp.plan, ftexp.doctor, ftexp.ui, ftexp.generate, ftexp.export, ftexp.sweep.__main__"
     code = f"import sys, {modules}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not HEAVY & set(loaded)

@@ -30,6 +30,7 @@ def test_readme_has_commands_and_all_are_run_here():
     assert len(RUNS) >= 5
     others = [c for c in COMMANDS if c not in (*RUNS, *MAKES)]
     assert {c.split()[0:3][-1] for c in others} <= {
+        "ftexp.doctor",
         "ftexp.diff",
         "ftexp.export",
         "ftexp.generate",
@@ -107,7 +108,7 @@ def test_other_verbs_work_after_their_sweep(command, cli, folder, monkeypatch, c
         assert capsys.readouterr().out
         return
     verb, *argv = shlex.split(command)[2:]
-    monkeypatch.setattr(sys, "argv", [verb, *argv, *(["model=tiny"] if verb == "ftexp.show" else [])])
+    monkeypatch.setattr(sys, "argv", [verb, *argv, *(["model=tiny"] if verb in ("ftexp.show", "ftexp.doctor") else [])])
     assert import_module(verbs.module(verb.removeprefix("ftexp."))).main() == 0
     assert capsys.readouterr().out
 

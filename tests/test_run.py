@@ -1,8 +1,10 @@
 """The command line as a person meets it."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import TINY
@@ -198,3 +200,39 @@ def test_tab_completion_knows_groups_and_keys(tmp_path):
     out = subprocess.run(query, capture_output=True, text=True, cwd=tmp_path, env=env).stdout.split()
     assert "lora.r=" in out
     assert "lora.dropout=" in out
+
+
+BADINPUT = Path(__file__).parent / "badinput"
+
+
+@pytest.mark.slow
+def test_absurd_configs_are_refused_in_one_line_before_torch(tmp_path):
+    """Golden texts: `python tests/badinput/configs.py` writes them anew."""
+    done = subprocess.run(
+        [sys.executable, BADINPUT / "configs.py", "--json"], capture_output=True, text=True, check=True
+    )
+    golden = dict(line.split(" -> ", 1) for line in (BADINPUT / "configs.txt").read_text().splitlines())
+    found = json.loads(done.stdout)
+    assert len({one["message"] for one in found.values()}) >= 80
+    assert {line: f"ftexp: {golden.get(line)}" for line in found} == {k: one["message"] for k, one in found.items()}
+    assert {one["code"] for one in found.values()} == {2, 3, 4}
+    assert not [line for line, one in found.items() if one["torch"] or one["written"]]
+
+
+def test_sabotage_config_without_limits_is_accepted(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\nimport configs\nfrom ftexp import config\n"
+        "config.require = lambda *_: None\nprint(configs.told('lora.dropout=1')['code'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, BADINPUT], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "AssertionError: accepted"
+
+
+@pytest.mark.parametrize("way", ["single", "sweep"])
+def test_file_where_a_folder_should_be_is_named(cli, tmp_path, way):
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / ("runs" if way == "single" else "sweeps")).write_text("in the way")
+    code, out, err = cli(*TINY, "track=none", *(["lora.r=2,4", "-m"] if way == "sweep" else []))
+    assert code == 4
+    assert "must be a folder, a file of this name is in the way" in err
+    assert len(err.strip().splitlines()) == 1

@@ -9,12 +9,13 @@ supervised, of a conversation every answer; they are found by rendering the conv
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ftexp.config import Data, Gate, Long, Template
-from ftexp.data import gates
+from ftexp.data import chat, gates
 from ftexp.data.shapes import Row
 from ftexp.errors import ConfigError, DataError
 from ftexp.progress import progress
@@ -94,12 +95,23 @@ def template(tokenizer: PreTrainedTokenizerBase, data: Data) -> str | None:
                 raise ConfigError(
                     "data.template=model needs a chat template, which the tokenizer has not; use data.template=plain"
                 )
+            chat.check(cast(str, tokenizer.chat_template))
             return cast(str, tokenizer.chat_template)
 
 
 def template_digest(tokenizer: PreTrainedTokenizerBase, data: Data) -> str:
     """Hash the template, to be stored with the run."""
     return hashlib.sha256((template(tokenizer, data) or "").encode()).hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash what decides the ids of a text: vocabulary, merges, how text is cut, and the special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    told = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
+    if isinstance(told, dict):
+        told |= {"padding": None, "truncation": None}  # of the last call
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids)]
+    return hashlib.sha256(json.dumps([type(tokenizer).__name__, told, special]).encode()).hexdigest()
 
 
 def render(rows: tuple[Row, ...], tokenizer: PreTrainedTokenizerBase, data: Data) -> list[Example]:
@@ -118,10 +130,10 @@ def examples(
     rows: tuple[Row, ...], tokenizer: PreTrainedTokenizerBase, data: Data, advance: Callable[[], None] = lambda: None
 ) -> list[Example | None]:
     """Tokenise rows, each for itself: None stands for one that was dropped for its length."""
-    chat = template(tokenizer, data)
+    form = template(tokenizer, data)
     made = []
     for start in range(0, len(rows), TOGETHER):
-        for found in _together([_example(row, tokenizer, chat) for row in rows[start : start + TOGETHER]], tokenizer):
+        for found in _together([_example(row, tokenizer, form) for row in rows[start : start + TOGETHER]], tokenizer):
             if isinstance(found, DataError):
                 raise found
             made.append(_fitted(_checked(found, tokenizer, data), tokenizer, data))
@@ -154,18 +166,18 @@ def _together(steps: list[Steps], tokenizer: PreTrainedTokenizerBase) -> list[Ex
     return [done[n] for n in range(len(steps))]
 
 
-def _example(row: Row, tokenizer: PreTrainedTokenizerBase, chat: str | None) -> Steps:
+def _example(row: Row, tokenizer: PreTrainedTokenizerBase, form: str | None) -> Steps:
     """Yield texts and whether special tokens go around them, get their ids, and return the example."""
     if not row.prompt:
         return (yield from _text(row, tokenizer))
-    if chat is None:
+    if form is None:
         if row.turns:
             raise DataError(f"{row.where}: a conversation of several turns needs a template, use data.template=chatml")
         prompt = yield row.prompt, True
         while prompt and prompt[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
             prompt.pop()
         return Example(row, tuple(prompt), tuple(_closed((yield row.completion, False), tokenizer, row)))
-    return (yield from _conversation(row, tokenizer, chat))
+    return (yield from _conversation(row, tokenizer, form))
 
 
 def _text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Steps:
@@ -178,15 +190,15 @@ def _text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Steps:
     return Example(row, tuple(first), tuple(_closed(ids[1:], tokenizer, row)), unseen=unseen)
 
 
-def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase, chat: str) -> Steps:
+def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase, form: str) -> Steps:
     """Find every answer by rendering the conversation up to it, without and with the answer."""
     told = row.turns or (("user", row.prompt), ("assistant", row.completion))
     turns = [{"role": role, "content": text} for role, text in told]
     answers = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
     done, prompt, earlier, answer = "", [], [], []
     for n in answers:
-        asked = _templated(tokenizer, turns[:n], chat, row, add_generation_prompt=True)
-        full = _templated(tokenizer, turns[: n + 1], chat, row)
+        asked = _templated(tokenizer, turns[:n], form, row, add_generation_prompt=True)
+        full = _templated(tokenizer, turns[: n + 1], form, row)
         for longer, shorter in ((asked, done), (full, asked)):
             if not longer.startswith(shorter):
                 raise DataError(
@@ -203,12 +215,12 @@ def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase, chat: str) -> St
 
 
 def _templated(
-    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], chat: str, row: Row, **more: Any
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], form: str, row: Row, **more: Any
 ) -> str:
     from jinja2 import TemplateError
 
     try:
-        return cast(str, tokenizer.apply_chat_template(turns, chat_template=chat, tokenize=False, **more))
+        return cast(str, tokenizer.apply_chat_template(turns, chat_template=form, tokenize=False, **more))
     except TemplateError as error:
         raise DataError(f"{row.where}: the chat template cannot render this row: {error}") from error
 

@@ -55,8 +55,30 @@ def source(model: Model) -> str:
             raise MachineError(f"model.path must be a folder with a config.json, got {model.path!r}")
         if model.revision is not None:
             raise ConfigError(f"model.revision must be null for a folder, got {model.revision!r}")
+        _refuse_kernels(path / "config.json")
+        for index in path.glob("*.index.json"):
+            _refuse_ways_out(index)
         return str(path)
     return model.path
+
+
+def _refuse_kernels(path: Path) -> None:
+    """Refuse a config that names a repository for its attention: transformers would fetch and run code from it."""
+    told = read_json(path)
+    parts = [told, *(v for v in told.values() if isinstance(v, dict))] if isinstance(told, dict) else []
+    for part in parts:
+        for key, value in part.items():
+            if "attn_implementation" in key and "/" in str(value):
+                raise MachineError(f"{path}: {key} must name an attention of transformers, not code, got {value!r}")
+
+
+def _refuse_ways_out(path: Path) -> None:
+    """Refuse an index of weights that names files outside its folder."""
+    told = read_json(path)
+    listed = told.get("weight_map") if isinstance(told, dict) else None
+    for name in set(map(str, listed.values())) if isinstance(listed, dict) else ():
+        if Path(name).name != name:
+            raise MachineError(f"{path}: weight_map must name files of its folder, got {name!r}")
 
 
 def positions(model: Model) -> int | None:
@@ -131,6 +153,11 @@ def forget() -> None:
     _warm = None
 
 
+def fresh(model: Model, quant: Quant) -> Base:
+    """Load a small base beside the one that is kept, for a probe."""
+    return _load(model, quant, "probe")
+
+
 def _load(model: Model, quant: Quant, key: str, labels: int = 0) -> Base:
     import torch
     from transformers.utils import logging
@@ -185,6 +212,7 @@ def _pretrained(model: Model, quant: Quant, chosen: Compute, labels: int = 0) ->
             quantization_config=_quantization(quant, chosen),
             device_map={"": 0} if chosen.device == "cuda" else None,
             trust_remote_code=False,
+            use_safetensors=True,  # other files of weights are pickles
         )
     return loaded, set(told["missing_keys"])
 

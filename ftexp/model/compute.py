@@ -82,7 +82,7 @@ def _chip() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _has_bfloat16() -> bool:
+def has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware; where it does not, PyTorch is some hundred times slower."""
     info = Path("/proc/cpuinfo")
     flags = next((line for line in info.open() if line.startswith("flags")), "") if info.exists() else ""
@@ -93,7 +93,7 @@ def _cpu_choice(chip: str) -> tuple[str, str]:
     """Return dtype and kernel for this CPU, probing on first use."""
     import torch
 
-    key = sha256(f"{chip} {torch.__version__} {torch.get_num_threads()} {_has_bfloat16()}".encode()).hexdigest()[:16]
+    key = sha256(f"{chip} {torch.__version__} {torch.get_num_threads()} {has_bfloat16()}".encode()).hexdigest()[:16]
     kept = cache() / "compute" / f"{key}.json"
     choice = read_json(kept)
     if choice is None:
@@ -134,7 +134,7 @@ def measure() -> Probe:
         error = _error(x, w[0])
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before  # type: ignore
-    if _has_bfloat16():
+    if has_bfloat16():
         seconds["bfloat16"] = _fastest(x.bfloat16(), [m.bfloat16() for m in w])
     return choose(seconds, error)
 

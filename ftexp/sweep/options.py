@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
-from urllib.parse import urlsplit
 
-from ftexp.config import require
+from ftexp.config import refuse_secret, require
 from ftexp.errors import ConfigError
 
 
@@ -118,11 +118,14 @@ class Options:
             "sweep.timeout_minutes", self.timeout_minutes, "null or above 0",
         )  # fmt: skip
         require(0 <= self.seed < 2**31, "sweep.seed", self.seed, "between 0 and 2147483647")
-        if self.storage is not None and urlsplit(self.storage).password:
-            raise ConfigError(
-                "sweep.storage must be an address without a password, which would be kept with the sweep; give it in "
-                "PGPASSWORD or ~/.pgpass"
-            )
+        for name, bound in self.at_most.items():
+            require(math.isfinite(bound), f"sweep.at_most.{name}", bound, "a finite number")
+        for point in self.baselines:
+            require(isinstance(point, dict), "sweep.baselines", point, "a list of points like {lora.r: 8}")
+        if self.storage is not None:
+            refuse_secret("sweep.storage", self.storage)
+            rule = "an address like postgresql://host/name, or left out for a journal file"
+            require("://" in self.storage, "sweep.storage", self.storage, rule)
         if self.storage is not None and self.storage.startswith("sqlite") and (self.workers > 1 or self.join):
             others = "sweep.join=true" if self.join else f"sweep.workers={self.workers}"
             raise ConfigError(

@@ -24,10 +24,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from ftexp import config, data, experiment, facts, metrics, overrides, track
+from ftexp import config, data, experiment, facts, metrics, overrides, probe, track
 from ftexp.config import Run
 from ftexp.errors import ConfigError, FtexpError, MachineError, Preempted, TrialsFailed
-from ftexp.files import read_json, write_json
+from ftexp.files import check_folder, read_json, write_json
 from ftexp.progress import say
 from ftexp.sweep import frozen, space
 from ftexp.sweep.frozen import Frozen
@@ -67,9 +67,11 @@ class Sweeper(HydraSweeper):
         if (instead := type(self).instead) is not None:
             instead(searched, options, runs)
             return
+        check_folder(folder)
         if not (folder / frozen.FILE).exists():
             for run in {config.digest(r.model, r.lora, r.data, r.trainer, r.eval): r for r in runs}.values():
                 experiment.prepare(run)
+            probe.refuse(probe.quick(runs[0], folder))
         with only_supervisor(folder, runs[0].name, options.join) as alone:
             if alone:
                 launch(folder, searched, options, runs, self._compose, self.master, type(self).started)
@@ -126,6 +128,13 @@ class Sweeper(HydraSweeper):
         for axis in searched.axes:
             if axis.key in ("name", "objectives"):
                 raise ConfigError(f"{axis.key} must be one value for the whole sweep, got {','.join(axis.texts)}")
+        if options.replicates > 1:
+            if any(axis.key == "seed" for axis in searched.axes):
+                raise ConfigError(
+                    f"seed must be one value with sweep.replicates={options.replicates}, which count it up"
+                )
+            last = max(run.seed for run in runs) + options.replicates - 1
+            config.require(last < 2**32, "seed + sweep.replicates", last, "at most 4294967295 for the last")
         if options.sampler is not Sampler.grid and not searched.axes:
             raise ConfigError(
                 f"sweep.sampler={options.sampler.value} needs keys to search, got none; lora.r=8,16 is one"
@@ -182,10 +191,13 @@ def launch(
         OmegaConf.save(master, folder / "multirun.yaml")
         frozen.freeze(folder, searched, grid or frozen.corners(searched), compose)
     before = read_json(folder / frozen.FILE) or {}
-    same_store = before.get("track_uri") == runs[0].track.uri
-    parent = (before.get("mlflow_run") if same_store else None) or track.open_parent(
-        runs[0].track, runs[0].name, folder
-    )
+    was, now = before.get("track_uri", runs[0].track.uri), runs[0].track.uri
+    if was != now:
+        raise ConfigError(
+            f"name={runs[0].name} was launched with track.uri={was}, got {now}: its trials would lie in two stores; "
+            "keep the first, or choose another name"
+        )
+    parent = before.get("mlflow_run") or track.open_parent(runs[0].track, runs[0].name, folder)
     rows = {config.digest(r.data): data.load(r.data).digest() for r in runs}
     if any(before.get("rows", {}).get(key, digest) != digest for key, digest in rows.items()):
         raise ConfigError(f"name={runs[0].name}: the rows changed since the sweep was launched; choose another name")
@@ -232,6 +244,8 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
             always=True,
         )
     left = sum(not t.state.is_finished() for t in study.counted(record))
+    if left:
+        probe.refuse(probe.quick(run, sweep.folder))  # of a sweep that goes on: elsewhere, or with other versions
     count = options.workers or len(supervisor.gpus())
     where = f"{min(count, left)} workers" if count else "in this process"
     where += "" if options.engine is Engine.local else f" on {options.engine.value}"

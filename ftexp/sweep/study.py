@@ -92,7 +92,30 @@ def storage(folder: Path, url: str | None) -> BaseStorage:
         _repair(path)
     finally:
         lock.release()
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]
+    try:
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _no_entry(path, _bad_line(path)) from error
+
+
+def _no_entry(path: Path, number: int) -> MachineError:
+    return MachineError(
+        f"{path}:{number}: must be one entry of the sweep's record; put the file back, or remove the line"
+    )
+
+
+def _bad_line(path: Path) -> int:
+    """Count to the first line of a journal that is no entry; to the last where all look like one."""
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return next((number for number, line in enumerate(lines, 1) if not _is_entry(line)), len(lines))
+
+
+def _is_entry(line: bytes) -> bool:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(entry, dict) and "op_code" in entry
 
 
 def _proxy(url: str) -> BaseStorage:
@@ -110,8 +133,12 @@ def _proxy(url: str) -> BaseStorage:
 
 
 def _repair(path: Path) -> None:
-    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+    """Cut a torn last line off; refuse a whole one that is no entry, which Optuna would pass over until the next."""
+    content = path.read_bytes() if path.exists() else b""
+    if content and not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
+    elif content and not _is_entry(content[content.rfind(b"\n", 0, -1) + 1 :]):
+        raise _no_entry(path, content.count(b"\n"))
 
 
 def sampler(options: Options, seed: int, conditional: bool = False) -> BaseSampler:

@@ -5,6 +5,8 @@ The process keeps base model, tokens and base scores from trial to trial.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import sys
@@ -154,7 +156,8 @@ def _run(sweep: Frozen, trial: Trial, point: dict[str, Any], number: int) -> tup
         run = sweep.run(point, number % sweep.options.replicates)
         same_rows(sweep, run)
         keep_hydra_files(sweep, run, point, folder)
-        scores = experiment.execute(run, folder, label, sweep.mlflow_run, Control(judge(sweep, trial), deadline(sweep)))
+        asked = Control(judge(sweep, trial), deadline(sweep), same_model(trial, run))
+        scores = experiment.execute(run, folder, label, sweep.mlflow_run, asked)
         values = [scores[name] for name in sweep.objectives]
     except Pruned as error:
         return Outcome("pruned", "", str(error)), None
@@ -189,6 +192,28 @@ def same_rows(sweep: Frozen, run: config.Run) -> None:
     kept = sweep.rows.get(config.digest(run.data))
     if kept is not None and data.load(run.data).digest() != kept:
         raise DataError(f"{run.data.path or run.data.kind.value}: the rows changed after the sweep was launched")
+
+
+def same_model(trial: Trial, run: config.Run) -> Callable[[dict[str, Any]], None]:
+    """Return what refuses weights, a tokenizer or a template that are not those of the sweep's first such trial.
+
+    A folder of a model can be written to while a sweep pauses; its trials would then be ranked over two models.
+    """
+    names = {"weights_sha256": "weights", "tokenizer_sha256": "tokenizer", "template_sha256": "template"}
+
+    def check(told: dict[str, Any]) -> None:
+        where = {k: v for k, v in told["compute"].items() if k != "threads"}  # other chips may quantize otherwise
+        made = config.digest(run.model, run.quant, run.data), run.trainer.kind.value, json.dumps(where, sort_keys=True)
+        key = f"ftexp:model {hashlib.sha256(' '.join(made).encode()).hexdigest()[:16]}"
+        mine = {k: told[k] for k in names}
+        kept = trial.study.user_attrs.get(key)
+        if kept is None:
+            trial.study.set_user_attr(key, mine)
+        elif changed := [names[k] for k in names if kept[k] != mine[k]]:
+            source = run.model.path or run.model.kind.value
+            raise DataError(f"{source}: {' and '.join(changed)} changed after the sweep was launched")
+
+    return check
 
 
 def keep_hydra_files(sweep: Frozen, run: config.Run, point: dict[str, Any], folder: Path) -> None:

@@ -31,6 +31,8 @@ class Control:
     """Asked at each rung of the held-out loss whether to go on."""
     deadline: float | None = None
     """When to stop at the latest, on the monotonic clock."""
+    known: Callable[[dict[str, Any]], None] | None = None
+    """Told the facts of the run before it trains; raises where its model is not that of the sweep's other trials."""
     leave: threading.Event = field(default_factory=lambda: LEAVE)
     """Set to make the training save a checkpoint and end."""
 

@@ -27,7 +27,7 @@ SWEEP = [*TINY, "track=none", "eval=loss", "lora.r=2,4,8"]
         (["sweep.engine_args.num_cpus=2"], "sweep.engine_args are for sweep.engine=slurm or ray, got num_cpus"),
         (["sweep.engine=k8s"], "k8s"),
         (["sweep.storage=grpc://nowhere"], "must be grpc://host:port"),
-        (["sweep.storage=postgresql://me:hunter2@db/x"], "an address without a password"),
+        (["sweep.storage=postgresql://me:hunter2@db/x"], "sweep.storage must not hold a user or password"),
     ],
 )
 def test_what_cannot_start_is_refused(cli, tmp_path, given, message):

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import shutil
 
 import pytest
 from conftest import TINY
@@ -510,3 +511,38 @@ def test_bound_is_given_on_the_command_line_and_holds_in_leaderboard_and_summary
     parent = client.get_run(read_json(tmp_path / "outputs/sweeps/s/sweep.json")["mlflow_run"])
     assert parent.data.tags["ftexp.best_trial"] == "0"
     assert parent.data.metrics["valid/loss"] == trials[0]["valid/loss"]
+
+
+@pytest.mark.parametrize("edited", [True, False])
+def test_model_that_was_written_to_between_two_trials_of_a_sweep_is_refused(cli, tmp_path, edited):
+    """The trials of one leaderboard have one base; unedited, the missing trial runs."""
+    from safetensors.torch import load_file, save_file
+
+    from ftexp import model
+    from ftexp.config import Dtype, Kind, Model, Quant
+
+    base = model.fresh(Model(kind=Kind.tiny, dtype=Dtype.float32), Quant())
+    base.model.save_pretrained(tmp_path / "mine")
+    base.tokenizer.save_pretrained(tmp_path / "mine")
+    given = [*TINY[1:], "model=hub", f"model.path={tmp_path}/mine", "eval=loss", "track=none", "name=k", "lora.r=2,4",
+             "trainer.steps=1", "trainer.report_steps=0", "-m"]  # fmt: skip
+    assert cli(*given)[0] == 0
+    shutil.rmtree(tmp_path / "outputs" / "sweeps" / "k" / "1")
+    if edited:
+        path = tmp_path / "mine" / "model.safetensors"
+        weights = load_file(path)
+        weights["model.norm.weight"][0] += 1e-3
+        save_file(weights, path, metadata={"format": "pt"})
+        model._warm = None
+    code, _, err = cli(*given)
+    assert code == (5 if edited else 0), err
+    assert ("mine: weights changed after the sweep was launched" in err) == edited
+
+
+def test_same_sweep_in_another_store_is_refused(cli, tmp_path):
+    given = [*TINY, "eval=loss", "name=k", "lora.r=2", "trainer.steps=1", "-m"]
+    assert cli(*given, "track.uri=sqlite:///a.db")[0] == 0
+    code, _, err = cli(*given, "track.uri=sqlite:///b.db")
+    assert code == 2
+    assert "name=k was launched with track.uri=sqlite:///a.db, got sqlite:///b.db" in err
+    assert not (tmp_path / "b.db").exists()

@@ -324,3 +324,12 @@ def test_worker_killed_between_two_keys_of_its_point_loses_neither(record, monke
     monkeypatch.setattr(study, "alive", lambda trial: False)
     assert study.reap(record, 2) == [0]
     assert study.counted(record)[0].system_attrs["fixed_params"] == {"a": "1", "b": "2"}
+
+
+@pytest.mark.parametrize("line", [b"garbage\n", b"\xff\xfe\n", b"\0\0\0\n", b"[1]\n", b'{"a": 1}\n', b"{\n"])
+def test_garbage_in_the_journal_is_named_by_file_and_line(tmp_path, record, line):
+    path = tmp_path / study.JOURNAL
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:1], line, *lines[1:]]))
+    with pytest.raises(MachineError, match=rf"{study.JOURNAL}:2: must be one entry of the sweep's record"):
+        study.storage(tmp_path, None)

@@ -227,3 +227,121 @@ def test_older_checkpoints_go_once_a_newer_one_is_sealed(tmp_path):
     assert checkpoints.store(tmp_path, {"a": 1}).resume.step == 3
     shutil.rmtree(tmp_path / "checkpoint-3")
     assert checkpoints.store(tmp_path, {"a": 1}).resume is None
+
+
+# a wrong resume: twenty things that may change between a kill and the same command
+
+
+@pytest.fixture(scope="module")
+def own_model(tmp_path_factory):
+    """A folder with a model and a tokenizer, and one with rows."""
+    from ftexp import model
+    from ftexp.config import Dtype, Kind, Model, Quant
+
+    here = tmp_path_factory.mktemp("own")
+    base = model.fresh(Model(kind=Kind.tiny, dtype=Dtype.float32), Quant())
+    base.model.save_pretrained(here / "model")
+    base.tokenizer.save_pretrained(here / "model")
+    rows = [{"prompt": f"say {n}", "completion": f"it is {n}"} for n in range(60)]
+    (here / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return here
+
+
+CHANGED = {  # what changes -> how: an override, or what is done to the folder or the process; and the key that is named
+    "learning rate": ("trainer.lr=0.02", "trainer.lr"),
+    "alpha": ("lora.alpha=5", "lora.alpha"),
+    "rank": ("lora.r=4", "lora.r"),
+    "dropout": ("lora.dropout=0.2", "lora.dropout"),
+    "seed": ("seed=1", "seed"),
+    "scheduler": ("trainer.scheduler=cosine", "trainer.scheduler"),
+    "warmup": ("trainer.warmup=0.5", "trainer.warmup"),
+    "batch": ("trainer.batch=4", "trainer.batch"),
+    "accumulation": ("trainer.accumulation=1", "trainer.accumulation"),
+    "split seed": ("data.seed=1", "data.seed"),
+    "template": ("data.template=plain", "data.template"),
+    "dtype": ("model.dtype=bfloat16", "compute.dtype"),
+    "optimizer": ("trainer.optimizer=adamw_torch", "trainer.optimizer"),
+    "neftune": ("trainer.neftune=0", "trainer.neftune"),
+    "packing": ("data.packing=bfd", "data.packing"),
+    "rows": ("one letter, same length and time", "rows.sha256"),
+    "base weights": ("one number", "weights_sha256"),
+    "tokenizer": ("two tokens swapped", "tokenizer_sha256"),
+    "library": ("another version", "versions.trl"),
+    "code": ("another letter", "code_sha256"),
+}
+
+
+def told_of(tiny, here, *given):
+    """The fingerprint of a run, as the run itself makes it."""
+    from ftexp import data, model
+    from ftexp.train import lengths
+
+    run = tiny("model=hub", f"model.path={here}/model", "data=jsonl", f"data.path={here}/rows.jsonl", "data.rows=null",
+               "data.max_length=128", *HARD, *given)  # fmt: skip
+    splits = data.load(run.data)
+    used = experiment.tokenised(run, splits)
+    lengths.units(used[0], run.data)
+    model._warm = None  # the folder may have changed
+    base = model.load(run.model, run.quant)
+    return experiment.fingerprint(run, json.loads(json.dumps(experiment._facts(run, base, splits, used))))
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_wrong_resume_is_refused(tiny, own_model, tmp_path, capfd, monkeypatch, what):
+    here = tmp_path / "own"
+    shutil.copytree(own_model, here)
+    first = told_of(tiny, here)
+    (tmp_path / "c" / "checkpoint-2").mkdir(parents=True)
+    checkpoints.store(tmp_path / "c", first).seal(2)
+    assert checkpoints.store(tmp_path / "c", told_of(tiny, here)).resume.step == 2, "unchanged, it goes on"
+    how, key = CHANGED[what]
+    change(what, here, monkeypatch)
+    now = told_of(tiny, here, *([how] if "=" in how else []))
+    assert checkpoints.store(tmp_path / "c", now).resume is None
+    assert key in capfd.readouterr().err.replace("\n", " ").split("of a run with another ")[-1].strip().split(", ")
+
+
+def change(what, here, monkeypatch):
+    """Do what no override does."""
+    import os
+    from importlib import metadata
+
+    from ftexp import facts
+
+    match what:
+        case "rows":
+            path = here / "rows.jsonl"
+            before = path.stat()
+            path.write_text(path.read_text().replace("it is 59", "it as 59"))
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+            assert path.stat().st_size == before.st_size
+        case "base weights":
+            from safetensors.torch import load_file, save_file
+
+            path = here / "model" / "model.safetensors"
+            weights = load_file(path)
+            name = next(n for n in weights if "q_proj" in n)
+            weights[name][0, 0] += 1e-3
+            save_file(weights, path, metadata={"format": "pt"})
+        case "tokenizer":
+            path = here / "model" / "tokenizer.json"
+            told = json.loads(path.read_text())
+            vocabulary = told["model"]["vocab"]
+            vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+            path.write_text(json.dumps(told))
+        case "library":
+            real = metadata.version
+            monkeypatch.setattr(facts, "version", lambda name: "0.0" if name == "trl" else real(name))
+        case "code":
+            monkeypatch.setattr(facts, "code", lambda: "another")
+
+
+def test_sabotage_fingerprint_without_the_tokenizer_lets_swapped_tokens_go_on(tiny, own_model, tmp_path, monkeypatch):
+    here = tmp_path / "own"
+    shutil.copytree(own_model, here)
+    monkeypatch.setattr(experiment.prompts, "tokenizer_digest", lambda _: "")
+    first = told_of(tiny, here)
+    (tmp_path / "c" / "checkpoint-2").mkdir(parents=True)
+    checkpoints.store(tmp_path / "c", first).seal(2)
+    change("tokenizer", here, monkeypatch)
+    assert checkpoints.store(tmp_path / "c", told_of(tiny, here)).resume is not None
