@@ -111,6 +111,7 @@ def _base(model: Model, dtype: str, attention: str, labels: int) -> PreTrainedMo
     config = architecture.described(model)
     if labels:
         config.num_labels = labels
+        config.get_text_config().pad_token_id = 0  # any: a classifier of unequal rows must have one
     kind: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
     try:
         return kind.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
