@@ -132,6 +132,7 @@ def check(overrides: list[str]) -> None:
     """Refuse overrides of keys or group options that do not exist, naming the nearest one that does."""
     parser = OverridesParser.create()
     overrides = [_quoted(text) for text in overrides]
+    _check_scale(overrides)
     known, options = set(config.keys()) | {f"sweep.{key}" for key in SWEEP_KEYS}, groups()
     for text in overrides:
         try:
@@ -151,6 +152,16 @@ def check(overrides: list[str]) -> None:
             raise ConfigError(f"unknown key {key} in {text}{_hint(key, known | set(options))}")
         elif override.is_add() and key in known:
             raise ConfigError(f"{text}: {key} exists already, write {text.lstrip('+')}")
+
+
+def _check_scale(overrides: list[str]) -> None:
+    """Refuse an option that a file of `conf/scale/` would override without a word."""
+    given = {key: value for key, _, value in (text.partition("=") for text in overrides)}
+    if given.get("scale", "none") != "none" and "data" in given:
+        raise ConfigError(
+            f"data={given['data']} cannot be chosen with scale={given['scale']}, which brings rows of its own; "
+            "keys such as data.rows can"
+        )
 
 
 def _is_mapping(override: Override) -> bool:
