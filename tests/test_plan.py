@@ -163,7 +163,16 @@ def test_a_classifier_is_planned_with_its_head(planned):
 
 
 def test_labels_stand_for_those_of_rows_that_are_not_here(planned):
-    given = ["model=smollm2_135m", "data=file", "data.path=none.csv", "trainer=classify", "--rows", "64", "--tokens", "20"]
+    given = [
+        "model=smollm2_135m",
+        "data=file",
+        "data.path=none.csv",
+        "trainer=classify",
+        "--rows",
+        "64",
+        "--tokens",
+        "20",
+    ]
     heads = [told(planned, *given, "--labels", str(n))["trials"][0]["trainable"] for n in (3, 5)]
     assert heads[1] - heads[0] == 2 * 576
     code, _, err = planned(*TINY, "--labels", "3")
