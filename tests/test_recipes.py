@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ftexp import config, data, estimate, experiment, overrides, plan
-from ftexp.config import Kind, Method, Source
+from ftexp import config, data, estimate, experiment, model, overrides, plan
+from ftexp.config import Kind, Method, Model, Quant, Source
 from ftexp.train import classify
 
 ROWS = sorted(path.stem for path in (overrides.CONF / "experiment").glob("*.yaml"))
 GOLDEN = yaml.safe_load((Path(__file__).parent / "golden" / "seeds.yaml").read_text())
-TINY = ["scale=smoke", "model=tiny", "quant=none", "model.dtype=float32", "track=none", "trainer.report_steps=0",
-        "eval.max_new_tokens=4"]  # fmt: skip
-"""The smoke of a recipe on the model that takes seconds, which has no stored weights to quantize."""
+SMALL = ["scale=smoke", "model=hub", "model.dtype=float32", "track=none", "trainer.report_steps=0",
+         "eval.max_new_tokens=4"]  # fmt: skip
+"""The smoke of a recipe on a model that takes seconds."""
 TWO_LAYERS = {"anime_genres": ["lora.extra.layers_to_transform=[0,1]"]}
 """The tiny model has no layers 28 and 29."""
 SWAPPED = {
@@ -27,8 +27,24 @@ SWAPPED = {
 """Keys that a smoke may change: model, rows, and how much of them. All others are the recipe's."""
 
 
-def small(composed, row, *given):
-    return composed(f"experiment={row}", *TINY, *TWO_LAYERS.get(row, []), *given)
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """The tiny model in a folder: weights that were stored can be quantized."""
+    folder = tmp_path_factory.mktemp("stored")
+    base = model.load(Model(kind=Kind.tiny), Quant())
+    base.model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def small(composed, stored):
+    """Return a function that composes the smoke of a recipe on the stored model."""
+
+    def build(row, *given):
+        return composed(f"experiment={row}", *SMALL, f"model.path={stored}", *TWO_LAYERS.get(row, []), *given)
+
+    return build
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -109,11 +125,17 @@ def learned(run, folder):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_smoke_of_a_recipe_learns(row, composed, tmp_path):
-    before, after = learned(small(composed, row), tmp_path)
+def test_smoke_of_a_recipe_learns(row, small, composed, tmp_path):
+    """With the recipe's own quantization and optimizer, which CPUs have."""
+    run = small(row)
+    assert (run.quant, run.trainer.optimizer) == (
+        (asked := composed(f"experiment={row}")).quant,
+        asked.trainer.optimizer,
+    )
+    before, after = learned(run, tmp_path)
     assert after < before - 0.05
 
 
-def test_a_smoke_that_learns_nothing_would_be_seen(composed, tmp_path):
-    before, after = learned(small(composed, "yoda_phi3", "trainer.lr=1e-9"), tmp_path)
+def test_a_smoke_that_learns_nothing_would_be_seen(small, tmp_path):
+    before, after = learned(small("yoda_phi3", "trainer.lr=1e-9"), tmp_path)
     assert after > before - 0.05
