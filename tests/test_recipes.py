@@ -1,6 +1,7 @@
 """Every experiment of `conf/`: it composes, plans to the figures of its source, and learns something with scale=smoke."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -139,3 +140,14 @@ def test_smoke_of_a_recipe_learns(row, small, composed, tmp_path):
 def test_a_smoke_that_learns_nothing_would_be_seen(small, tmp_path):
     before, after = learned(small("yoda_phi3", "trainer.lr=1e-9"), tmp_path)
     assert after > before - 0.05
+
+
+@pytest.mark.slow
+def test_smoke_of_the_classifier_tells_genres(composed, tmp_path):
+    """On the embedded model, whose tokens are words; an untrained head has an area of 0.5."""
+    run = composed("experiment=anime_genres", "scale=smoke", "track=none", "trainer.report_steps=0")
+    before, after = learned(run, tmp_path)
+    assert before == pytest.approx(math.log(2))
+    assert after < 0.5 * before
+    scores = json.loads((tmp_path / "run" / "trial.json").read_text())["scores"]
+    assert scores["valid/roc_auc_macro"] > 0.65
