@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 SWEEP ?= outputs/sweeps/lora.r-8-16-64
+SCALE ?= smoke
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check hub chaos test-cluster bench ui report notebooks clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(READY) ## install the pinned dependencies, ftexp and the embedded model
 
@@ -59,6 +60,9 @@ report: $(READY) ## print the leaderboard of SWEEP=outputs/sweeps/<name> and wri
 
 notebooks: $(READY) ## run the notebooks of analysis/ on SWEEP and keep what they show
 	$(BIN)/python -m ftexp.notebooks $(SWEEP)
+
+reproduce-%: $(READY) ## train a recipe, small and offline (SCALE=none: as its source); says whether a kept result is stale
+	$(BIN)/python -m ftexp.run experiment=$* scale=$(SCALE) name=reproduce-$*-$(SCALE)
 
 clean: ## remove caches of tools; outputs/ and .venv stay
 	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -171,7 +171,7 @@ class Shape(Enum):
     labels = "labels"
     """`text` and `labels`: one label or a list; the labels, joined by commas, are the completion."""
     text = "text"
-    """`text`: all of it is supervised, and there is no prompt."""
+    """`text`, or the format string `data.completion`: all of it is supervised, and there is no prompt."""
 
 
 class Dedup(Enum):
@@ -393,7 +393,7 @@ class Data:
     template: Template = Template.model
     """How prompt and completion become one text."""
     max_length: int = 1024
-    """Longest row in tokens."""
+    """Longest row in tokens; with `packing=wrapped`, which tears rows of any length, that of a pack alone."""
     long: Long = Long.refuse
     """What happens to a longer row; by default nothing is cut or dropped unnoticed."""
     packing: Packing = Packing.none
@@ -451,8 +451,9 @@ class Data:
             require(self.shuffle or value is None, f"data.{key}", value, "null when data.shuffle=false")
         given = {"data.prompt": self.prompt != "{prompt}", "data.completion": self.completion != "{completion}"}
         for key in (key for key, own in given.items() if own):
-            require(self.shape in (Shape.auto, Shape.completion), "data.shape", self.shape.value,
-                    f"completion where {key} is given")  # fmt: skip
+            wanted = (Shape.auto, Shape.completion, *((Shape.text,) if key == "data.completion" else ()))
+            rule = " or ".join(shape.value for shape in wanted[1:])
+            require(self.shape in wanted, "data.shape", self.shape.value, f"{rule} where {key} is given")
         for key in ("prompt", "completion"):
             require(_columns(getattr(self, key)) is not None, f"data.{key}", getattr(self, key), FORMAT_RULE)
 

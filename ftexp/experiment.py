@@ -211,6 +211,14 @@ def complete(run: Run, folder: Path) -> dict[str, float] | None:
     return None
 
 
+def stale(folder: Path) -> str:
+    """Name what has changed since a run was made, of all that decides its result beside config and rows."""
+    told = (read_json(folder / "trial.json") or {}).get("facts", {})
+    old = {**told.get("versions", {}), "code": told.get("code_sha256", "")[:12]}
+    new = {**facts.versions(), "code": facts.code()[:12]}
+    return ", ".join(f"{key} ({old.get(key)} -> {value})" for key, value in new.items() if old.get(key) != value)
+
+
 def execute(
     run: Run, folder: Path, label: str, parent: str | None = None, control: Control | None = None, opened: int = 0
 ) -> dict[str, float]:
@@ -238,6 +246,8 @@ def execute(
     """
     if (kept := complete(run, folder)) is not None:
         say(f"{label}: complete already, kept as it is in {folder}")
+        if made_with := stale(folder):
+            say(f"{label}: stale, it was made with other {made_with}; without that folder it is trained again")
         return kept
     before = read_json(folder / "trial.json") or {}
     trial: dict[str, Any] = {"label": label, "state": "running", "config": identity(run), "folder": str(folder)}

@@ -159,6 +159,7 @@ def check(overrides: list[str]) -> None:
     """Refuse overrides of keys or group options that do not exist, naming the nearest one that does."""
     parser = OverridesParser.create()
     overrides = [_quoted(text) for text in overrides]
+    _check_scale(overrides)
     known, options = set(config.keys()) | {f"sweep.{key}" for key in SWEEP_KEYS}, groups()
     for text in overrides:
         name, _, value = text.lstrip("+~").partition("=")
@@ -201,6 +202,16 @@ def _check_hydra(key: str, text: str) -> None:
     own = tuple(f"hydra.sweeper.{name}" for name in SWEEP_KEYS)
     if key not in HYDRA and not key.startswith(own):
         raise ConfigError(f"{text}: of Hydra's own settings only {', '.join(HYDRA)} may be set")
+
+
+def _check_scale(overrides: list[str]) -> None:
+    """Refuse an option that a file of `conf/scale/` would override without a word."""
+    given = {key: value for key, _, value in (text.partition("=") for text in overrides)}
+    if given.get("scale", "none") != "none" and "data" in given:
+        raise ConfigError(
+            f"data={given['data']} cannot be chosen with scale={given['scale']}, which brings rows of its own; "
+            "keys such as data.rows can"
+        )
 
 
 def _is_mapping(override: Override) -> bool:

@@ -51,6 +51,7 @@ class Wanted:
 
     rows: int | None = None
     tokens: int | None = None
+    labels: int | None = None
     probe: bool = False
     rate: float | None = None
     usd_per_hour: float | None = None
@@ -135,7 +136,10 @@ def trial(label: str, run: Run, wanted: Wanted) -> Trial:
     """
     sft.arguments(run.trainer, "cpu", run.seed, "", 1)  # refuses keywords that TRL does not know
     classified = run.trainer.kind is Method.classify
-    heads = outputs(run, data.load(run.data)) if classified else int(run.trainer.kind is Method.reward)
+    if wanted.labels is not None and not classified:
+        raise ConfigError(f"--labels={wanted.labels} needs trainer.kind=classify, got {run.trainer.kind.value}")
+    told = wanted.labels or (outputs(run, data.load(run.data)) if classified else 0)
+    heads = told or int(run.trainer.kind is Method.reward)
     return Trial(label, run, estimate.trial(run, rows(run, wanted), compute.policy(run.model), heads), wanted.rate)
 
 
@@ -352,6 +356,7 @@ def parse(argv: list[str]) -> tuple[Wanted, bool, list[str]]:
                                      usage="%(prog)s [overrides of ftexp.run] [-m] [options]")  # fmt: skip
     parser.add_argument("--rows", type=int, help="plan for so many training rows instead of the data's")
     parser.add_argument("--tokens", type=int, help="tokens of each of them")
+    parser.add_argument("--labels", type=int, help="labels of a classifier's head, with --rows")
     parser.add_argument("--probe", action="store_true", help="load the model, train ten steps, tell the time")
     parser.add_argument("--tokens-per-second", dest="rate", type=float, help="instead of --probe: as measured before")
     parser.add_argument("--usd-per-hour", type=float, help="price of the machine, e.g. 0.29")
@@ -367,6 +372,8 @@ def parse(argv: list[str]) -> tuple[Wanted, bool, list[str]]:
         config.require(value is None or value is False or value > 0, flag, value, "above 0")
     if (wanted.rows is None) != (wanted.tokens is None):
         raise ConfigError("--rows and --tokens must be given together")
+    if wanted.labels is not None and wanted.rows is None:
+        raise ConfigError("--labels needs --rows and --tokens: the rows of the data name their labels")
     if wanted.probe and (wanted.rows or wanted.rate):
         raise ConfigError("--probe trains on the rows of the data: leave out --rows and --tokens-per-second")
     timed = wanted.probe or wanted.rate is not None

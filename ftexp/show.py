@@ -18,7 +18,7 @@ from rich.text import Text
 
 from ftexp import data, model, verb
 from ftexp.api import compose
-from ftexp.config import Data, Run
+from ftexp.config import Data, Packing, Run
 from ftexp.data import gates, prompts
 from ftexp.data.prompts import Example
 from ftexp.errors import MachineError
@@ -148,7 +148,8 @@ def _lengths(console: Console, examples: list[Example], how: Data) -> None:
         style = "red" if first > how.max_length else "green"
         console.print(Text.assemble(f"{first:>{widest}}-{last:<{widest}} ", (bar, style), f" {count}" if count else ""))
     over = sum(length > how.max_length for length in lengths)
-    verb = {"refuse": "refused", "drop": "dropped", "cut": "cut"}[how.long.value]
+    torn = how.packing is Packing.wrapped
+    verb = "torn" if torn else {"refuse": "refused", "drop": "dropped", "cut": "cut"}[how.long.value]
     console.print(f"{over} rows have more than data.max_length={how.max_length} tokens"
                   + (f" and are {verb}" if over else ""), highlight=False)  # fmt: skip
 

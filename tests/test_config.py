@@ -114,6 +114,9 @@ def test_bad_value_is_refused_with_key_rule_and_value(composed, given, message):
 def test_format_string_and_another_shape_are_at_odds():
     with pytest.raises(ConfigError, match=r"data\.shape must be completion where data\.prompt is given, got 'text'"):
         Data(shape=config.Shape.text, prompt="{a}")
+    with pytest.raises(ConfigError, match=r"data\.shape must be completion or text where data\.completion is given"):
+        Data(shape=config.Shape.labels, completion="{a}")
+    assert Data(shape=config.Shape.text, completion="{a}").completion == "{a}"
 
 
 def test_shares_counts_columns_and_gates_compose(composed):

@@ -101,6 +101,20 @@ def test_complete_run_is_kept_and_not_run_again(tiny, tmp_path, monkeypatch):
     assert experiment.execute(tiny(), tmp_path / "a", "x") == scores
 
 
+def test_complete_run_of_other_code_or_versions_is_kept_and_called_stale(tiny, tmp_path, capfd):
+    experiment.execute(tiny(), tmp_path / "a", "x")
+    experiment.execute(tiny(), tmp_path / "a", "x")
+    assert "stale" not in capfd.readouterr().err
+    kept = read_json(tmp_path / "a" / "trial.json")
+    kept["facts"]["versions"]["trl"] = "0.1"
+    kept["facts"]["code_sha256"] = "0" * 64
+    write_json(tmp_path / "a" / "trial.json", kept)
+    experiment.execute(tiny(), tmp_path / "a", "x")
+    told = capfd.readouterr().err
+    assert "x: stale, it was made with other trl (0.1 -> " in told
+    assert "code (000000000000 -> " in told
+
+
 def test_unfinished_run_is_run_again(tiny, tmp_path):
     run = tiny()
     write_json(tmp_path / "a" / "trial.json", {"state": "running", "config": experiment.identity(run)})

@@ -37,6 +37,13 @@ def test_known_override_passes(given):
     overrides.check([given])
 
 
+def test_rows_and_a_scale_that_brings_its_own_are_at_odds():
+    with pytest.raises(ConfigError, match="data=chat cannot be chosen with scale=smoke, which brings rows of its own"):
+        overrides.check(["experiment=yoda_phi3", "scale=smoke", "data=chat"])
+    overrides.check(["experiment=yoda_phi3", "scale=none", "data=chat"])
+    overrides.check(["experiment=yoda_phi3", "scale=smoke", "data.rows=50"])
+
+
 def test_flags_move_to_the_front_and_a_name_is_added():
     assert overrides.prepare(["lora.r=8,16", "-m", "seed=1"]) == [
         "-m",

@@ -162,6 +162,25 @@ def test_a_classifier_is_planned_with_its_head(planned):
     assert with_head["trainable"] - without["trainable"] == 20 * 64  # twenty genres
 
 
+def test_labels_stand_for_those_of_rows_that_are_not_here(planned):
+    given = [
+        "model=smollm2_135m",
+        "data=file",
+        "data.path=none.csv",
+        "trainer=classify",
+        "--rows",
+        "64",
+        "--tokens",
+        "20",
+    ]
+    heads = [told(planned, *given, "--labels", str(n))["trials"][0]["trainable"] for n in (3, 5)]
+    assert heads[1] - heads[0] == 2 * 576
+    code, _, err = planned(*TINY, "--labels", "3")
+    assert (code, "--labels needs --rows and --tokens" in err) == (2, True)
+    code, _, err = planned(*TINY, "--rows", "9", "--tokens", "9", "--labels", "3")
+    assert (code, "--labels=3 needs trainer.kind=classify, got sft" in err) == (2, True)
+
+
 def test_speed_leaves_the_first_step_out(composed):
     """Two rows a step, ten tokens a row: nine steps of 20 tokens in 18 seconds are 10 a second."""
     run = composed("model=tiny", "trainer.steps=10", "trainer.batch=2")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from ftexp.config import Data, Gate, Long, Template
+from ftexp.config import Data, Gate, Long, Packing, Template
 from ftexp.data import chat, gates
 from ftexp.data.shapes import Row
 from ftexp.errors import ConfigError, DataError
@@ -187,7 +187,7 @@ def _text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Steps:
         ids.pop()
     first = ids[:1]
     unseen = 0 if first == [tokenizer.bos_token_id] else len(cast(str, tokenizer.decode(first)).encode())
-    return Example(row, tuple(first), tuple(_closed(ids[1:], tokenizer, row)), unseen=unseen)
+    return Example(row, tuple(first), tuple(_closed(ids[1:], tokenizer, row, turns=True)), unseen=unseen)
 
 
 def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase, form: str) -> Steps:
@@ -232,12 +232,16 @@ def end(tokenizer: PreTrainedTokenizerBase) -> int:
     return cast(int, tokenizer.eos_token_id)
 
 
-def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
-    """End a completion at its end-of-sequence token, or add one: a model never shown it never stops."""
-    eos = end(tokenizer)
-    if eos not in ids:
+def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase, row: Row, turns: bool = False) -> list[int]:
+    """End a completion at its end-of-sequence token, or add one: a model never shown it never stops.
+
+    With `turns` one that a begin-of-sequence token follows ends a turn: Llama 2 writes dialogues so.
+    """
+    eos, bos = end(tokenizer), tokenizer.bos_token_id
+    ends = [n for n, token in enumerate(ids) if token == eos and not (turns and ids[n + 1 : n + 2] == [bos])]
+    if not ends:
         return [*ids, eos]
-    first = ids.index(eos)
+    first = ends[0]
     if cast(str, tokenizer.decode(ids[first + 1 :])).strip():
         raise DataError(
             f"{row.where}: the completion goes on after an end-of-sequence token, which a model never would"
@@ -256,7 +260,7 @@ def _checked(example: Example, tokenizer: PreTrainedTokenizerBase, data: Data) -
 
 def _fitted(example: Example, tokenizer: PreTrainedTokenizerBase, data: Data) -> Example | None:
     length, most = len(example.prompt) + len(example.completion), data.max_length
-    if length <= most:
+    if length <= most or data.packing is Packing.wrapped:  # which tears rows of any length
         return example
     match data.long:
         case Long.drop:

@@ -8,7 +8,7 @@
 | alpaca     | instruction, perhaps input, and output                     | instruction, then input | output          |
 | preference | prompt (perhaps in the answers), chosen, rejected          | prompt                  | chosen          |
 | labels     | text, and label or labels: one or a list                   | text                    | joined by ", "  |
-| text       | text                                                       | none                    | all             |
+| text       | text, or the format string data.completion                 | none                    | all             |
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ def _row(record: dict[str, Any], where: str, shape: Shape, data: Data) -> Row:
             name = "label" if "label" in record and "labels" not in record else "labels"
             made = Row(_text(record, "text", where), _value(record, name, where), where)
         case Shape.text:
-            made = Row("", _text(record, "text", where), where)
+            own = data.completion != "{completion}"
+            made = Row("", _filled(data.completion, record, where) if own else _text(record, "text", where), where)
         case _:
             texts = [_filled(template, record, where) for template in (data.prompt, data.completion)]
             made = Row(texts[0], texts[1], where)

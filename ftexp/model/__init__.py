@@ -174,10 +174,22 @@ def _load(model: Model, quant: Quant, key: str, labels: int = 0) -> Base:
     if labels:
         loaded.config.get_text_config().pad_token_id = cast(int, text.pad_token_id)
     head = fresh_head(loaded, fresh, labels) if labels else ()
+    keep_gradients(loaded)
     loaded.requires_grad_(False).eval()
     if not labels:
         loaded.generation_config = _greedy(loaded)
     return Base(loaded, text, chosen, fingerprint(loaded), key, head)
+
+
+def keep_gradients(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights when a model is first evaluated on a CPU with bfloat16 units.
+
+    Products with repacked weights have no backward pass and do not say so (0.50.2, `matmul_4bit`): after the base was
+    scored, adapters would learn from a part of their gradient, or from none.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            cast(Any, module).support_avx512bf16_for_cpu = False
 
 
 def fresh_head(model: PreTrainedModel, fresh: set[str], labels: int) -> tuple[str, ...]:

@@ -90,7 +90,7 @@ def _warn(rows: Dataset, packs: Dataset, data: Data) -> None:
 
     ends = np.cumsum([len(ids) for ids in rows["input_ids"]])
     borders = np.cumsum([len(ids) for ids in packs["input_ids"]])[:-1]
-    torn = len(np.setdiff1d(borders, ends))
+    torn = len(np.unique(np.searchsorted(ends, np.setdiff1d(borders, ends))))
     lost = _count(rows)[1] - _count(packs)[1]
     warn(
         f"data.packing=wrapped tears {torn} of {len(rows)} rows at every {data.max_length} tokens, lets rows "

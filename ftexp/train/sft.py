@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ftexp import evaluate, metrics
 from ftexp.config import Packing, Run, Trainer
 from ftexp.data.prompts import Example
-from ftexp.errors import Diverged, OutOfTime, Preempted, Pruned
+from ftexp.errors import ConfigError, Diverged, OutOfTime, Preempted, Pruned
 from ftexp.model import Base, accept
 from ftexp.progress import progress
 from ftexp.train import lengths
@@ -188,15 +188,24 @@ def _trainer(base: Base, tuned: Any, settings: SFTConfig, dataset: Dataset, watc
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
+    plain = settings.loss_type == "nll" and not settings.label_smoothing_factor
+    own_head = has_adapted_head(tuned)
+    if own_head and not plain:
+        raise ConfigError(
+            "lora.targets names the output head, which learns from the plain loss alone: leave out loss_type and "
+            "label_smoothing_factor of trainer.extra"
+        )
+
     class SupervisedRows(SFTTrainer):
         """SFTTrainer that on a CPU projects supervised positions alone onto the vocabulary.
 
         TRL does so where Triton runs and projects every prompt token elsewhere, a fifth of a step of a small model.
+        Where the head has an adapter, every device does: TRL multiplies with the head's frozen weights.
         """
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            usual = settings.loss_type == "nll" and not settings.label_smoothing_factor
-            if return_outputs or not usual or inputs["input_ids"].device.type != "cpu":
+            ours = own_head or inputs["input_ids"].device.type == "cpu"
+            if return_outputs or not plain or not ours:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             return token_mean(model, inputs, num_items_in_batch)
 
@@ -206,12 +215,32 @@ def _trainer(base: Base, tuned: Any, settings: SFTConfig, dataset: Dataset, watc
             return lengths.sampler(usual, settings.seed) if grouped else usual
 
     apart = "seq_lengths" in dataset.column_names and not settings.padding_free
-    trainer = SupervisedRows(
-        tuned, settings, train_dataset=dataset, processing_class=base.tokenizer, callbacks=[watch],
-        data_collator=partial(lengths.collate, pad=cast(int, base.tokenizer.pad_token_id)) if apart else None,
-    )  # fmt: skip
+    with _bare_head(tuned):
+        trainer = SupervisedRows(
+            tuned, settings, train_dataset=dataset, processing_class=base.tokenizer, callbacks=[watch],
+            data_collator=partial(lengths.collate, pad=cast(int, base.tokenizer.pad_token_id)) if apart else None,
+        )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def has_adapted_head(model: Any) -> bool:
+    """Tell whether the output layer of a model has an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(model.get_output_embeddings(), BaseTunerLayer)
+
+
+@contextmanager
+def _bare_head(model: Any):
+    """Show TRL the output layer under its adapter: it refuses an adapted one, whose adapter its own loss would miss."""
+    if has_adapted_head(model):
+        layer = model.get_output_embeddings().base_layer
+        model.get_output_embeddings = lambda: layer
+    try:
+        yield
+    finally:
+        model.__dict__.pop("get_output_embeddings", None)
 
 
 def token_mean(model: Any, inputs: dict[str, Any], tokens: Any) -> Any:

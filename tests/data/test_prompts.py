@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftexp.config import Data, Source, Template
+from ftexp.config import Data, Packing, Source, Template
 from ftexp.data import prompts
 from ftexp.data.shapes import Row
 from ftexp.errors import ConfigError, DataError
@@ -75,6 +75,24 @@ def test_completion_that_goes_on_after_its_end_is_refused(tokenizer):
     for template in (Template.plain, Template.model):
         with pytest.raises(DataError, match=r"my\.jsonl:3: the completion goes on after an end-of-sequence"):
             one(tokenizer, row, template=template)
+
+
+def test_an_end_before_a_new_beginning_ends_a_turn_of_a_text(tokenizer):
+    """As Llama 2 writes dialogues; a completion has no further turn."""
+    text = "<|im_start|>a<|im_end|><|im_start|>b<|im_end|>"
+    ids = one(tokenizer, Row("", text, "t:1"), template=Template.plain).ids
+    assert tokenizer.decode(ids) == text
+    with pytest.raises(DataError, match="t:1: the completion goes on after"):
+        one(tokenizer, Row("p", text, "t:1"), template=Template.plain)
+    with pytest.raises(DataError, match="t:1: the completion goes on after"):
+        one(tokenizer, Row("", text.replace("<|im_end|><", "<|im_end|> <"), "t:1"), template=Template.plain)
+
+
+def test_row_of_any_length_goes_into_torn_packs(tokenizer):
+    long = Row("x" * 50, "y", "my.jsonl:7")
+    assert len(one(tokenizer, long, max_length=8, packing=Packing.wrapped).ids) > 50
+    with pytest.raises(DataError, match="a row must be at most"):
+        one(tokenizer, long, max_length=8, packing=Packing.bfd)
 
 
 def test_template_that_cannot_render_is_named(tokenizer):

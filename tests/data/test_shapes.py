@@ -68,6 +68,8 @@ def test_format_strings_win_over_a_shape():
 def test_asked_shape_wins_over_the_recognised_one():
     record = {"prompt": "p", "completion": "c", "text": "whole"}
     assert one(record, shape=Shape.text).completion == "whole"
+    assert one(record, shape=Shape.text, completion="{prompt}: {completion}").completion == "p: c"
+    assert one(record, shape=Shape.text, completion="{prompt}: {completion}").prompt == ""
     with pytest.raises(DataError, match="t:1: column 'messages' is missing"):
         one(record, shape=Shape.messages)
 

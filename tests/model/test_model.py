@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from ftexp import model
 from ftexp.config import Dtype, Format, Kind, Lora, Model, Quant, Variant
 from ftexp.errors import ConfigError, MachineError
+from ftexp.model import compute
 
 TINY = Model(kind=Kind.tiny)
 
@@ -268,6 +269,41 @@ def test_hub_model_loads_from_a_folder(base, tmp_path):
     loaded = model.load(Model(kind=Kind.hub, path=str(tmp_path)), Quant())
     assert loaded.weights == weights
     assert loaded.tokenizer.chat_template == base.tokenizer.chat_template
+
+
+def gradients(loaded):
+    """Gradients of an adapter on the layer furthest from the loss; all of the path goes through 4-bit weights."""
+    ids = torch.arange(3, 20)[None]
+    with model.adapted(loaded, Lora(r=2, targets=["q_proj"]), 0) as tuned:
+        tuned.train()
+        tuned(input_ids=ids, labels=ids).loss.backward()
+        return {n: p.grad.abs().sum().item() for n, p in tuned.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_four_bit_base_gives_the_same_gradients_once_it_was_scored(base, tmp_path, double):
+    base.model.save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    loaded = model.load(Model(kind=Kind.hub, path=str(tmp_path)), Quant(Format.nf4, double))
+    before = gradients(loaded)
+    with torch.no_grad():
+        loaded.model(input_ids=torch.arange(3, 20)[None])
+    assert any(before.values())
+    assert gradients(loaded) == before
+
+
+def test_four_bit_weights_that_are_repacked_lose_gradients(base, tmp_path, monkeypatch):
+    """The fault of bitsandbytes that `keep_gradients` guards against, on chips that have it."""
+    if not compute._has_bfloat16():
+        pytest.skip("this CPU has no bfloat16 units, so nothing is repacked")
+    monkeypatch.setattr(model, "keep_gradients", lambda _: None)
+    base.model.save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    loaded = model.load(Model(kind=Kind.hub, path=str(tmp_path)), Quant(Format.nf4))
+    before = gradients(loaded)
+    with torch.no_grad():
+        loaded.model(input_ids=torch.arange(3, 20)[None])
+    assert gradients(loaded) != before
 
 
 def test_four_bit_base_trains_an_adapter_and_counts_true_weights(base, tmp_path):

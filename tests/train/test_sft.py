@@ -113,6 +113,55 @@ def test_supervised_rows_equal_the_loss_of_trl(tiny, tmp_path, monkeypatch):
     assert max((mine[k] - other[k]).abs().max() for k in mine) < 1e-4
 
 
+HEAD = ("lora.targets=[lm_head]", "trainer.steps=1", "trainer.optimizer=sgd", "trainer.lr=0.5", "trainer.warmup=0",
+        "trainer.scheduler=constant", "trainer.max_grad_norm=0", "trainer.batch=104", "data.valid=16")  # fmt: skip
+"""One step of plain SGD, with all rows, on an adapter of the output head alone."""
+
+
+def test_an_adapter_on_the_head_takes_the_step_of_the_plain_loss(tiny, tmp_path):
+    """TRL refuses one, since its loss goes by the head's own weights; the reference is PyTorch's, over all logits."""
+    run = tiny(*HEAD)
+    found = trained(run, tmp_path)
+    train, _ = experiment.tokenised(run, data.load(run.data))
+    base = model.load(run.model, run.quant)
+    with model.adapted(base, run.lora, run.seed) as tuned:
+        nats = tokens = 0
+        for e in train:
+            logits = tuned(input_ids=torch.tensor([e.ids])).logits[0, :-1]
+            wanted = torch.tensor(e.labels[1:])
+            nats = nats + torch.nn.functional.cross_entropy(logits, wanted, reduction="sum", ignore_index=-100)
+            tokens += int((wanted != -100).sum())
+        (nats / tokens).backward()
+        weights = {n: p for n, p in tuned.named_parameters() if p.requires_grad}
+        expected = {n.replace(".default", ""): (p - 0.5 * p.grad).detach() for n, p in weights.items()}
+    moved = {n.replace(".default", ""): w for n, w in found.items()}
+    assert expected.keys() == moved.keys()
+    assert all(torch.allclose(moved[n], w, atol=1e-6) for n, w in expected.items())
+    assert any(w.abs().max() > 1e-4 for n, w in moved.items() if "lora_B" in n)
+
+
+def test_trls_own_loss_would_leave_an_adapter_on_the_head_as_it_was(tiny, tmp_path, monkeypatch):
+    from trl import SFTTrainer
+
+    real = sft._trainer
+
+    def theirs(*args):
+        trainer = real(*args)
+        trainer.compute_loss = SFTTrainer.compute_loss.__get__(trainer)
+        return trainer
+
+    monkeypatch.setattr(sft, "_trainer", theirs)
+    with pytest.raises((Diverged, RuntimeError), match="no gradient|does not require grad"):
+        trained(tiny(*HEAD, "trainer.steps=4"), tmp_path)
+
+
+def test_an_adapter_on_the_head_and_another_loss_are_at_odds(tiny, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"lora\.targets names the output head, which learns from the plain loss alone"
+    ):
+        trained(tiny(*HEAD, "++trainer.extra.loss_type=dft"), tmp_path)
+
+
 def test_same_seed_gives_the_same_bits_and_another_does_not(tiny, tmp_path):
     given = ("trainer.neftune=5", "lora.dropout=0.1")
     one, same, other = (trained(tiny(*given, f"seed={s}"), tmp_path) for s in (0, 0, 1))
