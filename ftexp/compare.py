@@ -269,7 +269,9 @@ def lines(verdict: Verdict) -> list[str]:
 def _ranking(verdict: Verdict) -> list[str]:
     best = verdict.points[verdict.best or 0]
     name = verdict.objective.split("/")[1].replace("_", " ")
-    score = f"{name} {_number(best.score.value)}, 95 % interval {_number(best.score.low)} to {_number(best.score.high)}"
+    score = f"{name} {_number(best.score.value)}"
+    if math.isfinite(best.score.low):  # some scores have no interval over rows
+        score += f", 95 % interval {_number(best.score.low)} to {_number(best.score.high)}"
     runs = f", mean of {len(best.trials)} seeds" if len(best.trials) > 1 else ""
     if len(verdict.points) == 1:
         return [f"{best.label}: {score}{runs}."]

@@ -17,13 +17,16 @@ from ftexp.errors import ConfigError
 
 OPTIONS = {
     "run": ("--cfg", "--help", "--multirun"),
-    "plan": ("--budget-usd", "--help", "--json", "--memory-gib", "--multirun", "--probe", "--rows", "--tokens",
-             "--tokens-per-second", "--usd-per-hour"),
+    "doctor": ("--help", "--json", "--multirun"),
+    "plan": ("--budget-usd", "--help", "--json", "--labels", "--memory-gib", "--multirun", "--probe", "--rows",
+             "--tokens", "--tokens-per-second", "--usd-per-hour"),
     "show": ("--help", "--json", "--png", "--rows", "--split"),
     "report": ("--format", "--help", "--html", "--json", "--no-html"),
-    "confirm": ("--again", "--help", "--json", "--seeds"),
+    "confirm": ("--again", "--help", "--json", "--register", "--seeds"),
     "diff": ("--help", "--json"),
     "reproduce": ("--help", "--json", "--tolerance"),
+    "generate": ("--file", "--help", "--json", "--max-new-tokens", "--no-base", "--seed", "--temperature", "--top-p"),
+    "export": ("--dtype", "--form", "--help", "--json", "--public", "--push", "--to"),
     "sync": ("--help", "--json", "--uri"),
     "power": ("--from", "--help", "--json"),
     "notebooks": ("--help", "--json"),
@@ -38,6 +41,7 @@ OPTIONS = {
 """Verb -> its options; each verb's own `--help` is what they are checked against."""
 CHOICES = {
     ("report", "--format"): ("csv", "json", "md"), ("sweep export", "--format"): ("csv", "json"),
+    ("export", "--form"): ("adapter", "merged", "merged4bit"),
     ("show", "--split"): ("train", "valid"), ("run", "--cfg"): ("job", "hydra", "all"),
 }  # fmt: skip
 """Verb and option -> what may follow it."""
@@ -109,7 +113,7 @@ def _all(before: list[str], word: str) -> list[str]:
     if word.startswith("-"):
         return list(OPTIONS.get(verb, ()))
     match verb:
-        case "run" | "plan":
+        case "run" | "plan" | "doctor":
             return _overrides(word)
         case "show":
             return _overrides(word) if "data" in before else ["data"]
@@ -119,7 +123,7 @@ def _all(before: list[str], word: str) -> list[str]:
             return _names("outputs/sweeps")
         case "report" | "notebooks" | "sync":
             return [f"{folder}/{name}" for folder in ("outputs/sweeps", "outputs/runs") for name in _names(folder)]
-        case "diff" | "reproduce":
+        case "diff" | "reproduce" | "generate" | "export":
             return _runs()
         case "power" if before[-1] == "--from":
             return [f"outputs/sweeps/{name}" for name in _names("outputs/sweeps")]

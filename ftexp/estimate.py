@@ -16,7 +16,7 @@ from ftexp.config import Attention, Method, Packing, Run, Trainer
 from ftexp.model import activations, sizes
 from ftexp.model.compute import Compute
 from ftexp.model.sizes import Outline
-from ftexp.train import lengths, pairs, sft
+from ftexp.train import answers, lengths, sft
 
 GIB = 2**30
 SMALL = 4096
@@ -113,9 +113,9 @@ def rows(examples: Sequence[Any], run: Run) -> Rows:
         packs = lengths.packed(lengths.dataset(examples), run.data, quiet=True)
         learned = tuple(sum(label != -100 for label in labels) for labels in packs["labels"])
         return Rows(tuple(map(len, packs["input_ids"])), learned, "by the tokenizer, in packs")
-    if run.trainer.kind in pairs.KINDS:
+    if run.trainer.kind in answers.KINDS:
         learned = tuple(len(p.chosen.completion) + len(p.rejected.completion) for p in examples)
-        tokens = [len(e.ids) for e in pairs.sides(examples)]
+        tokens = [len(e.ids) for e in answers.sides(examples)]
         return Rows(tuple(tokens[: len(examples)]), learned, worse=tuple(tokens[len(examples) :]))
     return Rows(tuple(len(e.ids) for e in examples), tuple(getattr(e, "supervised", 0) for e in examples))
 

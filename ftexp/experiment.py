@@ -17,9 +17,9 @@ from ftexp.files import read_json, write_json
 from ftexp.model import Base
 from ftexp.overrides import ROOT
 from ftexp.progress import say, warn
-from ftexp.train import TRAINERS, checkpoints, classify, dpo, lengths, pairs, reward, sft
+from ftexp.train import TRAINERS, answers, checkpoints, classify, dpo, lengths, reward, sft
+from ftexp.train.answers import Pair
 from ftexp.train.control import Control
-from ftexp.train.pairs import Pair
 
 Tokenised = tuple[Sequence[prompts.Example], Sequence[prompts.Example]]
 
@@ -77,7 +77,7 @@ def _check_lengths(run: Run) -> None:
         raise ConfigError(
             f"data.packing must be none with trainer.kind={kind.value}, got {how.value}: it scores whole rows"
         )
-    if run.data.long is Long.cut and kind in pairs.KINDS:
+    if run.data.long is Long.cut and kind in answers.KINDS:
         raise ConfigError(
             f"data.long must be refuse or drop with trainer.kind={kind.value}, got cut: answers differ at their ends"
         )
@@ -96,12 +96,12 @@ def _check_shape(run: Run, splits: data.Splits) -> None:
             "data.completion='{chosen}' learns the chosen ones"
         )
     lone = next((row for row in (*splits.train, *splits.valid) if not row.rejected), None)
-    if lone is not None and run.trainer.kind in pairs.KINDS:
+    if lone is not None and run.trainer.kind in answers.KINDS:
         raise ConfigError(
             f"trainer.kind={run.trainer.kind.value} learns from pairs of answers, {lone.where} has one; "
             "rows need prompt, chosen and rejected"
         )
-    if run.eval.labels is not None and run.trainer.kind in pairs.KINDS:
+    if run.eval.labels is not None and run.trainer.kind in answers.KINDS:
         raise ConfigError(
             f"eval.labels must be null with trainer.kind={run.trainer.kind.value}, got {run.eval.labels!r}"
         )
@@ -122,7 +122,7 @@ def prepare(run: Run) -> None:
     if run.trainer.kind is Method.classify:
         _prepare_classifier(run)
         return
-    if run.trainer.kind in pairs.KINDS:
+    if run.trainer.kind in answers.KINDS:
         _prepare_pairs(run)
         return
     train, valid = tokenised(run, data.load(run.data))
@@ -144,7 +144,7 @@ def _prepare_classifier(run: Run) -> None:
 
 def _prepare_pairs(run: Run) -> None:
     train, valid = paired(run, data.load(run.data))
-    _check_length(run, pairs.sides([*train, *valid]))
+    _check_length(run, answers.sides([*train, *valid]))
     if run.trainer.kind is Method.dpo:
         general_text(run, model.tokenizer(run.model))
         _check_room(run, [p.chosen for p in valid])
@@ -500,9 +500,9 @@ def _check_known(rows: list[classify.Example], known: list[str], many: bool) -> 
 def rewarding(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = ()) -> Task:
     """Rows are pairs of answers; a base model has no head, so the rival is TF-IDF with logistic regression."""
     train, valid = paired(run, splits)
-    test = pairs.render(opened, model.tokenizer(run.model), run.data) if opened else []
+    test = answers.render(opened, model.tokenizer(run.model), run.data) if opened else []
     if test:
-        _check_length(run, pairs.sides(test))
+        _check_length(run, answers.sides(test))
 
     def before(base: Base) -> evaluate.Scored:
         key = f"{splits.digest()} {config.digest(run.data)}"
@@ -522,9 +522,9 @@ def rewarding(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = ()) 
 def preference(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = ()) -> Task:
     """Rows are pairs of answers; the rival is the base model, which is the reference too."""
     train, valid = paired(run, splits)
-    test = pairs.render(opened, model.tokenizer(run.model), run.data) if opened else []
+    test = answers.render(opened, model.tokenizer(run.model), run.data) if opened else []
     if test:
-        _check_length(run, pairs.sides(test))
+        _check_length(run, answers.sides(test))
         _check_room(run, [p.chosen for p in test])
     known = evaluate.seen([p.chosen for p in train], [p.chosen for p in valid], run.eval)
 
@@ -573,7 +573,7 @@ def paired(run: Run, splits: data.Splits) -> tuple[list[Pair], list[Pair]]:
     if _pairs is None or _pairs[0] != key:
         gates.near_leaks(splits, run.data)
         tokenizer = model.tokenizer(run.model)
-        train, valid = (pairs.render(part, tokenizer, run.data) for part in (splits.train, splits.valid))
+        train, valid = (answers.render(part, tokenizer, run.data) for part in (splits.train, splits.valid))
         _pairs = key, (train, valid)
     return _pairs[1]
 

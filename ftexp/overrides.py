@@ -29,6 +29,8 @@ BASE: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("
 """Keywords for Hydra's entry points; 1.4 has one behaviour and warns of `version_base`."""
 OPEN = ("lora.extra.", "trainer.extra.", "data.columns.")
 """Keys that exist only once given, so `++` is put before them."""
+UNSET = ("experiment=null", "sweep=null")
+"""What is so anyway, and what Hydra does not take."""
 TEXTS = ("data.prompt", "data.completion")
 """Keys whose values are format strings."""
 SWEEP_KEYS = (
@@ -66,7 +68,7 @@ def prepare(argv: list[str]) -> list[str]:
                 f"--{flag.replace('_', '-')} is not taken: configs are those of conf/, closed and checked"
             )
     check(args.overrides)
-    overrides = [_spelled_out(text) for text in args.overrides]
+    overrides = [_spelled_out(text) for text in args.overrides if text not in UNSET]
     if not any(text.lstrip("+").startswith("name=") for text in overrides):
         overrides.append(f"name={slug(args.overrides)}")
     flags = list(argv)

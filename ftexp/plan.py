@@ -30,7 +30,7 @@ from ftexp.progress import quiet_libraries
 from ftexp.sweep import frozen, plugin
 from ftexp.sweep.options import Options, Sampler
 from ftexp.sweep.space import Space
-from ftexp.train import pairs, sft
+from ftexp.train import answers, sft
 
 if TYPE_CHECKING:
     from ftexp.data import Splits
@@ -96,7 +96,7 @@ def rows(run: Run, wanted: Wanted) -> Rows:
     Raises:
         FtexpError: the data of the run would be refused.
     """
-    paired = run.trainer.kind in pairs.KINDS
+    paired = run.trainer.kind in answers.KINDS
     if wanted.rows is not None and wanted.tokens is not None:
         learned = 0 if run.trainer.kind is Method.classify else wanted.tokens * (1 + paired)
         sizes = (wanted.tokens,) * wanted.rows

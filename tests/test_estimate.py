@@ -134,7 +134,7 @@ def test_optimizer_state_is_that_of_the_real_one(name):
 @pytest.mark.parametrize("lora", ["default", "pissa", "none", "loraplus"])
 def test_a_checkpoint_is_as_large_as_planned(lora, tiny, tmp_path):
     """Adapter and optimizer; the tokenizer, the schedule and the log are not planned, and are small."""
-    run = tiny("trainer.steps=3", "trainer.checkpoint_minutes=0", f"lora={lora}", "lora.r=64")
+    run = tiny("trainer.steps=3", "trainer.checkpoint_minutes=0", f"lora={lora}", "lora.r=32")
     splits = data.load(run.data)
     task = experiment.TASKS[run.trainer.kind](run, splits)
     base = model.load(run.model, run.quant)
@@ -145,7 +145,7 @@ def test_a_checkpoint_is_as_large_as_planned(lora, tiny, tmp_path):
         model.save(base, tuned, tmp_path)
     folder = next((tmp_path / "t").glob("checkpoint-*"))
     real = sum(path.stat().st_size for path in (next(folder.glob("*model.safetensors")), folder / "optimizer.pt"))
-    assert plan.checkpoint == pytest.approx(real, rel=0.03)
+    assert plan.checkpoint == pytest.approx(real, rel=0.04)
     assert plan.adapter_file == next(tmp_path.glob("*/*model.safetensors")).stat().st_size
 
 

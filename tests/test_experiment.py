@@ -38,7 +38,13 @@ def test_every_number_of_a_run_has_a_direction_or_is_a_count(tiny, tmp_path):
     counts = {f"{split}/{name}" for name in metrics.COUNTS for split in ("valid", "test")}
     reported = set()
     for n, given in enumerate(
-        (["eval.labels=' '"], ["eval=loss", "eval.forgetting=python-docs"], ["trainer.kind=classify"])
+        (
+            ["eval.labels=' '"],
+            ["eval=loss", "eval.forgetting=python-docs"],
+            ["trainer.kind=classify"],
+            ["data=preference", "trainer.kind=reward"],
+            ["data=preference", "trainer.kind=dpo"],
+        )
     ):
         run = tiny(*given, "data.test=9")
         scores = experiment.execute(run, tmp_path / str(n), "x", opened=1)

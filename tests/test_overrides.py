@@ -94,3 +94,10 @@ def test_different_commands_never_share_a_name():
 )
 def test_runs_tells_what_is_asked(argv, wanted):
     assert overrides.runs(argv) == wanted
+
+
+@pytest.mark.parametrize("group", ["experiment", "sweep"])
+def test_a_group_that_is_unset_anyway_may_be_unset(group, cli):
+    code, out, err = cli(f"{group}=null", "model=tiny", "--cfg", "job")
+    assert code == 0, err
+    assert "kind: tiny" in out

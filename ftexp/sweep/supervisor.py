@@ -7,6 +7,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -163,4 +164,6 @@ def _leave(places: list[Slot]) -> None:
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         for process in started:
             process.kill()
-            process.wait()
+        for process in started:
+            with suppress(subprocess.TimeoutExpired):  # a cluster that does not answer does not hold us
+                process.wait(GRACE_SECONDS)

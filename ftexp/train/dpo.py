@@ -15,10 +15,10 @@ from ftexp import evaluate, metrics
 from ftexp.config import Eval, Run, Trainer
 from ftexp.evaluate import Scored, Seen
 from ftexp.model import Base
-from ftexp.train import pairs, sft
+from ftexp.train import answers, sft
+from ftexp.train.answers import Pair
 from ftexp.train.checkpoints import Store
 from ftexp.train.control import Control, Report
-from ftexp.train.pairs import Pair
 
 if TYPE_CHECKING:
     import torch
@@ -54,9 +54,9 @@ def train(
         def loss(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
             return nats(model, inputs, beta)
 
-        return pairs.trainer(base, tuned, settings, rows, lambda batch: tensors(batch, pad), loss, watching)
+        return answers.trainer(base, tuned, settings, rows, lambda batch: tensors(batch, pad), loss, watching)
 
-    with pairs.undisturbed(base.model):
+    with answers.undisturbed(base.model):
         return sft.optimise(run, tuned, steps, curve, make, kept, report, control)
 
 
@@ -71,7 +71,7 @@ def passed(count: int, trainer: Trainer, seed: int) -> list[int]:
 
 def asked(model: Any, base: Base, rows: Sequence[Pair], how: Eval, label: str) -> list[tuple[float, float]]:
     """Nats of both answers of each pair: the better one's and the worse one's."""
-    told = [e["nats"] for e in evaluate.held_out(model, base.tokenizer, pairs.sides(rows), how, label)]
+    told = [e["nats"] for e in evaluate.held_out(model, base.tokenizer, answers.sides(rows), how, label)]
     return list(zip(told[: len(rows)], told[len(rows) :], strict=True))
 
 
@@ -99,11 +99,11 @@ def tensors(batch: list[Pair], pad: int) -> dict[str, torch.Tensor]:
     """
     import torch
 
-    both = pairs.sides(batch)
+    both = answers.sides(batch)
     return {
-        "input_ids": pairs.padded([e.ids for e in both], pad),
-        "attention_mask": pairs.padded([[1] * len(e.ids) for e in both], 0),
-        "targets": pairs.padded([e.labels for e in both], -100),
+        "input_ids": answers.padded([e.ids for e in both], pad),
+        "attention_mask": answers.padded([[1] * len(e.ids) for e in both], 0),
+        "targets": answers.padded([e.labels for e in both], -100),
         "ahead": torch.tensor([_ahead(p) for p in batch]),
     }
 
@@ -116,7 +116,7 @@ def nats(model: Any, inputs: dict[str, torch.Tensor], beta: float) -> torch.Tens
         model, inputs["input_ids"], inputs["attention_mask"], inputs["targets"]
     )
     each = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-    chosen, rejected = torch.stack([part.sum() for part in each.split(pairs.counted(inputs["targets"]))]).chunk(2)
+    chosen, rejected = torch.stack([part.sum() for part in each.split(answers.counted(inputs["targets"]))]).chunk(2)
     return torch.nn.functional.softplus(-beta * ((rejected - chosen) - inputs["ahead"]))
 
 
@@ -135,7 +135,7 @@ def score(
         label: name of the work on the screen.
         known: what the rows of the run answer.
     """
-    table = pairs.table(rows, [margin(now, p, run.trainer.beta) for now, p in zip(told, rows, strict=True)])
+    table = answers.table(rows, [margin(now, p, run.trainer.beta) for now, p in zip(told, rows, strict=True)])
     for entry, p, (better, worse) in zip(table, rows, told, strict=True):
         entry |= {"chosen_nats": better, "chosen_tokens": p.chosen.supervised, "rejected_nats": worse}
         entry |= {"chosen_likelier": metrics.preferred(worse - better)}
@@ -143,7 +143,7 @@ def score(
     written = evaluate.generate(model, tokenizer, chosen, run.eval, label) if run.eval.generate else []
     for entry, text in zip(table, written, strict=False):
         entry |= {"prediction": text} | evaluate.compare(text, entry["reference"], known, run.eval)
-    scores = pairs.summary(table)
+    scores = answers.summary(table)
     scores["chosen_loss"] = metrics.loss([e["chosen_nats"] for e in table], [e["chosen_tokens"] for e in table])
     if written:
         scores |= {f"distinct_{n}": metrics.distinct(written, n) for n in (1, 2)}

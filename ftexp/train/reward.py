@@ -15,10 +15,10 @@ from ftexp.data.prompts import Example
 from ftexp.evaluate import Scored
 from ftexp.model import Base
 from ftexp.progress import progress
-from ftexp.train import pairs, sft
+from ftexp.train import answers, sft
+from ftexp.train.answers import Pair
 from ftexp.train.checkpoints import Store
 from ftexp.train.control import Control, Report
-from ftexp.train.pairs import Pair
 
 if TYPE_CHECKING:
     import torch
@@ -42,20 +42,20 @@ def train(
     pad = cast(int, base.tokenizer.pad_token_id)
 
     def curve(model: Any, label: str) -> float:
-        margins = _margins(rewards(model, base.tokenizer, pairs.sides(valid), run.eval, label))
+        margins = _margins(rewards(model, base.tokenizer, answers.sides(valid), run.eval, label))
         return metrics.loss([metrics.pair_loss(m) for m in margins], [1] * len(margins))
 
     def make(watching: TrainerCallback) -> Any:
-        return pairs.trainer(base, tuned, settings, rows, lambda batch: tensors(batch, pad), nats, watching)
+        return answers.trainer(base, tuned, settings, rows, lambda batch: tensors(batch, pad), nats, watching)
 
-    with pairs.undisturbed(base.model):
+    with answers.undisturbed(base.model):
         return sft.optimise(run, tuned, steps, curve, make, kept, report, control)
 
 
 def tensors(batch: list[Pair], pad: int) -> dict[str, torch.Tensor]:
     """Make the inputs of a forward pass: ids and mask, (row, position), better answers first."""
-    ids = [read(e, pad) for e in pairs.sides(batch)]
-    return {"input_ids": pairs.padded(ids, pad), "attention_mask": pairs.padded([[1] * len(row) for row in ids], 0)}
+    ids = [read(e, pad) for e in answers.sides(batch)]
+    return {"input_ids": answers.padded(ids, pad), "attention_mask": answers.padded([[1] * len(row) for row in ids], 0)}
 
 
 def read(example: Example, pad: int) -> list[int]:
@@ -92,9 +92,9 @@ def rewards(
         with torch.no_grad(), progress(f"{label} rewards", len(rows)) as advance:
             for numbers in evaluate.batches([len(row) for row in ids], how.batch, spread=0.75):
                 some = [ids[n] for n in numbers]
-                mask = pairs.padded([[1] * len(row) for row in some], 0)
+                mask = answers.padded([[1] * len(row) for row in some], 0)
                 out = model(
-                    input_ids=pairs.padded(some, pad).to(model.device), attention_mask=mask.to(model.device)
+                    input_ids=answers.padded(some, pad).to(model.device), attention_mask=mask.to(model.device)
                 ).logits[:, 0]
                 for n, value in zip(numbers, out.double().tolist(), strict=True):
                     told[n] = value
@@ -111,8 +111,8 @@ def _margins(told: Sequence[float]) -> list[float]:
 
 def score(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Pair], how: Eval, label: str) -> Scored:
     """Score a reward model on held-out pairs."""
-    told = rewards(model, tokenizer, pairs.sides(rows), how, label)
-    return pairs.rewarded(rows, told[: len(rows)], told[len(rows) :])
+    told = rewards(model, tokenizer, answers.sides(rows), how, label)
+    return answers.rewarded(rows, told[: len(rows)], told[len(rows) :])
 
 
 def baseline(train: Sequence[Pair], valid: Sequence[Pair]) -> Scored:
@@ -141,4 +141,4 @@ def baseline(train: Sequence[Pair], valid: Sequence[Pair]) -> Scored:
     truth = [1] * len(train) + [0] * len(train)
     fitted = LogisticRegression(C=10.0, max_iter=1000, fit_intercept=False).fit(ahead, truth)
     better, worse = (fitted.decision_function(part).tolist() for part in both(valid))
-    return pairs.rewarded(valid, better, worse)
+    return answers.rewarded(valid, better, worse)

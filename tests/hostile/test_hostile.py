@@ -15,7 +15,7 @@ from ftexp import data, experiment, model, overrides
 from ftexp.config import Data, Dtype, Kind, Model, Quant, Source
 from ftexp.data import chat
 from ftexp.errors import ConfigError, DataError, FtexpError, MachineError, Preempted
-from ftexp.files import read_json
+from ftexp.files import read_json, sha256
 from ftexp.sweep import study
 from ftexp.train import checkpoints
 from ftexp.train.control import Control
@@ -203,7 +203,7 @@ def test_pickle_in_a_checkpoint_is_not_unpickled_though_it_is_sealed(left, tmp_p
     (checkpoint / name).write_bytes(pickle.dumps(Evil(marker)))
     if name == "adapter_model.bin":
         (checkpoint / "adapter_model.safetensors").unlink()
-    kept["files"] = {p.name: checkpoints._hash(p) for p in checkpoint.iterdir() if p.name != checkpoints.SEAL}
+    kept["files"] = {p.name: sha256(p) for p in checkpoint.iterdir() if p.name != checkpoints.SEAL}
     (checkpoint / checkpoints.SEAL).write_text(json.dumps(kept))
     assert checkpoints.store(checkpoint.parent, kept["fingerprint"]).resume is not None, "it looks good"
     try:

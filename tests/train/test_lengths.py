@@ -180,8 +180,10 @@ def test_an_epoch_of_packs_takes_the_steps_that_are_told(tiny, tmp_path):
     assert told["facts"]["rows"]["train"] == len(train) == 108
 
 
-@pytest.mark.parametrize("step", [1, 7])
-@pytest.mark.parametrize("how", [("data.packing=bfd",), ("data.packing=wrapped",), ("trainer.group_by_length=true",)])
+@pytest.mark.parametrize(
+    ("how", "step"),
+    [(("data.packing=bfd",), 7), (("data.packing=wrapped",), 1), (("trainer.group_by_length=true",), 7)],
+)
 def test_left_training_goes_on_to_the_same_bits(tiny, tmp_path, how, step):
     """Nine steps cross the end of an epoch; left in the first epoch, and after it."""
     run = tiny(*HARD, *how, "trainer.steps=9", "data.rows=39", "trainer.batch=2")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_pairs import trained
+from test_answers import trained
 
 from ftexp import data, experiment, model
 from ftexp.files import read_json

@@ -346,7 +346,7 @@ def test_b_learns_so_many_times_as_fast_as_a(tiny, tmp_path, lora):
 
 
 def test_killed_training_of_two_rates_or_of_the_whole_model_ends_with_the_same_bits(tiny, tmp_path):
-    from test_pairs import After
+    from test_answers import After
 
     from ftexp import experiment
     from ftexp.errors import Preempted

@@ -9,7 +9,7 @@ from ftexp.data.shapes import Row
 from ftexp.errors import DataError, Preempted
 from ftexp.files import read_json
 from ftexp.runs import find
-from ftexp.train import TRAINERS, checkpoints, pairs
+from ftexp.train import TRAINERS, answers, checkpoints
 from ftexp.train.control import Control
 
 KINDS = ("reward", "dpo")
@@ -43,21 +43,21 @@ def test_accumulation_changes_nothing(kind, tiny, tmp_path):
 def test_sabotage_mean_over_each_pass_is_another_step(kind, tiny, tmp_path, monkeypatch):
     given = ("data=preference", f"trainer={kind}", "data.rows=19", "data.valid=12", *SGD, "trainer.lr=0.5")
     whole = trained(tiny(*given, "trainer.batch=7"), tmp_path)
-    usual = pairs.trainer
+    usual = answers.trainer
 
     def of_means(base, tuned, settings, rows, tensors, nats, watching):
         return usual(
             base, tuned, settings, rows, tensors, lambda m, i: nats(m, i).mean() * 7 / 3 + 0 * nats(m, i), watching
         )
 
-    monkeypatch.setattr(pairs, "trainer", of_means)
+    monkeypatch.setattr(answers, "trainer", of_means)
     pieces = trained(tiny(*given, "trainer.batch=3", "trainer.accumulation=3"), tmp_path)
     assert max((whole[k] - pieces[k]).abs().max() for k in whole) > 1e-5
 
 
 def test_sabotage_count_of_a_language_model_misses_a_pair(tiny, tmp_path, monkeypatch):
     """transformers leaves the first label of a pass out of the count, since nothing predicts a text's first token."""
-    usual = pairs.trainer
+    usual = answers.trainer
 
     def shifting(*given):
         made = usual(*given)
@@ -65,7 +65,7 @@ def test_sabotage_count_of_a_language_model_misses_a_pair(tiny, tmp_path, monkey
         return made
 
     told = []
-    monkeypatch.setattr(pairs, "trainer", shifting)
+    monkeypatch.setattr(answers, "trainer", shifting)
     trained(tiny("data=preference", "trainer=dpo", "trainer.steps=1", "trainer.batch=4"), tmp_path, told)
     assert told[0][1]["train/loss"] == pytest.approx(4 / 3 * 0.693147, abs=1e-3)
 
@@ -106,7 +106,7 @@ def rows(*lengths):
 def test_both_answers_follow_one_prompt(tiny):
     run = tiny("data=preference")
     text = model.tokenizer(run.model)
-    (pair,) = pairs.render(rows((3, 5)), text, run.data)
+    (pair,) = answers.render(rows((3, 5)), text, run.data)
     assert pair.chosen.prompt == pair.rejected.prompt
     assert [text.decode(e.completion).split("<")[0] for e in (pair.chosen, pair.rejected)] == ["yyy", "nnnnn"]
     assert {e.completion[-1] for e in (pair.chosen, pair.rejected)} == {prompts.end(text)}
@@ -116,7 +116,7 @@ def test_of_a_conversation_the_last_answers_alone_count(tiny):
     run = tiny("data=preference")
     text = model.tokenizer(run.model)
     turns = (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "yes"))
-    (pair,) = pairs.render((Row("c", "yes", "x:1", turns, rejected="no"),), text, run.data)
+    (pair,) = answers.render((Row("c", "yes", "x:1", turns, rejected="no"),), text, run.data)
     assert [sum(t != -100 for t in e.labels) for e in (pair.chosen, pair.rejected)] == [4, 3]
     assert pair.chosen.prompt == pair.rejected.prompt
 
@@ -125,10 +125,10 @@ def test_a_pair_with_one_long_answer_is_refused_or_dropped(tiny):
     given = rows((3, 3), (3, 90), (90, 3), *[(4, 4)] * 60)
     text = model.tokenizer(tiny().model)
     with pytest.raises(DataError, match=r"x:1: a row must be at most data\.max_length=80"):
-        pairs.render(given[:2], text, tiny("data.max_length=80").data)
+        answers.render(given[:2], text, tiny("data.max_length=80").data)
     with pytest.raises(DataError, match=r"x:2: a row must be"):
-        pairs.render(given[2:], text, tiny("data.max_length=80").data)
-    kept = pairs.render(given, text, tiny("data.max_length=80", "data.long=drop").data)
+        answers.render(given[2:], text, tiny("data.max_length=80").data)
+    kept = answers.render(given, text, tiny("data.max_length=80", "data.long=drop").data)
     assert [p.row.where for p in kept] == ["x:0", *(f"x:{n}" for n in range(3, 63))]
 
 
@@ -136,7 +136,7 @@ def test_the_bases_own_dropout_is_off_and_back_again():
     from torch import nn
 
     made = nn.ModuleDict({"resid": nn.Dropout(0.1), "lora_dropout": nn.Dropout(0.2)})
-    with pytest.raises(KeyError), pairs.undisturbed(made):
+    with pytest.raises(KeyError), answers.undisturbed(made):
         assert [m.p for m in made.values()] == [0.0, 0.2]
         raise KeyError
     assert [m.p for m in made.values()] == [0.1, 0.2]
@@ -145,8 +145,8 @@ def test_the_bases_own_dropout_is_off_and_back_again():
 def test_scores_of_four_pairs_by_hand(tiny):
     """Ahead, behind, a tie, ahead: accuracy 5 / 8."""
     run = tiny("data=preference")
-    made = pairs.render(rows(*[(3, 4)] * 4), model.tokenizer(run.model), run.data)
-    told = pairs.rewarded(made, [2.0, 0.0, 1.0, 5.0], [1.0, 3.0, 1.0, 0.0])
+    made = answers.render(rows(*[(3, 4)] * 4), model.tokenizer(run.model), run.data)
+    told = answers.rewarded(made, [2.0, 0.0, 1.0, 5.0], [1.0, 3.0, 1.0, 0.0])
     assert told.scores["accuracy"] == 0.625
     assert told.scores["margin"] == (1 - 3 + 0 + 5) / 4
     expected = torch.nn.functional.softplus(-torch.tensor([1.0, -3, 0, 5], dtype=torch.float64)).mean()
