@@ -105,6 +105,11 @@ class _Table:
     mixed: float
     """Variance between a point's runs at one unit, beyond what moves the run as a whole: run times unit."""
 
+    @property
+    def twice(self) -> float:
+        """What of `mixed` the seed part holds already: no more than that is, which two runs may give as nothing."""
+        return min(self.mixed, self.seed * self.parts.shape[1])
+
 
 def holm(p: Sequence[float]) -> list[float]:
     """Correct p-values by Holm (1979): sorted, times tests left, never smaller than the one before, at most 1.
@@ -135,7 +140,8 @@ def compare(
       p = (1 + as large) / (1 + drawn) (Phipson and Smyth 2010). Where trials have denominators of their own, as with
       two tokenizers, the ratios' linearised differences are flipped, which holds for many rows.
     - The seed part is normal with the variance between runs of a point, pooled over points, over their number. What run
-      times row adds to both parts is taken out of the row part, whose signs then flip around the pair's difference.
+      times row adds to both parts is taken out of the row part, whose signs then flip around the pair's difference;
+      never more than the seed part holds, for two runs may agree by chance.
       Both variances are estimates, so each part is stretched in each draw as Student's t is (Behrens and Fisher's
       solution, which errs to the safe side: a bootstrap that studentises instead told apart 9 % of equal pairs with two
       runs each, this one 5 %); with no row part this is Tukey's studentised range. Two runs a point are enough, because
@@ -273,7 +279,7 @@ def _statistics(table: _Table, couples: Array) -> tuple[Array, Array, Array]:
     a, b = couples.T
     apart = table.parts[a] - table.parts[b]
     runs = 1 / table.runs[a] + 1 / table.runs[b]
-    share = _share(apart, table.mixed * runs)
+    share = _share(apart, table.twice * runs)
     n = apart.shape[1]
     if table.df:
         scale = np.sqrt(table.seed * runs + share**2 * apart.var(axis=1) / max(1, n - 1))
@@ -373,7 +379,7 @@ def _scores(
     for n, runs in enumerate(points):
         if rows > 1 and shares and all(c.is_share for c in runs):
             low[n], high[n] = wilson(float(values[n]), rows, level)
-    share = _share(table.parts, table.mixed / table.runs)
+    share = _share(table.parts, table.twice / table.runs)
     low, high = _joined(values, low, high, share, _seed_half(table, 1 / table.runs, level))
     return [Interval(*map(float, ends)) for ends in zip(values, low, high, strict=True)]
 

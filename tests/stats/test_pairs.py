@@ -335,3 +335,12 @@ def test_optimism_of_few_rows_is_the_mean_over_all_signs():
     found = pairs.compare([[columns.mean(one)], [columns.mean(two)]], Direction.minimize).optimism
     assert found == pytest.approx(by_hand)
     assert found > 0
+
+
+def test_two_runs_that_agree_by_chance_leave_the_rows_their_noise():
+    """Each of two runs misses one row, another one: equal scores, and still 20 rows are but 20 rows."""
+    one, other = np.ones(20), np.ones(20)
+    one[3] = other[5] = 0
+    [score] = compare([[mean(one), mean(other)]], Direction.maximize).scores
+    assert score.value == 0.95
+    assert (score.low, score.high) == pytest.approx(columns.wilson(0.95, 20))
