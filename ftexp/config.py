@@ -836,8 +836,11 @@ KEYS = re.compile(
     r"glpat-[\w-]{20,}|xox[abpr]-[\w-]{10,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\."
 )
 """Keys of well-known services, by their beginnings."""
-LOGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s@]*:[^/\s@]*@|[a-z][a-z0-9+.-]*://[^/\s@]+@(?=[^/\s])", re.IGNORECASE)
-"""A name or password within an address."""
+LOGIN = re.compile(
+    r"[a-z][a-z0-9+.-]*://[^/\s@]*:[^/\s@]*@|(?<![\w+.-])(?!postgres)[a-z][a-z0-9+.-]*://[^/\s@]+@(?=[^/\s])",
+    re.IGNORECASE,
+)
+"""A name or password within an address; the name alone of a PostgreSQL user is none."""
 SIGNED = re.compile(r"[?&](sig|signature|token|access_token|api_?key|x-amz-\w+|x-goog-\w+|password)=", re.IGNORECASE)
 """A signature within an address."""
 INSTEAD = (

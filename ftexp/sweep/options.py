@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -124,8 +123,7 @@ class Options:
         for point in self.baselines:
             require(isinstance(point, dict), "sweep.baselines", point, "a list of points like {lora.r: 8}")
         if self.storage is not None:
-            bare = re.sub(r"^(postgres[a-z0-9+]*://)[^/\s@:]+@", r"\1", self.storage)  # a name alone is none
-            refuse_secret("sweep.storage", bare)
+            refuse_secret("sweep.storage", self.storage)
             rule = "an address like postgresql://host/name, or left out for a journal file"
             require("://" in self.storage, "sweep.storage", self.storage, rule)
         if self.storage is not None and self.storage.startswith("sqlite") and (self.workers > 1 or self.join):

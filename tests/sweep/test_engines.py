@@ -38,6 +38,15 @@ def test_what_cannot_start_is_refused(cli, tmp_path, given, message):
     assert not list(tmp_path.glob("outputs/sweeps/s/[0-9]*"))
 
 
+def test_a_name_without_a_password_is_no_secret():
+    from ftexp import config
+
+    config.refuse_secret("sweep.storage", "postgresql+psycopg://me@db/x")
+    for secret in ("https://hf_token@host/x", "postgresql://me:pass@db/x", "see https://me@host"):
+        with pytest.raises(ConfigError, match="must not hold"):
+            config.refuse_secret("k", secret)
+
+
 def test_an_engine_that_is_not_installed_names_its_extra(monkeypatch):
     import importlib.util
 
