@@ -77,7 +77,7 @@ def test_special_files_are_refused_and_nothing_hangs(tmp_path):
             list(reader.records(path, Source.csv))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything; run the tests as another user")
 def test_file_without_permission_is_refused(tmp_path):
     (tmp_path / "a.csv").write_bytes(files.CSV)
     (tmp_path / "a.csv").chmod(0)
@@ -207,7 +207,9 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="peak memory is read from /proc; run the tests on Linux"
+)
 @pytest.mark.parametrize(
     ("name", "head", "unit"),
     [("a.jsonl", b'{"a": "', b"x"), ("b.csv", b'a,b\n1,"', b"x\n"), ("c.json", b'[{"a": "', b"x")],

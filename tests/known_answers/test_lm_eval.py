@@ -8,7 +8,7 @@ from ftexp import evaluate, model
 from ftexp.config import Data, Dtype, Eval, Kind, Model, Quant, Template
 from ftexp.data import load, prompts
 
-pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval", reason="pip install lm-eval")
 
 
 @pytest.fixture(scope="module")

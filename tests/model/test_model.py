@@ -295,7 +295,7 @@ def test_four_bit_base_gives_the_same_gradients_once_it_was_scored(base, tmp_pat
 def test_four_bit_weights_that_are_repacked_lose_gradients(base, tmp_path, monkeypatch):
     """The fault of bitsandbytes that `keep_gradients` guards against, on chips that have it."""
     if not compute.has_bfloat16():
-        pytest.skip("this CPU has no bfloat16 units, so nothing is repacked")
+        pytest.skip("only CPUs with bfloat16 units (avx512_bf16) repack weights")
     monkeypatch.setattr(model, "keep_gradients", lambda _: None)
     base.model.save_pretrained(tmp_path)
     base.tokenizer.save_pretrained(tmp_path)

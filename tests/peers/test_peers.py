@@ -28,7 +28,16 @@ def launch(sweeper, mishap, folder):
 
 peer = pytest.mark.parametrize(
     "sweeper",
-    ["basic", pytest.param("optuna", marks=pytest.mark.skipif("FTEXP_PEER" not in os.environ, reason="no FTEXP_PEER"))],
+    [
+        "basic",
+        pytest.param(
+            "optuna",
+            marks=pytest.mark.skipif(
+                "FTEXP_PEER" not in os.environ,
+                reason="FTEXP_PEER=<python> names an environment with hydra-optuna-sweeper",
+            ),
+        ),
+    ],
 )
 
 
