@@ -120,6 +120,7 @@ def _is_entry(line: bytes) -> bool:
 
 def _proxy(url: str) -> BaseStorage:
     """Connect to Optuna's proxy, which holds the connection to a database for many workers."""
+    import warnings
     from urllib.parse import urlsplit
 
     from optuna.storages import GrpcStorageProxy
@@ -127,7 +128,9 @@ def _proxy(url: str) -> BaseStorage:
     at = urlsplit(url)
     if not at.hostname or not at.port:
         raise ValueError("must be grpc://host:port")
-    made = GrpcStorageProxy(host=at.hostname, port=at.port)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna calls it experimental since 4.2
+        made = GrpcStorageProxy(host=at.hostname, port=at.port)
     made.wait_server_ready(timeout=10)
     return made
 

@@ -138,16 +138,14 @@ def test_postgres(tmp_path, calm):
 
 
 def test_postgres_behind_the_proxy(tmp_path, calm):
-    import threading
-
-    from optuna.storages import run_grpc_proxy_server
-
+    serve = "import sys, optuna.storages as s; s.run_grpc_proxy_server(s.get_storage(sys.argv[1]), host='127.0.0.1', port=int(sys.argv[2]))"
     with servers.postgres() as url:
         at = servers.port()
-        store = optuna.storages.get_storage(url)
-        threading.Thread(
-            target=run_grpc_proxy_server, args=(store,), kwargs={"host": "127.0.0.1", "port": at}, daemon=True
-        ).start()
-        process = launch(tmp_path / "s", POINTS, "sweep.workers=2", f"sweep.storage=grpc://127.0.0.1:{at}")
-        assert killed_on_the_way(tmp_path / "s", process) == 4
-        exact(tmp_path / "s", calm)
+        proxy = subprocess.Popen([sys.executable, "-c", serve, url, str(at)])
+        try:
+            process = launch(tmp_path / "s", POINTS, "sweep.workers=2", f"sweep.storage=grpc://127.0.0.1:{at}")
+            assert killed_on_the_way(tmp_path / "s", process) == 4
+            exact(tmp_path / "s", calm)
+        finally:
+            proxy.kill()
+            proxy.wait()
