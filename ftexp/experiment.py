@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -13,7 +14,7 @@ from ftexp import config, data, estimate, evaluate, facts, labels, metrics, mode
 from ftexp.config import Format, Kind, Long, Method, Packing, Run, Template, Tracker
 from ftexp.data import gates, general, prompts, tokens
 from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned
-from ftexp.files import read_json, write_json
+from ftexp.files import naming, no_room, read_json, write_json
 from ftexp.model import Base
 from ftexp.overrides import ROOT
 from ftexp.progress import say, warn
@@ -242,6 +243,7 @@ def execute(
 
     Raises:
         FtexpError: the run was refused, pruned or ended badly; the reason is in `folder/trial.json` too.
+        NoRoom: a disk was full; the newest whole checkpoint stays, and the same call goes on.
         Preempted: the process was asked to leave; the same call goes on.
     """
     if (kept := complete(run, folder)) is not None:
@@ -259,6 +261,11 @@ def execute(
     try:
         scores = _fitting(run, folder, label, parent, trial, control or Control(), opened)
     except BaseException as error:
+        if (full := no_room(error, folder)) is not None:
+            checkpoints.clear_torn(folder / "checkpoints")
+            with suppress(OSError):  # it stays "running", as after a kill
+                write_json(folder / "trial.json", trial | {"state": "preempted", "error": str(full)})
+            raise full from error
         told = isinstance(error, FtexpError | Preempted)
         reason = str(error) if told else f"{type(error).__name__}: {error}"
         ends = ((Pruned, "pruned"), (KeyboardInterrupt, "preempted"))
@@ -758,4 +765,5 @@ def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    with naming(path):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)

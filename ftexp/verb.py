@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ftexp.errors import FtexpError, Preempted
+from ftexp.files import no_room
 
 INTERRUPTED = 130
 PIPE = 128 + signal.SIGPIPE
@@ -32,6 +33,11 @@ def ended(work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("ftexp: interrupted; the same command goes on", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if (full := no_room(error)) is None:
+            raise
+        print(f"ftexp: {full}", file=sys.stderr)
+        return full.exit_code
     return code
 
 

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ftexp import config, data, experiment, facts, metrics, overrides, probe, track
 from ftexp.config import Run
-from ftexp.errors import ConfigError, FtexpError, MachineError, Preempted, TrialsFailed
+from ftexp.errors import ConfigError, FtexpError, MachineError, NoRoom, Preempted, TrialsFailed
 from ftexp.files import check_folder, read_json, write_json
 from ftexp.progress import say
 from ftexp.sweep import frozen, space
@@ -237,6 +237,7 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
     with study.locked(sweep.folder / "settle.lock"):
         record.set_user_attr(worker.STOP, None)
         record.set_user_attr(worker.LEAVE, None)
+        record.set_user_attr(worker.FULL, None)
         gone = study.settle(record, points, options.max_retries, sweep.folder)
     if gone:
         say(
@@ -384,6 +385,8 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
     stop = record.user_attrs.get(worker.STOP)
     if record.user_attrs.get(worker.LEAVE):
         raise Preempted(f"sweep {sweep.name} was stopped: {screen.line(sweep, record)}")
+    if record.user_attrs.get(worker.FULL):
+        raise NoRoom(stop)
     if failed or stop:
         raise TrialsFailed(
             f"{len(failed)} of {len(trials)} trials failed: {', '.join(map(str, failed))}"

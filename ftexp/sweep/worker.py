@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftexp import config, data, experiment, facts, metrics
-from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, OutOfTime, Pruned
+from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, NoRoom, OutOfTime, Pruned
+from ftexp.files import no_room
 from ftexp.progress import quiet_libraries, say
 from ftexp.sweep import frozen, study
 from ftexp.sweep.frozen import Frozen
@@ -40,6 +41,8 @@ STOP = "ftexp:stop"
 """Study attribute: the reason why no further ticket is taken."""
 PREEMPTED = 75
 """Exit code of a worker that was asked to leave and did."""
+FULL = "ftexp:no room"
+"""Study attribute: true where the reason to stop is a disk that takes no more, which is no trial's fault."""
 LEAVE = "ftexp:leave"
 """Study attribute: true where running trials, too, are to save a checkpoint and end."""
 
@@ -73,7 +76,7 @@ def run_ticket(sweep: Frozen, record: Study, trial: Trial) -> None:
         with _beating(record, trial):
             point = choose(sweep, record, trial, number)
             outcome, values = _run(sweep, trial, point, number)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, NoRoom):
         give_back(record, trial)
         raise
     trial.set_user_attr("ftexp:reason", outcome.reason)
@@ -159,6 +162,8 @@ def _run(sweep: Frozen, trial: Trial, point: dict[str, Any], number: int) -> tup
         asked = Control(judge(sweep, trial), deadline(sweep), same_model(trial, run))
         scores = experiment.execute(run, folder, label, sweep.mlflow_run, asked)
         values = [scores[name] for name in sweep.objectives]
+    except NoRoom:
+        raise
     except Pruned as error:
         return Outcome("pruned", "", str(error)), None
     except Diverged as error:
@@ -170,6 +175,8 @@ def _run(sweep: Frozen, trial: Trial, point: dict[str, Any], number: int) -> tup
     except FtexpError as error:
         return Outcome("failed", "crash", str(error)), None
     except Exception as error:
+        if (full := no_room(error, folder)) is not None:
+            raise full from error
         if experiment.out_of_memory(error):
             return Outcome("failed", "oom", f"out of memory: {str(error).splitlines()[0]}"), None
         traceback.print_exc()
@@ -335,6 +342,11 @@ def _main(sweep: Frozen) -> int:
         work(sweep, record)
     except KeyboardInterrupt:
         return PREEMPTED
+    except NoRoom as error:
+        say(str(error), always=True)
+        record.set_user_attr(FULL, True)
+        record.set_user_attr(STOP, str(error))
+        return error.exit_code
     return 0
 
 

@@ -69,6 +69,13 @@ class Store:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def clear_torn(folder: Path) -> None:
+    """Remove the checkpoints without a seal: of no use, and they hold the room that was missing."""
+    for path in folder.glob("checkpoint-*"):
+        if not (path / SEAL).exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def store(folder: Path, fingerprint: dict[str, Any]) -> Store:
     """Open the checkpoints of a training and find what to go on from: the newest sealed one that is undamaged.
 
