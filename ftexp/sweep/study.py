@@ -298,7 +298,8 @@ def alive(trial: FrozenTrial) -> bool:
     if worker["host"] == HOST:
         return started(worker["pid"]) == worker["start"]
     # A clock may jump, and another machine's may be wrong: what counts is how long no new heartbeat was seen here.
-    key, beat, now = (trial._trial_id, worker["pid"], worker["start"]), trial.user_attrs.get("ftexp:beat"), time.monotonic()
+    key, beat = (trial._trial_id, worker["pid"], worker["start"]), trial.user_attrs.get("ftexp:beat")
+    now = time.monotonic()
     if key not in _beats or _beats[key][0] != beat:
         _beats[key] = beat, now
     return now - _beats[key][1] < SILENT_SECONDS

@@ -100,7 +100,8 @@ def test_worker_elsewhere_is_honoured_while_it_beats(record, silent, reaped, mon
     trial = study.claim(record)
     trial.set_user_attr("ftexp:worker", {"host": "elsewhere", "pid": 1, "start": 1.0})
     assert study.reap(record, 1) == []
-    monkeypatch.setattr(study.time, "monotonic", lambda real=time.monotonic(): real + silent)
+    now = time.monotonic()
+    monkeypatch.setattr(study.time, "monotonic", lambda: now + silent)
     assert study.reap(record, 1) == reaped
 
 
