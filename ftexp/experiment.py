@@ -247,6 +247,7 @@ def execute(
         Preempted: the process was asked to leave; the same call goes on.
     """
     if (kept := complete(run, folder)) is not None:
+        checkpoints.clear(folder / "checkpoints")
         say(f"{label}: complete already, kept as it is in {folder}")
         if made_with := stale(folder):
             say(f"{label}: stale, it was made with other {made_with}; without that folder it is trained again")
@@ -260,6 +261,7 @@ def execute(
     write_json(folder / "trial.json", trial)
     try:
         scores = _fitting(run, folder, label, parent, trial, control or Control(), opened)
+        write_json(folder / "trial.json", trial | {"state": "complete", "scores": scores})
     except BaseException as error:
         if (full := no_room(error, folder)) is not None:
             checkpoints.clear_torn(folder / "checkpoints")
@@ -272,7 +274,7 @@ def execute(
         state = next((name for kind, name in ends if isinstance(error, kind)), "failed")
         write_json(folder / "trial.json", trial | {"state": state, "error": reason.splitlines()[0]})
         raise
-    write_json(folder / "trial.json", trial | {"state": "complete", "scores": scores})
+    checkpoints.clear(folder / "checkpoints")
     return scores
 
 
@@ -382,7 +384,6 @@ def _execute(
         scores |= {f"cost/{k}": v for k, v in facts.peak_memory_gib().items()}
         scores["cost/seconds"] = kept.seconds()
         _store(run, folder, log, scores, before, after.scored, int(trained["train/steps"]), task.rival)
-    kept.clear()
     return scores
 
 

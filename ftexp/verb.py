@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ftexp.errors import FtexpError, Preempted
@@ -34,7 +35,7 @@ def ended(work: Callable[[], int]) -> int:
         print("ftexp: interrupted; the same command goes on", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if (full := no_room(error)) is None:
+        if (full := no_room(error, Path.cwd())) is None:
             raise
         print(f"ftexp: {full}", file=sys.stderr)
         return full.exit_code
