@@ -296,8 +296,10 @@ def _beating(record: Study, trial: Trial) -> Iterator[None]:
 def stop_after_failures(sweep: Frozen, record: Study) -> None:
     """Stop the sweep where `max_failures` trials have failed."""
     limit = sweep.options.max_failures
+    if limit is None:
+        return
     failed = [t for t in study.counted(record) if t.user_attrs.get("ftexp:kind")]
-    if limit is not None and len(failed) >= limit:
+    if len(failed) >= limit:
         record.set_user_attr(STOP, f"{len(failed)} trials failed, sweep.max_failures={limit}")
 
 
