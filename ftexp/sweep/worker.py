@@ -222,8 +222,11 @@ def keep_hydra_files(sweep: Frozen, run: config.Run, point: dict[str, Any], fold
 
     kept = folder / ".hydra"
     kept.mkdir(parents=True, exist_ok=True)
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the one in C where libyaml is there, ten times as fast
     for name, content in (("config", config.plain(run)), ("overrides", sweep.space.point(point))):
-        (kept / f"{name}.yaml").write_text(yaml.dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        (kept / f"{name}.yaml").write_text(
+            yaml.dump(content, Dumper=dumper, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
 
 
 def judge(sweep: Frozen, trial: Trial) -> Callable[[float, int], str | None] | None:
