@@ -91,6 +91,13 @@ class Sweeper(HydraSweeper):
             del cfg["hydra"]
         return cfg
 
+    def _placed(self, cfg: DictConfig, searched: Space, point: dict[str, Any]) -> DictConfig:
+        """Set a point in a composed config; what does not fit there is composed, because Hydra tells which override."""
+        try:
+            return frozen.placed(cfg, searched, point)
+        except OmegaConfBaseException:
+            return self._compose(searched.point(point))
+
     def _checked(self, searched: Space, options: Options) -> list[Run]:
         """Build and check every point of a grid, or the ends and values of every axis of a search."""
         searching = options.sampler is not Sampler.grid
@@ -103,10 +110,13 @@ class Sweeper(HydraSweeper):
         points = frozen.corners(searched) if searching else searched.grid()
         frozen.check_limit(len(points))
         runs = []
+        variants: dict[str, DictConfig] = {}
         for number, point in enumerate(points or [{}]):
-            given = searched.point(point)
+            given, variant = searched.point(point), frozen.variant(searched, point)
             try:
-                runs.append(config.build(self._compose(given)))
+                if variant not in variants:
+                    variants[variant] = self._compose(frozen.shared(searched, point))
+                runs.append(config.build(self._placed(variants[variant], searched, point)))
                 experiment.check(runs[-1], None)
             except FtexpError as error:
                 raise type(error)(f"{error} (trial {number}: {' '.join(given)})") from error

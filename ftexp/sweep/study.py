@@ -403,6 +403,8 @@ def propose(space: Space, options: Options, directions: Any, history: list[Froze
         )
     conditional = any(axis.when for axis in space.axes)
     made = sampler(options, seed_of(options.seed, number), conditional)
+    if not conditional:
+        _tell_space(made, distributions, history)
     mirror = _mirror(directions, made, history)
     asked = mirror.ask({} if conditional else distributions)
     point: dict[str, Any] = {}
@@ -414,20 +416,47 @@ def propose(space: Space, options: Options, directions: Any, history: list[Froze
 
 def _mirror(directions: Any, made: BaseSampler, history: list[FrozenTrial]) -> Study:
     """Put a history into a study in memory; `add_trial` would copy and check each trial anew, at each proposal."""
-    import copy
-
     import optuna
 
     store = optuna.storages.InMemoryStorage()
     mirror = optuna.create_study(directions=directions, sampler=made, storage=store)
     trials = store._studies[mirror._study_id].trials
-    for number, known in enumerate(history):
-        trial = copy.copy(known)
-        trial.system_attrs = {k: v for k, v in known.system_attrs.items() if k != "fixed_params"}
+    for number, trial in enumerate(_copied(history)):
         trial.number = trial._trial_id = store._max_trial_id = number
         store._trial_id_to_study_id_and_number[number] = (mirror._study_id, number)
         trials.append(trial)
     return mirror
+
+
+_copies: dict[int, tuple[FrozenTrial, FrozenTrial]] = {}
+
+
+def _copied(history: list[FrozenTrial]) -> list[FrozenTrial]:
+    """Copy attempts without their queued points; what has ended never changes, and is copied once in a process."""
+    global _copies
+    import copy
+
+    before, _copies = _copies, {}
+    made = []
+    for known in history:
+        kept, trial = before.get(id(known), (None, None))
+        if trial is None or kept is not known or not known.state.is_finished():
+            trial = copy.copy(known)
+            trial.system_attrs = {k: v for k, v in known.system_attrs.items() if k != "fixed_params"}
+        _copies[id(known)] = known, trial
+        made.append(trial)
+    return made
+
+
+def _tell_space(made: BaseSampler, distributions: dict[str, Any], history: list[FrozenTrial]) -> None:
+    """Give a sampler the search space, which it would find by comparing the distributions of all trials, each time.
+
+    Every attempt of a sweep has the same ones, unless some depend on others.
+    """
+    inferred = getattr(made, "_search_space", None) or getattr(made, "_intersection_search_space", None)
+    told = {"COMPLETE", "PRUNED"} if inferred is not None and inferred._include_pruned else {"COMPLETE"}
+    if inferred is not None and any(t.state.name in told for t in history):
+        inferred._search_space, inferred._cached_trial_number = dict(distributions), len(history)
 
 
 def _sobol(space: Space, options: Options, number: int) -> dict[str, Any]:

@@ -229,8 +229,11 @@ def keep_hydra_files(sweep: Frozen, run: config.Run, point: dict[str, Any], fold
 
     kept = folder / ".hydra"
     kept.mkdir(parents=True, exist_ok=True)
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the one in C where libyaml is there, ten times as fast
     for name, content in (("config", config.plain(run)), ("overrides", sweep.space.point(point))):
-        (kept / f"{name}.yaml").write_text(yaml.dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        (kept / f"{name}.yaml").write_text(
+            yaml.dump(content, Dumper=dumper, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
 
 
 def judge(sweep: Frozen, trial: Trial) -> Callable[[float, int], str | None] | None:
@@ -303,8 +306,10 @@ def _beating(record: Study, trial: Trial) -> Iterator[None]:
 def stop_after_failures(sweep: Frozen, record: Study) -> None:
     """Stop the sweep where `max_failures` trials have failed."""
     limit = sweep.options.max_failures
+    if limit is None:
+        return
     failed = [t for t in study.counted(record) if t.user_attrs.get("ftexp:kind")]
-    if limit is not None and len(failed) >= limit:
+    if len(failed) >= limit:
         record.set_user_attr(STOP, f"{len(failed)} trials failed, sweep.max_failures={limit}")
 
 

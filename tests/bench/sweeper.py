@@ -23,7 +23,7 @@ import hydra
 from hydra import compose, initialize_config_dir
 
 from ftexp import config, experiment, overrides
-from ftexp.sweep import frozen, plugin, space, study, worker
+from ftexp.sweep import frozen, plugin, screen, space, study, worker
 from ftexp.sweep.options import Options, Pruner, Sampler
 
 RESULT = Path("outputs/bench/sweeper.json")
@@ -63,8 +63,12 @@ def ours(kind: str, total: int, marks: tuple[int, ...]) -> dict[int, float]:
             control.judge(1.0 / (rung + 1), rung + 1)
         return {"valid/loss": abs(run.trainer.lr - 1e-3)}
 
-    experiment.execute, worker.same_rows, worker.say = trivial, lambda *_: None, lambda *_: None
-    worker.work(*make(kind, total))
+    experiment.execute, worker.same_rows, worker.say = trivial, lambda *_: None, lambda *_, **__: None
+    sweep, record = make(kind, total)
+    worker.work(sweep, record)
+    states = {screen.state_of(t) for t in study.counted(record)}
+    if not states <= {"complete", "pruned"}:
+        raise SystemExit(f"trials must end well for a measurement, got {states}: {study.counted(record)[0].user_attrs}")
     return used
 
 
