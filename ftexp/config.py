@@ -107,6 +107,9 @@ class Variant(Enum):
     pissa = "pissa"
     """LoRA that starts at the largest singular values, which leave the base while it trains, arXiv:2404.02948. What is
     saved is a plain adapter of twice the rank for the untouched base."""
+    loftq = "loftq"
+    """LoRA that starts as what 4-bit weights lost, so that base and adapter begin nearer to the model as it was stored,
+    arXiv:2310.08659. Needs `quant=nf4`; what is saved is a plain adapter for the 4-bit base."""
     none = "none"
     """No adapter: weights of the base are trained as they are, all of them or those of `lora.train`, and the whole
     model is saved."""
@@ -253,6 +256,35 @@ class Method(Enum):
     classify = "classify"
     """A fresh head on the model that tells the labels of a text: rows whose completion is a list of labels, parted by
     `eval.labels` (a comma where that is null)."""
+
+
+class Loss(Enum):
+    """What is learned from a supervised token of probability p; formulas and sources are in `ftexp/train/losses.py`."""
+
+    nll = "nll"
+    """Its negative log-likelihood, -log p."""
+    dft = "dft"
+    """Dynamic fine-tuning: -p log p, where p weighs and is not learned; tokens that the model finds unlikely count
+    less."""
+    focal = "focal"
+    """-(1 - p)^strength log p: tokens that the model knows count less."""
+    label_smoothing = "label_smoothing"
+    """A share `strength` of the answer is spread over the whole vocabulary."""
+    z_loss = "z_loss"
+    """nll + strength * log(Z)^2, where Z is the sum of the softmax: keeps logits near zero."""
+    confidence_penalty = "confidence_penalty"
+    """nll - strength * entropy of the prediction."""
+    own = "own"
+    """A function given to `ftexp.api.run(loss=...)`."""
+
+
+STRENGTHS = {
+    Loss.focal: (2.0, 10.0),
+    Loss.label_smoothing: (0.1, 0.99),
+    Loss.z_loss: (1e-4, 1.0),
+    Loss.confidence_penalty: (0.1, 10.0),
+}
+"""Usual strength of a loss that has one, as in its source, and the most that is taken."""
 
 
 class Scheduler(Enum):
@@ -530,6 +562,13 @@ class Trainer:
     """Draw batches of rows of about equal length: less padding, and an order that is less random."""
     class_weights: bool = False
     """With `kind=classify`: weigh labels in the training loss so that rare ones count as much as common ones."""
+    loss: Loss = Loss.nll
+    """With `kind=sft`: what is learned from a token. `train/loss` is in its unit; held-out loss stays nats a token."""
+    loss_strength: float | None = None
+    """The one number of a loss that has one; null takes that of its source (focal 2, label_smoothing 0.1, z_loss 1e-4,
+    confidence_penalty 0.1)."""
+    loss_sha256: str = ""
+    """With `loss=own`: hash of the function's source, filled in by `ftexp.api.run`."""
     beta: float = 0.1
     """With `kind=dpo`: how fast the loss falls as the model moves from its reference; small values let it move far.
     `valid/loss` and `valid/margin` are in its unit, so trials of several values are compared by `valid/accuracy`."""
@@ -555,6 +594,7 @@ class Trainer:
         if self.kind is not Method.sft:
             rule = f"false with trainer.kind={self.kind.value}"
             require(not self.group_by_length, "trainer.group_by_length", True, rule)
+        self._check_loss()
         require(0 < self.beta <= 100, "trainer.beta", self.beta, "above 0 and at most 100")
         if self.kind is not Method.dpo:
             require(self.beta == 0.1, "trainer.beta", self.beta, "left out unless trainer.kind=dpo")
@@ -568,6 +608,20 @@ class Trainer:
                 f"trainer.warmup must be 0 with trainer.scheduler=constant, got {self.warmup}: transformers ignores "
                 "it there; use trainer.scheduler=constant_with_warmup"
             )
+
+    def _check_loss(self) -> None:
+        if self.kind is not Method.sft:
+            rule = f"nll with trainer.kind={self.kind.value}, which has a loss of its own"
+            require(self.loss is Loss.nll, "trainer.loss", self.loss.value, rule)
+        strength, most = self.loss_strength, STRENGTHS.get(self.loss, (0.0, 0.0))[1]
+        if self.loss not in STRENGTHS:
+            have = ", ".join(loss.value for loss in STRENGTHS)
+            require(strength is None, "trainer.loss_strength", strength, f"null unless trainer.loss is one of {have}")
+        rule = f"null or between 0 and {most:g} with trainer.loss={self.loss.value}"
+        require(strength is None or 0 <= strength <= most, "trainer.loss_strength", strength, rule)
+        own = self.loss is Loss.own
+        rule = "left to ftexp.api.run(loss=function)" if own else "empty unless trainer.loss=own"
+        require(bool(self.loss_sha256) == own, "trainer.loss_sha256", self.loss_sha256, rule)
 
 
 @dataclass
@@ -660,6 +714,9 @@ class Run:
         if variant in (Variant.none, Variant.pissa):
             rule = f"none with lora.variant={variant.value}: it changes weights of the base"
             require(self.quant.kind is Format.none, "quant.kind", self.quant.kind.value, rule)
+        if variant is Variant.loftq:
+            rule = "nf4 with lora.variant=loftq: it makes up for what 4 bits lose"
+            require(self.quant.kind is Format.nf4, "quant.kind", self.quant.kind.value, rule)
         if variant is Variant.none:
             rule = "float32 (lora=none takes it) or bfloat16, which loses small steps, with lora.variant=none"
             require(self.model.dtype in (Dtype.float32, Dtype.bfloat16), "model.dtype", self.model.dtype.value, rule)
@@ -677,6 +734,9 @@ RETIRED = {
     "use_dora": "lora.variant",
     "loraplus_lr_ratio": "lora.lr_ratio",
     "beta": "trainer.beta",
+    "loss_type": "trainer.loss",
+    "label_smoothing_factor": "trainer.loss",
+    "compute_loss_func": "trainer.loss",
     "load_in_4bit": "quant.kind",
     "load_in_8bit": "quant.kind",
     "bnb_4bit_use_double_quant": "quant.double",

@@ -16,7 +16,7 @@ from ftexp.config import Attention, Method, Packing, Run, Trainer
 from ftexp.model import activations, sizes
 from ftexp.model.compute import Compute
 from ftexp.model.sizes import Outline
-from ftexp.train import answers, lengths, sft
+from ftexp.train import answers, lengths, losses, sft
 
 GIB = 2**30
 SMALL = 4096
@@ -195,10 +195,12 @@ def _peak(
     wide = max(passes, key=lambda b: (b.rows * b.longest, b.longest))
     checkpointing, attention = run.trainer.gradient_checkpointing, key.split()[2]
     shape = (wide.rows, wide.longest, min(max(b.supervised for b in passes), wide.rows * wide.longest))
-    asked = f"{key} {shape} {checkpointing}"
+    asked = f"{key} {shape} {checkpointing} {run.trainer.loss.value} {run.trainer.loss_sha256}"
     if asked not in _peaks:
+        terms = losses.chosen(run.trainer)
         try:
-            traced = activations.peak(outlined.model, *shape, attention, checkpointing, labels > 0) + outlined.unpacked
+            traced = activations.peak(outlined.model, *shape, attention, checkpointing, labels > 0, terms)
+            traced += outlined.unpacked
             _peaks[asked] = traced, ()
         except RuntimeError as error:
             _peaks[asked] = None, (f"activations are left out, the model cannot be traced: {str(error)[:100]}",)

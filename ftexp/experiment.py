@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from ftexp import config, data, estimate, evaluate, facts, labels, metrics, model, track
-from ftexp.config import Format, Kind, Long, Method, Packing, Run, Template, Tracker
+from ftexp.config import Format, Kind, Long, Loss, Method, Packing, Run, Template, Tracker
 from ftexp.data import gates, general, prompts, tokens
 from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned
 from ftexp.files import naming, no_room, read_json, write_json
 from ftexp.model import Base
 from ftexp.overrides import ROOT
 from ftexp.progress import say, warn
-from ftexp.train import TRAINERS, answers, checkpoints, classify, dpo, lengths, reward, sft
+from ftexp.train import TRAINERS, answers, checkpoints, classify, dpo, lengths, losses, reward, sft
 from ftexp.train.answers import Pair
 from ftexp.train.control import Control
 
@@ -120,6 +120,7 @@ def prepare(run: Run) -> None:
     """
     model.adapter(run.lora)
     sft.arguments(run.trainer, "cpu", run.seed, "", 1)
+    losses.chosen(run.trainer)
     if run.trainer.kind is Method.classify:
         _prepare_classifier(run)
         return
@@ -258,6 +259,8 @@ def execute(
     trial |= {"opened": opened} if opened else {}
     if run.track.kind is Tracker.mlflow:
         trial["track"] = {"uri": run.track.uri, "experiment": run.track.experiment, "parent": parent}
+    if run.trainer.loss is Loss.own:
+        trial["loss_source"] = losses.given(run.trainer)
     write_json(folder / "trial.json", trial)
     try:
         scores = _fitting(run, folder, label, parent, trial, control or Control(), opened)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftexp import card, config, data, fidelity, model, trained, verb
-from ftexp.config import Format, Method, Run
+from ftexp.config import Format, Method, Run, Variant
 from ftexp.data import prompts
 from ftexp.errors import ConfigError, DataError, MachineError, Unfaithful
 from ftexp.fidelity import Answers, Fidelity
@@ -136,7 +136,8 @@ def _merged(kept: Kept, run: Run, folder: Path, form: str, dtype: str) -> Fideli
     model.forget()
     known = trained.names(kept)
     say("merging in float32")
-    made = saved.merged(run.model, kept.folder / "adapter", len(known))
+    packed = run.quant if run.lora.variant is Variant.loftq else None
+    made = saved.merged(run.model, kept.folder / "adapter", len(known), packed)
     if known:
         made.config.id2label = dict(enumerate(known))
         made.config.label2id = {name: n for n, name in enumerate(known)}
@@ -151,9 +152,9 @@ def _merged(kept: Kept, run: Run, folder: Path, form: str, dtype: str) -> Fideli
     compute.apply(chosen)
     again = saved.read(folder, chosen, len(known))
     after = ask(again.model, again.tokenizer, form)
-    packed = run.quant.kind is not Format.none or form == "merged4bit"
+    rounded = (run.quant.kind is not Format.none and packed is None) or form == "merged4bit"
     coarser = max((fidelity.LIMITS[name] for name in formats), key=lambda limit: limit.loss)
-    told = fidelity.compare(before, after, fidelity.PACKED if packed else coarser)
+    told = fidelity.compare(before, after, fidelity.PACKED if rounded else coarser)
     if form == "merged4bit":
         return told
     if not told.kept:

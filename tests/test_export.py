@@ -119,8 +119,8 @@ def test_model_that_moved_is_refused_and_removed(run, tmp_path, monkeypatch):
     """Sabotage of the merge: one matrix of fourteen gets its update twice."""
     honest = saved.merged
 
-    def twice(model, folder, labels=0):
-        made = honest(model, folder, labels)
+    def twice(*given):
+        made = honest(*given)
         fresh = tiny.model("eager").state_dict()
         name = "model.layers.1.mlp.down_proj.weight"
         weight = made.get_parameter(name)

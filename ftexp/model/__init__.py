@@ -15,7 +15,7 @@ from ftexp import config
 from ftexp.config import Format, Kind, Lora, Model, Quant, Variant
 from ftexp.errors import ConfigError, MachineError
 from ftexp.files import read_json, write_json
-from ftexp.model import compute, embedded, tiny
+from ftexp.model import compute, embedded, loftq, tiny
 from ftexp.model.compute import Compute
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class Base:
     """sha256 over every weight and buffer that is stored."""
     key: str
     """Digest of the config it was loaded for."""
+    made_from: Model
+    """What it was loaded from."""
     head: tuple[str, ...] = ()
     """Names of the modules of a fresh head (of a classifier or a reward), which a trial trains whole."""
     start: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -178,7 +180,7 @@ def _load(model: Model, quant: Quant, key: str, labels: int = 0) -> Base:
     loaded.requires_grad_(False).eval()
     if not labels:
         loaded.generation_config = _greedy(loaded)
-    return Base(loaded, text, chosen, fingerprint(loaded), key, head)
+    return Base(loaded, text, chosen, fingerprint(loaded), key, model, head)
 
 
 def keep_gradients(model: torch.nn.Module) -> None:
@@ -300,7 +302,7 @@ def adapter(lora: Lora, head: tuple[str, ...] = ()) -> LoraConfig:
     if asked.startswith(TAKERS):
         raise ConfigError(
             f"lora.extra.init_lora_weights must not change the base, got {asked}: the saved adapter would not fit it; "
-            "lora.variant=pissa saves one that does"
+            "lora.variant=pissa and loftq save one that does"
         )
     return cast("LoraConfig", accept(LoraConfig, own, lora.extra, "lora.extra"))
 
@@ -415,6 +417,8 @@ def _with_adapter(base: Base, lora: Lora) -> tuple[PeftModel, list[tuple[torch.n
         tuned = cast("PeftModel", get_peft_model(base.model, adapter(lora, base.head)))
     except ValueError as error:
         raise ConfigError(f"lora is refused by peft: {error}") from error
+    if lora.variant is Variant.loftq:
+        loftq.start(tuned, base.made_from, source(base.made_from))
     if lora.variant is Variant.pissa:
         kept = get_peft_model_state_dict(tuned)
         base.start = {name: value.detach().cpu().clone() for name, value in kept.items() if "lora_" in name}

@@ -56,7 +56,7 @@ def _attached(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise MachineError(f"{folder}: the adapter does not fit its base model: {told}") from error
 
 
-def merged(model: Model, folder: Path, labels: int = 0) -> PreTrainedModel:
+def merged(model: Model, folder: Path, labels: int = 0, packed: Quant | None = None) -> PreTrainedModel:
     """Load the base in float32, however the run stored it, and add the adapter to its weights; on the CPU.
 
     Sums in 16 bit would round twice, and sums with 4-bit weights would be rounded to 4 bit (peft#1043).
@@ -64,16 +64,22 @@ def merged(model: Model, folder: Path, labels: int = 0) -> PreTrainedModel:
     Args:
         model: the base.
         folder: of the adapter.
+        packed: how the weights are to be packed and unpacked before the sum, for an adapter that makes up for what
+            that loses (LoftQ); None adds to the weights as they are stored.
         labels: outputs of a classification head; 0 for a language model.
 
     Raises:
         MachineError: base or adapter cannot be loaded, or a merged weight is not finite.
     """
+    import torch
+
     plain = replace(compute.policy(model), device="cpu", dtype="float32")
     if model.kind is Kind.tiny:
         base: Any = tiny.model(plain.attention, labels)
     else:
-        base, _ = _pretrained(model, Quant(), plain, labels)
+        base, _ = _pretrained(model, packed or Quant(), plain, labels)
+        if packed:
+            base = base.dequantize(torch.float32)
     tuned: Any = _attached(base, folder)
     try:
         made = tuned.merge_and_unload(safe_merge=True)
@@ -108,4 +114,5 @@ def read(folder: Path, chosen: compute.Compute, labels: int = 0, nf4: bool = Fal
         **more,
     )
     model.requires_grad_(False).eval()
-    return Base(model, AutoTokenizer.from_pretrained(folder), chosen, "", "")
+    made_from = Model(kind=Kind.hub, path=str(folder))
+    return Base(model, AutoTokenizer.from_pretrained(folder), chosen, "", "", made_from)

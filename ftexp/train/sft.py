@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import evaluate, metrics
-from ftexp.config import Packing, Run, Trainer
+from ftexp.config import Loss, Packing, Run, Trainer
 from ftexp.data.prompts import Example
-from ftexp.errors import ConfigError, Diverged, OutOfTime, Preempted, Pruned
+from ftexp.errors import Diverged, OutOfTime, Preempted, Pruned
 from ftexp.model import Base, accept
 from ftexp.progress import progress
-from ftexp.train import lengths
+from ftexp.train import lengths, losses
 from ftexp.train.checkpoints import Store
 from ftexp.train.control import Control, Report, at_work
 
@@ -77,7 +77,7 @@ def train(
         return metrics.loss([e["nats"] for e in table], [e["tokens"] for e in table])
 
     def make(watching: TrainerCallback) -> Any:
-        return _trainer(base, tuned, settings, packs, watching)
+        return _trainer(base, tuned, settings, packs, watching, run.trainer)
 
     return optimise(run, tuned, steps, curve, make, kept, report, control)
 
@@ -184,30 +184,27 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
     return cast("SFTConfig", accept(SFTConfig, own, trainer.extra, "trainer.extra"))
 
 
-def _trainer(base: Base, tuned: Any, settings: SFTConfig, dataset: Dataset, watch: TrainerCallback) -> Any:
+def _trainer(
+    base: Base, tuned: Any, settings: SFTConfig, dataset: Dataset, watch: TrainerCallback, how: Trainer
+) -> Any:
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
-    plain = settings.loss_type == "nll" and not settings.label_smoothing_factor
-    own_head = has_adapted_head(tuned)
-    if own_head and not plain:
-        raise ConfigError(
-            "lora.targets names the output head, which learns from the plain loss alone: leave out loss_type and "
-            "label_smoothing_factor of trainer.extra"
-        )
+    own_head, terms = has_adapted_head(tuned), losses.chosen(how)
 
     class SupervisedRows(SFTTrainer):
-        """SFTTrainer that on a CPU projects supervised positions alone onto the vocabulary.
+        """SFTTrainer with the loss of `ftexp/train/losses.py`, from the logits of supervised positions alone.
 
-        TRL does so where Triton runs and projects every prompt token elsewhere, a fifth of a step of a small model.
-        Where the head has an adapter, every device does: TRL multiplies with the head's frozen weights.
+        TRL's own is left where Triton runs, for nll: it builds no logits there. Elsewhere it projects every prompt
+        token, a fifth of a step of a small model. Where the head has an adapter it would miss it, since it multiplies
+        with the head's frozen weights.
         """
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            ours = own_head or inputs["input_ids"].device.type == "cpu"
-            if return_outputs or not plain or not ours:
+            ours = own_head or how.loss is not Loss.nll or inputs["input_ids"].device.type == "cpu"
+            if return_outputs or not ours:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            return token_mean(model, inputs, num_items_in_batch)
+            return token_mean(model, inputs, num_items_in_batch, terms)
 
         def _get_train_sampler(self, train_dataset=None):
             usual = super()._get_train_sampler(train_dataset)
@@ -215,7 +212,7 @@ def _trainer(base: Base, tuned: Any, settings: SFTConfig, dataset: Dataset, watc
             return lengths.sampler(usual, settings.seed) if grouped else usual
 
     apart = "seq_lengths" in dataset.column_names and not settings.padding_free
-    with _bare_head(tuned):
+    with _bare_head(tuned), as_they_are(tuned):
         trainer = SupervisedRows(
             tuned, settings, train_dataset=dataset, processing_class=base.tokenizer, callbacks=[watch],
             data_collator=partial(lengths.collate, pad=cast(int, base.tokenizer.pad_token_id)) if apart else None,
@@ -243,22 +240,35 @@ def _bare_head(model: Any):
         model.__dict__.pop("get_output_embeddings", None)
 
 
-def token_mean(model: Any, inputs: dict[str, Any], tokens: Any) -> Any:
-    """Sum of nats over the supervised tokens of a forward pass, divided by those of the whole optimizer step.
+@contextmanager
+def as_they_are(model: Any):
+    """Keep trained weights in the format they have: TRL rounds those on a quantized base to bfloat16.
+
+    Steps of a small learning rate would be lost, and a training that goes on from a checkpoint, whose weights come back
+    in float32, would end with other bits.
+    """
+    kept = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
+    try:
+        yield
+    finally:
+        for weight, value in kept:
+            weight.data = value
+
+
+def token_mean(model: Any, inputs: dict[str, Any], tokens: Any, terms: Callable[[Any, Any], Any] = losses.nll) -> Any:
+    """Sum of a loss over the supervised tokens of a forward pass, divided by those of the whole optimizer step.
 
     Args:
         model: a causal language model, with or without an adapter.
         inputs: `input_ids`, `labels`, and `attention_mask` or, of packed rows, `position_ids`; each (row, position).
         tokens: supervised tokens over all forward passes of the step; None where this pass is the step. Dividing by
             it makes accumulation exact: 8 rows at once and 2 rows four times give the same gradient.
+        terms: takes logits (supervised, vocabulary) and targets (supervised,), returns a term for each (supervised,).
     """
-    import torch
-
     logits, targets = evaluate.supervised_logits(
         model, inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"], inputs.get("position_ids")
     )
-    nats = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-    return nats / (len(targets) if tokens is None else tokens)
+    return terms(logits.float(), targets).sum() / (len(targets) if tokens is None else tokens)
 
 
 @contextmanager
