@@ -19,7 +19,7 @@ from ftexp.overrides import ROOT
 from ftexp.progress import say, warn
 from ftexp.train import TRAINERS, answers, checkpoints, classify, dpo, lengths, reward, sft
 from ftexp.train.answers import Pair
-from ftexp.train.control import Control
+from ftexp.train.control import Control, Rung
 
 Tokenised = tuple[Sequence[prompts.Example], Sequence[prompts.Example]]
 
@@ -399,7 +399,7 @@ def _judge_again(log: track.Log, control: Control) -> None:
     """Tell a pruner the rungs that were passed before the kill; it let the trial pass them, so its answer is known."""
     if control.judge is not None:
         for value, step in log.curve("valid/loss"):
-            control.judge(value, step)
+            control.judge(Rung(value), step)
 
 
 @dataclass(frozen=True)
