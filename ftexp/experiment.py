@@ -20,7 +20,7 @@ from ftexp.overrides import ROOT
 from ftexp.progress import say, warn
 from ftexp.train import TRAINERS, answers, checkpoints, classify, dpo, lengths, losses, reward, sft
 from ftexp.train.answers import Pair
-from ftexp.train.control import Control
+from ftexp.train.control import Control, Rung
 
 Tokenised = tuple[Sequence[prompts.Example], Sequence[prompts.Example]]
 
@@ -410,7 +410,7 @@ def _judge_again(log: track.Log, control: Control) -> None:
     """Tell a pruner the rungs that were passed before the kill; it let the trial pass them, so its answer is known."""
     if control.judge is not None:
         for value, step in log.curve("valid/loss"):
-            control.judge(value, step)
+            control.judge(Rung(value), step)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from ftexp.data.shapes import Row
 from ftexp.errors import MachineError
 from ftexp.model import Base, compute
 from ftexp.train import checkpoints, lengths, sft
-from ftexp.train.control import Control
+from ftexp.train.control import Control, Rung
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -256,8 +256,8 @@ def _steps(
     """
     with tempfile.TemporaryDirectory() as work, model.adapted(base, config.Lora(r=4, alpha=8), 0) as tuned:
 
-        def judge(value: float, step: int) -> str | None:
-            return look(tuned, value) if look is not None else None
+        def judge(rung: Rung, step: int) -> str | None:
+            return look(tuned, rung.loss) if look is not None else None
 
         kept = checkpoints.store(Path(work) / "probe", {})
         sft.train(run, base, tuned, rows, rows, kept, lambda *_: None, Control(judge))

@@ -29,7 +29,7 @@ from ftexp.config import Run
 from ftexp.errors import ConfigError, FtexpError, MachineError, NoRoom, Preempted, TrialsFailed
 from ftexp.files import check_folder, read_json, write_json
 from ftexp.progress import say
-from ftexp.sweep import frozen, space
+from ftexp.sweep import frozen, race, space
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import Engine, Options, Pruner, Sampler
 from ftexp.sweep.space import Space
@@ -158,6 +158,9 @@ class Sweeper(HydraSweeper):
             raise ConfigError(
                 f"sweep.pruner={options.pruner.value} needs one objective, got {', '.join(runs[0].objectives)}"
             )
+        if options.pruner is Pruner.race:
+            rows = min(len(data.load(run.data).valid) for run in runs)
+            race.check(options, [axis.key for axis in searched.axes], runs[0].objectives, rows)
         engines.check(options)
         count = options.workers or len(supervisor.gpus())
         if options.storage is not None and options.storage.startswith("sqlite") and count > 1:

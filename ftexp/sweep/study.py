@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftexp.errors import ConfigError, MachineError
+from ftexp.sweep import race
 from ftexp.sweep.options import Options, Pruner, Sampler
 from ftexp.sweep.space import Space
 
@@ -195,6 +196,9 @@ def pruner(options: Options, rung: int) -> BasePruner:
     match options.pruner:
         case Pruner.none:
             return known.NopPruner()
+        case Pruner.race:
+            race.rule(options)
+            return known.NopPruner()  # it judges by rows, which are not in the record
         case Pruner.asha:
             given = {"min_resource": max(1, rung), "reduction_factor": 2, **args}
             return _accept(known.SuccessiveHalvingPruner, "sweep.pruner_args", given)

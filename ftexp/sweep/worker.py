@@ -23,10 +23,11 @@ from ftexp import config, data, experiment, facts, metrics
 from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, NoRoom, OutOfTime, Pruned
 from ftexp.files import no_room
 from ftexp.progress import quiet_libraries, say
-from ftexp.sweep import frozen, study
+from ftexp.sweep import frozen, race, study
 from ftexp.sweep.frozen import Frozen
+from ftexp.sweep.options import Pruner
 from ftexp.train import control
-from ftexp.train.control import Control
+from ftexp.train.control import Control, Judge, Rung
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -159,7 +160,7 @@ def _run(sweep: Frozen, trial: Trial, point: dict[str, Any], number: int) -> tup
         run = sweep.run(point, number % sweep.options.replicates)
         same_rows(sweep, run)
         keep_hydra_files(sweep, run, point, folder)
-        asked = Control(judge(sweep, trial), deadline(sweep), same_model(trial, run))
+        asked = Control(judge(sweep, trial, run), deadline(sweep), same_model(trial, run))
         scores = experiment.execute(run, folder, label, sweep.mlflow_run, asked)
         values = [scores[name] for name in sweep.objectives]
     except NoRoom:
@@ -236,16 +237,19 @@ def keep_hydra_files(sweep: Frozen, run: config.Run, point: dict[str, Any], fold
         )
 
 
-def judge(sweep: Frozen, trial: Trial) -> Callable[[float, int], str | None] | None:
+def judge(sweep: Frozen, trial: Trial, run: config.Run) -> Judge | None:
     """Return what a trial asks at each rung: a reason to stop, or None to go on."""
+    if sweep.options.pruner is Pruner.race:
+        return race.judge(sweep, trial, run.trainer.report_steps)
     if len(sweep.objectives) > 1 or isinstance(trial.study.pruner, _nop()):
         return None
 
     maximised = metrics.METRICS[sweep.objectives[0]].direction is metrics.Direction.maximize
 
-    def ask(value: float, step: int) -> str | None:
-        trial.report(-value if maximised else value, step)  # a pruner takes the objective's direction for that of rungs
-        return f"pruned at step {step}: valid/loss {value:.4f}" if trial.should_prune() else None
+    def ask(rung: Rung, step: int) -> str | None:
+        told = -rung.loss if maximised else rung.loss  # a pruner takes the objective's direction for that of rungs
+        trial.report(told, step)
+        return f"pruned at step {step}: valid/loss {rung.loss:.4f}" if trial.should_prune() else None
 
     return ask
 

@@ -19,7 +19,7 @@ from ftexp.model import Base, accept
 from ftexp.progress import progress
 from ftexp.train import lengths, losses
 from ftexp.train.checkpoints import Store
-from ftexp.train.control import Control, Report, at_work
+from ftexp.train.control import Control, Report, Rung, at_work
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,9 +72,10 @@ def train(
         lengths.check_apart(tuned, packs)
         settings.padding_free = base.compute.attention == "flash_attention_2"
 
-    def curve(model: Any, label: str) -> float:
+    def curve(model: Any, label: str) -> Rung:
         table = evaluate.held_out(model, base.tokenizer, valid, run.eval, label)
-        return metrics.loss([e["nats"] for e in table], [e["tokens"] for e in table])
+        nats, tokens = [e["nats"] for e in table], [e["tokens"] for e in table]
+        return Rung(metrics.loss(nats, tokens), nats, tokens)
 
     def make(watching: TrainerCallback) -> Any:
         return _trainer(base, tuned, settings, packs, watching, run.trainer)
@@ -83,7 +84,7 @@ def train(
 
 
 def optimise(
-    run: Run, tuned: PeftModel | PreTrainedModel, steps: int, curve: Callable[[Any, str], float],
+    run: Run, tuned: PeftModel | PreTrainedModel, steps: int, curve: Callable[[Any, str], Rung],
     make: Callable[[TrainerCallback], Any], kept: Store, report: Report, control: Control,
 ) -> dict[str, float]:  # fmt: skip
     """Run a Trainer with what every method needs around it: checkpoints, rungs, an early end, a clean model after it.
@@ -284,7 +285,7 @@ def cleaned_up(trainer: Any):
 
 
 def watch(
-    run: Run, curve: Callable[[Any, str], float], steps: int, report: Report, advance: Callable[..., None],
+    run: Run, curve: Callable[[Any, str], Rung], steps: int, report: Report, advance: Callable[..., None],
     kept: Store, control: Control, stopped: list[BaseException],
 ) -> TrainerCallback:  # fmt: skip
     """Make the callback that reports steps and held-out losses, writes checkpoints, and ends training early.
@@ -315,9 +316,9 @@ def watch(
             every, step = run.trainer.report_steps, state.global_step
             if every and step % every == 0 and step < steps:
                 held_out = curve(model, f"step {step}")
-                if not math.isfinite(held_out):
-                    raise Diverged(f"diverged at step {step}: valid/loss is {held_out}")
-                report({"valid/loss": held_out}, step)
+                if not math.isfinite(held_out.loss):
+                    raise Diverged(f"diverged at step {step}: valid/loss is {held_out.loss}")
+                report({"valid/loss": held_out.loss}, step)
                 # Training ends by the flag: an exception from a callback would leave the Trainer half set up.
                 if asked.judge is not None and (reason := asked.judge(held_out, step)) is not None:
                     stopped.append(Pruned(reason))
