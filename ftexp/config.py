@@ -253,8 +253,8 @@ class Method(Enum):
     dpo = "dpo"
     """Direct preference optimisation on pairs of answers, arXiv:2305.18290; the reference is the untouched base."""
     rloo = "rloo"
-    """Reinforcement learning with TRL's RLOOTrainer, arXiv:2402.14740: the model answers each prompt several times, and a
-    reward model (`trainer.reward`) says which answers are worth more; the reference is the model before training."""
+    """Reinforcement learning with TRL's RLOOTrainer, arXiv:2402.14740: the model answers each prompt several times, and
+    a reward model (`trainer.reward`) says which answers are worth more; the reference is the model before training."""
     classify = "classify"
     """A fresh head on the model that tells the labels of a text: rows whose completion is a list of labels, parted by
     `eval.labels` (a comma where that is null)."""
@@ -541,15 +541,15 @@ class Trainer:
     beta: float = 0.1
     """With `kind=dpo`: how fast the loss falls as the model moves from its reference; small values let it move far.
     `valid/loss` and `valid/margin` are in its unit, so trials of several values are compared by `valid/accuracy`.
-    With `kind=rloo`: what a nat away from the reference costs, in units of the reward; 0 makes it free. Trials of several
-    values are compared by `valid/reward`."""
+    With `kind=rloo`: what a nat away from the reference costs, in units of the reward; 0 makes it free. Trials of
+    several values are compared by `valid/reward`."""
     reward: str = ""
     """With `kind=rloo`: the reward model, by folder, name or MLflow id of a run or sweep with `trainer=reward`."""
     generations: int = 4
     """With `kind=rloo`: completions written for a prompt; each is compared with the mean of the others."""
     max_new_tokens: int | None = None
-    """With `kind=rloo`: longest completion written in training; null allows a quarter more than the longest reference of
-    the training rows, plus 8 tokens."""
+    """With `kind=rloo`: longest completion written in training; null allows a quarter more than the longest reference
+    of the training rows, plus 8 tokens."""
     extra: dict[str, Any] = field(default_factory=dict)
     """More keywords for `trl.SFTConfig` (`trl.RLOOConfig` with `kind=rloo`), which refuses those it does not know."""
 
@@ -602,9 +602,7 @@ class Trainer:
         require(bool(self.reward), "trainer.reward", self.reward, "folder, name or id of a run of trainer=reward")
         require(self.neftune == 0, "trainer.neftune", self.neftune, "0 with trainer.kind=rloo")
         step = self.batch * self.accumulation
-        rule = (
-            f"a divisor of trainer.batch * trainer.accumulation = {step} completions, so that a step has whole prompts"
-        )
+        rule = f"a divisor of trainer.batch * trainer.accumulation = {step}: a step has all completions of its prompts"
         require(step % self.generations == 0, "trainer.generations", self.generations, rule)
 
 

@@ -621,12 +621,13 @@ def reinforcement(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = 
         more["rewarder"] = rewarder.load(run)
 
     def scored(base: Base, rows: Sequence[prompts.Example], label: str) -> evaluate.Scored:
-        beta = run.trainer.beta
-        key = f"rloo {label} {base.weights} {base.key} {splits.digest()} {judge} {beta} {config.digest(run.data, run.eval)}"
+        asked = f"{splits.digest()} {judge} {run.trainer.beta} {config.digest(run.data, run.eval)}"
+        key = f"rloo {label} {base.weights} {base.key} {asked}"
         if key not in _base_scores:
             found = rloo.score(base.model, base, rows, run, more["rewarder"], label, known)
-            answers_ = [e.row.completion for e in rows]
-            worth = more["rewarder"].rewards([e.row for e in rows], answers_, run.eval.batch, f"{label} references")
+            given = [e.row for e in rows]
+            told = [row.completion for row in given]
+            worth = more["rewarder"].rewards(given, told, run.eval.batch, f"{label} references")
             for entry, value in zip(found.table, worth, strict=True):
                 entry |= {"reference_reward": value, "win_rate": 0.5}
             _base_scores[key] = evaluate.Scored(found.scores | {"win_rate": 0.5}, found.table)

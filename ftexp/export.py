@@ -101,8 +101,8 @@ def _adapter(kept: Kept, run: Run, folder: Path) -> None:
 
     if run.model.kind is Kind.run:
         raise ConfigError(
-            f"--form must be merged, got adapter: {kept.name} began with the run {run.model.path}, and its adapter fits no "
-            "base that others have"
+            f"--form must be merged, got adapter: {kept.name} began with the run {run.model.path}, so its adapter fits "
+            "no base that others have"
         )
     source = kept.folder / "adapter"
     told = read_json(source / ADAPTER)

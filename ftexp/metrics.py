@@ -55,7 +55,7 @@ REWARD, DPO, RLOO = "trainer.kind=reward", "trainer.kind=dpo", "trainer.kind=rlo
 
 SCORES = {
     "loss": _least(
-        "nats a token; a decision with trainer.kind=classify, a pair with reward and dpo; with rloo what the divergence "
+        "nats a token; a decision with trainer.kind=classify, a pair with reward and dpo; with rloo what divergence "
         "costs less the reward, a row"
     ),
     "perplexity": _least("exp(nats a token)", SFT),
@@ -223,8 +223,8 @@ def preferred(margin: float) -> float:
 def price(reward: float, nats: float, beta: float) -> float:
     """What reinforcement learning brings down, of one completion: beta * nats away from the reference - reward.
 
-    The negative of the objective of Stiennon et al. 2020 (arXiv:2009.01325, section 3.4), with the divergence summed over
-    the tokens of the completion.
+    The negative of the objective of Stiennon et al. 2020 (arXiv:2009.01325, section 3.4), with the divergence summed
+    over the tokens of the completion.
 
     >>> price(2.0, 3.0, 0.5)
     -0.5

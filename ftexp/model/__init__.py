@@ -248,13 +248,13 @@ def stored(model: Model, quant: Quant, chosen: Compute, labels: int = 0) -> tupl
 
 
 def _handed_over(model: Model, quant: Quant, chosen: Compute, labels: int) -> tuple[PreTrainedModel, set[str]]:
-    """Load what a run learned: its whole model, or its adapter merged in float32 and rounded once, to the format in use.
+    """Load what a run learned: its whole model, or its adapter merged in float32 and rounded once to the format in use.
 
     Raises:
         ConfigError: a merged model is to be quantized.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     from ftexp.model import saved
 
@@ -274,7 +274,8 @@ def _handed_over(model: Model, quant: Quant, chosen: Compute, labels: int) -> tu
     headed.num_labels = labels
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        loaded, told = AutoModelForSequenceClassification.from_pretrained(
+        kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(headed)]
+        loaded, told = kind.from_pretrained(
             None, config=headed, state_dict=whole.state_dict(), output_loading_info=True, dtype=dtype,
             attn_implementation=chosen.attention,
         )  # fmt: skip

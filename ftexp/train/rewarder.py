@@ -1,4 +1,4 @@
-"""A trained reward model at work: what a completion is worth, in the reward run's own template, format and tokenizer."""
+"""A trained reward model at work: what a completion is worth, in the template and tokenizer of the reward run."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Rewarder:
         roomy = replace(self.run.data, max_length=1 << 20, long=Long.refuse)  # the model's own length is what counts
         made = [e for e in prompts.examples(asked, self.base.tokenizer, roomy) if e is not None]
         limit = model.positions(self.run.model)
-        for example in made if limit is not None else ():
-            if len(example.ids) > limit:
+        for example in made:
+            if limit is not None and len(example.ids) > limit:
                 raise DataError(
                     f"{example.row.where}: the reward model takes at most {limit} tokens, prompt and completion have "
                     f"{len(example.ids)}; trainer.max_new_tokens and eval.max_new_tokens bound the completion"

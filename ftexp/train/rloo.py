@@ -1,14 +1,15 @@
 """Reinforcement learning against a reward model (RLOO: Ahmadian et al. 2024, arXiv:2402.14740).
 
-The model writes `trainer.generations` completions for each prompt. One that is worth more than the mean of the others is
-made likelier, one that is worth less is not: the weight is reward - beta * nats away from the reference, less that mean.
-TRL's RLOOTrainer writes, weighs and steps. Three things are ours. Prompts go in as the ids that all else here is asked
-with. The reference is the model as it was before the first step: the trainer would put a second adapter on, which takes a
-second start out of the base with PiSSA, or load a whole model from files, which are not what it began with where a run
-was handed over. And the order of the prompts follows from seed and epoch, so that a killed run goes on as it would have.
+The model writes `trainer.generations` completions for each prompt. One that is worth more than the mean of the others
+becomes likelier, one that is worth less does not: the weight is reward - beta * nats away from the reference, less that
+mean. TRL's RLOOTrainer writes, weighs and steps. Three things are ours. Prompts go in as the ids that all else here is
+asked with. The reference is the model as it was before the first step: the trainer would put a second adapter on, which
+with PiSSA takes a second start out of the base, or load a whole model from files, which are not what a run began with
+that was handed over. And the order of the prompts follows from seed and epoch, so that a killed run goes on as it would
+have.
 
-A step is a mean over equally many completions in each forward pass, all written before the first pass, so accumulation is
-exact; one pass of updates is made with them.
+A step is a mean over equally many completions in each forward pass, all written before the first pass, so accumulation
+is exact.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, TrainerCallback
 
+NOTHING = Seen()
 KEPT = ("reward", "win_rate", "kl", "length")
 """Scores of the curve beside its loss."""
 
@@ -107,9 +109,9 @@ def _trainer(
             passes = cast(list[dict[str, Any]], self._buffered_inputs)
             taken = passes[(self._step - 1) % len(passes)]
             tokens = taken["prompt_ids"].numel() + taken["completion_ids"].numel()
-            return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
+            return 6 * tokens * tuned.num_parameters(exclude_embeddings=True)
 
-    def worth(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    def worth(prompts: list[str], completions: list[str], **_: Any) -> Any:
         asked = [rows[int(number)].row for number in prompts]
         return rewarder.rewards(asked, completions, run.eval.batch, "")
 
@@ -185,8 +187,8 @@ def _settings_put_back(base: PreTrainedModel) -> Iterator[None]:
 
 
 def score(
-    scored: Any, base: Base, rows: Sequence[Example], run: Run, rewarder: Rewarder, label: str, known: Seen = Seen(),
-    rival: Sequence[float] | None = None,
+    scored: Any, base: Base, rows: Sequence[Example], run: Run, rewarder: Rewarder, label: str,
+    known: Seen = NOTHING, rival: Sequence[float] | None = None,
 ) -> Scored:  # fmt: skip
     """Let a model answer held-out prompts greedily, and score what it wrote.
 
