@@ -56,6 +56,8 @@ class Kind(Enum):
     """SmolLM2-135M-Instruct, unpacked once from a package of the Python index: trains without a model hub."""
     hub = "hub"
     """Any causal language model of transformers: a hub id or a local folder."""
+    run = "run"
+    """A trained run of ftexp, to go on from what it learned: its adapter is merged into its base when it is loaded."""
 
 
 class Dtype(Enum):
@@ -253,6 +255,9 @@ class Method(Enum):
     Terry 1952)."""
     dpo = "dpo"
     """Direct preference optimisation on pairs of answers, arXiv:2305.18290; the reference is the untouched base."""
+    rloo = "rloo"
+    """Reinforcement learning with TRL's RLOOTrainer, arXiv:2402.14740: the model answers each prompt several times, and
+    a reward model (`trainer.reward`) says which answers are worth more; the reference is the model before training."""
     classify = "classify"
     """A fresh head on the model that tells the labels of a text: rows whose completion is a list of labels, parted by
     `eval.labels` (a comma where that is null)."""
@@ -316,7 +321,7 @@ class Model:
     kind: Kind = Kind.embedded
     """Where it comes from."""
     path: str = ""
-    """Hub id or local folder, for `kind=hub`."""
+    """Hub id or local folder, for `kind=hub`; folder, name or MLflow id of a run or sweep, for `kind=run`."""
     revision: str | None = None
     """Branch, tag or commit of a hub model; pin it, branches move."""
     dtype: Dtype = Dtype.auto
@@ -327,6 +332,9 @@ class Model:
     def __post_init__(self) -> None:
         if self.kind is Kind.hub:
             require(bool(self.path), "model.path", self.path, "a hub id or a folder when model=hub")
+        elif self.kind is Kind.run:
+            require(bool(self.path), "model.path", self.path, "folder, name or id of a run when model=run")
+            require(self.revision is None, "model.revision", self.revision, "null when model=run")
         else:
             require(not self.path, "model.path", self.path, f"empty when model={self.kind.value} (use model=hub)")
             rule = f"null when model={self.kind.value} (use model=hub)"
@@ -535,7 +543,7 @@ class Trainer:
     epochs: float = 1.0
     """Passes over the training rows, where `steps` is null."""
     batch: int = 8
-    """Rows in a forward pass."""
+    """Rows in a forward pass; with `kind=rloo` completions."""
     accumulation: int = 1
     """Forward passes in an optimizer step; the effective batch is batch * accumulation rows."""
     scheduler: Scheduler = Scheduler.linear
@@ -571,9 +579,18 @@ class Trainer:
     """With `loss=own`: hash of the function's source, filled in by `ftexp.api.run`."""
     beta: float = 0.1
     """With `kind=dpo`: how fast the loss falls as the model moves from its reference; small values let it move far.
-    `valid/loss` and `valid/margin` are in its unit, so trials of several values are compared by `valid/accuracy`."""
+    `valid/loss` and `valid/margin` are in its unit, so trials of several values are compared by `valid/accuracy`.
+    With `kind=rloo`: what a nat away from the reference costs, in units of the reward; 0 makes it free. Trials of
+    several values are compared by `valid/reward`."""
+    reward: str = ""
+    """With `kind=rloo`: the reward model, by folder, name or MLflow id of a run or sweep with `trainer=reward`."""
+    generations: int = 4
+    """With `kind=rloo`: completions written for a prompt; each is compared with the mean of the others."""
+    max_new_tokens: int | None = None
+    """With `kind=rloo`: longest completion written in training; null allows a quarter more than the longest reference
+    of the training rows, plus 8 tokens."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """More keywords for `trl.SFTConfig`, which refuses those it does not know."""
+    """More keywords for `trl.SFTConfig` (`trl.RLOOConfig` with `kind=rloo`), which refuses those it does not know."""
 
     def __post_init__(self) -> None:
         _finite("trainer", self)
@@ -595,9 +612,11 @@ class Trainer:
             rule = f"false with trainer.kind={self.kind.value}"
             require(not self.group_by_length, "trainer.group_by_length", True, rule)
         self._check_loss()
-        require(0 < self.beta <= 100, "trainer.beta", self.beta, "above 0 and at most 100")
-        if self.kind is not Method.dpo:
-            require(self.beta == 0.1, "trainer.beta", self.beta, "left out unless trainer.kind=dpo")
+        free = self.kind is Method.rloo and self.beta == 0
+        require(free or 0 < self.beta <= 100, "trainer.beta", self.beta, "above 0 and at most 100")
+        if self.kind not in (Method.dpo, Method.rloo):
+            require(self.beta == 0.1, "trainer.beta", self.beta, "left out unless trainer.kind=dpo or rloo")
+        self._check_reinforcement()
         require(self.report_steps >= 0, "trainer.report_steps", self.report_steps, "0 or more")
         require(
             self.checkpoint_minutes is None or self.checkpoint_minutes >= 0,
@@ -622,6 +641,23 @@ class Trainer:
         own = self.loss is Loss.own
         rule = "left to ftexp.api.run(loss=function)" if own else "empty unless trainer.loss=own"
         require(bool(self.loss_sha256) == own, "trainer.loss_sha256", self.loss_sha256, rule)
+
+    def _check_reinforcement(self) -> None:
+        require(2 <= self.generations <= 1024, "trainer.generations", self.generations, "between 2 and 1024")
+        require(
+            self.max_new_tokens is None or 1 <= self.max_new_tokens <= 1 << 20,
+            "trainer.max_new_tokens", self.max_new_tokens, "null or between 1 and 1048576",
+        )  # fmt: skip
+        if self.kind is not Method.rloo:
+            for key, usual in (("reward", ""), ("generations", 4), ("max_new_tokens", None)):
+                value = getattr(self, key)
+                require(value == usual, f"trainer.{key}", value, "left out unless trainer.kind=rloo")
+            return
+        require(bool(self.reward), "trainer.reward", self.reward, "folder, name or id of a run of trainer=reward")
+        require(self.neftune == 0, "trainer.neftune", self.neftune, "0 with trainer.kind=rloo")
+        step = self.batch * self.accumulation
+        rule = f"a divisor of trainer.batch * trainer.accumulation = {step}: a step has all completions of its prompts"
+        require(step % self.generations == 0, "trainer.generations", self.generations, rule)
 
 
 @dataclass
@@ -720,6 +756,12 @@ class Run:
         if variant is Variant.none:
             rule = "float32 (lora=none takes it) or bfloat16, which loses small steps, with lora.variant=none"
             require(self.model.dtype in (Dtype.float32, Dtype.bfloat16), "model.dtype", self.model.dtype.value, rule)
+        if self.trainer.kind is Method.rloo:
+            rule = "0 with trainer.kind=rloo: a network with dropout writes one thing and learns of another"
+            require(self.lora.dropout == 0, "lora.dropout", self.lora.dropout, rule)
+            require(
+                self.eval.generate, "eval.generate", False, "true with trainer.kind=rloo: it scores what is written"
+            )
         once = len({*self.objectives}) == len(self.objectives)
         require(once, "objectives", self.objectives, "metrics, each once")
 
@@ -737,6 +779,9 @@ RETIRED = {
     "loss_type": "trainer.loss",
     "label_smoothing_factor": "trainer.loss",
     "compute_loss_func": "trainer.loss",
+    "num_generations": "trainer.generations",
+    "max_completion_length": "trainer.max_new_tokens",
+    "reward_model": "trainer.reward",
     "load_in_4bit": "quant.kind",
     "load_in_8bit": "quant.kind",
     "bnb_4bit_use_double_quant": "quant.double",

@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
-from ftexp import config, data, estimate, evaluate, facts, labels, metrics, model, track
+from ftexp import config, data, estimate, evaluate, facts, handed, labels, metrics, model, track
 from ftexp.config import Format, Kind, Long, Loss, Method, Packing, Run, Template, Tracker
 from ftexp.data import gates, general, prompts, tokens
 from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned
@@ -18,7 +18,19 @@ from ftexp.files import naming, no_room, read_json, write_json
 from ftexp.model import Base
 from ftexp.overrides import ROOT
 from ftexp.progress import say, warn
-from ftexp.train import TRAINERS, answers, checkpoints, classify, dpo, lengths, losses, reward, sft
+from ftexp.train import (
+    TRAINERS,
+    answers,
+    checkpoints,
+    classify,
+    dpo,
+    lengths,
+    losses,
+    reward,
+    rewarder,
+    rloo,
+    sft,
+)
 from ftexp.train.answers import Pair
 from ftexp.train.control import Control, Rung
 
@@ -35,8 +47,13 @@ def check(run: Run, folder: Path | None) -> None:
     """
     for name in run.objectives:
         metrics.check_objective(name, switched_on(run))
-    if run.model.kind is Kind.tiny and run.quant.kind is not Format.none:
-        raise ConfigError(f"quant.kind={run.quant.kind.value} needs stored weights: model=embedded or hub, got tiny")
+    stored = run.model.kind is not Kind.tiny and (run.model.kind is not Kind.run or model.origin(run.model)[1] is None)
+    if not stored and run.quant.kind is not Format.none:
+        kind = run.model.kind.value
+        raise ConfigError(
+            f"quant.kind={run.quant.kind.value} needs stored weights: model=embedded or hub, got {kind}"
+            + (f"; ftexp export {run.model.path} --form merged stores them" if kind == "run" else "")
+        )
     kept = None if folder is None else read_json(folder / "trial.json")
     if kept is not None and kept["config"] != identity(run):
         raise ConfigError(
@@ -54,8 +71,26 @@ def check(run: Run, folder: Path | None) -> None:
     rows = splits.digest()
     if kept is not None and kept.get("facts", {}).get("rows", {}).get("sha256", rows) != rows:
         raise ConfigError(f"name={run.name}: the rows changed since the run in {folder}; choose another name")
-    if run.model.kind is Kind.hub:
+    if run.model.kind in (Kind.hub, Kind.run) and model.rooted(run.model).path:
         model.source(run.model)
+    for name, now in _handed(run).items():
+        if kept is not None and kept.get("facts", {}).get(name, now) != now:
+            where = run.trainer.reward if name == "reward" else run.model.path
+            raise ConfigError(
+                f"name={run.name}: {where} was trained again since the run in {folder}; choose another name"
+            )
+
+
+def _handed(run: Run) -> dict[str, dict[str, Any]]:
+    """Tell what a run takes from others: the one it starts from, and its reward model.
+
+    Raises:
+        ConfigError: one is of another method.
+        MachineError: one is not there or not complete.
+    """
+    start = handed.stage("model.path", run.model.path, model.WRITERS) if run.model.kind is Kind.run else None
+    judge = rewarder.found(run) if run.trainer.kind is Method.rloo else None
+    return {name: handed.identity(kept) for name, kept in (("start", start), ("reward", judge)) if kept is not None}
 
 
 def switched_on(run: Run) -> set[str]:
@@ -102,7 +137,7 @@ def _check_shape(run: Run, splits: data.Splits) -> None:
             f"trainer.kind={run.trainer.kind.value} learns from pairs of answers, {lone.where} has one; "
             "rows need prompt, chosen and rejected"
         )
-    if run.eval.labels is not None and run.trainer.kind in answers.KINDS:
+    if run.eval.labels is not None and run.trainer.kind in (*answers.KINDS, Method.rloo):
         raise ConfigError(
             f"eval.labels must be null with trainer.kind={run.trainer.kind.value}, got {run.eval.labels!r}"
         )
@@ -130,6 +165,8 @@ def prepare(run: Run) -> None:
     train, valid = tokenised(run, data.load(run.data))
     general_text(run, model.tokenizer(run.model))
     _check_length(run, [tokens.longest(train), tokens.longest(valid)])
+    if run.trainer.kind is Method.rloo:
+        _check_steps(run, train)
     limit = model.positions(run.model)
     if limit is not None and run.data.packing is Packing.wrapped and run.data.max_length > limit:
         raise ConfigError(
@@ -173,6 +210,24 @@ def _check_room(run: Run, rows: Sequence[prompts.Example]) -> None:
         )
 
 
+def _check_steps(run: Run, train: Sequence[prompts.Example]) -> None:
+    """Refuse fewer prompts than a step of reinforcement learning takes, and completions longer than the models."""
+    wanted = run.trainer.batch * run.trainer.accumulation // run.trainer.generations
+    if len(train) < wanted:
+        raise ConfigError(
+            f"trainer.batch * trainer.accumulation / trainer.generations = {wanted} prompts are a step, there are "
+            f"{len(train)}"
+        )
+    limits = [model.positions(run.model), model.positions(rewarder.found(run).config().model)]
+    limit = min((n for n in limits if n is not None), default=None)
+    asked, most = max(train, key=lambda e: len(e.prompt)), rloo.room(run, train)
+    if limit is not None and len(asked.prompt) + most > limit:
+        raise ConfigError(
+            f"trainer.max_new_tokens must leave room for the prompt of {asked.row.where}: model and reward model take "
+            f"at most {limit} tokens, the prompt has {len(asked.prompt)} and {most} may be written"
+        )
+
+
 def _check_labels(run: Run, splits: data.Splits) -> None:
     """Refuse a row without a label, where completions are lists of labels."""
     for row in (*splits.train, *splits.valid) if run.eval.labels is not None else ():
@@ -183,6 +238,10 @@ def _check_labels(run: Run, splits: data.Splits) -> None:
 def identity(run: Run) -> dict[str, Any]:
     """Return what decides the result of a run, flat: the config without tracking, name and checkpoints."""
     return {k: v for k, v in track.flat(run).items() if k not in ("name", "trainer.checkpoint_minutes")}
+
+
+HANDED = ("start", "reward")
+"""Facts about the runs that a run takes something from."""
 
 
 def fingerprint(run: Run, told: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +256,7 @@ def fingerprint(run: Run, told: dict[str, Any]) -> dict[str, Any]:
     deciding = (
         "rows", "template_sha256", "tokenizer_sha256", "weights_sha256", "compute", "versions", "code_sha256",
     )  # fmt: skip
-    return config_part | config.flat({k: told[k] for k in deciding})
+    return config_part | config.flat({k: told[k] for k in deciding} | {k: told[k] for k in HANDED if k in told})
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -366,7 +425,9 @@ def _execute(
                 _judge_again(log, control)
             train_adapter = TRAINERS[run.trainer.kind]
             try:
-                trained = train_adapter(run, base, tuned, task.train, task.valid, kept, log.metrics, control)
+                trained = train_adapter(
+                    run, base, tuned, task.train, task.valid, kept, log.metrics, control, **task.more
+                )
             except Pruned:
                 model.save(base, tuned, folder)
                 raise
@@ -451,6 +512,8 @@ class Task:
     """Scores the trained model on `test`; what was fitted on the held-out rows stays as it is."""
     ready: Callable[[Base], None] = lambda base: None
     """Asks the untouched base what training needs of it."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """What the training takes beside what all take."""
 
 
 def generation(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = ()) -> Task:
@@ -566,11 +629,56 @@ def preference(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = ())
     return Task(run, train, valid, test, len(train), 0, "base", before, after, final, ready)
 
 
+def reinforcement(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = ()) -> Task:
+    """Rows are prompts, their completions are there to be compared with; the rival is the base, the reference too."""
+    train, valid = tokenised(run, splits)
+    test = prompts.render(opened, model.tokenizer(run.model), run.data) if opened else []
+    if test:
+        _check_length(run, test)
+        _check_room(run, test)
+    known = evaluate.seen(train, valid, run.eval)
+    judge = str(sorted(handed.identity(rewarder.found(run)).items()))
+    more: dict[str, Any] = {}
+
+    def ready(base: Base) -> None:
+        more["rewarder"] = rewarder.load(run)
+
+    def scored(base: Base, rows: Sequence[prompts.Example], label: str) -> evaluate.Scored:
+        asked = f"{splits.digest()} {judge} {run.trainer.beta} {config.digest(run.data, run.eval)}"
+        key = f"rloo {label} {base.weights} {base.key} {asked}"
+        if key not in _base_scores:
+            found = rloo.score(base.model, base, rows, run, more["rewarder"], label, known)
+            given = [e.row for e in rows]
+            told = [row.completion for row in given]
+            worth = more["rewarder"].rewards(given, told, run.eval.batch, f"{label} references")
+            for entry, value in zip(found.table, worth, strict=True):
+                entry |= {"reference_reward": value, "win_rate": 0.5}
+            _base_scores[key] = evaluate.Scored(found.scores | {"win_rate": 0.5}, found.table)
+        return _base_scores[key]
+
+    def before(base: Base) -> evaluate.Scored:
+        general_before(run, base)
+        return scored(base, valid, "base")
+
+    def after(base: Base, tuned: Any) -> After:
+        ahead = [e["reward"] for e in before(base).table]
+        found = rloo.score(tuned, base, valid, run, more["rewarder"], "valid", known, ahead)
+        return After(found, forgotten(run, base, tuned))
+
+    def final(base: Base, tuned: Any, _: After) -> evaluate.Scored:
+        with model.untrained(base, tuned):
+            ahead = [e["reward"] for e in scored(base, test, "base, test").table]
+        return rloo.score(tuned, base, test, run, more["rewarder"], "test", known, ahead)
+
+    return Task(run, train, valid, test, len(train), 0, "base", before, after, final, ready, more)
+
+
 TASKS = {
     Method.sft: generation,
     Method.classify: classification,
     Method.reward: rewarding,
     Method.dpo: preference,
+    Method.rloo: reinforcement,
 }
 
 
@@ -700,6 +808,7 @@ def _facts(run: Run, base: Base, splits: data.Splits, used: Tokenised) -> dict[s
         **({"general_sha256": general.digest(general.passages(run.eval.forgetting))} if run.eval.forgetting else {}),
         "rows": _counts(splits, used),
         **({"data_commit": splits.commit} if splits.commit else {}),
+        **_handed(run),
         "template_sha256": prompts.template_digest(base.tokenizer, run.data),
         "tokenizer_sha256": prompts.tokenizer_digest(base.tokenizer),
         "weights_sha256": base.weights,
@@ -738,7 +847,8 @@ def _store(
     before: evaluate.Scored, after: evaluate.Scored, step: int, rival: str,
 ) -> None:  # fmt: skip
     """Write the tables of rows and labels, and show scores, examples and adapter in the tracking store."""
-    rows = [{**b, f"{rival}_nats": a["nats"], **({f"{rival}_prediction": a["prediction"]} if "prediction" in a else {})}
+    beside = ("nats", "prediction", "reward")
+    rows = [{**b, **{f"{rival}_{k}": a[k] for k in beside if k in a}, **{k: a[k] for k in a if k == "reference_reward"}}
             for a, b in zip(before.table, after.table, strict=True)]  # fmt: skip
     _write_table(folder / "examples.parquet", rows)
     log.metrics({"valid/loss": scores["valid/loss"]}, step)
@@ -749,6 +859,9 @@ def _store(
         "reference",
         f"{rival}_prediction",
         "prediction",
+        f"{rival}_reward",
+        "reward",
+        "reference_reward",
         "exact_match",
         "jaccard",
         "f1",

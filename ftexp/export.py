@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftexp import card, config, data, fidelity, model, trained, verb
-from ftexp.config import Format, Method, Run, Variant
+from ftexp.config import Format, Kind, Method, Run, Variant
 from ftexp.data import prompts
 from ftexp.errors import ConfigError, DataError, MachineError, Unfaithful
 from ftexp.fidelity import Answers, Fidelity
@@ -99,6 +99,11 @@ def _adapter(kept: Kept, run: Run, folder: Path) -> None:
     """Copy the adapter, name its base as others know it, and put the tokenizer beside it."""
     from ftexp.model.saved import ADAPTER
 
+    if run.model.kind is Kind.run:
+        raise ConfigError(
+            f"--form must be merged, got adapter: {kept.name} began with the run {run.model.path}, so its adapter fits "
+            "no base that others have"
+        )
     source = kept.folder / "adapter"
     told = read_json(source / ADAPTER)
     if told is None or not (source / WEIGHTS).is_file():

@@ -389,7 +389,8 @@ def every(run: Run, folder: Path, trials: int = 1, workers: int = 1) -> list[Fin
     needed = trials * copies * plan.adapter_file + 2 * workers * plan.checkpoint
     found += [disk(folder, needed), device(run, plan.memory)]
     base, rows = toy()
-    found += [accumulation(base, rows, run.trainer), neftune(base, rows)]
+    how = config.Trainer() if run.trainer.kind is Method.rloo else run.trainer  # its keywords are another trainer's
+    found += [accumulation(base, rows, how), neftune(base, rows)]
     if any(one.state is State.fail for one in found if one.name in ("device", "supervision")):
         return found  # the model cannot be asked
     return found + _of_model(run, task)

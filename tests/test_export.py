@@ -62,7 +62,7 @@ def test_adapter_is_the_runs_own_and_loads_with_peft(run, tmp_path, monkeypatch,
     base = tiny.model("eager")
     ids = torch.tensor([[5, 6, 7]])
     bare = base(ids).logits
-    tuned = saved._attached(base, tmp_path / "a")
+    tuned = saved.attached(base, tmp_path / "a")
     assert not torch.equal(tuned(ids).logits, bare)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import evaluate, metrics
-from ftexp.config import Loss, Packing, Run, Trainer
+from ftexp.config import Loss, Method, Packing, Run, Trainer
 from ftexp.data.prompts import Example
 from ftexp.errors import Diverged, OutOfTime, Preempted, Pruned
 from ftexp.model import Base, accept
@@ -140,22 +140,27 @@ def orders(count: int, trainer: Trainer, seed: int) -> Iterator[list[int]]:
 
 
 def planned_steps(trainer: Trainer, rows: int) -> int:
-    """Count optimizer steps over rows or packs: the last step of an epoch may hold fewer than the others."""
+    """Count optimizer steps over rows or packs: the last step of an epoch may hold fewer than the others.
+
+    With `kind=rloo` a step holds whole prompts, and those left over at the end of an epoch are not trained on in it.
+    """
     if trainer.steps is not None:
         return trainer.steps
+    if trainer.kind is Method.rloo:
+        return max(1, math.ceil(rows * trainer.generations // (trainer.batch * trainer.accumulation) * trainer.epochs))
     an_epoch = math.ceil(math.ceil(rows / trainer.batch) / trainer.accumulation)
     return max(1, math.ceil(an_epoch * trainer.epochs))
 
 
 def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int) -> SFTConfig:
-    """Translate the config to TRL's.
+    """Translate the config to TRL's: an SFTConfig, with `kind=rloo` an RLOOConfig.
 
     Raises:
         ConfigError: `trainer.extra` names a keyword TRL does not know, or gives one that the schema has.
     """
-    from trl import SFTConfig
+    from trl import RLOOConfig, SFTConfig
 
-    own = {
+    own: dict[str, Any] = {
         "output_dir": folder,
         "max_steps": steps,
         "learning_rate": trainer.lr,
@@ -173,7 +178,6 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
         "train_sampling_strategy": "group_by_length" if trainer.group_by_length else "random",
         "bf16": False,  # the weights are loaded in the format that was chosen; autocast on top would round twice
         "fp16": False,
-        "max_length": None,  # rows were refused where too long, so nothing is cut here
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # the filter shows a diverged loss as 0.0
         "save_strategy": "no",
@@ -182,7 +186,20 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
         "disable_tqdm": True,
         "dataloader_pin_memory": device == "cuda",
     }
-    return cast("SFTConfig", accept(SFTConfig, own, trainer.extra, "trainer.extra"))
+    if trainer.kind is not Method.rloo:
+        own |= {"max_length": None}  # rows were refused where too long, so nothing is cut here
+        return cast("SFTConfig", accept(SFTConfig, own, trainer.extra, "trainer.extra"))
+    own |= {
+        "num_generations": trainer.generations,
+        "beta": 0.0,  # RLOOTrainer would load the reference from files; `rloo.train` gives it ours
+        "num_iterations": 1,  # a checkpoint keeps no completions, so a step uses those that it has written
+        "steps_per_generation": None,
+        "generation_batch_size": None,
+        "sync_ref_model": False,
+        "disable_dropout": False,  # for good; `answers.undisturbed` does so for a while
+        "use_vllm": False,
+    }
+    return cast("SFTConfig", accept(RLOOConfig, own, trainer.extra, "trainer.extra"))
 
 
 def _trainer(
@@ -296,7 +313,11 @@ def watch(
 
     asked, minutes, saved = control, run.trainer.checkpoint_minutes, [time.monotonic()]
     dead: list[int] = []
-    names = {"loss": "train/loss", "learning_rate": "train/lr", "grad_norm": "train/grad_norm"}
+    names = {
+        "loss": "train/loss", "learning_rate": "train/lr", "grad_norm": "train/grad_norm",
+        "reward": "train/reward", "kl": "train/kl", "completions/mean_length": "train/length",  # of RLOOTrainer
+    }  # fmt: skip
+    still = run.trainer.kind is Method.rloo  # completions that are worth the same teach nothing for a while
 
     class Watch(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
@@ -306,7 +327,7 @@ def watch(
             for name, value in told.items():
                 if not math.isfinite(value):
                     raise Diverged(f"diverged at step {state.global_step}: {name} is {value}")
-            dead[:] = [*dead, state.global_step] if told.get("train/grad_norm") == 0.0 else []
+            dead[:] = [*dead, state.global_step] if told.get("train/grad_norm") == 0.0 and not still else []
             if len(dead) == DEAD_STEPS:
                 raise Diverged(f"diverged at step {state.global_step}: no gradient for {DEAD_STEPS} steps")
             report(told, state.global_step)
