@@ -370,7 +370,9 @@ def effects(sweep: Sweep) -> str:
         return ""
     ends = [v for bins in found.values() for b in bins for v in (*b.ends, b.mean)]
     axis = svg.scale(ends, 0, svg.STRIP, pad=0.02)
-    told = importance(sweep) + "".join(effect(sweep, key, bins, axis) for key, bins in found.items())
+    rate = sweep.verdict.rate
+    told = importance(sweep) + ("" if rate is None else f"<p>{_e(compare.rate_line(rate))}</p>")
+    told += "".join(effect(sweep, key, bins, axis) for key, bins in found.items())
     left = len(sweep.board.points) - len(sweep.complete)
     without = f" The {left} points that are not complete are left out." if left else ""
     return (
