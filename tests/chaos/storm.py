@@ -7,6 +7,7 @@ next begins, until all faults are dealt.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -114,7 +115,27 @@ class Storm:
         if got != code or text not in said:
             self.problems.append(f"expected exit code {code} and {text!r}, got {got}: {said[-800:]}")
 
-    # the faults; each returns False where there is nothing it could hit
+    def until(self, ready: Callable[[], object]) -> bool:
+        """Wait until something is there to be hit; False where the launch ends before."""
+        began = time.monotonic()
+        while not ready():
+            if self.process.poll() is not None or time.monotonic() - began > LONGEST:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def some_worker(self) -> psutil.Process | None:
+        """Wait for workers, and choose one."""
+        found: list[psutil.Process] = []
+        self.until(lambda: found.extend(workers(self.process)) or found)
+        return self.dice.choice(found) if found else None
+
+    def sealed(self) -> list[Path]:
+        """List the checkpoints that are sealed, by their step."""
+        found = self.sweep.glob("*/checkpoints/*/manifest.json")
+        return [p.parent for p in sorted(found, key=lambda p: int(p.parent.name.split("-")[1]))]
+
+    # the faults; each returns False where there was nothing it could hit
 
     def worker_killed(self) -> bool:
         return self.signalled(signal.SIGKILL)
@@ -123,10 +144,11 @@ class Storm:
         return self.signalled(signal.SIGTERM)
 
     def signalled(self, number: int) -> bool:
-        alive = workers(self.process)
-        if alive:
-            self.dice.choice(alive).send_signal(number)
-        return bool(alive)
+        if (chosen := self.some_worker()) is None:
+            return False
+        with contextlib.suppress(psutil.NoSuchProcess):
+            chosen.send_signal(number)
+        return True
 
     def supervisor_killed(self) -> bool:
         alive = workers(self.process)
@@ -140,7 +162,7 @@ class Storm:
         return True
 
     def launch_terminated(self) -> bool:
-        if not workers(self.process):
+        if self.some_worker() is None:
             return False
         self.process.terminate()
         if (code := self.process.wait(LONGEST)) not in (75, 0):
@@ -149,16 +171,17 @@ class Storm:
 
     def worker_stopped(self) -> bool:
         """It looks dead for a while, and lives: its trial is nobody else's."""
-        alive = workers(self.process)
-        if not alive:
+        if (chosen := self.some_worker()) is None or not self.until(lambda: self.held_by(chosen.pid)):
             return False
-        chosen = self.dice.choice(alive)
-        chosen.send_signal(signal.SIGSTOP)
-        before = self.held_by(chosen.pid)
-        time.sleep(1.5)
-        if self.held_by(chosen.pid) != before:
-            self.problems.append("the trial of a stopped worker was given away")
-        chosen.send_signal(signal.SIGCONT)
+        try:
+            chosen.send_signal(signal.SIGSTOP)
+            before = self.held_by(chosen.pid)
+            time.sleep(1.5)
+            if self.held_by(chosen.pid) != before:
+                self.problems.append("the trial of a stopped worker was given away")
+            chosen.send_signal(signal.SIGCONT)
+        except psutil.NoSuchProcess:
+            return False
         return bool(before)
 
     def held_by(self, pid: int) -> list[int]:
@@ -166,31 +189,32 @@ class Storm:
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
 
+        if not psutil.pid_exists(pid):
+            return [-1]
         try:  # without the lock, which the stopped one may hold
             record = load_study(
                 study_name="k", storage=JournalStorage(JournalFileBackend(str(self.sweep / study.JOURNAL)))
             )
-        except KeyError:
+        except (KeyError, OSError, ValueError):
             return []
         mine = [t for t in record.get_trials() if t.user_attrs.get("ftexp:worker", {}).get("pid") == pid]
         return [t.number for t in mine if t.state.name == "RUNNING"]
 
     def record_torn(self) -> bool:
-        self.down()
         path = self.sweep / study.JOURNAL
-        if not path.exists():
+        if not self.until(path.exists):
             return False
+        self.down()
         with path.open("ab") as out:
             out.write(b'{"op_code": 8, "worker_id": "x", "tri')
         return True
 
     def record_corrupted(self) -> bool:
         """Garbage at the end or in the middle is refused by its line; without that line the sweep goes on."""
-        self.down()
         path = self.sweep / study.JOURNAL
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        if len(lines) < 3 or not (self.sweep / "identity.json").exists():
+        if not self.until(lambda: path.exists() and path.read_bytes().count(b"\n") > 3):
             return False
+        self.down()
         study.cut_torn(path)
         lines = path.read_bytes().splitlines(keepends=True)
         at = self.dice.choice([len(lines), self.dice.randrange(1, len(lines))])
@@ -200,13 +224,12 @@ class Storm:
         return True
 
     def checkpoint_damaged(self) -> bool:
-        self.down()
-        sealed = sorted(
-            self.sweep.glob("*/checkpoints/*/manifest.json"), key=lambda p: int(p.parent.name.split("-")[1])
-        )
-        if not sealed:
+        if not self.until(self.sealed):
             return False
-        folder = sealed[-1].parent
+        self.down()
+        if not self.sealed():
+            return False
+        folder = self.sealed()[-1]
         file = self.dice.choice(["manifest.json", "optimizer.pt", "adapter_model.safetensors", "trainer_state.json"])
         content = bytearray((folder / file).read_bytes())
         match self.dice.choice(["cut", "flipped", "gone"]):
@@ -221,10 +244,10 @@ class Storm:
 
     def files_deleted(self) -> bool:
         """Of a complete trial, which runs again, and of a running one."""
+        if not self.until(self.runs):
+            return False
         self.down()
         kept = self.runs()
-        if not kept:
-            return False
         folder = self.dice.choice(kept)
         if complete := (read_json(folder / "trial.json") or {}).get("state") == "complete":
             self.brought_back += self.ended(int(folder.name))
@@ -290,7 +313,7 @@ class Storm:
         return True
 
     def second_launch(self) -> bool:
-        if not workers(self.process):
+        if self.some_worker() is None:
             return False
         other = self.start()
         at = self.out.stat().st_size
