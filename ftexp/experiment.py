@@ -267,9 +267,15 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 def complete(run: Run, folder: Path) -> dict[str, float] | None:
     """Return the scores of a run that is already in its folder and ended well."""
     kept = read_json(folder / "trial.json")
-    if kept and kept["state"] == "complete" and kept["config"] == identity(run):
+    if kept and kept["state"] == "complete" and kept["config"] == identity(run) and has_results(folder):
         return kept["scores"]
     return None
+
+
+def has_results(folder: Path) -> bool:
+    """Tell whether all that a complete run leaves is there: its record, what was trained, the table of its rows."""
+    trained = next(folder.glob("adapter/adapter_model.*"), None) or next(folder.glob("model/model*"), None)
+    return trained is not None and all((folder / name).exists() for name in ("trial.json", "examples.parquet"))
 
 
 def stale(folder: Path) -> str:

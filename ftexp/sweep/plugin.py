@@ -254,7 +254,7 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
         gone = study.settle(record, points, options.max_retries, sweep.folder)
     if gone:
         say(
-            f"sweep {sweep.name}: the folders of trials {', '.join(map(str, gone))} are gone; they run again",
+            f"sweep {sweep.name}: files of trials {', '.join(map(str, gone))} are gone; they run again",
             always=True,
         )
     left = sum(not t.state.is_finished() for t in study.counted(record))

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftexp import experiment
 from ftexp.errors import ConfigError, MachineError
 from ftexp.sweep import race
 from ftexp.sweep.options import Options, Pruner, Sampler
@@ -360,17 +361,17 @@ def settle(
         study: the record.
         points: of all tickets.
         max_retries: further attempts at a ticket whose worker died.
-        folder: of the sweep; tickets that are complete and have no folder any more are queued again.
+        folder: of the sweep; tickets that are complete and whose files are not all there are queued again.
 
     Returns:
-        The tickets whose folders are gone.
+        The tickets whose files are gone.
     """
     from optuna.trial import TrialState, create_trial
 
     reap(study, max_retries)
     queue(study, points)
     done = [t for t in counted(study) if t.state is TrialState.COMPLETE] if folder is not None else []
-    gone = [t for t in done if folder is not None and not (folder / str(ticket(t)) / "trial.json").exists()]
+    gone = [t for t in done if folder is not None and not experiment.has_results(folder / str(ticket(t)))]
     for trial in gone:
         study.add_trial(
             create_trial(

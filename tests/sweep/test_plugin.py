@@ -443,7 +443,7 @@ def test_trial_whose_folder_is_gone_runs_again(cli, tmp_path):
     shutil.rmtree(folder / "1")
     code, _, err = cli(*given)
     assert code == 0, err
-    assert "the folders of trials 1 are gone; they run again" in err
+    assert "files of trials 1 are gone; they run again" in err
     assert "1 of 2 trials to do" in err
     assert adapters(folder) == before
 
