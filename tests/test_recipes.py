@@ -5,6 +5,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import yaml
 
@@ -66,7 +67,7 @@ def test_a_smoke_of_another_method_would_be_seen(composed):
 
 def planned(row, given, monkeypatch, capsys):
     """Plan a recipe on the command line; activations, which no source prints, are left out."""
-    monkeypatch.setattr(estimate.activations, "peak", lambda *_: 0)
+    monkeypatch.setattr(estimate.activations, "trace", lambda *_: numpy.zeros(1, dtype=int))
     monkeypatch.setattr(sys, "argv", ["ftexp plan", f"experiment={row}", *given, "--json"])
     code = plan.main()
     out, err = capsys.readouterr()

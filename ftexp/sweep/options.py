@@ -61,6 +61,19 @@ class Engine(Enum):
     """Tasks of a Ray cluster; `ftexp[ray]`."""
 
 
+class Over(Enum):
+    """What becomes of a trial whose plan passes a limit."""
+
+    refuse = "refuse"
+    """The sweep does not start. A search checks the ends and values of its keys; a draw beyond is skipped."""
+    skip = "skip"
+    """The trial is left out and recorded with its reason; the others run. A raised limit lets it run."""
+
+
+PLANNED = ("memory_gib", "checkpoint_gib", "trainable", "tokens", "tflop", "hours", "usd")
+"""What `plan_at_most` may bound."""
+
+
 @dataclass
 class Options:
     """How a sweep searches, runs and ends."""
@@ -90,6 +103,15 @@ class Options:
     `{when: {lora: [default, rslora]}, is: "16,32"}` searches a key only where keys before it have these values."""
     at_most: dict[str, float] = field(default_factory=dict)
     """Bounds on metrics: a trial above one is infeasible and never best."""
+    plan_at_most: dict[str, float] = field(default_factory=dict)
+    """Bounds on the plan of a trial, seen before it runs: `memory_gib`, `checkpoint_gib`, `trainable` weights, `tokens`
+    with padding, `tflop`; `hours` of training and `usd` with the next keys."""
+    over: Over = Over.refuse
+    """What becomes of a trial beyond such a bound."""
+    tokens_per_second: float | None = None
+    """Speed of training, as `ftexp plan --probe` measures it; gives hours."""
+    usd_per_hour: float | None = None
+    """Price of the machine; gives dollars."""
     workers: int = 0
     """Processes; 0 takes one for each visible GPU, and none (in this process) without a GPU."""
     engine: Engine = Engine.local
@@ -124,6 +146,7 @@ class Options:
         require(0 <= self.seed < 2**31, "sweep.seed", self.seed, "between 0 and 2147483647")
         for name, bound in self.at_most.items():
             require(math.isfinite(bound), f"sweep.at_most.{name}", bound, "a finite number")
+        self._check_plan()
         for point in self.baselines:
             require(isinstance(point, dict), "sweep.baselines", point, "a list of points like {lora.r: 8}")
         if self.storage is not None:
@@ -136,3 +159,17 @@ class Options:
                 f"sweep.storage={self.storage} with {others}: SQLite hands one trial to two "
                 "workers; leave sweep.storage out for a journal file, or give a PostgreSQL address"
             )
+
+    def _check_plan(self) -> None:
+        for name, bound in self.plan_at_most.items():
+            require(name in PLANNED, "sweep.plan_at_most", name, f"bounds on {', '.join(PLANNED)}")
+            require(0 < bound < math.inf, f"sweep.plan_at_most.{name}", bound, "a finite number above 0")
+        for key in ("tokens_per_second", "usd_per_hour"):
+            value = getattr(self, key)
+            require(value is None or 0 < value < math.inf, f"sweep.{key}", value, "null or above 0")
+        if self.tokens_per_second is None and {"hours", "usd"} & {*self.plan_at_most}:
+            raise ConfigError("sweep.plan_at_most of hours or usd needs sweep.tokens_per_second (ftexp plan --probe)")
+        if self.usd_per_hour is None and "usd" in self.plan_at_most:
+            raise ConfigError("sweep.plan_at_most of usd needs sweep.usd_per_hour")
+        if self.over is Over.skip and not self.plan_at_most:
+            raise ConfigError("sweep.over=skip needs a bound in sweep.plan_at_most, as {memory_gib: 8}")

@@ -29,7 +29,7 @@ from ftexp.config import Run
 from ftexp.errors import ConfigError, FtexpError, MachineError, NoRoom, Preempted, TrialsFailed
 from ftexp.files import check_folder, read_json, write_json
 from ftexp.progress import say
-from ftexp.sweep import frozen, race, space
+from ftexp.sweep import frozen, limits, race, space
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import Engine, Options, Pruner, Sampler
 from ftexp.sweep.space import Space
@@ -71,12 +71,19 @@ class Sweeper(HydraSweeper):
         if not (folder / frozen.FILE).exists():
             for run in {config.digest(r.model, r.lora, r.data, r.trainer, r.eval): r for r in runs}.values():
                 experiment.prepare(run)
+            limits.refuse(self._named(searched, options, runs), options)
             probe.refuse(probe.quick(runs[0], folder))
         with only_supervisor(folder, runs[0].name, options.join) as alone:
             if alone:
                 launch(folder, searched, options, runs, self._compose, self.master, type(self).started)
             else:
                 help_out(folder, searched, options, runs)
+
+    def _named(self, searched: Space, options: Options, runs: list[Run]) -> list[tuple[str, Run]]:
+        """Name the points that `_checked` built."""
+        points = searched.grid() or [{}] if options.sampler is Sampler.grid else frozen.corners(searched)
+        named = (" ".join(f"{k}={v}" for k, v in point.items()) or "the trial" for point in points)
+        return list(dict(zip(named, runs, strict=True)).items())
 
     def _options(self) -> Options:
         try:
@@ -252,6 +259,7 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
         record.set_user_attr(worker.LEAVE, None)
         record.set_user_attr(worker.FULL, None)
         gone = study.settle(record, points, options.max_retries, sweep.folder)
+        study.skipped_again(record, limits.mark(options))
     if gone:
         say(
             f"sweep {sweep.name}: files of trials {', '.join(map(str, gone))} are gone; they run again",
@@ -390,7 +398,9 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
     trials = study.counted(record)
     failed = [study.ticket(t) for t in trials if t.user_attrs.get("ftexp:kind") or t.state.name == "FAIL"]
     best = screen.best_point(sweep, trials)
+    left_out = sum(screen.state_of(t) == "skipped" for t in trials)
     told = {"trials": float(len(trials)), "failed": float(len(failed))}
+    told |= {"skipped": float(left_out)} if left_out else {}
     if best is not None:
         told[sweep.objectives[0]] = best[1]
     tags = {} if best is None else {"ftexp.best_trial": ",".join(map(str, best[0]))}

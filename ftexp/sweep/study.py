@@ -383,6 +383,17 @@ def settle(
     return [ticket(t) for t in gone]
 
 
+def skipped_again(study: Study, mark: str) -> None:
+    """Queue tickets again that were skipped under other limits than these; they are planned anew."""
+    from optuna.trial import TrialState, create_trial
+
+    for trial in counted(study):
+        if trial.user_attrs.get("ftexp:skipped", mark) != mark:
+            point = {"fixed_params": trial.system_attrs.get("fixed_params") or trial.params}
+            attrs = {"ftexp:ticket": ticket(trial)}
+            study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=point, user_attrs=attrs))
+
+
 def seed_of(seed: int, number: int) -> int:
     """Derive the seed of one proposal, so that it depends on nothing but the sweep's seed and the ticket."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:4], "big") % 2**31

@@ -23,7 +23,7 @@ from ftexp import config, data, experiment, facts, metrics
 from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, NoRoom, OutOfTime, Pruned
 from ftexp.files import no_room
 from ftexp.progress import quiet_libraries, say
-from ftexp.sweep import frozen, race, study
+from ftexp.sweep import frozen, limits, race, study
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import Pruner
 from ftexp.train import control
@@ -53,7 +53,7 @@ class Outcome:
     """What came of a ticket."""
 
     state: str
-    """complete, pruned or failed."""
+    """complete, pruned, skipped or failed."""
     kind: str = ""
     """Of a failure: diverged, oom, data, crash or timeout."""
     reason: str = ""
@@ -82,8 +82,11 @@ def run_ticket(sweep: Frozen, record: Study, trial: Trial) -> None:
         raise
     trial.set_user_attr("ftexp:reason", outcome.reason)
     trial.set_user_attr("ftexp:kind", outcome.kind)
-    say(f"trial {number} {outcome.state} {outcome.reason}".rstrip(), always=outcome.state == "failed")
-    states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+    say(f"trial {number} {outcome.state} {outcome.reason}".rstrip(), always=outcome.state in ("failed", "skipped"))
+    if outcome.state == "skipped":
+        trial.set_user_attr("ftexp:skipped", limits.mark(sweep.options))
+    states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
+    states |= dict.fromkeys(("pruned", "skipped"), TrialState.PRUNED)
     state = states[outcome.state]
     if outcome.kind in ("diverged", "oom"):
         state = TrialState.PRUNED  # a sampler ignores what failed and would ask there again; it avoids what was pruned
@@ -160,6 +163,8 @@ def _run(sweep: Frozen, trial: Trial, point: dict[str, Any], number: int) -> tup
         run = sweep.run(point, number % sweep.options.replicates)
         same_rows(sweep, run)
         keep_hydra_files(sweep, run, point, folder)
+        if reason := limits.skipped(run, sweep.options, label, folder):
+            return Outcome("skipped", "", reason), None
         asked = Control(judge(sweep, trial, run), deadline(sweep), same_model(trial, run))
         scores = experiment.execute(run, folder, label, sweep.mlflow_run, asked)
         values = [scores[name] for name in sweep.objectives]
