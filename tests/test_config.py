@@ -54,12 +54,27 @@ NAN, INF = math.nan, math.inf
         ("trainer.generations=8", r"trainer\.generations must be left out unless trainer\.kind=rloo, got 8"),
         ("trainer.max_new_tokens=8", r"trainer\.max_new_tokens must be left out unless trainer\.kind=rloo, got 8"),
         ("trainer=rloo", r"trainer\.reward must be folder, name or id of a run of trainer=reward, got ''"),
-        ("trainer=rloo trainer.reward=x trainer.generations=1", r"trainer\.generations must be between 2 and 1024, got 1"),
-        ("trainer=rloo trainer.reward=x trainer.max_new_tokens=0", r"trainer\.max_new_tokens must be null or between 1"),
-        ("trainer=rloo trainer.reward=x trainer.batch=6", r"trainer\.generations must be a divisor of .* = 6: .*, got 4"),
+        (
+            "trainer=rloo trainer.reward=x trainer.generations=1",
+            r"trainer\.generations must be between 2 and 1024, got 1",
+        ),
+        (
+            "trainer=rloo trainer.reward=x trainer.max_new_tokens=0",
+            r"trainer\.max_new_tokens must be null or between 1",
+        ),
+        (
+            "trainer=rloo trainer.reward=x trainer.batch=6",
+            r"trainer\.generations must be a divisor of .* = 6: .*, got 4",
+        ),
         ("trainer=rloo trainer.reward=x trainer.beta=-1", r"trainer\.beta must be above 0 and at most 100, got -1\.0"),
-        ("trainer=rloo trainer.reward=x trainer.neftune=5", r"trainer\.neftune must be 0 with trainer\.kind=rloo, got 5"),
-        ("trainer=rloo trainer.reward=x lora.dropout=0.1", r"lora\.dropout must be 0 with trainer\.kind=rloo.*, got 0\.1"),
+        (
+            "trainer=rloo trainer.reward=x trainer.neftune=5",
+            r"trainer\.neftune must be 0 with trainer\.kind=rloo, got 5",
+        ),
+        (
+            "trainer=rloo trainer.reward=x lora.dropout=0.1",
+            r"lora\.dropout must be 0 with trainer\.kind=rloo.*, got 0\.1",
+        ),
         ("trainer=rloo trainer.reward=x eval.generate=false", r"eval\.generate must be true with trainer\.kind=rloo"),
         ("model=run", r"model\.path must be folder, name or id of a run when model=run, got ''"),
         ("model=run model.path=x model.revision=main", r"model\.revision must be null when model=run, got 'main'"),

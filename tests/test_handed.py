@@ -31,7 +31,9 @@ def test_a_run_of_a_run_of_a_run(stages, tiny):
     for n in range(2):
         run = tiny("model=run", f"model.path={name}", "trainer.steps=2", "trainer.report_steps=0")
         scores = experiment.execute(run, stages / f"next{n}", "x")
-        assert scores["base/loss"] == pytest.approx(read_json(stages / name / "trial.json")["scores"]["valid/loss"], abs=1e-5)
+        assert scores["base/loss"] == pytest.approx(
+            read_json(stages / name / "trial.json")["scores"]["valid/loss"], abs=1e-5
+        )
         name = f"next{n}"
     assert model.rooted(start("next1")).kind is Kind.tiny
     with trained.load(handed.find("next1")) as loaded:

@@ -56,7 +56,9 @@ def test_another_reward_model_is_another_run(rewarded, stages, tmp_path):
 
 
 def test_a_stage_that_is_missing_is_named(rewarded):
-    with pytest.raises(MachineError, match="trainer.reward=nowhere must be a run that is complete here, train it first"):
+    with pytest.raises(
+        MachineError, match="trainer.reward=nowhere must be a run that is complete here, train it first"
+    ):
         experiment.check(rewarded("trainer.reward=nowhere"), None)
     with pytest.raises(MachineError, match=r"model\.path=nowhere must be a run that is complete here, train it first"):
         experiment.check(rewarded("model.path=nowhere"), None)

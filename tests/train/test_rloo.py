@@ -203,11 +203,21 @@ def test_the_base_is_left_as_it_was_and_one_adapter_is_kept(rewarded, tmp_path):
     run = rewarded("lora=pissa")
     base, _ = parts(run)
     text = base.model.config.get_text_config()
-    before = (model.fingerprint(base.model), text.pad_token_id, base.model.model_tags, base.model.generation_config.to_dict())
+    before = (
+        model.fingerprint(base.model),
+        text.pad_token_id,
+        base.model.model_tags,
+        base.model.generation_config.to_dict(),
+    )
     hooks = model._hooks(base.model)
     experiment.execute(run, tmp_path / "a", "x")
     assert model.load(run.model, run.quant) is base
-    assert before == (model.fingerprint(base.model), text.pad_token_id, base.model.model_tags, base.model.generation_config.to_dict())
+    assert before == (
+        model.fingerprint(base.model),
+        text.pad_token_id,
+        base.model.model_tags,
+        base.model.generation_config.to_dict(),
+    )
     assert model._hooks(base.model) == hooks
     assert "forward" not in base.model.__dict__
     assert sorted(p.name for p in (tmp_path / "a" / "adapter").iterdir() if p.is_dir()) == []
@@ -233,7 +243,10 @@ def test_divergence_is_exact_by_hand(rewarded):
             (ids,) = evaluate.continued(tuned, base.tokenizer, [e.prompt], settings, 1, "x")
             at = torch.tensor([[*e.prompt, *ids]])
             with torch.no_grad():
-                p, q = (m(input_ids=at).logits[0, len(e.prompt) - 1 : -1].double().log_softmax(-1) for m in (tuned, reference))
+                p, q = (
+                    m(input_ids=at).logits[0, len(e.prompt) - 1 : -1].double().log_softmax(-1)
+                    for m in (tuned, reference)
+                )
             row = (p.exp() * (p - q)).sum().item()
             assert entry["kl_nats"] == pytest.approx(row, rel=1e-4)
             assert entry["written"] == len(ids)
@@ -246,7 +259,9 @@ def test_divergence_is_exact_by_hand(rewarded):
 
 def test_more_of_what_is_rewarded_is_written(rewarded, tmp_path):
     """Held-out completions, greedy, are worth more after training than before; and the reward is no other's."""
-    run = rewarded("trainer.steps=40", "trainer.lr=2e-2", "trainer.batch=16", "trainer.report_steps=40", "trainer.beta=0")
+    run = rewarded(
+        "trainer.steps=40", "trainer.lr=2e-2", "trainer.batch=16", "trainer.report_steps=40", "trainer.beta=0"
+    )
     base, task = parts(run)
     before = rloo.score(base.model, base, task.valid, run, Letters(), "x").scores["reward"]
     with model.adapted(base, run.lora, run.seed) as tuned:
