@@ -101,6 +101,7 @@ def rows(run: Run, wanted: Wanted) -> Rows:
     paired = run.trainer.kind in answers.KINDS
     if wanted.rows is not None and wanted.tokens is not None:
         learned = 0 if run.trainer.kind is Method.classify else wanted.tokens * (1 + paired)
+        learned = min(learned, run.trainer.max_new_tokens or learned)  # with `kind=rloo`
         sizes = (wanted.tokens,) * wanted.rows
         worse = sizes if paired else ()
         return Rows(sizes, (learned,) * wanted.rows, "as given by --rows and --tokens", worse)

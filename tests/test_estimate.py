@@ -158,6 +158,42 @@ def test_a_base_that_is_trained_is_kept_a_second_time_on_a_cpu(composed):
     assert on["cpu"].optimizer == pytest.approx(8 * on["cpu"].trainable, rel=0.01)
     parts = ("weights", "adapter", "copy", "gradients", "optimizer", "activations")
     assert on["cpu"].memory == sum(getattr(on["cpu"], part) for part in parts)
+    assert (on["cpu"].judge, on["cpu"].written) == (0, 0)
+
+
+@pytest.mark.parametrize("lora", ["default", "none"])
+def test_reinforcement_is_planned_from_above(rewarded, stages, tmp_path, lora):
+    """Steps and weights exactly, operations as if every completion were as long as it may be; the reward model counts."""
+    from ftexp import plan
+    from ftexp.train import rewarder
+
+    run = rewarded(f"lora={lora}", "trainer.steps=null", "trainer.epochs=0.5", "trainer.accumulation=2")
+    splits = data.load(run.data)
+    task = experiment.TASKS[run.trainer.kind](run, splits)
+    base = model.load(run.model, run.quant)
+    task.ready(base)
+    planned = plan.trial("", run, plan.Wanted()).plan
+    told = []
+    with model.adapted(base, run.lora, run.seed) as tuned:
+        assert planned.trainable == model.count(tuned).trainable
+        real = TRAINERS[run.trainer.kind](run, base, tuned, task.train, task.valid, checkpoints.store(tmp_path / "t", {}),
+                                          lambda v, s: told.append(v), Control(), **task.more)  # fmt: skip
+    prompts = len(task.train)
+    assert prompts == 108
+    assert planned.steps == real["train/steps"] == len(told) == math.ceil(108 * 4 // 16 / 2) == 14
+    assert planned.written == 14 * 16 * 6
+    assert 0.5 * planned.flops < real["train/flops"] <= planned.flops
+    judge = rewarder.load(run).tuned
+    held = [*judge.parameters(), *judge.buffers()]
+    assert planned.judge == sum(p.numel() * p.itemsize for p in held)
+    parts = ("weights", "adapter", "copy", "gradients", "optimizer", "activations", "judge")
+    assert planned.memory == sum(getattr(planned, part) for part in parts)
+    assert (
+        estimate.missed(
+            estimate.against(planned, {"trainable": planned.trainable, "total": planned.total}, real, 1, True)
+        )
+        == []
+    )
 
 
 def test_pairs_by_hand():

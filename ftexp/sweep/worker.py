@@ -213,10 +213,12 @@ def same_model(trial: Trial, run: config.Run) -> Callable[[dict[str, Any]], None
     A folder of a model can be written to while a sweep pauses; its trials would then be ranked over two models.
     """
     names = {"weights_sha256": "weights", "tokenizer_sha256": "tokenizer", "template_sha256": "template"}
+    names |= {"reward": "reward model"} if run.trainer.reward else {}
 
     def check(told: dict[str, Any]) -> None:
         where = {k: v for k, v in told["compute"].items() if k != "threads"}  # other chips may quantize otherwise
         made = config.digest(run.model, run.quant, run.data), run.trainer.kind.value, json.dumps(where, sort_keys=True)
+        made = (*made, run.trainer.reward) if run.trainer.reward else made
         key = f"ftexp:model {hashlib.sha256(' '.join(made).encode()).hexdigest()[:16]}"
         mine = {k: told[k] for k in names}
         kept = trial.study.user_attrs.get(key)
