@@ -11,7 +11,7 @@ import pytest
 import ftexp
 
 PACKAGE = Path(ftexp.__file__).parent
-ORDER = ["errors", "files", "progress", "verb", "config", "overrides", "data", "model", "metrics", "labels",
+ORDER = ["errors", "files", "progress", "ranks", "verb", "config", "overrides", "data", "model", "metrics", "labels",
          "evaluate", "train", "estimate", "facts", "track", "registry", "experiment", "runs", "sync", "probe", "sweep",
          "stats", "board", "compare", "examples", "sealed", "page", "report", "confirm", "notebooks", "power", "diff",
          "reproduce", "trained", "generate", "fidelity", "card", "export", "run", "api", "show", "plan", "doctor", "ui",

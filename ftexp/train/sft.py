@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ftexp import evaluate, metrics
+from ftexp import evaluate, metrics, ranks
 from ftexp.config import Packing, Run, Trainer
 from ftexp.data.prompts import Example
 from ftexp.errors import ConfigError, Diverged, OutOfTime, Preempted, Pruned
 from ftexp.model import Base, accept
 from ftexp.progress import progress
-from ftexp.train import lengths
+from ftexp.train import lengths, spread
 from ftexp.train.checkpoints import Store
 from ftexp.train.control import Control, Report, at_work
 
@@ -77,7 +77,7 @@ def train(
         return metrics.loss([e["nats"] for e in table], [e["tokens"] for e in table])
 
     def make(watching: TrainerCallback) -> Any:
-        return _trainer(base, tuned, settings, packs, watching)
+        return _trainer(run, base, tuned, settings, packs, watching, kept)
 
     return optimise(run, tuned, steps, curve, make, kept, report, control)
 
@@ -98,7 +98,7 @@ def optimise(
         report: takes metrics and their step.
         control: what may end the training early.
     """
-    resume = kept.resume
+    resume = ranks.agreed(kept.resume)
     with progress(f"training {steps} steps", steps) as advance:
         advance(resume.step if resume else 0)
         stopped: list[BaseException] = []
@@ -125,8 +125,8 @@ def two_rates(tuned: Any, trainer: Any, ratio: float) -> Any:
     )
 
 
-def orders(count: int, trainer: Trainer, seed: int) -> Iterator[list[int]]:
-    """Yield the order of the rows in each epoch as the Trainer draws it without groups of like length.
+def orders(count: int, trainer: Trainer, seed: int, first: int = 0) -> Iterator[list[int]]:
+    """Yield the order of the rows in each epoch, from epoch `first` on, as the Trainer draws it without groups.
 
     Each epoch draws from `seed` + epoch (accelerate's SeedableRandomSampler).
     """
@@ -134,7 +134,7 @@ def orders(count: int, trainer: Trainer, seed: int) -> Iterator[list[int]]:
 
     start = trainer.extra.get("data_seed")
     draw = torch.Generator()
-    for epoch in itertools.count():
+    for epoch in itertools.count(first):
         yield torch.randperm(count, generator=draw.manual_seed((seed if start is None else start) + epoch)).tolist()
 
 
@@ -142,8 +142,12 @@ def planned_steps(trainer: Trainer, rows: int) -> int:
     """Count optimizer steps over rows or packs: the last step of an epoch may hold fewer than the others."""
     if trainer.steps is not None:
         return trainer.steps
-    an_epoch = math.ceil(math.ceil(rows / trainer.batch) / trainer.accumulation)
-    return max(1, math.ceil(an_epoch * trainer.epochs))
+    return max(1, math.ceil(steps_of_epoch(trainer, rows) * trainer.epochs))
+
+
+def steps_of_epoch(trainer: Trainer, rows: int) -> int:
+    """Count the optimizer steps of one pass over rows or packs."""
+    return math.ceil(math.ceil(rows / trainer.batch) / trainer.accumulation)
 
 
 def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int) -> SFTConfig:
@@ -154,12 +158,13 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
     """
     from trl import SFTConfig
 
+    batch, accumulation = spread.shape(trainer, ranks.count())
     own = {
         "output_dir": folder,
         "max_steps": steps,
         "learning_rate": trainer.lr,
-        "per_device_train_batch_size": trainer.batch,
-        "gradient_accumulation_steps": trainer.accumulation,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
         "lr_scheduler_type": trainer.scheduler.value,
         "warmup_steps": math.ceil(steps * trainer.warmup),
         "weight_decay": trainer.weight_decay,
@@ -181,15 +186,24 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
         "disable_tqdm": True,
         "dataloader_pin_memory": device == "cuda",
     }
+    if ranks.count() > 1 and "ddp_find_unused_parameters" not in trainer.extra:
+        own["ddp_find_unused_parameters"] = False  # every weight that is trained has its part in every loss
     return cast("SFTConfig", accept(SFTConfig, own, trainer.extra, "trainer.extra"))
 
 
-def _trainer(base: Base, tuned: Any, settings: SFTConfig, dataset: Dataset, watch: TrainerCallback) -> Any:
+def _trainer(
+    run: Run, base: Base, tuned: Any, settings: SFTConfig, dataset: Dataset, watch: TrainerCallback, kept: Store
+) -> Any:  # fmt: skip
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
     plain = settings.loss_type == "nll" and not settings.label_smoothing_factor
-    own_head = has_adapted_head(tuned)
+    own_head, pad, several = has_adapted_head(tuned), cast(int, base.tokenizer.pad_token_id), ranks.count()
+    if several > 1 and not plain:
+        raise ConfigError(
+            f"sweep.gpus_per_trial={several} needs the plain loss: leave out loss_type and label_smoothing_factor of "
+            "trainer.extra"
+        )
     if own_head and not plain:
         raise ConfigError(
             "lora.targets names the output head, which learns from the plain loss alone: leave out loss_type and "
@@ -204,21 +218,32 @@ def _trainer(base: Base, tuned: Any, settings: SFTConfig, dataset: Dataset, watc
         """
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            ours = own_head or inputs["input_ids"].device.type == "cpu"
+            ours = own_head or inputs["input_ids"].device.type == "cpu" or spread.is_blank(inputs["labels"])
             if return_outputs or not plain or not ours:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            return token_mean(model, inputs, num_items_in_batch)
+            return token_mean(model, inputs, num_items_in_batch) * several  # gradients are averaged over processes
 
         def _get_train_sampler(self, train_dataset=None):
-            usual = super()._get_train_sampler(train_dataset)
             grouped = settings.train_sampling_strategy == "group_by_length"
+            if several > 1:
+                return spread.sampler(count, settings.per_device_train_batch_size * several, order, begun)
+            usual = super()._get_train_sampler(train_dataset)
             return lengths.sampler(usual, settings.seed) if grouped else usual
 
+    count, sizes = len(dataset), [len(ids) for ids in dataset["input_ids"]] if several > 1 else []
+    begun = kept.resume.step // steps_of_epoch(run.trainer, count) if kept.resume else 0
+
+    def order(epoch: int) -> list[int]:
+        if run.trainer.group_by_length:
+            return lengths.grouped(sizes, run.trainer.batch * run.trainer.accumulation, run.seed, epoch)
+        return next(orders(count, run.trainer, run.seed, epoch))
+
+    dataset = spread.blank(dataset, pad) if several > 1 else dataset
     apart = "seq_lengths" in dataset.column_names and not settings.padding_free
     with _bare_head(tuned):
         trainer = SupervisedRows(
             tuned, settings, train_dataset=dataset, processing_class=base.tokenizer, callbacks=[watch],
-            data_collator=partial(lengths.collate, pad=cast(int, base.tokenizer.pad_token_id)) if apart else None,
+            data_collator=partial(lengths.collate, pad=pad) if apart else None,
         )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -288,6 +313,9 @@ def watch(
     names = {"loss": "train/loss", "learning_rate": "train/lr", "grad_norm": "train/grad_norm"}
 
     class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            spread.own_draws(run.seed)
+
         def on_log(self, args, state, control, logs=None, **kwargs):
             told = {names[key]: float(value) for key, value in (logs or {}).items() if key in names}
             if not told:
@@ -315,13 +343,18 @@ def watch(
                 stopped.append(OutOfTime(f"ran out of time at step {step} of {steps}"))
             if asked.leave.is_set() and step < steps and not stopped:
                 stopped.append(Preempted(f"asked to leave at step {step} of {steps}"))
+            late = minutes is not None and time.monotonic() - saved[0] >= 60 * minutes
+            stopped[:], late = ranks.agreed((stopped, late))
             control.should_training_stop = control.should_training_stop or bool(stopped)
             leaving = bool(stopped) and isinstance(stopped[0], Preempted)
-            due = minutes is not None and time.monotonic() - saved[0] >= 60 * minutes and not stopped
+            due = late and not stopped
             control.should_save = (leaving or due) and step < steps
 
         def on_save(self, args, state, control, **kwargs):
-            kept.seal(state.global_step)
+            ranks.meet()  # each process writes the state of its own generator
+            if ranks.rank() == 0:
+                kept.seal(state.global_step)
+            ranks.meet()
             saved[0] = time.monotonic()
 
     return Watch()
