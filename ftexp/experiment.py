@@ -10,12 +10,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
-from ftexp import config, data, estimate, evaluate, facts, handed, labels, metrics, model, track
+from ftexp import config, data, estimate, evaluate, facts, handed, labels, metrics, model, ranks, track
 from ftexp.config import Format, Kind, Long, Loss, Method, Packing, Run, Template, Tracker
 from ftexp.data import gates, general, prompts, tokens
 from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned
 from ftexp.files import naming, no_room, read_json, write_json
 from ftexp.model import Base
+from ftexp.model.compute import Compute
 from ftexp.overrides import ROOT
 from ftexp.progress import say, warn
 from ftexp.train import (
@@ -30,6 +31,7 @@ from ftexp.train import (
     rewarder,
     rloo,
     sft,
+    spread,
 )
 from ftexp.train.answers import Pair
 from ftexp.train.control import Control, Rung
@@ -354,7 +356,8 @@ def _fitting(
         try:
             return _execute(run, folder, label, parent, trial, control, opened)
         except Exception as error:
-            smaller = halved(run) if out_of_memory(error) else None
+            # Of several processes one may run out of memory alone, and then the others wait inside a training step.
+            smaller = halved(run) if out_of_memory(error) and ranks.count() == 1 else None
             if smaller is None:
                 raise
             run = smaller
@@ -416,7 +419,8 @@ def _execute(
         log.inputs(trial["inputs"])
         task.ready(base)
         before = task.before(base)
-        planned = estimate.trial(run, estimate.rows(task.train, run), base.compute, task.outputs)
+        plan = planned(run, task, base.compute, ranks.count())
+        check_share(plan, facts.shared_gpu_gib())
         resident = facts.resident_gib()
         facts.reset_peak_memory()
         kept.began = time.monotonic()
@@ -437,7 +441,7 @@ def _execute(
             except Pruned:
                 model.save(base, tuned, folder)
                 raise
-            trial["plan"] = _against(planned, trial, trained, resident, log)
+            trial["plan"] = _against(plan, trial, trained, resident, log)
             after = task.after(base, tuned)
             tested = task.final(base, tuned, after) if task.test else None
             model.save(base, tuned, folder)
@@ -455,6 +459,54 @@ def _execute(
         scores["cost/seconds"] = kept.seconds()
         _store(run, folder, log, scores, before, after.scored, int(trained["train/steps"]), task.rival)
     return scores
+
+
+def planned(run: Run, task: Task, compute: Compute, processes: int) -> estimate.Plan:
+    """Plan a trial as it will run: of several processes the memory of one, and the operations of all but blank rows."""
+    rows = estimate.rows(task.train, run)
+    if processes == 1:
+        return estimate.trial(run, rows, compute, task.outputs)
+    batch, passes = spread.shape(run.trainer, processes)
+    shared = replace(run, trainer=replace(run.trainer, batch=batch, accumulation=passes * processes))
+    made = estimate.trial(shared, rows, compute, task.outputs)
+    return replace(made, notes=(*made.notes, f"operations are those of {processes} processes without padding rows"))
+
+
+def check_share(planned: estimate.Plan, share: float | None) -> None:
+    """Refuse a trial whose plan passes its share of a GPU; the worker beside it would be the one to run out of memory.
+
+    Args:
+        planned: of the trial.
+        share: GiB; None where nobody shares the GPU.
+
+    Raises:
+        ConfigError: tells both figures.
+    """
+    needed = planned.memory / estimate.GIB
+    if share is not None and needed > share:
+        raise ConfigError(
+            f"sweep.slots_per_gpu leaves a trial {share:.1f} GiB of the GPU, its plan needs {needed:.1f}; lower it, or "
+            "trainer.batch with as much more trainer.accumulation"
+        )
+
+
+def follow(run: Run, folder: Path) -> None:
+    """Be one of the other processes of a trial: load, train and score in step with the first one, which alone writes.
+
+    Raises:
+        FtexpError: as in the first process.
+        Preempted: the first process was asked to leave.
+    """
+    splits = data.load(run.data)
+    task = TASKS[run.trainer.kind](run, splits)
+    base = model.load(run.model, run.quant, task.outputs)
+    told = _facts(task.run, base, splits, (task.train, task.valid))
+    kept = checkpoints.store(folder / "checkpoints", fingerprint(run, told))
+    task.ready(base)
+    task.before(base)
+    with model.adapted(base, run.lora, run.seed) as tuned:
+        TRAINERS[run.trainer.kind](run, base, tuned, task.train, task.valid, kept, lambda *_: None, Control())
+        task.after(base, tuned)
 
 
 def _against(
@@ -818,7 +870,7 @@ def _facts(run: Run, base: Base, splits: data.Splits, used: Tokenised) -> dict[s
         "template_sha256": prompts.template_digest(base.tokenizer, run.data),
         "tokenizer_sha256": prompts.tokenizer_digest(base.tokenizer),
         "weights_sha256": base.weights,
-        "compute": asdict(base.compute),
+        "compute": asdict(base.compute) | ({"processes": ranks.count()} if ranks.count() > 1 else {}),
         "versions": facts.versions(),
         "code_sha256": facts.code(),
         "git": facts.git(ROOT),

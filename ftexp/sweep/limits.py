@@ -13,14 +13,14 @@ from ftexp.model import compute
 from ftexp.sweep.options import Options, Over
 
 
-def planned(run: Run) -> Plan:
+def planned(run: Run, options: Options) -> Plan:
     """Plan a trial for the device it would train on.
 
     Raises:
         FtexpError: the run would be refused.
     """
     task = experiment.TASKS[run.trainer.kind](run, data.load(run.data))
-    return estimate.trial(run, estimate.rows(task.train, run), compute.policy(run.model), task.outputs)
+    return experiment.planned(run, task, compute.policy(run.model), options.gpus_per_trial)
 
 
 def amounts(plan: Plan, options: Options) -> dict[str, float]:
@@ -56,22 +56,21 @@ def refuse(named: list[tuple[str, Run]], options: Options) -> None:
     """
     if not options.plan_at_most or options.over is Over.skip:
         return
-    found = [f"{label}: {text}" for label, run in named for text in over(planned(run), options)]
+    found = [f"{label}: {text}" for label, run in named for text in over(planned(run, options), options)]
     if found:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise ConfigError(f"{'; '.join(found[:5])}{more}; sweep.over=skip leaves such trials out and says so")
 
 
-def skipped(run: Run, options: Options, label: str, folder: Path) -> str:
-    """Return why a trial is not to run, and write that into its folder; an empty text where it may."""
-    if not options.plan_at_most:
-        return ""
-    found = over(planned(run), options)
-    reason = "; ".join(found)
-    if found:
-        told = {"label": label, "state": "skipped", "config": experiment.identity(run), "folder": str(folder)}
-        write_json(folder / "trial.json", told | {"error": reason})
-    return reason
+def passed(run: Run, options: Options) -> str:
+    """Return why a trial is not to run; an empty text where it may."""
+    return "; ".join(over(planned(run, options), options)) if options.plan_at_most else ""
+
+
+def keep(run: Run, label: str, folder: Path, reason: str) -> None:
+    """Write into the folder of a trial that is not run why it is not."""
+    told = {"label": label, "state": "skipped", "config": experiment.identity(run), "folder": str(folder)}
+    write_json(folder / "trial.json", told | {"error": reason})
 
 
 def mark(options: Options) -> str:

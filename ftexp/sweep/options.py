@@ -120,8 +120,17 @@ class Options:
     """Of a Slurm job keywords of submitit (`slurm_partition`, `gpus_per_node`, `cpus_per_task`, `timeout_min`; 240
     minutes where none is given, then the job is queued again); of a Ray task its options (`num_cpus`, `num_gpus`,
     `resources`) and the `address` of the cluster."""
+    gpus_per_trial: int = 1
+    """Processes a trial is spread over, each with a GPU of its own, or without GPUs with a share of the cores. The rows
+    of an optimizer step stay those of `trainer.batch` times `trainer.accumulation`."""
+    slots_per_gpu: int = 1
+    """Workers that share a GPU, for small models; a trial whose plan passes its share of the memory is refused."""
     storage: str | None = None
     """Optuna storage, or `grpc://host:port` of its proxy; null keeps a journal in the sweep's folder."""
+    proxy: int | None = None
+    """Port at which the launch serves a database in `storage` to its workers through Optuna's proxy, which holds one
+    pool of connections for all of them; 0 takes a free port, null starts none. It asks nobody for a password: on one
+    machine it listens on loopback, with sweep.engine=slurm or ray to the whole network."""
     join: bool = False
     """Help a sweep that another process is running already, instead of refusing; also from another machine that shares
     the folder."""
@@ -136,6 +145,19 @@ class Options:
         require(self.n_trials is None or 1 <= self.n_trials <= 100_000, "sweep.n_trials", self.n_trials, "1 to 100000")
         require(1 <= self.replicates <= 100, "sweep.replicates", self.replicates, "between 1 and 100")
         require(0 <= self.workers <= 1024, "sweep.workers", self.workers, "between 0 and 1024")
+        require(1 <= self.gpus_per_trial <= 64, "sweep.gpus_per_trial", self.gpus_per_trial, "between 1 and 64")
+        require(1 <= self.slots_per_gpu <= 16, "sweep.slots_per_gpu", self.slots_per_gpu, "between 1 and 16")
+        if self.gpus_per_trial > 1 and self.slots_per_gpu > 1:
+            raise ConfigError(
+                f"sweep.gpus_per_trial={self.gpus_per_trial} and sweep.slots_per_gpu={self.slots_per_gpu} are at odds: "
+                "a trial has several GPUs, or shares one"
+            )
+        require(self.proxy is None or 0 <= self.proxy < 65536, "sweep.proxy", self.proxy, "null or a port")
+        if self.proxy is not None and not (self.storage or "").startswith(("postgresql", "mysql")):
+            raise ConfigError(
+                f"sweep.proxy={self.proxy} needs a database in sweep.storage, such as postgresql://user@host/db, "
+                f"got {self.storage}"
+            )
         require(0 <= self.max_retries <= 100, "sweep.max_retries", self.max_retries, "between 0 and 100")
         limit = self.max_failures
         require(limit is None or limit >= 1, "sweep.max_failures", limit, "null or at least 1")

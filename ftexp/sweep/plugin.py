@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from ftexp import config, data, experiment, facts, metrics, overrides, probe, track
-from ftexp.config import Run
+from ftexp.config import Method, Run
 from ftexp.errors import ConfigError, FtexpError, MachineError, NoRoom, Preempted, TrialsFailed
 from ftexp.files import check_folder, read_json, write_json
 from ftexp.progress import say
@@ -33,6 +33,7 @@ from ftexp.sweep import frozen, limits, race, space
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import Engine, Options, Pruner, Sampler
 from ftexp.sweep.space import Space
+from ftexp.train import spread
 
 LOCK = "supervisor.lock"
 
@@ -169,7 +170,12 @@ class Sweeper(HydraSweeper):
             rows = min(len(data.load(run.data).valid) for run in runs)
             race.check(options, [axis.key for axis in searched.axes], runs[0].objectives, rows)
         engines.check(options)
-        count = options.workers or len(supervisor.gpus())
+        for run in runs if options.gpus_per_trial > 1 else ():
+            spread.shape(run.trainer, options.gpus_per_trial)
+            if run.trainer.kind is not Method.sft:
+                kind = run.trainer.kind.value
+                raise ConfigError(f"sweep.gpus_per_trial={options.gpus_per_trial} needs trainer.kind=sft, got {kind}")
+        count = supervisor.workers(options)
         if options.storage is not None and options.storage.startswith("sqlite") and count > 1:
             raise ConfigError(
                 f"sweep.storage={options.storage} with {count} GPUs, so {count} workers: SQLite hands one trial to two "
@@ -268,7 +274,7 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
     left = sum(not t.state.is_finished() for t in study.counted(record))
     if left:
         probe.refuse(probe.quick(run, sweep.folder))  # of a sweep that goes on: elsewhere, or with other versions
-    count = options.workers or len(supervisor.gpus())
+    count = supervisor.workers(options)
     where = f"{min(count, left)} workers" if count else "in this process"
     where += "" if options.engine is Engine.local else f" on {options.engine.value}"
     say(
@@ -314,7 +320,7 @@ def _run_left(sweep: Frozen, record: Any, left: int) -> None:
     """Run waiting tickets, in this process or with workers."""
     from ftexp.sweep import study, supervisor, worker
 
-    count = sweep.options.workers or len(supervisor.gpus())
+    count = supervisor.workers(sweep.options)
     if left and count:
         supervisor.supervise(sweep, record, count, left)
         return

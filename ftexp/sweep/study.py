@@ -131,6 +131,9 @@ def _proxy(url: str) -> BaseStorage:
     from urllib.parse import urlsplit
 
     from optuna.storages import GrpcStorageProxy
+    from optuna.storages._grpc import client
+
+    client.create_insecure_channel = _channel
 
     at = urlsplit(url)
     if not at.hostname or not at.port:
@@ -138,8 +141,26 @@ def _proxy(url: str) -> BaseStorage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna calls it experimental since 4.2
         made = GrpcStorageProxy(host=at.hostname, port=at.port)
-    made.wait_server_ready(timeout=10)
+    made.wait_server_ready(timeout=60)
     return made
+
+
+PATIENT = {
+    "name": [{}],
+    "waitForReady": True,
+    "retryPolicy": {"maxAttempts": 5, "initialBackoff": "1s", "maxBackoff": "8s", "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE"]},
+}  # fmt: skip
+"""Calls of the proxy: they wait for one that is started again; Optuna's own fail, and the worker with them."""
+
+
+def _channel(host: str, port: int) -> Any:
+    import grpc
+
+    settings = json.dumps({"methodConfig": [PATIENT]})
+    return grpc.insecure_channel(
+        f"{host}:{port}", [("grpc.max_receive_message_length", -1), ("grpc.service_config", settings)]
+    )
 
 
 def cut_torn(path: Path) -> None:
