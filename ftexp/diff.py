@@ -10,10 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ftexp import compare, metrics, runs, verb
+from ftexp import metrics, runs, verb
 from ftexp.metrics import METRICS
 from ftexp.runs import Kept
-from ftexp.stats import pairs
 
 USAGE = """usage: python -m ftexp.diff RUN RUN [--json]
 
@@ -52,6 +51,8 @@ class Difference:
 
 def difference(first: Kept, second: Kept) -> Difference:
     """Set two runs side by side."""
+    from ftexp import compare
+
     tables = [compare.read_table(kept.folder / "examples.parquet") for kept in (first, second)]
     here = [None if t is None else (t["prompt"], t["reference"]) for t in tables]
     same = here[0] is not None and here[0] == here[1]
@@ -65,6 +66,9 @@ def difference(first: Kept, second: Kept) -> Difference:
 
 
 def _score(name: str, first: Kept, second: Kept, tables: list[Any] | None) -> Score:
+    from ftexp import compare
+    from ftexp.stats import pairs
+
     values = [kept.trial.get("scores", {}).get(name) for kept in (first, second)]
     found = [compare.column(t, name) for t in tables or () if name.startswith("valid/")]
     if len(found) != 2 or None in found or None in values or name == "valid/perplexity":

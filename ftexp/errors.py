@@ -29,6 +29,10 @@ class MachineError(FtexpError, RuntimeError):
     exit_code = 4
 
 
+class NoRoom(MachineError):
+    """A disk was full, or could no longer be written, in the middle of the work; with room the same command goes on."""
+
+
 class Diverged(FtexpError, ArithmeticError):
     """Training left the finite numbers. A result of the trial, not a fault of the program."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any
 
 from ftexp import config
@@ -16,7 +16,7 @@ from ftexp.config import Attention, Engine, Method, Packing, Run, Trainer
 from ftexp.model import activations, sizes
 from ftexp.model.compute import Compute
 from ftexp.model.sizes import Outline
-from ftexp.train import answers, lengths, sft
+from ftexp.train import answers, lengths, losses, rewarder, rloo, sft
 
 GIB = 2**30
 SMALL = 4096
@@ -73,15 +73,18 @@ class Plan:
     adapter: int
     """Bytes of the adapter."""
     copy: int
-    """Bytes of base weights that are kept to put the base back; on a GPU they lie in host memory and do not count."""
+    """Bytes of base weights that are kept to put the base back; on a GPU they lie in host memory and do not count, but
+    where they are the reference of reinforcement learning."""
     gradients: int
     """Bytes of the gradients."""
     optimizer: int | None
     """Bytes of the optimizer's state; null for an optimizer that is not known here."""
     activations: int | None
     """Peak bytes of a forward and backward pass on the largest batch; null where the model cannot be traced."""
+    judge: int
+    """Bytes of the reward model that says what completions are worth; 0 without one."""
     memory: int
-    """Bytes at the peak of training: the sum of the six above. Tensors alone: a GPU's allocator and context come on
+    """Bytes at the peak of training: the sum of the seven above. Tensors alone: a GPU's allocator and context come on
     top, and a process on a CPU grew by 1.4 to 1.6 times what is not weights (embedded model, 8 and 16 rows)."""
     adapter_file: int
     """Bytes of the adapter's file; of the model's where there is no adapter."""
@@ -96,6 +99,9 @@ class Plan:
     flops: int
     """Operations of training as transformers counts them (`total_flos`): 6 * padded tokens * weights outside of
     embedding tables. A frozen base takes about two thirds, attention comes on top."""
+    written: int
+    """Tokens that the model writes in training, at most; 0 where it writes none. Reading them, and asking reference and
+    reward model, comes on top of `flops`."""
     counted: str
     """How tokens were counted."""
     notes: tuple[str, ...] = ()
@@ -117,6 +123,10 @@ def rows(examples: Sequence[Any], run: Run) -> Rows:
         learned = tuple(len(p.chosen.completion) + len(p.rejected.completion) for p in examples)
         tokens = [len(e.ids) for e in answers.sides(examples)]
         return Rows(tuple(tokens[: len(examples)]), learned, worse=tuple(tokens[len(examples) :]))
+    if run.trainer.kind is Method.rloo:
+        most = rloo.room(run, examples)
+        told = "by the tokenizer; at most, each prompt as the longest and each completion as long as it may be"
+        return Rows(tuple(len(e.prompt) + most for e in examples), (most,) * len(examples), told)
     return Rows(tuple(len(e.ids) for e in examples), tuple(getattr(e, "supervised", 0) for e in examples))
 
 
@@ -140,8 +150,11 @@ def trial(run: Run, given: Rows, compute: Compute, labels: int = 0) -> Plan:
     notes += () if state is not None else (f"state of trainer.optimizer={run.trainer.optimizer} is not known here",)
     notes += tuple(f"trainer.extra.{key} makes other batches" for key in REORDERING if key in run.trainer.extra)
     adapter = outlined.adapted - outlined.footprint
-    copy = outlined.changed if compute.device == "cpu" else 0
-    parts = (outlined.weights, adapter, copy, outlined.trained_bytes, state or 0, peak or 0)
+    held = compute.device == "cpu" or run.trainer.kind is Method.rloo  # whose reference is put in place of the weights
+    copy = outlined.changed if held else 0
+    judge, written = (0, 0) if run.trainer.kind is not Method.rloo else (_judge(run), sum(b.supervised for b in passes))
+    notes += ("how long completions get is seen while they are written",) if written else ()
+    parts = (outlined.weights, adapter, copy, outlined.trained_bytes, state or 0, peak or 0, judge)
     flat = run.data.packing is Packing.bfd and compute.attention == "flash_attention_2"  # packs behind each other
     flat = flat or run.trainer.engine is Engine.packed
     padded = sum(b.tokens if flat else b.rows * b.longest for b in passes)
@@ -157,6 +170,7 @@ def trial(run: Run, given: Rows, compute: Compute, labels: int = 0) -> Plan:
         gradients=outlined.trained_bytes,
         optimizer=state,
         activations=peak,
+        judge=judge,
         memory=sum(parts),
         adapter_file=outlined.adapter_file,
         checkpoint=outlined.trained_file + (state or 0),
@@ -164,11 +178,25 @@ def trial(run: Run, given: Rows, compute: Compute, labels: int = 0) -> Plan:
         tokens=sum(b.tokens for b in passes),
         padded=padded,
         flops=6 * padded * outlined.flop_weights,
+        written=written,
         counted=given.counted,
         notes=notes,
     )
 
 
+def _judge(run: Run) -> int:
+    """Bytes of the reward model of a run, in the format that it was trained in."""
+    kept = rewarder.found(run)
+    told, compute = kept.config(), kept.trial["facts"]["compute"]
+    key = config.digest(told.model, told.quant, told.lora)
+    if key not in _judges:
+        attention = _attention(compute["attention"])
+        made = sizes.outline(told.model, told.quant, told.lora, compute["dtype"], attention, 1)
+        _judges[key] = made.weights + made.adapted - made.footprint
+    return _judges[key]
+
+
+_judges: dict[str, int] = {}
 _outlines: dict[str, Outline] = {}
 _peaks: dict[str, tuple[int | None, tuple[str, ...]]] = {}
 
@@ -196,10 +224,12 @@ def _peak(
     wide = max(passes, key=lambda b: (b.rows * b.longest, b.longest))
     checkpointing, attention = run.trainer.gradient_checkpointing, key.split()[2]
     shape = (wide.rows, wide.longest, min(max(b.supervised for b in passes), wide.rows * wide.longest))
-    asked = f"{key} {shape} {checkpointing}"
+    asked = f"{key} {shape} {checkpointing} {run.trainer.loss.value} {run.trainer.loss_sha256}"
     if asked not in _peaks:
+        terms = losses.chosen(run.trainer)
         try:
-            traced = activations.peak(outlined.model, *shape, attention, checkpointing, labels > 0) + outlined.unpacked
+            traced = activations.peak(outlined.model, *shape, attention, checkpointing, labels > 0, terms)
+            traced += outlined.unpacked
             _peaks[asked] = traced, ()
         except RuntimeError as error:
             _peaks[asked] = None, (f"activations are left out, the model cannot be traced: {str(error)[:100]}",)
@@ -210,9 +240,14 @@ def batches(given: Rows, trainer: Trainer, seed: int) -> Iterator[Batch]:
     """List the forward passes of a training as the Trainer makes them.
 
     Each epoch draws an order (`sft.orders`), or groups of like length (`lengths.sampler`); an optimizer step takes
-    `accumulation` passes, and fewer at the end of an epoch.
+    `accumulation` passes, and fewer at the end of an epoch. With `kind=rloo` completions are not written yet, so each
+    pass is as large as one can be.
     """
     count, size, steps = len(given.lengths), trainer.batch, sft.planned_steps(trainer, len(given.lengths))
+    if trainer.kind is Method.rloo:
+        most, learned = max(given.lengths), max(given.supervised)
+        yield from repeat(Batch(size, most, size * most, size * learned), steps * trainer.accumulation)
+        return
     drawn, taken, epoch = sft.orders(count, trainer, seed), 0, 0
     while taken < steps:
         if trainer.group_by_length:

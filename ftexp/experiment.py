@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ftexp import config, data, estimate, evaluate, facts, labels, metrics, model, track
-from ftexp.config import Engine, Format, Kind, Long, Method, Packing, Run, Template, Tracker
+from ftexp import config, data, estimate, evaluate, facts, handed, labels, metrics, model, track
+from ftexp.config import Engine, Format, Kind, Long, Loss, Method, Packing, Run, Template, Tracker
 from ftexp.data import gates, general, prompts, tokens
 from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned, out_of_memory
-from ftexp.files import read_json, write_json
+from ftexp.files import naming, no_room, read_json, write_json
 from ftexp.model import Base
 from ftexp.overrides import ROOT
 from ftexp.progress import say, warn
-from ftexp.train import TRAINERS, answers, checkpoints, classify, dpo, lengths, reward, sft
+from ftexp.train import (
+    TRAINERS,
+    answers,
+    checkpoints,
+    classify,
+    dpo,
+    lengths,
+    losses,
+    reward,
+    rewarder,
+    rloo,
+    sft,
+)
 from ftexp.train.answers import Pair
-from ftexp.train.control import Control
+from ftexp.train.control import Control, Rung
 
 if TYPE_CHECKING:
-    from ftexp.train.packed import Learned, Member
+    from ftexp.train.lockstep import Learned, Member
 
     Steps = Generator[Member, Learned, dict[str, float]]
-    """A trial on its way: yields what `train.packed` is to train, is sent what came of it, returns the scores."""
+    """A trial on its way: yields what `train.lockstep` is to train, is sent what came of it, returns the scores."""
 
 Tokenised = tuple[Sequence[prompts.Example], Sequence[prompts.Example]]
 
@@ -40,8 +53,13 @@ def check(run: Run, folder: Path | None) -> None:
     """
     for name in run.objectives:
         metrics.check_objective(name, switched_on(run))
-    if run.model.kind is Kind.tiny and run.quant.kind is not Format.none:
-        raise ConfigError(f"quant.kind={run.quant.kind.value} needs stored weights: model=embedded or hub, got tiny")
+    stored = run.model.kind is not Kind.tiny and (run.model.kind is not Kind.run or model.origin(run.model)[1] is None)
+    if not stored and run.quant.kind is not Format.none:
+        kind = run.model.kind.value
+        raise ConfigError(
+            f"quant.kind={run.quant.kind.value} needs stored weights: model=embedded or hub, got {kind}"
+            + (f"; ftexp export {run.model.path} --form merged stores them" if kind == "run" else "")
+        )
     kept = None if folder is None else read_json(folder / "trial.json")
     if kept is not None and kept["config"] != identity(run):
         raise ConfigError(
@@ -59,8 +77,26 @@ def check(run: Run, folder: Path | None) -> None:
     rows = splits.digest()
     if kept is not None and kept.get("facts", {}).get("rows", {}).get("sha256", rows) != rows:
         raise ConfigError(f"name={run.name}: the rows changed since the run in {folder}; choose another name")
-    if run.model.kind is Kind.hub:
+    if run.model.kind in (Kind.hub, Kind.run) and model.rooted(run.model).path:
         model.source(run.model)
+    for name, now in _handed(run).items():
+        if kept is not None and kept.get("facts", {}).get(name, now) != now:
+            where = run.trainer.reward if name == "reward" else run.model.path
+            raise ConfigError(
+                f"name={run.name}: {where} was trained again since the run in {folder}; choose another name"
+            )
+
+
+def _handed(run: Run) -> dict[str, dict[str, Any]]:
+    """Tell what a run takes from others: the one it starts from, and its reward model.
+
+    Raises:
+        ConfigError: one is of another method.
+        MachineError: one is not there or not complete.
+    """
+    start = handed.stage("model.path", run.model.path, model.WRITERS) if run.model.kind is Kind.run else None
+    judge = rewarder.found(run) if run.trainer.kind is Method.rloo else None
+    return {name: handed.identity(kept) for name, kept in (("start", start), ("reward", judge)) if kept is not None}
 
 
 def switched_on(run: Run) -> set[str]:
@@ -107,7 +143,7 @@ def _check_shape(run: Run, splits: data.Splits) -> None:
             f"trainer.kind={run.trainer.kind.value} learns from pairs of answers, {lone.where} has one; "
             "rows need prompt, chosen and rejected"
         )
-    if run.eval.labels is not None and run.trainer.kind in answers.KINDS:
+    if run.eval.labels is not None and run.trainer.kind in (*answers.KINDS, Method.rloo):
         raise ConfigError(
             f"eval.labels must be null with trainer.kind={run.trainer.kind.value}, got {run.eval.labels!r}"
         )
@@ -125,6 +161,7 @@ def prepare(run: Run) -> None:
     """
     model.adapter(run.lora)
     sft.arguments(run.trainer, "cpu", run.seed, "", 1)
+    losses.chosen(run.trainer)
     if run.trainer.kind is Method.classify:
         _prepare_classifier(run)
         return
@@ -134,6 +171,8 @@ def prepare(run: Run) -> None:
     train, valid = tokenised(run, data.load(run.data))
     general_text(run, model.tokenizer(run.model))
     _check_length(run, [tokens.longest(train), tokens.longest(valid)])
+    if run.trainer.kind is Method.rloo:
+        _check_steps(run, train)
     limit = model.positions(run.model)
     if limit is not None and run.data.packing is Packing.wrapped and run.data.max_length > limit:
         raise ConfigError(
@@ -177,6 +216,24 @@ def _check_room(run: Run, rows: Sequence[prompts.Example]) -> None:
         )
 
 
+def _check_steps(run: Run, train: Sequence[prompts.Example]) -> None:
+    """Refuse fewer prompts than a step of reinforcement learning takes, and completions longer than the models."""
+    wanted = run.trainer.batch * run.trainer.accumulation // run.trainer.generations
+    if len(train) < wanted:
+        raise ConfigError(
+            f"trainer.batch * trainer.accumulation / trainer.generations = {wanted} prompts are a step, there are "
+            f"{len(train)}"
+        )
+    limits = [model.positions(run.model), model.positions(rewarder.found(run).config().model)]
+    limit = min((n for n in limits if n is not None), default=None)
+    asked, most = max(train, key=lambda e: len(e.prompt)), rloo.room(run, train)
+    if limit is not None and len(asked.prompt) + most > limit:
+        raise ConfigError(
+            f"trainer.max_new_tokens must leave room for the prompt of {asked.row.where}: model and reward model take "
+            f"at most {limit} tokens, the prompt has {len(asked.prompt)} and {most} may be written"
+        )
+
+
 def _check_labels(run: Run, splits: data.Splits) -> None:
     """Refuse a row without a label, where completions are lists of labels."""
     for row in (*splits.train, *splits.valid) if run.eval.labels is not None else ():
@@ -187,6 +244,10 @@ def _check_labels(run: Run, splits: data.Splits) -> None:
 def identity(run: Run) -> dict[str, Any]:
     """Return what decides the result of a run, flat: the config without tracking, name and checkpoints."""
     return {k: v for k, v in track.flat(run).items() if k not in ("name", "trainer.checkpoint_minutes")}
+
+
+HANDED = ("start", "reward")
+"""Facts about the runs that a run takes something from."""
 
 
 def fingerprint(run: Run, told: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +262,7 @@ def fingerprint(run: Run, told: dict[str, Any]) -> dict[str, Any]:
     deciding = (
         "rows", "template_sha256", "tokenizer_sha256", "weights_sha256", "compute", "versions", "code_sha256",
     )  # fmt: skip
-    return config_part | config.flat({k: told[k] for k in deciding})
+    return config_part | config.flat({k: told[k] for k in deciding} | {k: told[k] for k in HANDED if k in told})
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -259,6 +320,7 @@ def execute(
 
     Raises:
         FtexpError: the run was refused, pruned or ended badly; the reason is in `folder/trial.json` too.
+        NoRoom: a disk was full; the newest whole checkpoint stays, and the same call goes on.
         Preempted: the process was asked to leave; the same call goes on.
     """
     ends: list[dict[str, float] | BaseException] = []
@@ -284,34 +346,40 @@ def together(asked: Sequence[Asked], ended: Callable[[int, dict[str, float] | Ba
     def go_on(number: int, move: Callable[[Any], Member], given: Any) -> None:
         try:
             ready[number] = move(given)
+            return
         except StopIteration as done:
-            ended(number, done.value)
+            end = done.value
         except BaseException as error:  # its end alone, which the caller tells from others by its kind
+            end = error
             left.extend([error] if isinstance(error, KeyboardInterrupt) else [])
-            ended(number, error)
+        ended(number, end)
 
     for number, trial in enumerate(trials):
         go_on(number, *((trial.throw, left[0]) if left else (trial.send, None)))
     while ready:
-        from ftexp.train import packed
+        from ftexp.train import lockstep
 
-        numbers, members = list(ready), list(ready.values())
+        waiting, members = dict(enumerate(ready)), list(ready.values())  # place in the pack -> number of the trial
         ready.clear()
-        training = {*numbers}
-        try:
-            for n, learned in packed.train(members):
-                training.remove(numbers[n])
-                go_on(numbers[n], trials[numbers[n]].send, learned)
-                if left and not isinstance(learned.ended, Preempted):
-                    raise left[0]  # asked again, while a trial was scored: the others end where they are
-        except BaseException as error:
-            for number in sorted(training):
-                go_on(number, trials[number].throw, error)
+        training, failed = lockstep.train(members), None
+        while waiting and failed is None:
+            try:
+                place, learned = next(training)
+            except BaseException as error:
+                failed = error
+            else:
+                number = waiting.pop(place)
+                go_on(number, trials[number].send, learned)
+                asked_again = left and not isinstance(learned.ended, Preempted)  # while a trial was scored
+                failed = left[0] if asked_again else None
+        for number in waiting.values():
+            go_on(number, trials[number].throw, failed)
 
 
 def _trial(asked: Asked) -> Steps:
     run, folder, label = asked.run, asked.folder, asked.label
     if (kept := complete(run, folder)) is not None:
+        checkpoints.clear(folder / "checkpoints")
         say(f"{label}: complete already, kept as it is in {folder}")
         if made_with := stale(folder):
             say(f"{label}: stale, it was made with other {made_with}; without that folder it is trained again")
@@ -322,17 +390,25 @@ def _trial(asked: Asked) -> Steps:
     trial |= {"opened": asked.opened} if asked.opened else {}
     if run.track.kind is Tracker.mlflow:
         trial["track"] = {"uri": run.track.uri, "experiment": run.track.experiment, "parent": asked.parent}
+    if run.trainer.loss is Loss.own:
+        trial["loss_source"] = losses.given(run.trainer)
     write_json(folder / "trial.json", trial)
     try:
         scores = yield from _fitting(asked, trial)
+        write_json(folder / "trial.json", trial | {"state": "complete", "scores": scores})
     except BaseException as error:
+        if (full := no_room(error, folder)) is not None:
+            checkpoints.clear_torn(folder / "checkpoints")
+            with suppress(OSError):  # it stays "running", as after a kill
+                write_json(folder / "trial.json", trial | {"state": "preempted", "error": str(full)})
+            raise full from error
         told = isinstance(error, FtexpError | Preempted)
         reason = str(error) if told else f"{type(error).__name__}: {error}"
         ends = ((Pruned, "pruned"), (KeyboardInterrupt, "preempted"))
         state = next((name for kind, name in ends if isinstance(error, kind)), "failed")
         write_json(folder / "trial.json", trial | {"state": state, "error": reason.splitlines()[0]})
         raise
-    write_json(folder / "trial.json", trial | {"state": "complete", "scores": scores})
+    checkpoints.clear(folder / "checkpoints")
     return scores
 
 
@@ -419,7 +495,9 @@ def _execute(
                 if learned is not None:
                     trained = _learned(tuned, learned, trial)
                 else:
-                    trained = train_adapter(run, base, tuned, task.train, task.valid, kept, log.metrics, control)
+                    trained = train_adapter(
+                        run, base, tuned, task.train, task.valid, kept, log.metrics, control, **task.more
+                    )
             except Pruned:
                 model.save(base, tuned, folder)
                 raise
@@ -440,7 +518,6 @@ def _execute(
         scores |= {f"cost/{k}": v for k, v in facts.peak_memory_gib().items()}
         scores["cost/seconds"] = kept.seconds()
         _store(run, folder, log, scores, before, after.scored, int(trained["train/steps"]), task.rival)
-    kept.clear()
     return scores
 
 
@@ -449,7 +526,7 @@ def _member(
 ) -> Member:  # fmt: skip
     """Hand a trial to the packed engine, with the first weights that peft draws for it."""
     from ftexp.model import packed
-    from ftexp.train.packed import Member
+    from ftexp.train.lockstep import Member
 
     with model.adapted(base, run.lora, run.seed) as fresh:
         start, scales = packed.taken(fresh)
@@ -489,7 +566,7 @@ def _judge_again(log: track.Log, control: Control) -> None:
     """Tell a pruner the rungs that were passed before the kill; it let the trial pass them, so its answer is known."""
     if control.judge is not None:
         for value, step in log.curve("valid/loss"):
-            control.judge(value, step)
+            control.judge(Rung(value), step)
 
 
 @dataclass(frozen=True)
@@ -530,6 +607,8 @@ class Task:
     """Scores the trained model on `test`; what was fitted on the held-out rows stays as it is."""
     ready: Callable[[Base], None] = lambda base: None
     """Asks the untouched base what training needs of it."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """What the training takes beside what all take."""
 
 
 def generation(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = ()) -> Task:
@@ -645,11 +724,56 @@ def preference(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = ())
     return Task(run, train, valid, test, len(train), 0, "base", before, after, final, ready)
 
 
+def reinforcement(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = ()) -> Task:
+    """Rows are prompts, their completions are there to be compared with; the rival is the base, the reference too."""
+    train, valid = tokenised(run, splits)
+    test = prompts.render(opened, model.tokenizer(run.model), run.data) if opened else []
+    if test:
+        _check_length(run, test)
+        _check_room(run, test)
+    known = evaluate.seen(train, valid, run.eval)
+    judge = str(sorted(handed.identity(rewarder.found(run)).items()))
+    more: dict[str, Any] = {}
+
+    def ready(base: Base) -> None:
+        more["rewarder"] = rewarder.load(run)
+
+    def scored(base: Base, rows: Sequence[prompts.Example], label: str) -> evaluate.Scored:
+        asked = f"{splits.digest()} {judge} {run.trainer.beta} {config.digest(run.data, run.eval)}"
+        key = f"rloo {label} {base.weights} {base.key} {asked}"
+        if key not in _base_scores:
+            found = rloo.score(base.model, base, rows, run, more["rewarder"], label, known)
+            given = [e.row for e in rows]
+            told = [row.completion for row in given]
+            worth = more["rewarder"].rewards(given, told, run.eval.batch, f"{label} references")
+            for entry, value in zip(found.table, worth, strict=True):
+                entry |= {"reference_reward": value, "win_rate": 0.5}
+            _base_scores[key] = evaluate.Scored(found.scores | {"win_rate": 0.5}, found.table)
+        return _base_scores[key]
+
+    def before(base: Base) -> evaluate.Scored:
+        general_before(run, base)
+        return scored(base, valid, "base")
+
+    def after(base: Base, tuned: Any) -> After:
+        ahead = [e["reward"] for e in before(base).table]
+        found = rloo.score(tuned, base, valid, run, more["rewarder"], "valid", known, ahead)
+        return After(found, forgotten(run, base, tuned))
+
+    def final(base: Base, tuned: Any, _: After) -> evaluate.Scored:
+        with model.untrained(base, tuned):
+            ahead = [e["reward"] for e in scored(base, test, "base, test").table]
+        return rloo.score(tuned, base, test, run, more["rewarder"], "test", known, ahead)
+
+    return Task(run, train, valid, test, len(train), 0, "base", before, after, final, ready, more)
+
+
 TASKS = {
     Method.sft: generation,
     Method.classify: classification,
     Method.reward: rewarding,
     Method.dpo: preference,
+    Method.rloo: reinforcement,
 }
 
 
@@ -779,6 +903,7 @@ def _facts(run: Run, base: Base, splits: data.Splits, used: Tokenised) -> dict[s
         **({"general_sha256": general.digest(general.passages(run.eval.forgetting))} if run.eval.forgetting else {}),
         "rows": _counts(splits, used),
         **({"data_commit": splits.commit} if splits.commit else {}),
+        **_handed(run),
         "template_sha256": prompts.template_digest(base.tokenizer, run.data),
         "tokenizer_sha256": prompts.tokenizer_digest(base.tokenizer),
         "weights_sha256": base.weights,
@@ -817,7 +942,8 @@ def _store(
     before: evaluate.Scored, after: evaluate.Scored, step: int, rival: str,
 ) -> None:  # fmt: skip
     """Write the tables of rows and labels, and show scores, examples and adapter in the tracking store."""
-    rows = [{**b, f"{rival}_nats": a["nats"], **({f"{rival}_prediction": a["prediction"]} if "prediction" in a else {})}
+    beside = ("nats", "prediction", "reward")
+    rows = [{**b, **{f"{rival}_{k}": a[k] for k in beside if k in a}, **{k: a[k] for k in a if k == "reference_reward"}}
             for a, b in zip(before.table, after.table, strict=True)]  # fmt: skip
     _write_table(folder / "examples.parquet", rows)
     log.metrics({"valid/loss": scores["valid/loss"]}, step)
@@ -828,6 +954,9 @@ def _store(
         "reference",
         f"{rival}_prediction",
         "prediction",
+        f"{rival}_reward",
+        "reward",
+        "reference_reward",
         "exact_match",
         "jaccard",
         "f1",
@@ -848,4 +977,5 @@ def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    with naming(path):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)

@@ -115,6 +115,11 @@ def given(argv: list[str]) -> list[str]:
     return list(get_args_parser().parse_intermixed_args(argv).overrides)
 
 
+def asks_help(argv: list[str]) -> bool:
+    """Tell whether the command line asks what it may hold."""
+    return bool(get_args_parser().parse_intermixed_args(argv).help)
+
+
 def runs(argv: list[str]) -> str | None:
     """Tell what the command line asks for: `single`, `sweep`, or None where nothing is to run (`--help`, `--cfg`)."""
     args = get_args_parser().parse_intermixed_args(argv)

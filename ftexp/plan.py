@@ -222,7 +222,7 @@ def probe(run: Run) -> float:
     with tempfile.TemporaryDirectory() as work, model.adapted(base, run.lora, run.seed) as tuned:
         TRAINERS[run.trainer.kind](
             task.run, base, tuned, task.train, task.valid, checkpoints.store(Path(work) / "probe", {}),
-            lambda *_: ends.append(time.monotonic()), Control(),
+            lambda *_: ends.append(time.monotonic()), Control(), **task.more,
         )  # fmt: skip
     return speed(estimate.rows(task.train, short), short, ends)
 
@@ -279,7 +279,7 @@ def single(one: Trial, wanted: Wanted) -> list[tuple[str, str]]:
     plan, run = one.plan, one.run
     halves = f", {plan.packed:,} as packed" if plan.packed != plan.total else ""
     parts = ("weights", "adapter", "copy", "gradients", "optimizer", "activations")
-    sizes = {name: getattr(plan, name) for name in parts}
+    sizes = {name: getattr(plan, name) for name in parts} | ({"reward model": plan.judge} if plan.judge else {})
     listed = [
         ("parameters", f"{plan.total:,}{halves}"),
         ("trainable", f"{plan.trainable:,}, {plan.share:.4%}"),
@@ -291,6 +291,7 @@ def single(one: Trial, wanted: Wanted) -> list[tuple[str, str]]:
         ("steps", f"{plan.steps:,} of {run.trainer.batch * run.trainer.accumulation} rows"),
         ("tokens", f"{plan.tokens:,}, {plan.padded:,} with padding ({plan.counted})"),
         ("operations", f"{plan.flops:,}"),
+        *([("written", f"{plan.written:,} tokens at most")] if plan.written else []),
     ]
     if one.seconds is not None:
         listed.append(("time", f"{one.seconds / 3600:.3f} hours of training at {one.rate:,.0f} tokens a second"))

@@ -21,14 +21,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import config, data, estimate, evaluate, experiment, files, metrics, model, track
-from ftexp.config import Attention, Dtype, Eval, Format, Kind, Method, Model, Packing, Quant, Run, Scheduler, Tracker
+from ftexp.config import (
+    Attention,
+    Dtype,
+    Eval,
+    Format,
+    Kind,
+    Method,
+    Model,
+    Packing,
+    Quant,
+    Run,
+    Scheduler,
+    Tracker,
+    Trainer,
+)
 from ftexp.data import prompts
 from ftexp.data.prompts import Example
 from ftexp.data.shapes import Row
 from ftexp.errors import MachineError
 from ftexp.model import Base, compute
 from ftexp.train import checkpoints, lengths, sft
-from ftexp.train.control import Control
+from ftexp.train.control import Control, Rung
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -242,8 +256,8 @@ def _steps(
     """
     with tempfile.TemporaryDirectory() as work, model.adapted(base, config.Lora(r=4, alpha=8), 0) as tuned:
 
-        def judge(value: float, step: int) -> str | None:
-            return look(tuned, value) if look is not None else None
+        def judge(rung: Rung, step: int) -> str | None:
+            return look(tuned, rung.loss) if look is not None else None
 
         kept = checkpoints.store(Path(work) / "probe", {})
         sft.train(run, base, tuned, rows, rows, kept, lambda *_: None, Control(judge))
@@ -259,17 +273,19 @@ def _recipe(**given: Any) -> Run:
     return Run(trainer=config.Trainer(**{**plain, **given}))
 
 
-def accumulation(base: Base, rows: Sequence[Example], extra: dict[str, Any] | None = None) -> Finding:
+def accumulation(base: Base, rows: Sequence[Example], how: Trainer | None = None) -> Finding:
     """Take one step on 8 rows at once and on 2 rows four times: the weights must be the same.
 
     Args:
         base: the tiny model.
         rows: eight of unequal length.
-        extra: `trainer.extra` of the run.
+        how: its loss and `extra` are taken.
     """
-    more = extra or {}
+    how = how or Trainer()
+    more = how.extra
+    loss = {"loss": how.loss, "loss_strength": how.loss_strength, "loss_sha256": how.loss_sha256}
     whole, pieces, still = (
-        _steps(base, rows, _recipe(extra=more, **shape))
+        _steps(base, rows, _recipe(extra=more, **loss, **shape))
         for shape in ({"batch": 8}, {"batch": 2, "accumulation": 4}, {"batch": 8, "lr": 1e-12})
     )
     apart, moved = (max(float((whole[k] - other[k]).abs().max()) for k in whole) for other in (pieces, still))
@@ -373,7 +389,8 @@ def every(run: Run, folder: Path, trials: int = 1, workers: int = 1) -> list[Fin
     needed = trials * copies * plan.adapter_file + 2 * workers * plan.checkpoint
     found += [disk(folder, needed), device(run, plan.memory)]
     base, rows = toy()
-    found += [accumulation(base, rows, run.trainer.extra), neftune(base, rows)]
+    how = config.Trainer() if run.trainer.kind is Method.rloo else run.trainer  # its keywords are another trainer's
+    found += [accumulation(base, rows, how), neftune(base, rows)]
     if any(one.state is State.fail for one in found if one.name in ("device", "supervision")):
         return found  # the model cannot be asked
     return found + _of_model(run, task)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ftexp import config, experiment, overrides, report, verb
-from ftexp.errors import ConfigError, FtexpError
+from ftexp.errors import ConfigError, FtexpError, MachineError
 from ftexp.files import check_folder
 from ftexp.progress import quiet_libraries
 from ftexp.sweep import plugin
@@ -53,10 +54,12 @@ def _main() -> int:
 def _launch() -> int:
     """Hand the command line to Hydra, and show what came of it."""
     sys.argv[1:] = argv = overrides.prepare(sys.argv[1:])
+    if overrides.asks_help(argv):
+        print(usage())
+        return 0
     wanted = overrides.runs(argv)
-    if wanted is not None:
-        check_composed(argv)
-    folder = _check_single(argv) if wanted == "single" else Path()
+    composed = check_composed(argv) if wanted is not None else None
+    folder = _check_single(composed) if composed is not None and wanted == "single" else Path()
     ran: list[Any] = []
 
     def task(cfg: DictConfig) -> Any:
@@ -67,9 +70,13 @@ def _launch() -> int:
     plugin.Sweeper.started = started.append
     try:
         hydra.main(**overrides.BASE, config_path=str(overrides.CONF), config_name="config")(task)()
-    finally:
+    except BaseException:
         if started:
-            _show(started[0])
+            with suppress(OSError, MachineError):  # on a full disk the page is the least of it
+                _show(started[0])
+        raise
+    if started:
+        _show(started[0])
     if ran:
         if isinstance(ran[0], FtexpError):
             raise ran[0]
@@ -77,21 +84,50 @@ def _launch() -> int:
     return 0
 
 
-def check_composed(argv: list[str]) -> None:
-    """Look at Hydra's own part of the config before Hydra acts on it: callbacks and the like can be any code."""
+def usage() -> str:
+    """Return the text of `--help`: groups with their options, and the config as it comes.
+
+    Hydra's own copies every config it knows for each group that it lists, which takes a second.
+    """
+    with hydra.initialize_config_dir(str(overrides.CONF), **overrides.BASE):
+        cfg = hydra.compose("config")
+    lines = [f"{group}: {', '.join(options)}" for group, options in sorted(overrides.groups().items())]
+    return f"""usage: python -m ftexp.run [group=option ...] [key=value ...] [-m] [--cfg job]
+
+  -m         a sweep over keys with several values: lora.r=8,16,64
+  --cfg job  print the composed config; nothing runs
+
+groups and their options (group=option)
+{chr(10).join(lines)}
+
+keys and what they are without overrides (key=value)
+{OmegaConf.to_yaml(cfg)}
+keys of a sweep (sweep.key=value)
+{", ".join(overrides.SWEEP_KEYS)}
+"""
+
+
+def check_composed(argv: list[str]) -> DictConfig:
+    """Compose a run, or what all trials of a sweep share, and look at Hydra's own part before Hydra acts on it.
+
+    Callbacks and the like can be any code.
+
+    Returns:
+        The config, Hydra's part included.
+    """
     given = [text for text in overrides.given(argv) if not overrides.is_sweep(text)]
     with hydra.initialize_config_dir(str(overrides.CONF), **overrides.BASE):
         cfg = hydra.compose("config", given, return_hydra_config=True)
     overrides.check_composed(OmegaConf.to_container(cfg.hydra, resolve=False))
+    return cfg
 
 
-def _check_single(argv: list[str]) -> Path:
-    """Compose and check a single run before Hydra writes its folder, and return it."""
-    given = overrides.given(argv)
-    with hydra.initialize_config_dir(str(overrides.CONF), **overrides.BASE):
-        cfg = hydra.compose("config", given, return_hydra_config=True)
-        folder = Path(cfg.hydra.run.dir)
-        run = config.build(hydra.compose("config", given))
+def _check_single(cfg: DictConfig) -> Path:
+    """Check a composed single run before Hydra writes its folder, and return it."""
+    folder = Path(cfg.hydra.run.dir)
+    with read_write(cfg), open_dict(cfg):
+        del cfg["hydra"]
+    run = config.build(cfg)
     check_folder(folder)
     experiment.check(run, folder)
     if experiment.complete(run, folder) is None:

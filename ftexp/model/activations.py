@@ -9,7 +9,7 @@ tiny and the embedded model in 2 to 8 rows of 32 to 256 tokens (0.3 % in float32
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,10 @@ ERROR = 0.02
 """Largest relative error of the peak against what PyTorch's CPU allocator hands out."""
 
 
-def peak(tuned: Any, rows: int, length: int, supervised: int, attention: str, checkpointing: bool, head: bool) -> int:
+def peak(
+    tuned: Any, rows: int, length: int, supervised: int, attention: str, checkpointing: bool, head: bool,
+    terms: Callable[[Any, Any], Any] | None = None,
+) -> int:  # fmt: skip
     """Trace one training step of a model on the meta device: peak bytes beside weights and gradients.
 
     Args:
@@ -32,6 +35,8 @@ def peak(tuned: Any, rows: int, length: int, supervised: int, attention: str, ch
         attention: implementation of attention; all but `eager` take a mask of booleans.
         checkpointing: whether layers are computed again in the backward pass.
         head: whether the model is a classifier.
+        terms: takes logits (supervised, vocabulary) and targets, returns the loss of each; None for
+            cross entropy.
 
     Raises:
         RuntimeError: the model looks at numbers, so it cannot be traced.
@@ -50,11 +55,13 @@ def peak(tuned: Any, rows: int, length: int, supervised: int, attention: str, ch
         ids = torch.zeros(rows, length, dtype=torch.long)
         live = _live(tuned)
         with _fused(), live:
-            _loss(tuned, ids, attention, None if head else supervised).backward()
+            _loss(tuned, ids, attention, None if head else supervised, terms).backward()
     return live.peak
 
 
-def _loss(tuned: Any, ids: torch.Tensor, attention: str, supervised: int | None) -> torch.Tensor:
+def _loss(
+    tuned: Any, ids: torch.Tensor, attention: str, supervised: int | None, terms: Callable[[Any, Any], Any] | None
+) -> torch.Tensor:
     """Return the loss alone: what it was made of lives on only as far as the backward pass needs it."""
     import torch
 
@@ -63,6 +70,8 @@ def _loss(tuned: Any, ids: torch.Tensor, attention: str, supervised: int | None)
     else:
         logits = _written(tuned, ids, attention, supervised)
     truth = torch.zeros(logits.shape[0], dtype=torch.long)
+    if terms is not None:
+        return terms(logits.float(), truth).sum()
     return torch.nn.functional.cross_entropy(logits.float(), truth, reduction="sum")
 
 

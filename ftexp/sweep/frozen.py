@@ -59,17 +59,25 @@ class Frozen:
         Raises:
             ConfigError: the point's values are out of range or at odds.
         """
-        cfg = copy.deepcopy(_composed(self.folder / "frozen" / f"{variant(self.space, point)}.yaml"))
-        for axis in self.space.axes:
-            if axis.key in point and not axis.composes:
-                text = f"{axis.key}={point[axis.key]}"
-                value = OverridesParser.create().parse_override(text).value()
-                OmegaConf.update(
-                    cfg, axis.key.lstrip("+"), value, force_add=axis.key.lstrip("+").startswith(overrides.OPEN)
-                )
-        run = config.build(cfg)
+        cfg = _composed(self.folder / "frozen" / f"{variant(self.space, point)}.yaml")
+        run = config.build(placed(cfg, self.space, point))
         run.seed += replicate
         return run
+
+
+def placed(cfg: DictConfig, space: Space, point: dict[str, Any]) -> DictConfig:
+    """Copy a composed config and set the keys of a point in it, group options aside: a tenth of what composing costs.
+
+    Raises:
+        OmegaConfBaseException: a value is not of the key's type.
+    """
+    cfg = copy.deepcopy(cfg)
+    for axis in space.axes:
+        if axis.key in point and not axis.composes:
+            key = axis.key.lstrip("+")
+            value = OverridesParser.create().parse_override(f"{axis.key}={point[axis.key]}").value()
+            OmegaConf.update(cfg, key, value, force_add=key.startswith(overrides.OPEN))
+    return cfg
 
 
 @cache
@@ -102,8 +110,16 @@ def load(folder: Path) -> Frozen:
 
 def variant(space: Space, point: dict[str, Any]) -> str:
     """Name the composed config of a point: one for each combination of chosen group options."""
-    chosen = [f"{a.key}={point[a.key]}" for a in space.axes if a.composes and a.key in point]
-    return hashlib.sha256("\n".join(chosen).encode()).hexdigest()[:12]
+    return hashlib.sha256("\n".join(_chosen(space, point)).encode()).hexdigest()[:12]
+
+
+def _chosen(space: Space, point: dict[str, Any]) -> list[str]:
+    return [f"{a.key}={point[a.key]}" for a in space.axes if a.composes and a.key in point]
+
+
+def shared(space: Space, point: dict[str, Any]) -> list[str]:
+    """Return the overrides that a point shares with all of its variant: group options and what is fixed."""
+    return [*_chosen(space, point), *space.fixed]
 
 
 def freeze(folder: Path, space: Space, points: list[dict[str, Any]], compose: Any) -> None:
@@ -120,8 +136,7 @@ def freeze(folder: Path, space: Space, points: list[dict[str, Any]], compose: An
     for point in points:
         path = kept / f"{variant(space, point)}.yaml"
         if not path.exists():
-            chosen = [f"{a.key}={point[a.key]}" for a in space.axes if a.composes and a.key in point]
-            OmegaConf.save(compose([*chosen, *space.fixed]), path)
+            OmegaConf.save(compose(shared(space, point)), path)
 
 
 def corners(space: Space) -> list[dict[str, Any]]:

@@ -45,6 +45,9 @@ class Pruner(Enum):
     """Below the median of the trials that came as far."""
     patient = "patient"
     """Median, but only after no gain at two rungs in a row."""
+    race = "race"
+    """Only where a paired test over the held-out rows says that the trial is behind the best one by more than chance
+    (`ftexp/stats/racing.py`): at most `alpha` of all sweeps stop the trial that is truly best at a rung."""
 
 
 class Engine(Enum):
@@ -73,7 +76,8 @@ class Options:
     pruner: Pruner = Pruner.none
     """When a lagging trial is stopped."""
     pruner_args: dict[str, Any] = field(default_factory=dict)
-    """More keywords for Optuna's pruner."""
+    """More keywords for Optuna's pruner. Of `race`: `alpha` (0.05), `warm_up` (0, rungs at which nothing is stopped),
+    `min_rows` (16, held-out rows below which it is refused)."""
     seed: int = 0
     """Seed of the search; trials have their own in `seed`."""
     replicates: int = 1

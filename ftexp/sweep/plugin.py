@@ -26,10 +26,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ftexp import config, data, experiment, facts, metrics, overrides, probe, track
 from ftexp.config import Run
-from ftexp.errors import ConfigError, FtexpError, MachineError, Preempted, TrialsFailed
+from ftexp.errors import ConfigError, FtexpError, MachineError, NoRoom, Preempted, TrialsFailed
 from ftexp.files import check_folder, read_json, write_json
 from ftexp.progress import say
-from ftexp.sweep import frozen, space
+from ftexp.sweep import frozen, race, space
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import Engine, Options, Pruner, Sampler
 from ftexp.sweep.space import Space
@@ -91,6 +91,13 @@ class Sweeper(HydraSweeper):
             del cfg["hydra"]
         return cfg
 
+    def _placed(self, cfg: DictConfig, searched: Space, point: dict[str, Any]) -> DictConfig:
+        """Set a point in a composed config; what does not fit there is composed, because Hydra tells which override."""
+        try:
+            return frozen.placed(cfg, searched, point)
+        except OmegaConfBaseException:
+            return self._compose(searched.point(point))
+
     def _checked(self, searched: Space, options: Options) -> list[Run]:
         """Build and check every point of a grid, or the ends and values of every axis of a search."""
         searching = options.sampler is not Sampler.grid
@@ -103,10 +110,13 @@ class Sweeper(HydraSweeper):
         points = frozen.corners(searched) if searching else searched.grid()
         frozen.check_limit(len(points))
         runs = []
+        variants: dict[str, DictConfig] = {}
         for number, point in enumerate(points or [{}]):
-            given = searched.point(point)
+            given, variant = searched.point(point), frozen.variant(searched, point)
             try:
-                runs.append(config.build(self._compose(given)))
+                if variant not in variants:
+                    variants[variant] = self._compose(frozen.shared(searched, point))
+                runs.append(config.build(self._placed(variants[variant], searched, point)))
                 experiment.check(runs[-1], None)
             except FtexpError as error:
                 raise type(error)(f"{error} (trial {number}: {' '.join(given)})") from error
@@ -148,6 +158,9 @@ class Sweeper(HydraSweeper):
             raise ConfigError(
                 f"sweep.pruner={options.pruner.value} needs one objective, got {', '.join(runs[0].objectives)}"
             )
+        if options.pruner is Pruner.race:
+            rows = min(len(data.load(run.data).valid) for run in runs)
+            race.check(options, [axis.key for axis in searched.axes], runs[0].objectives, rows)
         engines.check(options)
         count = options.workers or len(supervisor.gpus())
         if options.storage is not None and options.storage.startswith("sqlite") and count > 1:
@@ -237,6 +250,7 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
     with study.locked(sweep.folder / "settle.lock"):
         record.set_user_attr(worker.STOP, None)
         record.set_user_attr(worker.LEAVE, None)
+        record.set_user_attr(worker.FULL, None)
         gone = study.settle(record, points, options.max_retries, sweep.folder)
     if gone:
         say(
@@ -384,6 +398,8 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
     stop = record.user_attrs.get(worker.STOP)
     if record.user_attrs.get(worker.LEAVE):
         raise Preempted(f"sweep {sweep.name} was stopped: {screen.line(sweep, record)}")
+    if record.user_attrs.get(worker.FULL):
+        raise NoRoom(stop)
     if failed or stop:
         raise TrialsFailed(
             f"{len(failed)} of {len(trials)} trials failed: {', '.join(map(str, failed))}"

@@ -14,12 +14,13 @@ import os
 import socket
 import time
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftexp.errors import ConfigError, MachineError
+from ftexp.sweep import race
 from ftexp.sweep.options import Options, Pruner, Sampler
 from ftexp.sweep.space import Space
 
@@ -35,11 +36,15 @@ JOURNAL = "study.journal"
 UNSIGNED_SECONDS = 15.0
 """A ticket claimed and not signed for this long lost its worker in between."""
 SILENT_SECONDS = 180.0
-"""A worker of another machine is taken for dead after this long without a heartbeat."""
+"""A worker of another machine is taken for dead after this long without a new heartbeat."""
 
 
 class _Lock:
-    """Lock for Optuna's journal that the kernel frees when its holder is killed; Optuna's own then waits 30 s."""
+    """Lock for Optuna's journal that the kernel frees when its holder is killed; Optuna's own then waits 30 s.
+
+    Whoever takes it cuts off what a kill or a full disk left of the last entry: the next one would be written behind
+    that, and both would be lost.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = f"{path}.lock"
@@ -47,6 +52,7 @@ class _Lock:
     def acquire(self) -> bool:
         self.held = open(self.path, "w")  # noqa: PTH123, SIM115
         fcntl.flock(self.held, fcntl.LOCK_EX)
+        cut_torn(Path(self.path.removesuffix(".lock")))
         return True
 
     def release(self) -> None:
@@ -89,7 +95,7 @@ def storage(folder: Path, url: str | None) -> BaseStorage:
     lock = _Lock(str(path))
     lock.acquire()
     try:
-        _repair(path)
+        _check_end(path)
     finally:
         lock.release()
     try:
@@ -135,12 +141,22 @@ def _proxy(url: str) -> BaseStorage:
     return made
 
 
-def _repair(path: Path) -> None:
-    """Cut a torn last line off; refuse a whole one that is no entry, which Optuna would pass over until the next."""
+def cut_torn(path: Path) -> None:
+    """Cut a torn last line off a file of lines; only while nobody writes to it."""
+    with suppress(FileNotFoundError), path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        if not end:
+            return
+        file.seek(end - 1)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _check_end(path: Path) -> None:
+    """Refuse a whole last line that is no entry, which Optuna would pass over until the next."""
     content = path.read_bytes() if path.exists() else b""
-    if content and not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
-    elif content and not _is_entry(content[content.rfind(b"\n", 0, -1) + 1 :]):
+    if content and not _is_entry(content[content.rfind(b"\n", 0, -1) + 1 :]):
         raise _no_entry(path, content.count(b"\n"))
 
 
@@ -180,6 +196,9 @@ def pruner(options: Options, rung: int) -> BasePruner:
     match options.pruner:
         case Pruner.none:
             return known.NopPruner()
+        case Pruner.race:
+            race.rule(options)
+            return known.NopPruner()  # it judges by rows, which are not in the record
         case Pruner.asha:
             given = {"min_resource": max(1, rung), "reduction_factor": 2, **args}
             return _accept(known.SuccessiveHalvingPruner, "sweep.pruner_args", given)
@@ -278,11 +297,20 @@ def alive(trial: FrozenTrial) -> bool:
     """Tell whether a running attempt's worker may still be at it; in doubt it is."""
     worker = trial.user_attrs.get("ftexp:worker")
     began = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
-    if worker is None:
-        return time.time() - began < UNSIGNED_SECONDS
+    if worker is None:  # one that looks begun long ahead of now was begun before a clock was put back
+        return abs(time.time() - began) < UNSIGNED_SECONDS
     if worker["host"] == HOST:
         return started(worker["pid"]) == worker["start"]
-    return time.time() - max(trial.user_attrs.get("ftexp:beat", 0.0), began) < SILENT_SECONDS
+    # A clock may jump, and another machine's may be wrong: what counts is how long no new heartbeat was seen here.
+    key, beat = (trial._trial_id, worker["pid"], worker["start"]), trial.user_attrs.get("ftexp:beat")
+    now = time.monotonic()
+    if key not in _beats or _beats[key][0] != beat:
+        _beats[key] = beat, now
+    return now - _beats[key][1] < SILENT_SECONDS
+
+
+_beats: dict[tuple[int, int, float], tuple[float | None, float]] = {}
+"""Attempt on another machine -> its last heartbeat, and when this process first saw that one, on its own clock."""
 
 
 def reap(study: Study, max_retries: int, ended: Container[str] = ()) -> list[int]:
@@ -379,6 +407,8 @@ def propose(space: Space, options: Options, directions: Any, history: list[Froze
         )
     conditional = any(axis.when for axis in space.axes)
     made = sampler(options, seed_of(options.seed, number), conditional)
+    if not conditional:
+        _tell_space(made, distributions, history)
     mirror = _mirror(directions, made, history)
     asked = mirror.ask({} if conditional else distributions)
     point: dict[str, Any] = {}
@@ -390,20 +420,47 @@ def propose(space: Space, options: Options, directions: Any, history: list[Froze
 
 def _mirror(directions: Any, made: BaseSampler, history: list[FrozenTrial]) -> Study:
     """Put a history into a study in memory; `add_trial` would copy and check each trial anew, at each proposal."""
-    import copy
-
     import optuna
 
     store = optuna.storages.InMemoryStorage()
     mirror = optuna.create_study(directions=directions, sampler=made, storage=store)
     trials = store._studies[mirror._study_id].trials
-    for number, known in enumerate(history):
-        trial = copy.copy(known)
-        trial.system_attrs = {k: v for k, v in known.system_attrs.items() if k != "fixed_params"}
+    for number, trial in enumerate(_copied(history)):
         trial.number = trial._trial_id = store._max_trial_id = number
         store._trial_id_to_study_id_and_number[number] = (mirror._study_id, number)
         trials.append(trial)
     return mirror
+
+
+_copies: dict[int, tuple[FrozenTrial, FrozenTrial]] = {}
+
+
+def _copied(history: list[FrozenTrial]) -> list[FrozenTrial]:
+    """Copy attempts without their queued points; what has ended never changes, and is copied once in a process."""
+    global _copies
+    import copy
+
+    before, _copies = _copies, {}
+    made = []
+    for known in history:
+        kept, trial = before.get(id(known), (None, None))
+        if trial is None or kept is not known or not known.state.is_finished():
+            trial = copy.copy(known)
+            trial.system_attrs = {k: v for k, v in known.system_attrs.items() if k != "fixed_params"}
+        _copies[id(known)] = known, trial
+        made.append(trial)
+    return made
+
+
+def _tell_space(made: BaseSampler, distributions: dict[str, Any], history: list[FrozenTrial]) -> None:
+    """Give a sampler the search space, which it would find by comparing the distributions of all trials, each time.
+
+    Every attempt of a sweep has the same ones, unless some depend on others.
+    """
+    inferred = getattr(made, "_search_space", None) or getattr(made, "_intersection_search_space", None)
+    told = {"COMPLETE", "PRUNED"} if inferred is not None and inferred._include_pruned else {"COMPLETE"}
+    if inferred is not None and any(t.state.name in told for t in history):
+        inferred._search_space, inferred._cached_trial_number = dict(distributions), len(history)
 
 
 def _sobol(space: Space, options: Options, number: int) -> dict[str, Any]:

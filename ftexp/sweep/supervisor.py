@@ -78,13 +78,14 @@ def supervise(sweep: Frozen, record: Study, count: int, left: int) -> None:
     (sweep.folder / "workers").mkdir(exist_ok=True)
     start = engines.starter(sweep.options, sweep.folder)
     ended: set[str] = set()
+    began: dict[int, float] = {}
     with screen.live(sweep, record) as show:
         try:
             while _waiting(record) or any(s.process for s in places) or _running(record):
                 for slot in places:
                     _tend(sweep, record, slot, start, ended)
                 study.reap(record, sweep.options.max_retries, ended)
-                _end_overdue(sweep, record, places)
+                _end_overdue(sweep, record, places, began)
                 show()
                 if record.user_attrs.get(STOP) and not any(s.process for s in places):
                     return
@@ -128,8 +129,12 @@ def _tend(sweep: Frozen, record: Study, slot: Slot, start: Callable[..., Worker]
     slot.process = start(slot.number, slot.token, slot.env, slot.cores)
 
 
-def _end_overdue(sweep: Frozen, record: Study, places: list[Slot]) -> None:
-    """Kill the worker of a trial that is well past its time and so no longer looks at the clock itself."""
+def _end_overdue(sweep: Frozen, record: Study, places: list[Slot], began: dict[int, float]) -> None:
+    """Kill the worker of a trial that is well past its time and so no longer looks at the clock itself.
+
+    `began` keeps when each attempt was first seen running, on the monotonic clock: the record's times are the wall
+    clock's, which may be put forward by an hour.
+    """
     from optuna.trial import TrialState
 
     minutes = sweep.options.timeout_minutes
@@ -137,8 +142,8 @@ def _end_overdue(sweep: Frozen, record: Study, places: list[Slot]) -> None:
         return
     for trial in record.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         worker = trial.user_attrs.get("ftexp:worker")
-        began = trial.datetime_start
-        if worker is None or began is None or time.time() - began.timestamp() < 60 * minutes + GRACE_SECONDS:
+        ran = time.monotonic() - began.setdefault(trial._trial_id, time.monotonic())
+        if worker is None or ran < 60 * minutes + GRACE_SECONDS:
             continue
         for slot in places:
             if slot.process is not None and slot.token == worker["token"]:

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftexp import config, data, experiment, facts, metrics
-from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, OutOfTime, Pruned
+from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, NoRoom, OutOfTime, Pruned
+from ftexp.files import no_room
 from ftexp.progress import quiet_libraries, say
-from ftexp.sweep import frozen, study
+from ftexp.sweep import frozen, race, study
 from ftexp.sweep.frozen import Frozen
+from ftexp.sweep.options import Pruner
 from ftexp.train import control
-from ftexp.train.control import Control
+from ftexp.train.control import Control, Judge, Rung
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -40,6 +42,8 @@ STOP = "ftexp:stop"
 """Study attribute: the reason why no further ticket is taken."""
 PREEMPTED = 75
 """Exit code of a worker that was asked to leave and did."""
+FULL = "ftexp:no room"
+"""Study attribute: true where the reason to stop is a disk that takes no more, which is no trial's fault."""
 LEAVE = "ftexp:leave"
 """Study attribute: true where running trials, too, are to save a checkpoint and end."""
 
@@ -73,7 +77,7 @@ def run_ticket(sweep: Frozen, record: Study, trial: Trial) -> None:
         with _beating(record, trial):
             point = choose(sweep, record, trial, number)
             outcome, values = _run(sweep, trial, point, number)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, NoRoom):
         give_back(record, trial)
         raise
     trial.set_user_attr("ftexp:reason", outcome.reason)
@@ -156,9 +160,11 @@ def _run(sweep: Frozen, trial: Trial, point: dict[str, Any], number: int) -> tup
         run = sweep.run(point, number % sweep.options.replicates)
         same_rows(sweep, run)
         keep_hydra_files(sweep, run, point, folder)
-        asked = Control(judge(sweep, trial), deadline(sweep), same_model(trial, run))
+        asked = Control(judge(sweep, trial, run), deadline(sweep), same_model(trial, run))
         scores = experiment.execute(run, folder, label, sweep.mlflow_run, asked)
         values = [scores[name] for name in sweep.objectives]
+    except NoRoom:
+        raise
     except Pruned as error:
         return Outcome("pruned", "", str(error)), None
     except Diverged as error:
@@ -170,6 +176,8 @@ def _run(sweep: Frozen, trial: Trial, point: dict[str, Any], number: int) -> tup
     except FtexpError as error:
         return Outcome("failed", "crash", str(error)), None
     except Exception as error:
+        if (full := no_room(error, folder)) is not None:
+            raise full from error
         if experiment.out_of_memory(error):
             return Outcome("failed", "oom", f"out of memory: {str(error).splitlines()[0]}"), None
         traceback.print_exc()
@@ -222,20 +230,26 @@ def keep_hydra_files(sweep: Frozen, run: config.Run, point: dict[str, Any], fold
 
     kept = folder / ".hydra"
     kept.mkdir(parents=True, exist_ok=True)
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the one in C where libyaml is there, ten times as fast
     for name, content in (("config", config.plain(run)), ("overrides", sweep.space.point(point))):
-        (kept / f"{name}.yaml").write_text(yaml.dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        (kept / f"{name}.yaml").write_text(
+            yaml.dump(content, Dumper=dumper, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
 
 
-def judge(sweep: Frozen, trial: Trial) -> Callable[[float, int], str | None] | None:
+def judge(sweep: Frozen, trial: Trial, run: config.Run) -> Judge | None:
     """Return what a trial asks at each rung: a reason to stop, or None to go on."""
+    if sweep.options.pruner is Pruner.race:
+        return race.judge(sweep, trial, run.trainer.report_steps)
     if len(sweep.objectives) > 1 or isinstance(trial.study.pruner, _nop()):
         return None
 
     maximised = metrics.METRICS[sweep.objectives[0]].direction is metrics.Direction.maximize
 
-    def ask(value: float, step: int) -> str | None:
-        trial.report(-value if maximised else value, step)  # a pruner takes the objective's direction for that of rungs
-        return f"pruned at step {step}: valid/loss {value:.4f}" if trial.should_prune() else None
+    def ask(rung: Rung, step: int) -> str | None:
+        told = -rung.loss if maximised else rung.loss  # a pruner takes the objective's direction for that of rungs
+        trial.report(told, step)
+        return f"pruned at step {step}: valid/loss {rung.loss:.4f}" if trial.should_prune() else None
 
     return ask
 
@@ -296,8 +310,10 @@ def _beating(record: Study, trial: Trial) -> Iterator[None]:
 def stop_after_failures(sweep: Frozen, record: Study) -> None:
     """Stop the sweep where `max_failures` trials have failed."""
     limit = sweep.options.max_failures
+    if limit is None:
+        return
     failed = [t for t in study.counted(record) if t.user_attrs.get("ftexp:kind")]
-    if limit is not None and len(failed) >= limit:
+    if len(failed) >= limit:
         record.set_user_attr(STOP, f"{len(failed)} trials failed, sweep.max_failures={limit}")
 
 
@@ -335,6 +351,11 @@ def _main(sweep: Frozen) -> int:
         work(sweep, record)
     except KeyboardInterrupt:
         return PREEMPTED
+    except NoRoom as error:
+        say(str(error), always=True)
+        record.set_user_attr(FULL, True)
+        record.set_user_attr(STOP, str(error))
+        return error.exit_code
     return 0
 
 

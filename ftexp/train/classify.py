@@ -22,7 +22,7 @@ from ftexp.model import Base
 from ftexp.progress import progress
 from ftexp.train import sft
 from ftexp.train.checkpoints import Store
-from ftexp.train.control import Control, Report
+from ftexp.train.control import Control, Report, Rung
 
 if TYPE_CHECKING:
     import torch
@@ -98,8 +98,10 @@ def train(
     settings.remove_unused_columns = False
     known = names(rows, valid)
 
-    def curve(model: Any, label: str) -> float:
-        return loss(logits(model, base.tokenizer, valid, run.eval, label), valid, known, run.trainer.multi_label)
+    def curve(model: Any, label: str) -> Rung:
+        told, many = logits(model, base.tokenizer, valid, run.eval, label), run.trainer.multi_label
+        nats = decisions(told, targets(valid, known, many), many, None).reshape(len(valid), -1)
+        return Rung(loss(told, valid, known, many), nats.sum(dim=1).tolist(), [nats.shape[1]] * len(valid))
 
     def make(watching: TrainerCallback) -> Any:
         return _trainer(base, tuned, settings, rows, known, run, watching)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,21 @@ from ftexp.progress import say
 
 Report = Callable[[dict[str, float], int], None]
 """Takes metrics by name and the optimizer step they belong to."""
-Judge = Callable[[float, int], str | None]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """The held-out loss at a step, with the rows it is made of."""
+
+    loss: float
+    """Sum of `nats` over sum of `counts`."""
+    nats: Sequence[float] = ()
+    """Nats of each held-out row; empty where a kill has left the loss alone."""
+    counts: Sequence[int] = ()
+    """Tokens, decisions or pairs of each row."""
+
+
+Judge = Callable[[Rung, int], str | None]
 """Takes a held-out loss and its step; returns a reason to stop the trial, or None."""
 
 LEAVE = threading.Event()

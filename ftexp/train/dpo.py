@@ -18,7 +18,7 @@ from ftexp.model import Base
 from ftexp.train import answers, sft
 from ftexp.train.answers import Pair
 from ftexp.train.checkpoints import Store
-from ftexp.train.control import Control, Report
+from ftexp.train.control import Control, Report, Rung
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +44,12 @@ def train(
     settings = sft.arguments(run.trainer, base.compute.device, run.seed, str(kept.folder), steps)
     pad, beta = cast(int, base.tokenizer.pad_token_id), run.trainer.beta
 
-    def curve(model: Any, label: str) -> float:
+    def curve(model: Any, label: str) -> Rung:
         margins = [
             margin(now, p, beta) for now, p in zip(asked(model, base, valid, run.eval, label), valid, strict=True)
         ]
-        return metrics.loss([metrics.pair_loss(m) for m in margins], [1] * len(margins))
+        lost, ones = [metrics.pair_loss(m) for m in margins], [1] * len(margins)
+        return Rung(metrics.loss(lost, ones), lost, ones)
 
     def make(watching: TrainerCallback) -> Any:
         def loss(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

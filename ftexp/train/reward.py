@@ -18,7 +18,7 @@ from ftexp.progress import progress
 from ftexp.train import answers, sft
 from ftexp.train.answers import Pair
 from ftexp.train.checkpoints import Store
-from ftexp.train.control import Control, Report
+from ftexp.train.control import Control, Report, Rung
 
 if TYPE_CHECKING:
     import torch
@@ -41,9 +41,10 @@ def train(
     settings = sft.arguments(run.trainer, base.compute.device, run.seed, str(kept.folder), steps)
     pad = cast(int, base.tokenizer.pad_token_id)
 
-    def curve(model: Any, label: str) -> float:
+    def curve(model: Any, label: str) -> Rung:
         margins = _margins(rewards(model, base.tokenizer, answers.sides(valid), run.eval, label))
-        return metrics.loss([metrics.pair_loss(m) for m in margins], [1] * len(margins))
+        lost, ones = [metrics.pair_loss(m) for m in margins], [1] * len(margins)
+        return Rung(metrics.loss(lost, ones), lost, ones)
 
     def make(watching: TrainerCallback) -> Any:
         return answers.trainer(base, tuned, settings, rows, lambda batch: tensors(batch, pad), nats, watching)

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import evaluate, metrics
-from ftexp.config import Packing, Run, Trainer
+from ftexp.config import Loss, Method, Packing, Run, Trainer
 from ftexp.data.prompts import Example
-from ftexp.errors import ConfigError, Diverged, OutOfTime, Preempted, Pruned
+from ftexp.errors import Diverged, OutOfTime, Preempted, Pruned
 from ftexp.model import Base, accept
 from ftexp.progress import progress
-from ftexp.train import lengths
+from ftexp.train import lengths, losses
 from ftexp.train.checkpoints import Store
-from ftexp.train.control import Control, Report, at_work
+from ftexp.train.control import Control, Report, Rung, at_work
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,18 +72,19 @@ def train(
         lengths.check_apart(tuned, packs)
         settings.padding_free = base.compute.attention == "flash_attention_2"
 
-    def curve(model: Any, label: str) -> float:
+    def curve(model: Any, label: str) -> Rung:
         table = evaluate.held_out(model, base.tokenizer, valid, run.eval, label)
-        return metrics.loss([e["nats"] for e in table], [e["tokens"] for e in table])
+        nats, tokens = [e["nats"] for e in table], [e["tokens"] for e in table]
+        return Rung(metrics.loss(nats, tokens), nats, tokens)
 
     def make(watching: TrainerCallback) -> Any:
-        return _trainer(base, tuned, settings, packs, watching)
+        return _trainer(base, tuned, settings, packs, watching, run.trainer)
 
     return optimise(run, tuned, steps, curve, make, kept, report, control)
 
 
 def optimise(
-    run: Run, tuned: PeftModel | PreTrainedModel, steps: int, curve: Callable[[Any, str], float],
+    run: Run, tuned: PeftModel | PreTrainedModel, steps: int, curve: Callable[[Any, str], Rung],
     make: Callable[[TrainerCallback], Any], kept: Store, report: Report, control: Control,
 ) -> dict[str, float]:  # fmt: skip
     """Run a Trainer with what every method needs around it: checkpoints, rungs, an early end, a clean model after it.
@@ -139,22 +140,27 @@ def orders(count: int, trainer: Trainer, seed: int) -> Iterator[list[int]]:
 
 
 def planned_steps(trainer: Trainer, rows: int) -> int:
-    """Count optimizer steps over rows or packs: the last step of an epoch may hold fewer than the others."""
+    """Count optimizer steps over rows or packs: the last step of an epoch may hold fewer than the others.
+
+    With `kind=rloo` a step holds whole prompts, and those left over at the end of an epoch are not trained on in it.
+    """
     if trainer.steps is not None:
         return trainer.steps
+    if trainer.kind is Method.rloo:
+        return max(1, math.ceil(rows * trainer.generations // (trainer.batch * trainer.accumulation) * trainer.epochs))
     an_epoch = math.ceil(math.ceil(rows / trainer.batch) / trainer.accumulation)
     return max(1, math.ceil(an_epoch * trainer.epochs))
 
 
 def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int) -> SFTConfig:
-    """Translate the config to TRL's.
+    """Translate the config to TRL's: an SFTConfig, with `kind=rloo` an RLOOConfig.
 
     Raises:
         ConfigError: `trainer.extra` names a keyword TRL does not know, or gives one that the schema has.
     """
-    from trl import SFTConfig
+    from trl import RLOOConfig, SFTConfig
 
-    own = {
+    own: dict[str, Any] = {
         "output_dir": folder,
         "max_steps": steps,
         "learning_rate": trainer.lr,
@@ -172,7 +178,6 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
         "train_sampling_strategy": "group_by_length" if trainer.group_by_length else "random",
         "bf16": False,  # the weights are loaded in the format that was chosen; autocast on top would round twice
         "fp16": False,
-        "max_length": None,  # rows were refused where too long, so nothing is cut here
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # the filter shows a diverged loss as 0.0
         "save_strategy": "no",
@@ -181,33 +186,43 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
         "disable_tqdm": True,
         "dataloader_pin_memory": device == "cuda",
     }
-    return cast("SFTConfig", accept(SFTConfig, own, trainer.extra, "trainer.extra"))
+    if trainer.kind is not Method.rloo:
+        own |= {"max_length": None}  # rows were refused where too long, so nothing is cut here
+        return cast("SFTConfig", accept(SFTConfig, own, trainer.extra, "trainer.extra"))
+    own |= {
+        "num_generations": trainer.generations,
+        "beta": 0.0,  # RLOOTrainer would load the reference from files; `rloo.train` gives it ours
+        "num_iterations": 1,  # a checkpoint keeps no completions, so a step uses those that it has written
+        "steps_per_generation": None,
+        "generation_batch_size": None,
+        "sync_ref_model": False,
+        "disable_dropout": False,  # for good; `answers.undisturbed` does so for a while
+        "use_vllm": False,
+    }
+    return cast("SFTConfig", accept(RLOOConfig, own, trainer.extra, "trainer.extra"))
 
 
-def _trainer(base: Base, tuned: Any, settings: SFTConfig, dataset: Dataset, watch: TrainerCallback) -> Any:
+def _trainer(
+    base: Base, tuned: Any, settings: SFTConfig, dataset: Dataset, watch: TrainerCallback, how: Trainer
+) -> Any:
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
-    plain = settings.loss_type == "nll" and not settings.label_smoothing_factor
-    own_head = has_adapted_head(tuned)
-    if own_head and not plain:
-        raise ConfigError(
-            "lora.targets names the output head, which learns from the plain loss alone: leave out loss_type and "
-            "label_smoothing_factor of trainer.extra"
-        )
+    own_head, terms = has_adapted_head(tuned), losses.chosen(how)
 
     class SupervisedRows(SFTTrainer):
-        """SFTTrainer that on a CPU projects supervised positions alone onto the vocabulary.
+        """SFTTrainer with the loss of `ftexp/train/losses.py`, from the logits of supervised positions alone.
 
-        TRL does so where Triton runs and projects every prompt token elsewhere, a fifth of a step of a small model.
-        Where the head has an adapter, every device does: TRL multiplies with the head's frozen weights.
+        TRL's own is left where Triton runs, for nll: it builds no logits there. Elsewhere it projects every prompt
+        token, a fifth of a step of a small model. Where the head has an adapter it would miss it, since it multiplies
+        with the head's frozen weights.
         """
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            ours = own_head or inputs["input_ids"].device.type == "cpu"
-            if return_outputs or not plain or not ours:
+            ours = own_head or how.loss is not Loss.nll or inputs["input_ids"].device.type == "cpu"
+            if return_outputs or not ours:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            return token_mean(model, inputs, num_items_in_batch)
+            return token_mean(model, inputs, num_items_in_batch, terms)
 
         def _get_train_sampler(self, train_dataset=None):
             usual = super()._get_train_sampler(train_dataset)
@@ -215,7 +230,7 @@ def _trainer(base: Base, tuned: Any, settings: SFTConfig, dataset: Dataset, watc
             return lengths.sampler(usual, settings.seed) if grouped else usual
 
     apart = "seq_lengths" in dataset.column_names and not settings.padding_free
-    with _bare_head(tuned):
+    with _bare_head(tuned), as_they_are(tuned):
         trainer = SupervisedRows(
             tuned, settings, train_dataset=dataset, processing_class=base.tokenizer, callbacks=[watch],
             data_collator=partial(lengths.collate, pad=cast(int, base.tokenizer.pad_token_id)) if apart else None,
@@ -243,22 +258,35 @@ def _bare_head(model: Any):
         model.__dict__.pop("get_output_embeddings", None)
 
 
-def token_mean(model: Any, inputs: dict[str, Any], tokens: Any) -> Any:
-    """Sum of nats over the supervised tokens of a forward pass, divided by those of the whole optimizer step.
+@contextmanager
+def as_they_are(model: Any):
+    """Keep trained weights in the format they have: TRL rounds those on a quantized base to bfloat16.
+
+    Steps of a small learning rate would be lost, and a training that goes on from a checkpoint, whose weights come back
+    in float32, would end with other bits.
+    """
+    kept = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
+    try:
+        yield
+    finally:
+        for weight, value in kept:
+            weight.data = value
+
+
+def token_mean(model: Any, inputs: dict[str, Any], tokens: Any, terms: Callable[[Any, Any], Any] = losses.nll) -> Any:
+    """Sum of a loss over the supervised tokens of a forward pass, divided by those of the whole optimizer step.
 
     Args:
         model: a causal language model, with or without an adapter.
         inputs: `input_ids`, `labels`, and `attention_mask` or, of packed rows, `position_ids`; each (row, position).
         tokens: supervised tokens over all forward passes of the step; None where this pass is the step. Dividing by
             it makes accumulation exact: 8 rows at once and 2 rows four times give the same gradient.
+        terms: takes logits (supervised, vocabulary) and targets (supervised,), returns a term for each (supervised,).
     """
-    import torch
-
     logits, targets = evaluate.supervised_logits(
         model, inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"], inputs.get("position_ids")
     )
-    nats = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-    return nats / (len(targets) if tokens is None else tokens)
+    return terms(logits.float(), targets).sum() / (len(targets) if tokens is None else tokens)
 
 
 @contextmanager
@@ -274,7 +302,7 @@ def cleaned_up(trainer: Any):
 
 
 def watch(
-    run: Run, curve: Callable[[Any, str], float], steps: int, report: Report, advance: Callable[..., None],
+    run: Run, curve: Callable[[Any, str], Rung], steps: int, report: Report, advance: Callable[..., None],
     kept: Store, control: Control, stopped: list[BaseException],
 ) -> TrainerCallback:  # fmt: skip
     """Make the callback that reports steps and held-out losses, writes checkpoints, and ends training early.
@@ -285,7 +313,11 @@ def watch(
 
     asked, minutes, saved = control, run.trainer.checkpoint_minutes, [time.monotonic()]
     dead: list[int] = []
-    names = {"loss": "train/loss", "learning_rate": "train/lr", "grad_norm": "train/grad_norm"}
+    names = {
+        "loss": "train/loss", "learning_rate": "train/lr", "grad_norm": "train/grad_norm",
+        "reward": "train/reward", "kl": "train/kl", "completions/mean_length": "train/length",  # of RLOOTrainer
+    }  # fmt: skip
+    still = run.trainer.kind is Method.rloo  # completions that are worth the same teach nothing for a while
 
     class Watch(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
@@ -295,7 +327,7 @@ def watch(
             for name, value in told.items():
                 if not math.isfinite(value):
                     raise Diverged(f"diverged at step {state.global_step}: {name} is {value}")
-            dead[:] = [*dead, state.global_step] if told.get("train/grad_norm") == 0.0 else []
+            dead[:] = [*dead, state.global_step] if told.get("train/grad_norm") == 0.0 and not still else []
             if len(dead) == DEAD_STEPS:
                 raise Diverged(f"diverged at step {state.global_step}: no gradient for {DEAD_STEPS} steps")
             report(told, state.global_step)
@@ -305,9 +337,9 @@ def watch(
             every, step = run.trainer.report_steps, state.global_step
             if every and step % every == 0 and step < steps:
                 held_out = curve(model, f"step {step}")
-                if not math.isfinite(held_out):
-                    raise Diverged(f"diverged at step {step}: valid/loss is {held_out}")
-                report({"valid/loss": held_out}, step)
+                if not math.isfinite(held_out.loss):
+                    raise Diverged(f"diverged at step {step}: valid/loss is {held_out.loss}")
+                report({"valid/loss": held_out.loss}, step)
                 # Training ends by the flag: an exception from a callback would leave the Trainer half set up.
                 if asked.judge is not None and (reason := asked.judge(held_out, step)) is not None:
                     stopped.append(Pruned(reason))

@@ -23,8 +23,9 @@ import hydra
 from hydra import compose, initialize_config_dir
 
 from ftexp import config, experiment, overrides
-from ftexp.sweep import frozen, plugin, space, study, worker
+from ftexp.sweep import frozen, plugin, screen, space, study, worker
 from ftexp.sweep.options import Options, Pruner, Sampler
+from ftexp.train.control import Rung
 
 RESULT = Path("outputs/bench/sweeper.json")
 SEARCH = ["lora.r=8,16,32,64", "trainer.lr=tag(log,interval(1e-4,1e-2))", "trainer.neftune=interval(0.0,15.0)"]
@@ -60,11 +61,15 @@ def ours(kind: str, total: int, marks: tuple[int, ...]) -> dict[int, float]:
         if int(folder.name) in marks:
             used[int(folder.name)] = time.process_time()
         for rung in range(RUNGS if control.judge else 0):
-            control.judge(1.0 / (rung + 1), rung + 1)
+            control.judge(Rung(1.0 / (rung + 1)), rung + 1)
         return {"valid/loss": abs(run.trainer.lr - 1e-3)}
 
-    experiment.execute, worker.same_rows, worker.say = trivial, lambda *_: None, lambda *_: None
-    worker.work(*make(kind, total))
+    experiment.execute, worker.same_rows, worker.say = trivial, lambda *_: None, lambda *_, **__: None
+    sweep, record = make(kind, total)
+    worker.work(sweep, record)
+    states = {screen.state_of(t) for t in study.counted(record)}
+    if not states <= {"complete", "pruned"}:
+        raise SystemExit(f"trials must end well for a measurement, got {states}: {study.counted(record)[0].user_attrs}")
     return used
 
 

@@ -7,6 +7,7 @@ from ftexp import experiment
 from ftexp.errors import DataError, Diverged, OutOfTime, Pruned
 from ftexp.sweep import frozen, space, study, worker
 from ftexp.sweep.options import Options, Pruner, Sampler
+from ftexp.train.control import Rung
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_pruner_hears_of_every_rung_and_stops_the_laggard(sweep, monkeypatch):
     def execute(run, folder, label, parent, control):
         slow = len(study.counted(record)) and folder.name == "5"
         for step in (1, 2, 3):
-            if reason := control.judge(9.0 if slow else 1.0 / step, step):
+            if reason := control.judge(Rung(9.0 if slow else 1.0 / step), step):
                 reasons.append(reason)
                 raise Pruned(reason)
         return {"valid/loss": 0.3}
@@ -158,7 +159,7 @@ def test_pruner_stops_the_laggard_where_the_objective_is_to_be_large(sweep, monk
     def execute(run, folder, label, parent, control):
         for step in (1, 2, 3):
             loss = {"3": 0.01, "5": 9.0}.get(folder.name, 1.0 / step)
-            if reason := control.judge(loss, step):
+            if reason := control.judge(Rung(loss), step):
                 stopped.append(folder.name)
                 raise Pruned(reason)
         return {"valid/exact_match": 0.3}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -28,7 +29,7 @@ from ftexp.model.packed import Adapter, Layout, Pack, Weights, check_alike, lay_
 from ftexp.progress import progress, say
 from ftexp.train import sft
 from ftexp.train.checkpoints import Store
-from ftexp.train.control import Control, Report, at_work
+from ftexp.train.control import Control, Report, Rung, at_work
 
 FILE = "member.safetensors"
 """What a checkpoint holds."""
@@ -102,7 +103,7 @@ class _Trial:
     """Sum over the passes of the step so far, float32."""
     nats: float = 0.0
     """Sum over the supervised tokens of those passes."""
-    held_out: float = math.nan
+    held_out: Rung = field(default_factory=lambda: Rung(math.nan))
     ended: BaseException | None = None
 
     @property
@@ -361,7 +362,17 @@ def _update(trial: _Trial) -> None:
     if trial.dead == sft.DEAD_STEPS:
         trial.ended = Diverged(f"diverged at step {trial.step}: no gradient for {sft.DEAD_STEPS} steps")
         return
-    trial.member.report(told, trial.step)
+    with _own(trial):
+        trial.member.report(told, trial.step)
+
+
+@contextmanager
+def _own(trial: _Trial) -> Iterator[None]:
+    """Take an error in what a member alone does, its reports, its judge or its checkpoint, for its end alone."""
+    try:
+        yield
+    except Exception as error:
+        trial.ended = error
 
 
 def _refresh(trial: _Trial) -> None:
@@ -380,13 +391,14 @@ def _rungs(base: Base, pack: Pack, trials: list[_Trial], together: int) -> int:
         due += [trial] if every and trial.step % every == 0 and trial.step < trial.steps else []
     together = _curve(base, pack, due, together)
     for trial in (t for t in due if t.ended is None):
-        if not math.isfinite(trial.held_out):
-            trial.ended = Diverged(f"diverged at step {trial.step}: valid/loss is {trial.held_out}")
+        if not math.isfinite(trial.held_out.loss):
+            trial.ended = Diverged(f"diverged at step {trial.step}: valid/loss is {trial.held_out.loss}")
             continue
-        trial.member.report({"valid/loss": trial.held_out}, trial.step)
         judge = trial.member.control.judge
-        if judge is not None and (reason := judge(trial.held_out, trial.step)) is not None:
-            trial.ended = Pruned(reason)
+        with _own(trial):
+            trial.member.report({"valid/loss": trial.held_out.loss}, trial.step)
+            if judge is not None and (reason := judge(trial.held_out, trial.step)) is not None:
+                trial.ended = Pruned(reason)
     return together
 
 
@@ -411,7 +423,8 @@ def _curve(base: Base, pack: Pack, trials: list[_Trial], together: int) -> int:
     for number in range(max(map(len, parts.values()), default=0)):
         together = _in_turn([t for t in trials if number < len(parts[t])], together, partial(score, number))
     for trial in trials:
-        trial.held_out = metrics.loss(told[trial], [e.supervised for e in trial.member.valid])
+        tokens = [e.supervised for e in trial.member.valid]
+        trial.held_out = Rung(metrics.loss(told[trial], tokens), told[trial], tokens)
     return together
 
 
@@ -427,7 +440,8 @@ def _look(trial: _Trial) -> None:
         trial.ended = Preempted(f"asked to leave at step {trial.step} of {trial.steps}")
     due = minutes is not None and time.monotonic() - trial.saved >= 60 * minutes
     if due or trial.ended is not None:
-        _save(trial)
+        with _own(trial):
+            _save(trial)
 
 
 def _save(trial: _Trial) -> None:

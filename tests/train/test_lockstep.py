@@ -10,7 +10,7 @@ import torch
 from ftexp import data, experiment, model
 from ftexp.errors import Diverged, OutOfTime, Preempted, Pruned
 from ftexp.model import packed as passes
-from ftexp.train import checkpoints, packed, sft
+from ftexp.train import checkpoints, lockstep, sft
 from ftexp.train.control import Control
 
 POINTS = [
@@ -37,7 +37,7 @@ def member(run, folder, told=None, **asked):
     reports = told if told is not None else []
     control = Control(**{"leave": threading.Event(), **asked})
     kept = checkpoints.store(folder, {})
-    return packed.Member(
+    return lockstep.Member(
         run, base, train, valid, start, scales, kept, lambda v, s: reports.append((s, v)), control
     )  # fmt: skip
 
@@ -52,7 +52,7 @@ def digest(weights) -> str:
 
 def ended(members):
     """Train members; return for each its digest, and what came of it."""
-    told = dict(packed.train(members))
+    told = dict(lockstep.train(members))
     return [digest(told[n].weights) for n in range(len(members))], [told[n] for n in range(len(members))]
 
 
@@ -89,14 +89,14 @@ def test_sabotage_a_shared_generator_is_seen(point, tmp_path, monkeypatch):
     runs = [point("lora.r=4", "trainer.neftune=5", f"trainer.lr={rate}") for rate in (1e-2, 2e-2)]
     alone = ended([member(runs[1], tmp_path / "x")])[0][0]
     assert ended([member(run, tmp_path / "x") for run in runs])[0][1] == alone
-    begun, shared = packed._begun, torch.Generator()
+    begun, shared = lockstep._begun, torch.Generator()
 
     def sharing(one):
         trial = begun(one)
         trial.adapter.draw = shared.manual_seed(one.run.seed)
         return trial
 
-    monkeypatch.setattr(packed, "_begun", sharing)
+    monkeypatch.setattr(lockstep, "_begun", sharing)
     assert ended([member(run, tmp_path / "x") for run in runs])[0][1] != alone
 
 
@@ -139,7 +139,7 @@ def test_who_is_pruned_leaves_the_others_as_they_are(point, tmp_path):
     members = [member(run, tmp_path / "x") for run in runs]
     members[1] = member(runs[1], tmp_path / "x", judge=lambda value, step: "enough")
     order, told = [], {}
-    for n, one in packed.train(members):
+    for n, one in lockstep.train(members):
         order.append(n)
         told[n] = one
     assert order == [1, 4, 0, 2, 3]
@@ -179,7 +179,7 @@ def test_checkpoints_are_gone_on_with_alone_or_in_another_pack(point, tmp_path, 
             leave.set()
 
     asked = [member(run, tmp_path / str(n), leave=leave) for n, run in enumerate(runs)]
-    asked[0] = packed.Member(**{**vars(asked[0]), "report": stop})
+    asked[0] = lockstep.Member(**{**vars(asked[0]), "report": stop})
     _, told = ended(asked)
     assert all(isinstance(one.ended, Preempted) for one in told)
     assert [one.steps for one in told] == [3, 3, 3]
@@ -195,7 +195,7 @@ def test_checkpoints_are_gone_on_with_alone_or_in_another_pack(point, tmp_path, 
 def test_sabotage_a_checkpoint_without_the_generator_is_seen(point, tmp_path, monkeypatch):
     run = point("trainer.neftune=5", "trainer.checkpoint_minutes=0")
     calm = ended([member(run, tmp_path / "x")])[0][0]
-    restore = packed._restore
+    restore = lockstep._restore
 
     def forgetful(trial, step, state):
         restore(trial, step, state)
@@ -203,10 +203,10 @@ def test_sabotage_a_checkpoint_without_the_generator_is_seen(point, tmp_path, mo
 
     leave = threading.Event()
     one = member(run, tmp_path / "t", leave=leave)
-    one = packed.Member(**{**vars(one), "report": lambda values, step: leave.set() if step == 2 else None})
+    one = lockstep.Member(**{**vars(one), "report": lambda values, step: leave.set() if step == 2 else None})
     ended([one])
     assert ended([member(run, tmp_path / "t")])[0][0] == calm
-    monkeypatch.setattr(packed, "_restore", forgetful)
+    monkeypatch.setattr(lockstep, "_restore", forgetful)
     assert ended([member(run, tmp_path / "t")])[0][0] != calm
 
 
@@ -243,6 +243,18 @@ def test_a_trial_that_does_not_fit_alone_ends_alone(point, tmp_path, monkeypatch
     assert isinstance(told[1].ended, torch.OutOfMemoryError)
 
 
+def test_an_error_in_what_a_member_does_alone_is_its_own(point, tmp_path):
+    runs = [point("lora.r=4"), point("lora.r=8")]
+    alone = ended([member(runs[0], tmp_path / "x")])[0][0]
+
+    def broken(rung, step):
+        raise OSError("the record cannot be read")
+
+    digests, told = ended([member(runs[0], tmp_path / "x"), member(runs[1], tmp_path / "x", judge=broken)])
+    assert digests[0] == alone
+    assert isinstance(told[1].ended, OSError)
+
+
 def test_other_errors_are_not_taken_for_memory(point, tmp_path, monkeypatch):
     def broken(self, layout, noise):
         raise RuntimeError("a fault of ours")
@@ -259,7 +271,7 @@ def test_rows_come_in_the_order_of_the_trainer(point):
 
     run = point("trainer.batch=4", "trainer.accumulation=2", "seed=5", "trainer.epochs=2", "trainer.steps=null")
     rows: Any = list(range(11))
-    drawn = packed.batches(rows, run.trainer, run.seed)
+    drawn = lockstep.batches(rows, run.trainer, run.seed)
     sampler = SeedableRandomSampler(rows, data_seed=5)
     for epoch in range(2):
         sampler.set_epoch(epoch)
@@ -275,25 +287,25 @@ def test_rows_come_in_the_order_of_the_trainer(point):
 ])  # fmt: skip
 def test_schedules_by_hand(point, kind, steps, expected):
     warmup = "trainer.warmup=0" if kind == "constant" else "trainer.warmup=0.25"
-    rate = packed.schedule(point(f"trainer.scheduler={kind}", warmup).trainer, steps)
+    rate = lockstep.schedule(point(f"trainer.scheduler={kind}", warmup).trainer, steps)
     assert [rate(n) for n in range(steps)] == pytest.approx(expected)
 
 
 def test_seconds_are_shared_out(point, tmp_path, monkeypatch):
     """Ten seconds a step for two members, and fifty while the first of them is scored: by hand."""
     clock = [0.0]
-    step = packed._step
+    step = lockstep._step
 
     def slow(*given):
         clock[0] += 10
         return step(*given)
 
-    monkeypatch.setattr(packed.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(packed, "_step", slow)
+    monkeypatch.setattr(lockstep.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(lockstep, "_step", slow)
     runs = [point("lora.r=4", f"trainer.steps={steps}", "trainer.report_steps=0") for steps in (2, 3)]
     members = [member(run, tmp_path / "x") for run in runs]
     seconds = []
-    for n, _ in packed.train(members):
+    for n, _ in lockstep.train(members):
         clock[0] += 50
         seconds.append(members[n].kept.seconds())
     assert seconds == [10 + 50, 10 + 10 + 50]

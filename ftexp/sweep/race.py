@@ -1,0 +1,150 @@
+"""The pruner `sweep.pruner=race`: each trial keeps its held-out rows at each rung, and is judged by the others'.
+
+The rows lie in the trials' folders, so workers of any machine see what the others have recorded. What counts is
+`ftexp.stats.racing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftexp.config import require
+from ftexp.errors import ConfigError, DataError
+from ftexp.files import read_json, write_json
+from ftexp.sweep.frozen import Frozen
+from ftexp.sweep.options import Options
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial, Trial
+
+    from ftexp.stats.columns import Column
+    from ftexp.train.control import Judge, Rung
+
+FOLDER = "rungs"
+OBJECTIVES = ("valid/loss", "valid/perplexity")
+"""Objectives in whose order the rows' losses stand."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Keys of `sweep.pruner_args`."""
+
+    alpha: float = 0.05
+    """Share of all sweeps that may stop the trial that is truly best at a rung."""
+    warm_up: int = 0
+    """Rungs at which nothing is stopped."""
+    min_rows: int = 16
+    """Held-out rows that are enough for a test; a sweep with fewer is refused."""
+
+    def __post_init__(self) -> None:
+        numbers = (isinstance(v, int | float) and not isinstance(v, bool) for v in vars(self).values())
+        require(all(numbers), "sweep.pruner_args", vars(self), "numbers")
+        require(0 < self.alpha < 1, "sweep.pruner_args.alpha", self.alpha, "above 0 and below 1")
+        require(self.warm_up >= 0, "sweep.pruner_args.warm_up", self.warm_up, "at least 0")
+        require(self.min_rows >= 2, "sweep.pruner_args.min_rows", self.min_rows, "at least 2")
+
+
+def rule(options: Options) -> Rule:
+    """Read the pruner's keys.
+
+    Raises:
+        ConfigError: a key is unknown or out of range.
+    """
+    unknown = sorted({*options.pruner_args} - {*Rule.__dataclass_fields__})
+    if unknown:
+        raise ConfigError(
+            f"sweep.pruner_args.{unknown[0]} is not known to sweep.pruner=race, "
+            f"which takes {', '.join(Rule.__dataclass_fields__)}"
+        )
+    return Rule(**options.pruner_args)
+
+
+def check(options: Options, searched: list[str], objectives: list[str], rows: int) -> None:
+    """Refuse a sweep that cannot be raced.
+
+    Args:
+        options: of the sweep.
+        searched: keys that differ between trials.
+        objectives: of the sweep.
+        rows: held-out rows.
+
+    Raises:
+        ConfigError: trials are not ranked by their loss, or not scored on the same rows, or on too few.
+    """
+    least = rule(options).min_rows
+    if objectives[0] not in OBJECTIVES:
+        raise ConfigError(f"sweep.pruner=race needs objectives=[valid/loss], got {objectives[0]}: it tests losses")
+    own = next((key for key in searched if key == "data" or key.startswith("data.")), None)
+    if own is not None:
+        raise ConfigError(f"sweep.pruner=race needs the same held-out rows in all trials, so {own} must be one value")
+    if rows < least:
+        raise ConfigError(
+            f"sweep.pruner=race needs at least {least} held-out rows (sweep.pruner_args.min_rows), got {rows}"
+        )
+
+
+def judge(sweep: Frozen, trial: Trial, every: int) -> Judge:
+    """Return what a trial asks at each rung.
+
+    Args:
+        sweep: the trial's.
+        trial: the judged one.
+        every: steps between its rungs.
+    """
+    from ftexp.sweep import study
+
+    how, number = rule(sweep.options), study.ticket(trial._cached_frozen_trial)
+
+    def ask(rung: Rung, step: int) -> str | None:
+        from ftexp.stats import racing
+
+        trial.report(rung.loss, step)
+        if not rung.nats:
+            return None  # a rung that was passed before a kill; its rows are kept already
+        keep(sweep.folder / str(number), rung, step)
+        mine, place = _column(rung.nats, rung.counts), step // every - how.warm_up
+        rivals = list(others(sweep, study.counted(trial.study), number, step))
+        if place < 1 or not rivals:
+            return None
+        other, best = min(rivals, key=lambda pair: (pair[1].value, pair[0]))
+        if len(best.num) != len(mine.num):
+            raise DataError(f"trial {other} was scored on {len(best.num)} rows, this one on {len(mine.num)}")
+        p = racing.behind(mine, best)
+        if p >= racing.level(how.alpha, place, len(study.counted(trial.study))):
+            return None
+        return f"pruned at step {step}: valid/loss {rung.loss:.4f}, trial {other} had {best.value:.4f} (p {p:.1e})"
+
+    return ask
+
+
+def keep(folder: Path, rung: Rung, step: int) -> None:
+    """Write the rows of a rung into the trial's folder."""
+    write_json(folder / FOLDER / f"{step}.json", {"nats": list(rung.nats), "counts": list(rung.counts)})
+
+
+def others(sweep: Frozen, trials: list[FrozenTrial], number: int, step: int) -> Iterator[tuple[int, Column]]:
+    """Yield the other trials that have passed a step, with their rows there.
+
+    One that failed or diverged is no rival. Where the sweep bounds metrics, neither is one that broke a bound or may
+    still do so.
+    """
+    from ftexp.sweep import study
+
+    for other in trials:
+        if study.ticket(other) == number or other.user_attrs.get("ftexp:kind") or other.state.name == "FAIL":
+            continue
+        bounded = other.state.name != "COMPLETE" or any(value > 0 for value in other.constraints.values())
+        if sweep.options.at_most and bounded:
+            continue
+        kept = read_json(sweep.folder / str(study.ticket(other)) / FOLDER / f"{step}.json")
+        if kept is not None:
+            yield study.ticket(other), _column(kept["nats"], kept["counts"])
+
+
+def _column(nats: Any, counts: Any) -> Column:
+    from ftexp.stats.columns import ratio
+
+    return ratio(nats, counts)

@@ -1,0 +1,124 @@
+"""The racing pruner: rows are kept at each rung, and judged by those of the others."""
+
+import numpy as np
+import pytest
+from conftest import TINY
+from test_worker import sweep  # noqa: F401
+
+from ftexp import experiment
+from ftexp.errors import ConfigError, Pruned
+from ftexp.files import read_json
+from ftexp.stats import racing
+from ftexp.sweep import race, study, worker
+from ftexp.sweep.options import Options, Pruner
+from ftexp.train.control import Rung
+
+ROWS = 32
+HARD = np.random.default_rng(0).gamma(1.0, 1.0, ROWS)
+
+
+def run_trials(monkeypatch, shift, scores=None):
+    """Replace training by rows that are `shift[trial]` worse than those of a perfect trial, give or take."""
+
+    def execute(run, folder, label, parent, control):
+        number = int(folder.name)
+        for step in (10, 20):  # every ten, as the config says
+            noise = np.random.default_rng(10 * number + step).normal(0, 0.05, ROWS)
+            rows = HARD + shift[number] + noise
+            reason = control.judge(Rung(float(rows.mean()), rows.tolist(), [1] * ROWS), step)
+            if reason:
+                raise Pruned(reason)
+        return {"valid/loss": float(shift[number]), **(scores or {}).get(number, {})}
+
+    monkeypatch.setattr(experiment, "execute", execute)
+
+
+def states(record):
+    return [t.state.name for t in study.counted(record)]
+
+
+@pytest.fixture
+def race_of(sweep, composed):  # noqa: F811
+    return lambda *given, **more: sweep(*given, pruner=Pruner.race, **more)
+
+
+def test_loser_is_stopped_and_one_that_chance_may_explain_is_not(race_of, monkeypatch):
+    made, record = race_of("a=1,2,3,4")
+    run_trials(monkeypatch, [0.3, 0.0, 0.001, 0.3])
+    worker.work(made, record)
+    assert states(record) == ["COMPLETE", "COMPLETE", "COMPLETE", "PRUNED"]
+    reason = study.counted(record)[3].user_attrs["ftexp:reason"]
+    assert reason.startswith("pruned at step 10: valid/loss ")
+    assert "trial 1 had" in reason
+    kept = read_json(made.folder / "1" / race.FOLDER / "10.json")
+    assert len(kept["nats"]) == ROWS
+    assert set(kept["counts"]) == {1}
+
+
+def test_blind_test_would_stop_the_near_equal_too(race_of, monkeypatch):
+    """Twin: where any difference counts, the trial that chance may explain is stopped."""
+    monkeypatch.setattr(racing, "level", lambda *_: 1.0)
+    made, record = race_of("a=1,2,3,4")
+    run_trials(monkeypatch, [0.3, 0.0, 0.03, 0.3])
+    worker.work(made, record)
+    assert states(record)[2] == "PRUNED"
+
+
+def test_warm_up_stops_nothing_at_the_first_rungs(race_of, monkeypatch):
+    made, record = race_of("a=1,2", pruner_args={"warm_up": 5})
+    run_trials(monkeypatch, [0.0, 0.5])
+    worker.work(made, record)
+    assert states(record) == ["COMPLETE", "COMPLETE"]
+
+
+def test_trial_that_breaks_a_bound_stops_nobody(race_of, monkeypatch):
+    made, record = race_of("a=1,2,3", at_most={"cost/memory_gib": 1.0})
+    memory = [9.0, 0.5, 0.5]
+    run_trials(monkeypatch, [0.0, 0.5, 0.9], {n: {"cost/memory_gib": m} for n, m in enumerate(memory)})
+    worker.work(made, record)
+    assert states(record) == ["COMPLETE", "COMPLETE", "PRUNED"]
+    assert "trial 1 had" in study.counted(record)[2].user_attrs["ftexp:reason"]
+
+
+def test_rung_before_a_kill_is_not_judged_again(race_of, monkeypatch):
+    """What is left of it is the loss alone; its rows lie in the folder, for the others."""
+    made, record = race_of("a=1,2")
+    trial = study.claim(record)
+    assert race.judge(made, trial, 10)(Rung(9.0), 10) is None
+    assert not (made.folder / "0" / race.FOLDER).exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "keys", "objectives", "rows", "told"),
+    [
+        ({"nope": 1}, [], ["valid/loss"], 99, "sweep.pruner_args.nope is not known to sweep.pruner=race, which takes alpha"),
+        ({"alpha": 1.5}, [], ["valid/loss"], 99, "sweep.pruner_args.alpha must be above 0 and below 1, got 1.5"),
+        ({"alpha": "x"}, [], ["valid/loss"], 99, "sweep.pruner_args must be numbers"),
+        ({}, [], ["valid/jaccard"], 99, r"needs objectives=\[valid/loss\], got valid/jaccard"),
+        ({}, ["data.seed"], ["valid/loss"], 99, "the same held-out rows in all trials, so data.seed must be one value"),
+        ({}, [], ["valid/loss"], 12, r"needs at least 16 held-out rows \(sweep.pruner_args.min_rows\), got 12"),
+    ],
+)  # fmt: skip
+def test_sweep_that_cannot_be_raced_is_refused(args, keys, objectives, rows, told):
+    with pytest.raises(ConfigError, match=told):
+        race.check(Options(pruner=Pruner.race, pruner_args=args), keys, objectives, rows)
+
+
+def test_same_sweep_is_raced(race_of):
+    race.check(Options(pruner=Pruner.race), ["lora.r"], ["valid/loss"], 16)
+
+
+def test_sweep_of_a_model_is_raced_and_the_same_command_keeps_its_end(cli, tmp_path):
+    """The last trial has a useless learning rate: every row says so at its first rung."""
+    given = [*(t for t in TINY if not t.startswith(("trainer.lr", "data.valid", "data.rows"))), "data.valid=24"]
+    command = ("trainer.lr=2e-2,1e-2,1e-9", *given, "data.rows=140", "track=none", "name=s", "sweep.pruner=race",
+               "eval=loss", "-m")  # fmt: skip
+    code, _, err = cli(*command)
+    assert code == 0, err
+    last = tmp_path / "outputs/sweeps/s/2"
+    told = read_json(last / "trial.json")
+    assert told["state"] == "pruned"
+    assert told["error"].startswith("pruned at step 2: valid/loss ")
+    assert len(read_json(last / "rungs/2.json")["nats"]) == 24
+    assert cli(*command)[0] == 0
+    assert read_json(last / "trial.json") == told
