@@ -263,6 +263,16 @@ class Method(Enum):
     `eval.labels` (a comma where that is null)."""
 
 
+class Engine(Enum):
+    """What takes the optimizer steps of an adapter."""
+
+    trl = "trl"
+    """TRL's trainers, and through them everything else in this file."""
+    packed = "packed"
+    """Our own steps for plain LoRA and rsLoRA: no padding, logits of supervised tokens only, and in a sweep several
+    trials in one pass (`sweep.pack`). On a CPU the bits of a trial are the same alone and in any pack."""
+
+
 class Loss(Enum):
     """What is learned from a supervised token of probability p; formulas and sources are in `ftexp/train/losses.py`."""
 
@@ -536,6 +546,9 @@ class Trainer:
 
     kind: Method = Method.sft
     """Training method."""
+    engine: Engine = Engine.trl
+    """What takes the steps. Both see the same rows in the same order and start from the same weights; their losses
+    differ by rounding, dropout and noise by what is drawn."""
     lr: float = 2e-4
     """Peak learning rate of AdamW, after warm-up."""
     steps: int | None = None
@@ -611,6 +624,8 @@ class Trainer:
         if self.kind is not Method.sft:
             rule = f"false with trainer.kind={self.kind.value}"
             require(not self.group_by_length, "trainer.group_by_length", True, rule)
+        if self.engine is Engine.packed:
+            _require_packable(self)
         self._check_loss()
         free = self.kind is Method.rloo and self.beta == 0
         require(free or 0 < self.beta <= 100, "trainer.beta", self.beta, "above 0 and at most 100")
@@ -658,6 +673,25 @@ class Trainer:
         step = self.batch * self.accumulation
         rule = f"a divisor of trainer.batch * trainer.accumulation = {step}: a step has all completions of its prompts"
         require(step % self.generations == 0, "trainer.generations", self.generations, rule)
+
+
+def _require_packable(trainer: Trainer) -> None:
+    """Refuse what the packed engine does not do."""
+    only: dict[str, tuple[Any, ...]] = {
+        "kind": (Method.sft,),
+        "optimizer": ("adamw_torch_fused", "adamw_torch"),
+        "gradient_checkpointing": (False,),
+        "group_by_length": (False,),
+        "loss": (Loss.nll,),
+        "extra": ({},),
+    }
+    for key, allowed in only.items():
+        value = getattr(trainer, key)
+        rule = " or ".join(str(getattr(v, "value", v)) for v in allowed)
+        require(value in allowed, f"trainer.{key}", getattr(value, "value", value), f"{rule} with {PACKED}")
+
+
+PACKED = "trainer.engine=packed"
 
 
 @dataclass
@@ -750,6 +784,13 @@ class Run:
         if variant in (Variant.none, Variant.pissa):
             rule = f"none with lora.variant={variant.value}: it changes weights of the base"
             require(self.quant.kind is Format.none, "quant.kind", self.quant.kind.value, rule)
+        if self.trainer.engine is Engine.packed:
+            rule = f"lora or rslora with {PACKED}"
+            require(variant in (Variant.lora, Variant.rslora), "lora.variant", variant.value, rule)
+            require(self.lora.lr_ratio == 1, "lora.lr_ratio", self.lora.lr_ratio, f"1 with {PACKED}")
+            require(not self.lora.extra, "lora.extra", self.lora.extra, f"empty with {PACKED}")
+            how = self.data.packing
+            require(how is Packing.none, "data.packing", how.value, f"none with {PACKED}: rows are not padded there")
         if variant is Variant.loftq:
             rule = "nf4 with lora.variant=loftq: it makes up for what 4 bits lose"
             require(self.quant.kind is Format.nf4, "quant.kind", self.quant.kind.value, rule)

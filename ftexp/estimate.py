@@ -12,7 +12,7 @@ from itertools import islice, repeat
 from typing import Any
 
 from ftexp import config
-from ftexp.config import Attention, Method, Packing, Run, Trainer, Variant
+from ftexp.config import Attention, Engine, Method, Packing, Run, Trainer, Variant
 from ftexp.model import activations, sizes
 from ftexp.model.compute import Compute
 from ftexp.model.sizes import Outline
@@ -156,6 +156,7 @@ def trial(run: Run, given: Rows, compute: Compute, labels: int = 0) -> Plan:
     notes += ("how long completions get is seen while they are written",) if written else ()
     parts = (outlined.weights, adapter, copy, outlined.trained_bytes, state or 0, peak or 0, judge)
     flat = run.data.packing is Packing.bfd and compute.attention == "flash_attention_2"  # packs behind each other
+    flat = flat or run.trainer.engine is Engine.packed
     padded = sum(b.tokens if flat else b.rows * b.longest for b in passes)
     return Plan(
         trainable=outlined.trainable,

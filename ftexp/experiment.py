@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import config, data, estimate, evaluate, facts, handed, labels, metrics, model, ranks, track
-from ftexp.config import Format, Kind, Long, Loss, Method, Packing, Run, Template, Tracker
+from ftexp.config import Engine, Format, Kind, Long, Loss, Method, Packing, Run, Template, Tracker
 from ftexp.data import gates, general, prompts, tokens
-from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned
+from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned, out_of_memory
 from ftexp.files import naming, no_room, read_json, write_json
 from ftexp.model import Base
 from ftexp.model.compute import Compute
@@ -35,6 +35,12 @@ from ftexp.train import (
 )
 from ftexp.train.answers import Pair
 from ftexp.train.control import Control, Rung
+
+if TYPE_CHECKING:
+    from ftexp.train.lockstep import Learned, Member
+
+    Steps = Generator[Member, Learned, dict[str, float]]
+    """A trial on its way: yields what `train.lockstep` is to train, is sent what came of it, returns the scores."""
 
 Tokenised = tuple[Sequence[prompts.Example], Sequence[prompts.Example]]
 
@@ -288,22 +294,33 @@ def stale(folder: Path) -> str:
     return ", ".join(f"{key} ({old.get(key)} -> {value})" for key, value in new.items() if old.get(key) != value)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A trial to run."""
+
+    run: Run
+    """The checked config."""
+    folder: Path
+    """Its own; a complete run found there is not run again."""
+    label: str
+    """Its name in the tracking store."""
+    parent: str | None = None
+    """Id of the sweep's run in the tracking store."""
+    control: Control = field(default_factory=Control)
+    """What may end the training early."""
+    opened: int = 0
+    """How often the sealed rows have been opened, this time included: `confirm` alone says so and has them scored,
+    after it has put the opening on record. 0 leaves them sealed."""
+
+
 def execute(
     run: Run, folder: Path, label: str, parent: str | None = None, control: Control | None = None, opened: int = 0
 ) -> dict[str, float]:
     """Train one adapter and score it beside its base; everything about it is in `folder` afterwards.
 
     A run that was killed goes on from its last checkpoint, under the id it had in the tracking store. Where memory
-    runs out, the forward pass is cut and accumulation raised, so that the effective batch stays.
-
-    Args:
-        run: the checked config.
-        folder: its own folder; a complete run found there is not run again.
-        label: its name in the tracking store.
-        parent: id of the sweep's run in the tracking store.
-        control: what may end the training early.
-        opened: how often the sealed rows have been opened, this time included: `confirm` alone says so and has them
-            scored, after it has put the opening on record. 0 leaves them sealed.
+    runs out, the forward pass is cut and accumulation raised, so that the effective batch stays. The arguments are
+    those of `Asked`.
 
     Returns:
         Metrics by name: `valid/*` of the adapter and `base/*` of the base model on the same rows, `test/*` of the
@@ -314,6 +331,61 @@ def execute(
         NoRoom: a disk was full; the newest whole checkpoint stays, and the same call goes on.
         Preempted: the process was asked to leave; the same call goes on.
     """
+    ends: list[dict[str, float] | BaseException] = []
+    together([Asked(run, folder, label, parent, control or Control(), opened)], lambda _, end: ends.append(end))
+    if isinstance(ends[0], BaseException):
+        raise ends[0]
+    return ends[0]
+
+
+def together(asked: Sequence[Asked], ended: Callable[[int, dict[str, float] | BaseException], None]) -> None:
+    """Run trials; those of the packed engine share forward and backward passes, others run one after the other.
+
+    Each is what it would be alone, folder, tracking and end included, and is told the moment it is over.
+
+    Args:
+        asked: trials of one base where they are of the packed engine.
+        ended: takes the number of a trial and its scores, or the error it ended with.
+    """
+    trials = [_trial(one) for one in asked]
+    ready: dict[int, Member] = {}
+    left: list[BaseException] = []
+
+    def go_on(number: int, move: Callable[[Any], Member], given: Any) -> None:
+        try:
+            ready[number] = move(given)
+            return
+        except StopIteration as done:
+            end = done.value
+        except BaseException as error:  # its end alone, which the caller tells from others by its kind
+            end = error
+            left.extend([error] if isinstance(error, KeyboardInterrupt) else [])
+        ended(number, end)
+
+    for number, trial in enumerate(trials):
+        go_on(number, *((trial.throw, left[0]) if left else (trial.send, None)))
+    while ready:
+        from ftexp.train import lockstep
+
+        waiting, members = dict(enumerate(ready)), list(ready.values())  # place in the pack -> number of the trial
+        ready.clear()
+        training, failed = lockstep.train(members), None
+        while waiting and failed is None:
+            try:
+                place, learned = next(training)
+            except BaseException as error:
+                failed = error
+            else:
+                number = waiting.pop(place)
+                go_on(number, trials[number].send, learned)
+                asked_again = left and not isinstance(learned.ended, Preempted)  # while a trial was scored
+                failed = left[0] if asked_again else None
+        for number in waiting.values():
+            go_on(number, trials[number].throw, failed)
+
+
+def _trial(asked: Asked) -> Steps:
+    run, folder, label = asked.run, asked.folder, asked.label
     if (kept := complete(run, folder)) is not None:
         checkpoints.clear(folder / "checkpoints")
         say(f"{label}: complete already, kept as it is in {folder}")
@@ -323,14 +395,14 @@ def execute(
     before = read_json(folder / "trial.json") or {}
     trial: dict[str, Any] = {"label": label, "state": "running", "config": identity(run), "folder": str(folder)}
     trial |= {key: before[key] for key in ("mlflow_run", "resumed_at") if key in before}
-    trial |= {"opened": opened} if opened else {}
+    trial |= {"opened": asked.opened} if asked.opened else {}
     if run.track.kind is Tracker.mlflow:
-        trial["track"] = {"uri": run.track.uri, "experiment": run.track.experiment, "parent": parent}
+        trial["track"] = {"uri": run.track.uri, "experiment": run.track.experiment, "parent": asked.parent}
     if run.trainer.loss is Loss.own:
         trial["loss_source"] = losses.given(run.trainer)
     write_json(folder / "trial.json", trial)
     try:
-        scores = _fitting(run, folder, label, parent, trial, control or Control(), opened)
+        scores = yield from _fitting(asked, trial)
         write_json(folder / "trial.json", trial | {"state": "complete", "scores": scores})
     except BaseException as error:
         if (full := no_room(error, folder)) is not None:
@@ -348,13 +420,13 @@ def execute(
     return scores
 
 
-def _fitting(
-    run: Run, folder: Path, label: str, parent: str | None, trial: dict[str, Any], control: Control, opened: int
-) -> dict[str, float]:
+def _fitting(asked: Asked, trial: dict[str, Any]) -> Steps:
     """Run with smaller and smaller forward passes until one fits in memory."""
+    run = asked.run
     while True:
         try:
-            return _execute(run, folder, label, parent, trial, control, opened)
+            return (yield from _execute(run, asked.folder, asked.label, asked.parent, trial, asked.control,
+                                        asked.opened))  # fmt: skip
         except Exception as error:
             # Of several processes one may run out of memory alone, and then the others wait inside a training step.
             smaller = halved(run) if out_of_memory(error) and ranks.count() == 1 else None
@@ -364,16 +436,8 @@ def _fitting(
         free_memory()
         shape = {"batch": run.trainer.batch, "accumulation": run.trainer.accumulation}
         trial.setdefault("out_of_memory", []).append(shape)
-        say(f"{label}: out of memory; again with trainer.batch={shape['batch']} accumulation={shape['accumulation']}",
-            always=True)  # fmt: skip
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that memory ran out, on the host or a GPU."""
-    import torch
-
-    told = isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
-    return told or isinstance(error, MemoryError | torch.OutOfMemoryError)
+        say(f"{asked.label}: out of memory; again with trainer.batch={shape['batch']} "
+            f"accumulation={shape['accumulation']}", always=True)  # fmt: skip
 
 
 def halved(run: Run) -> Run | None:
@@ -402,7 +466,7 @@ def free_memory() -> None:
 
 def _execute(
     run: Run, folder: Path, label: str, parent: str | None, trial: dict[str, Any], control: Control, opened: int
-) -> dict[str, float]:
+) -> Steps:
     splits = data.load(run.data)
     task = TASKS[run.trainer.kind](run, splits, splits.test if opened else ())
     base = model.load(run.model, run.quant, task.outputs)
@@ -424,20 +488,26 @@ def _execute(
         resident = facts.resident_gib()
         facts.reset_peak_memory()
         kept.began = time.monotonic()
+        if done:
+            say(f"{label}: goes on from step {done}")
+            trial.setdefault("resumed_at", []).append(done)
+            write_json(folder / "trial.json", trial)
+            _judge_again(log, control)
+        learned = None
+        if run.trainer.engine is Engine.packed:
+            learned = yield _member(run, base, task, kept, log, control)
         with model.adapted(base, run.lora, run.seed) as tuned:
             trial["facts"]["parameters"] = asdict(model.count(tuned))
             log.tags({f"ftexp.{k}": v for k, v in config.flat(trial["facts"]).items()})
             log.tags({"ftexp.test_opened": opened} if opened else {})
-            if done:
-                say(f"{label}: goes on from step {done}")
-                trial.setdefault("resumed_at", []).append(done)
-                write_json(folder / "trial.json", trial)
-                _judge_again(log, control)
             train_adapter = TRAINERS[run.trainer.kind]
             try:
-                trained = train_adapter(
-                    run, base, tuned, task.train, task.valid, kept, log.metrics, control, **task.more
-                )
+                if learned is not None:
+                    trained = _learned(tuned, learned, trial)
+                else:
+                    trained = train_adapter(
+                        run, base, tuned, task.train, task.valid, kept, log.metrics, control, **task.more
+                    )
             except Pruned:
                 model.save(base, tuned, folder)
                 raise
@@ -507,6 +577,31 @@ def follow(run: Run, folder: Path) -> None:
     with model.adapted(base, run.lora, run.seed) as tuned:
         TRAINERS[run.trainer.kind](run, base, tuned, task.train, task.valid, kept, lambda *_: None, Control())
         task.after(base, tuned)
+
+
+def _member(
+    run: Run, base: Base, task: Task, kept: checkpoints.Store, log: track.Log, control: Control
+) -> Member:  # fmt: skip
+    """Hand a trial to the packed engine, with the first weights that peft draws for it."""
+    from ftexp.model import packed
+    from ftexp.train.lockstep import Member
+
+    with model.adapted(base, run.lora, run.seed) as fresh:
+        start, scales = packed.taken(fresh)
+    return Member(run, base, task.train, task.valid, start, scales, kept, log.metrics, control)
+
+
+def _learned(tuned: Any, learned: Learned, trial: dict[str, Any]) -> dict[str, float]:
+    """Put what the packed engine learned into the adapter, or raise what ended it; tells what `sft.train` tells."""
+    from ftexp.model import packed
+
+    packed.put(tuned, learned.weights)
+    trial["pack"] = learned.pack
+    if learned.ended is not None:
+        raise learned.ended
+    sft.check_weights(tuned, learned.steps)
+    flops = 6 * learned.tokens * tuned.num_parameters(exclude_embeddings=True)  # as transformers counts them
+    return {"train/steps": learned.steps, "train/loss": learned.loss, "train/flops": flops}
 
 
 def _against(
