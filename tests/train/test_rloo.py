@@ -175,7 +175,7 @@ def test_sabotage_an_order_that_begins_anew_would_be_seen(rewarded, tmp_path, mo
     seen, usual = [], rewarder.Rewarder.rewards
 
     def watched(self, rows, texts, batch, label):
-        seen.append([row.where for row in rows] if not label else [])
+        seen.append([row.where for row in rows] if label == "sampled" else [])
         return usual(self, rows, texts, batch, label)
 
     monkeypatch.setattr(rewarder.Rewarder, "rewards", watched)
