@@ -148,10 +148,6 @@ class After:
         return self.asked >= self.step
 
 
-LONG = ("trainer.steps=6", "data.rows=28", "data.valid=12", "trainer.report_steps=2")
-"""Sixteen prompts, two a step: the fifth... an epoch has eight steps; see `test_killed`."""
-
-
 @pytest.mark.parametrize(("lora", "step"), [("default", 2), ("pissa", 5), ("none", 5)])
 def test_killed_training_ends_with_the_bits_of_one_that_was_not(rewarded, tmp_path, lora, step):
     """Four prompts a step and 16 in all: the fifth step is in the second epoch."""
