@@ -18,7 +18,7 @@ BAD = (math.nan, math.inf, -math.inf)
 
 @pytest.mark.chaos
 def test_none_of_fifty_diverged_trials_is_best(cli, tmp_path, monkeypatch):
-    honest, at, calls = sft.token_mean, [0], []
+    honest, at, calls = sft.token_mean, [COUNT], []  # the probes of the launch train, too
 
     def run_ticket(sweep, record, trial, real=worker.run_ticket):
         at[0] = study.ticket(trial._cached_frozen_trial)
