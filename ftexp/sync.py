@@ -86,12 +86,18 @@ def _bring(kept: Kept, uri: str, told: Brought, parents: dict[Path, str]) -> Non
 
 
 def _known(client: MlflowClient, run_id: str | None) -> str | None:
-    """Return a run's id where the store holds it."""
+    """Return a run's id where the store holds it.
+
+    Raises:
+        MachineError: the store does not answer.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
         return None if run_id is None else client.get_run(run_id).info.run_id
-    except MlflowException:
+    except MlflowException as error:
+        if track.is_unanswered(error):
+            raise MachineError(f"the tracking store does not answer: {str(error).splitlines()[0][:200]}") from error
         return None
 
 

@@ -118,6 +118,69 @@ def test_sabotage_without_a_look_at_the_store_points_are_brought_again(cli, tmp_
     assert sync.sync([tmp_path / "outputs"]).points > 0
 
 
+class Silent:
+    """A store whose calls of some names time out, as of a server that is stopped."""
+
+    def __init__(self, client, *names):
+        self.client, self.names = client, names
+
+    def __getattr__(self, name):
+        from mlflow.exceptions import MlflowException
+
+        if name in self.names:
+            raise MlflowException("API request to http://x failed with exception: Read timed out")
+        return getattr(self.client, name)
+
+
+@pytest.mark.parametrize("call", ["create_run", "get_run", "update_run", "get_metric_history"])
+def test_server_that_stops_answering_as_a_run_is_opened_fails_no_trial_and_doubles_no_run(
+    cli, tmp_path, monkeypatch, call
+):
+    """A trial that goes on after a kill keeps its run, whichever call was not answered; `sync` finds it again."""
+    uri = f"sqlite:///{tmp_path}/ml.db"
+    given = [*TINY, "eval=loss", "name=one", f"track.uri={uri}"]
+    run = tmp_path / "outputs" / "runs" / "one"
+    if call != "create_run":
+        assert cli(*given)[0] == 0
+        kept = read_json(run / "trial.json")
+        (run / "trial.json").write_text(json.dumps(kept | {"state": "running"}))
+    honest = track.store
+    monkeypatch.setattr(track, "store", lambda how: (Silent(honest(how)[0], call), honest(how)[1]))
+    code, _, err = cli(*given)
+    assert code == 0, err
+    assert err.count("MLflow failed, the run goes on with files only") == 1
+    monkeypatch.setattr(track, "store", honest)
+    sync.sync([tmp_path / "outputs"])
+    assert sync.sync([tmp_path / "outputs"]).points == 0
+    client, experiment = honest(Track(uri=uri))
+    (only,) = client.search_runs([experiment])
+    assert only.info.run_id == read_json(run / "trial.json")["mlflow_run"]
+    told = {name: [step for step, _ in points] for name, points in histories(uri)["one"].items()}
+    steps = {name: [step for step, _ in points] for name, points in in_files(run).items()}
+    assert {n: s for n, s in told.items() if not n.startswith(("cost/", "plan/"))} == {
+        n: s for n, s in steps.items() if not n.startswith(("cost/", "plan/"))}  # fmt: skip
+
+
+def test_launch_that_is_not_answered_runs_its_trials(cli, tmp_path, monkeypatch):
+    honest = track.store
+    monkeypatch.setattr(track, "store", lambda how: (Silent(honest(how)[0], "create_run"), honest(how)[1]))
+    code, _, err = cli("lora.r=2,4", *TINY, "eval=loss", "name=s", f"track.uri=sqlite:///{tmp_path}/ml.db", "-m")
+    assert code == 0, err
+    monkeypatch.setattr(track, "store", honest)
+    assert sync.sync([tmp_path / "outputs"]).runs == 3
+
+
+def test_sync_without_an_answer_makes_no_second_run(cli, verb, tmp_path, monkeypatch):
+    assert cli(*TINY, "eval=loss", "name=one", f"track.uri=sqlite:///{tmp_path}/ml.db")[0] == 0
+    honest = track.store
+    monkeypatch.setattr(track, "store", lambda how: (Silent(honest(how)[0], "get_run"), honest(how)[1]))
+    code, _, err = verb()
+    assert code == 4
+    assert "the tracking store does not answer" in err
+    client, experiment = honest(Track(uri=f"sqlite:///{tmp_path}/ml.db"))
+    assert len(client.search_runs([experiment])) == 1
+
+
 def test_dead_store_is_named(cli, verb, tmp_path):
     assert cli(*TINY, "name=one", DEAD)[0] == 0
     code, _, err = verb()
