@@ -34,8 +34,8 @@ from ftexp.sweep.options import Options
 RESULT = Path("outputs/bench/storage.json")
 RUNGS = 5
 PROCESSES = (1, 2, 4, 8)
-TICKETS = {"journal": 400, "sqlite": 60, "PostgreSQL": 160, "PostgreSQL behind the proxy": 160}
-LENGTHS = (1_000, 4_000, 16_000)
+TICKETS = {"journal": 200, "sqlite": 30, "PostgreSQL": 60, "PostgreSQL behind the proxy": 60}
+LENGTHS = (500, 2_000)
 """Tickets of a journal, to see how it grows."""
 
 
