@@ -47,10 +47,11 @@ test-cluster: $(READY) ## install Slurm, PostgreSQL and Ray, and run a sweep on 
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'ray>=2.50,<3'
 	$(BIN)/python -m pytest -m cluster -s tests/cluster
 
-bench: $(READY) ## a sweep beside a shell loop over a TRL script, the sweeper's cost, a million rows (some 30 minutes)
+bench: $(READY) ## a sweep beside a shell loop over a TRL script, the sweeper's cost, a million rows, what a record carries (some 40 minutes)
 	$(BIN)/python tests/bench/sweeper.py
 	$(BIN)/python tests/bench/loop.py
 	$(BIN)/python tests/bench/data.py
+	$(BIN)/python tests/bench/storage.py
 
 ui: $(READY) ## open the MLflow UI on 127.0.0.1:5000
 	$(BIN)/python -m ftexp.ui

@@ -1,6 +1,7 @@
 """A tracking store that was not there: training is unharmed, and every point is brought later, once."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -179,6 +180,39 @@ def test_sync_without_an_answer_makes_no_second_run(cli, verb, tmp_path, monkeyp
     assert "the tracking store does not answer" in err
     client, experiment = honest(Track(uri=f"sqlite:///{tmp_path}/ml.db"))
     assert len(client.search_runs([experiment])) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("locked", [True, False])
+def test_two_nodes_that_bring_the_same_sweep_bring_each_point_once(cli, tmp_path, locked):
+    """Without the lock both find the runs missing and make them: its sabotage twin."""
+    code, _, err = cli("lora.r=2,4", *TINY, "name=s", "eval=loss", DEAD, "-m")
+    assert code == 0, err
+    uri = f"sqlite:///{tmp_path}/ml.db"
+    track.store(Track(uri=uri, experiment="ftexp"))
+    code = ("import contextlib, socket, sys, time\nfrom ftexp import sync, track\nsocket.gethostname = lambda: sys.argv[1]\n"
+            "if sys.argv[2] == 'False': sync.FileLock = lambda path: contextlib.nullcontext()\n"
+            "known = sync._known\n"
+            "def slowly(*given):\n    told = known(*given)\n    time.sleep(1)\n    return told\n"
+            "sync._known = slowly\n"
+            "print('ready', flush=True); sys.stdin.readline()\n"
+            "sys.argv[1:] = ['--uri', sys.argv[3]]; sys.exit(sync.main())")  # fmt: skip
+    nodes = [subprocess.Popen([sys.executable, "-c", code, f"node-{n}", str(locked), uri], cwd=tmp_path, text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for n in range(2)]  # fmt: skip
+    for node in nodes:
+        assert node.stdout.readline() == "ready\n"
+    for node in nodes:
+        node.stdin.write("go\n")
+        node.stdin.flush()
+    told = [node.communicate(timeout=200)[0] for node in nodes]
+    client, experiment = track.store(Track(uri=uri))
+    names = sorted(run.info.run_name for run in client.search_runs([experiment]))
+    if not locked:
+        assert len(names) > 3, told
+        return
+    assert names == ["lora.r=2", "lora.r=4", "s"], told
+    for name, number in (("lora.r=2", 0), ("lora.r=4", 1)):
+        assert histories(uri)[name] == in_files(tmp_path / "outputs/sweeps/s" / str(number))
 
 
 def test_dead_store_is_named(cli, verb, tmp_path):
