@@ -35,7 +35,8 @@ TEXTS = ("data.prompt", "data.completion")
 """Keys whose values are format strings."""
 SWEEP_KEYS = (
     "sampler", "sampler_args", "n_trials", "pruner", "pruner_args", "seed", "replicates", "baselines", "params",
-    "at_most", "workers", "engine", "engine_args", "storage", "join", "max_failures", "max_retries", "timeout_minutes",
+    "at_most", "workers", "pack", "engine", "engine_args", "storage", "join", "max_failures", "max_retries",
+    "timeout_minutes",
 )  # fmt: skip
 """Keys of `hydra.sweeper`, documented in `ftexp/sweep/options.py`; short `sweep.<key>`."""
 OPEN_SWEEP = tuple(f"hydra.sweeper.{key}." for key in ("sampler_args", "pruner_args", "engine_args", "at_most"))
@@ -140,6 +141,7 @@ def slug(overrides: list[str]) -> str:
     """
     changeable = (
         "workers",
+        "pack",
         "engine",
         "engine_args",
         "join",

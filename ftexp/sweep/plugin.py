@@ -133,7 +133,7 @@ class Sweeper(HydraSweeper):
 
     def _check_options(self, searched: Space, options: Options, runs: list[Run]) -> None:
         """Refuse keys of the sweep that are at odds with what is searched."""
-        from ftexp.sweep import engines, supervisor
+        from ftexp.sweep import engines, packs, supervisor
 
         for axis in searched.axes:
             if axis.key in ("name", "objectives"):
@@ -162,6 +162,7 @@ class Sweeper(HydraSweeper):
             rows = min(len(data.load(run.data).valid) for run in runs)
             race.check(options, [axis.key for axis in searched.axes], runs[0].objectives, rows)
         engines.check(options)
+        packs.check(options, searched.axes, runs)
         count = options.workers or len(supervisor.gpus())
         if options.storage is not None and options.storage.startswith("sqlite") and count > 1:
             raise ConfigError(

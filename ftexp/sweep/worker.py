@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from ftexp import config, data, experiment, facts, metrics
 from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, NoRoom, OutOfTime, Pruned
 from ftexp.files import no_room
 from ftexp.progress import quiet_libraries, say
-from ftexp.sweep import frozen, race, study
+from ftexp.sweep import frozen, packs, race, study
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import Pruner
 from ftexp.train import control
@@ -44,6 +44,8 @@ PREEMPTED = 75
 """Exit code of a worker that was asked to leave and did."""
 FULL = "ftexp:no room"
 """Study attribute: true where the reason to stop is a disk that takes no more, which is no trial's fault."""
+PACK = "ftexp:pack"
+"""Attribute of an attempt: how many share its training."""
 LEAVE = "ftexp:leave"
 """Study attribute: true where running trials, too, are to save a checkpoint and end."""
 
@@ -62,24 +64,80 @@ class Outcome:
 
 def work(sweep: Frozen, record: Study) -> None:
     """Take and run tickets until none waits, or the sweep is told to stop."""
-    while not record.user_attrs.get(STOP) and (trial := study.claim(record, os.environ.get(TOKEN, ""))) is not None:
-        run_ticket(sweep, record, trial)
+    while not record.user_attrs.get(STOP):
+        trials = _claimed(record, packs.size(sweep, record) if sweep.options.pack != 1 else 1)
+        if not trials:
+            return
+        if len(trials) == 1:
+            run_ticket(sweep, record, trials[0])
+        else:
+            run_pack(sweep, record, trials)
         stop_after_failures(sweep, record)
+
+
+def _claimed(record: Study, most: int) -> list[Trial]:
+    """Claim up to so many tickets."""
+    trials: list[Trial] = []
+    while len(trials) < most and (trial := study.claim(record, os.environ.get(TOKEN, ""))) is not None:
+        trials.append(trial)
+    return trials
 
 
 def run_ticket(sweep: Frozen, record: Study, trial: Trial) -> None:
     """Choose the point of a claimed ticket, run it, and tell the storage what came of it."""
+    try:
+        with _beating(record, trial):
+            end = _run(sweep, trial, choose(sweep, record, trial, study.ticket(trial._cached_frozen_trial)))
+    except (KeyboardInterrupt, NoRoom):
+        give_back(record, trial)
+        raise
+    _tell(record, trial, *end)
+
+
+def run_pack(sweep: Frozen, record: Study, trials: list[Trial]) -> None:
+    """Do with several claimed tickets what `run_ticket` does with one, in one training.
+
+    Their points are chosen before any is trained, as those of so many workers would be. Each is told the moment it is
+    over, so a kill after that costs the others alone.
+    """
+    ready: list[tuple[Trial, experiment.Asked]] = []
+    left: list[BaseException] = []
+    open_now = list(trials)
+
+    def ended(trial: Trial, end: dict[str, float] | BaseException) -> None:
+        open_now.remove(trial)
+        try:
+            outcome = _outcome(sweep, trial, end)
+        except (KeyboardInterrupt, NoRoom) as error:
+            give_back(record, trial)
+            left.append(error)
+            return
+        _tell(record, trial, *outcome)
+
+    try:
+        with _beating(record, *trials):
+            for trial in trials:
+                trial.set_user_attr(PACK, len(trials))
+                point = choose(sweep, record, trial, study.ticket(trial._cached_frozen_trial))
+                try:
+                    ready.append((trial, _asked(sweep, trial, point, len(trials))))
+                except Exception as error:
+                    ended(trial, error)
+            experiment.together([asked for _, asked in ready], lambda n, end: ended(ready[n][0], end))
+    except KeyboardInterrupt:
+        for trial in open_now:
+            give_back(record, trial)
+        raise
+    if left:
+        raise left[0]
+
+
+def _tell(record: Study, trial: Trial, outcome: Outcome, values: list[float] | None) -> None:
+    """Tell the storage what came of a ticket."""
     import optuna
     from optuna.trial import TrialState
 
     number = study.ticket(trial._cached_frozen_trial)
-    try:
-        with _beating(record, trial):
-            point = choose(sweep, record, trial, number)
-            outcome, values = _run(sweep, trial, point, number)
-    except (KeyboardInterrupt, NoRoom):
-        give_back(record, trial)
-        raise
     trial.set_user_attr("ftexp:reason", outcome.reason)
     trial.set_user_attr("ftexp:kind", outcome.kind)
     say(f"trial {number} {outcome.state} {outcome.reason}".rstrip(), always=outcome.state == "failed")
@@ -151,18 +209,40 @@ def history(sweep: Frozen, record: Study) -> list[FrozenTrial]:
     return told
 
 
-def _run(sweep: Frozen, trial: Trial, point: dict[str, Any], number: int) -> tuple[Outcome, list[float] | None]:
+def _run(sweep: Frozen, trial: Trial, point: dict[str, Any]) -> tuple[Outcome, list[float] | None]:
+    try:
+        asked = _asked(sweep, trial, point)
+        end = experiment.execute(asked.run, asked.folder, asked.label, asked.parent, asked.control)
+    except Exception as error:
+        end = error
+    return _outcome(sweep, trial, end)
+
+
+def _asked(sweep: Frozen, trial: Trial, point: dict[str, Any], pack: int = 1) -> experiment.Asked:
+    """Prepare the trial of a ticket, which shares its time with the others of a pack."""
+    number = study.ticket(trial._cached_frozen_trial)
     folder = sweep.folder / str(number)
     label = " ".join(f"{k}={_short(v)}" for k, v in point.items()) or sweep.name
     if sweep.options.replicates > 1:
         label += f" seed+{number % sweep.options.replicates}"
+    run = sweep.run(point, number % sweep.options.replicates)
+    same_rows(sweep, run)
+    keep_hydra_files(sweep, run, point, folder)
+    control = Control(judge(sweep, trial, run), deadline(sweep, pack), same_model(trial, run))
+    return experiment.Asked(run, folder, label, sweep.mlflow_run, control)
+
+
+def _outcome(sweep: Frozen, trial: Trial, end: dict[str, float] | BaseException) -> tuple[Outcome, list[float] | None]:
+    """Say what came of a ticket whose trial ended with scores or an error, and the values of its objectives.
+
+    Raises:
+        KeyboardInterrupt: the process was asked to leave.
+        NoRoom: a disk was full.
+    """
     try:
-        run = sweep.run(point, number % sweep.options.replicates)
-        same_rows(sweep, run)
-        keep_hydra_files(sweep, run, point, folder)
-        asked = Control(judge(sweep, trial, run), deadline(sweep), same_model(trial, run))
-        scores = experiment.execute(run, folder, label, sweep.mlflow_run, asked)
-        values = [scores[name] for name in sweep.objectives]
+        if isinstance(end, BaseException):
+            raise end
+        values = [end[name] for name in sweep.objectives]
     except NoRoom:
         raise
     except Pruned as error:
@@ -176,14 +256,14 @@ def _run(sweep: Frozen, trial: Trial, point: dict[str, Any], number: int) -> tup
     except FtexpError as error:
         return Outcome("failed", "crash", str(error)), None
     except Exception as error:
-        if (full := no_room(error, folder)) is not None:
+        if (full := no_room(error, sweep.folder / str(study.ticket(trial._cached_frozen_trial)))) is not None:
             raise full from error
         if experiment.out_of_memory(error):
             return Outcome("failed", "oom", f"out of memory: {str(error).splitlines()[0]}"), None
-        traceback.print_exc()
+        traceback.print_exception(error)
         return Outcome("failed", "crash", f"{type(error).__name__}: {error}".splitlines()[0]), None
     for name, bound in sweep.options.at_most.items():
-        trial.set_constraint(f"{name} at most {bound:g}", scores.get(name, math.inf) - bound)
+        trial.set_constraint(f"{name} at most {bound:g}", end.get(name, math.inf) - bound)
     return Outcome("complete"), values
 
 
@@ -260,10 +340,13 @@ def _nop() -> type:
     return NopPruner
 
 
-def deadline(sweep: Frozen) -> float | None:
-    """Return when the trial that begins now must have ended, on the monotonic clock."""
+def deadline(sweep: Frozen, pack: int = 1) -> float | None:
+    """Return when the trial that begins now must have ended, on the monotonic clock.
+
+    In a pack of several it has its own minutes and those of the others: they share the clock.
+    """
     minutes = sweep.options.timeout_minutes
-    return None if minutes is None else time.monotonic() + 60 * minutes
+    return None if minutes is None else time.monotonic() + 60 * minutes * pack
 
 
 def give_back(record: Study, trial: Trial) -> None:
@@ -285,8 +368,10 @@ def give_back(record: Study, trial: Trial) -> None:
 
 
 @contextmanager
-def _beating(record: Study, trial: Trial) -> Iterator[None]:
+def _beating(record: Study, *trials: Trial) -> Iterator[None]:
     """Tell other machines once a minute that this worker is alive, and hear whether the sweep is to be left."""
+    from optuna.exceptions import UpdateFinishedTrialError
+
     done = threading.Event()
 
     def beat() -> None:
@@ -296,7 +381,9 @@ def _beating(record: Study, trial: Trial) -> Iterator[None]:
                 control.LEAVE.set()
             if time.monotonic() - told >= BEAT_SECONDS:
                 told = time.monotonic()
-                record._storage.set_trial_user_attr(trial._trial_id, "ftexp:beat", time.time())
+                for trial in trials:
+                    with suppress(UpdateFinishedTrialError):  # of a pack some are over before the others
+                        record._storage.set_trial_user_attr(trial._trial_id, "ftexp:beat", time.time())
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
