@@ -79,6 +79,8 @@ class Verdict:
     """Share of each searched key in what sets the best points apart; empty for few points or one key."""
     front: tuple[str, ...]
     """Labels of the points no other beats in all objectives; empty for one objective."""
+    rate: explain.Together | None = None
+    """Where alpha and learning rate were both searched: how far their product explains the objective."""
 
 
 def read(folder: Path, trials: list[dict[str, Any]], objective: str) -> Verdict:
@@ -107,7 +109,7 @@ def read(folder: Path, trials: list[dict[str, Any]], objective: str) -> Verdict:
                          for m, v in zip(kept, means, strict=True)),
         len(whole) - len(kept), len(grouped) - len(whole), found if isinstance(found, str) else None,
         metrics.best(means, direction), (), None, None, None, math.nan, 0, _importance(whole, sweep, objective),
-        _front(whole, sweep),
+        _front(whole, sweep), _rate(whole, sweep, objective),
     )  # fmt: skip
     return verdict if isinstance(found, str) else _tested(verdict, kept, *found)
 
@@ -238,6 +240,29 @@ def _importance(points: list[list[dict[str, Any]]], sweep: dict[str, Any], objec
     return explain.importance(params, [_mean(m, objective) for m in points], METRICS[objective].direction)
 
 
+def _rate(points: list[list[dict[str, Any]]], sweep: dict[str, Any], objective: str) -> explain.Together | None:
+    """Tell alpha times learning rate from the two apart, where both were searched; in the unit of loss."""
+    if not {"lora.alpha", "trainer.lr"} <= {axis["key"] for axis in sweep.get("axes", [])}:
+        return None
+    alpha, lr = ([float(m[0]["config"][key]) for m in points] for key in ("lora.alpha", "trainer.lr"))
+    told = [_mean(m, objective) for m in points]
+    logs = [math.log(v) if objective == "valid/perplexity" else v for v in told]
+    return explain.together(alpha, lr, logs)
+
+
+def rate_line(rate: explain.Together) -> str:
+    """Tell in one sentence how far alpha times learning rate explains the objective."""
+    product, apart, alpha, lr = (max(0.0, v) for v in (rate.product, rate.apart, rate.first, rate.second))
+    advice = ""
+    if product > 0 and product >= apart - 0.05:
+        advice = " They act through their product: sweep=effective_rate searches one key less."
+    return (
+        f"alpha and learning rate were both searched: their product predicts {100 * product:.0f} % of the differences "
+        f"(R2, each point by the others), the two apart {100 * apart:.0f} %, alpha alone {100 * alpha:.0f} %, learning "
+        f"rate alone {100 * lr:.0f} %.{advice}"
+    )
+
+
 def _front(points: list[list[dict[str, Any]]], sweep: dict[str, Any]) -> tuple[str, ...]:
     names = sweep.get("objectives", [])
     if len(names) < 2 or not all(name in t["scores"] for m in points for t in m for name in names):
@@ -257,6 +282,8 @@ def lines(verdict: Verdict) -> list[str]:
     if verdict.importance:
         shares = [f"{k} {_percent(i)}" for k, i in verdict.importance.items()]
         told.append(f"What sets the best points apart (share, 95 % interval): {', '.join(shares)}.")
+    if verdict.rate is not None:
+        told.append(rate_line(verdict.rate))
     if len(verdict.front) > 1:
         told.append(f"On the Pareto front: {'; '.join(verdict.front)}.")
     if verdict.behind:

@@ -51,6 +51,12 @@ class Pruned(FtexpError):
     exit_code = 0
 
 
+class Skipped(FtexpError):
+    """A trial passes a limit of its sweep, and such trials are to be left out. A result, not a fault."""
+
+    exit_code = 0
+
+
 class Unfaithful(FtexpError, ArithmeticError):
     """An exported model does not answer as the run it was made from; nothing of it is kept."""
 

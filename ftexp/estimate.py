@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice, repeat
 from typing import Any
 
 from ftexp import config
-from ftexp.config import Attention, Engine, Method, Packing, Run, Trainer
+from ftexp.config import Attention, Engine, Method, Packing, Run, Trainer, Variant
 from ftexp.model import activations, sizes
 from ftexp.model.compute import Compute
 from ftexp.model.sizes import Outline
@@ -143,9 +143,9 @@ def trial(run: Run, given: Rows, compute: Compute, labels: int = 0) -> Plan:
         ConfigError: the model cannot be put together, or peft refuses the adapter.
         MachineError: the config of the model cannot be read.
     """
-    key, outlined = _outlined(run, compute, labels)
-    passes = list(batches(given, run.trainer, run.seed))
-    peak, notes = _peak(key, outlined, run, passes, labels)
+    asked = _asked(run, compute, labels)
+    outlined, passes = _outlined(asked), list(batches(given, run.trainer, run.seed))
+    peak, notes = _peak(asked, passes)
     state = optimizer_bytes(run.trainer.optimizer, outlined.tensors)
     notes += () if state is not None else (f"state of trainer.optimizer={run.trainer.optimizer} is not known here",)
     notes += tuple(f"trainer.extra.{key} makes other batches" for key in REORDERING if key in run.trainer.extra)
@@ -197,19 +197,61 @@ def _judge(run: Run) -> int:
 
 
 _judges: dict[str, int] = {}
-_outlines: dict[str, Outline] = {}
-_peaks: dict[str, tuple[int | None, tuple[str, ...]]] = {}
+_outlines: dict[str, dict[int, Outline]] = {}
+"""Outlines of the model and kind of adapter that were planned last, by rank; two are made, others lie between them."""
+_traces: dict[str, tuple[Any, tuple[str, ...]]] = {}
 
 
-def _outlined(run: Run, compute: Compute, labels: int) -> tuple[str, Outline]:
-    """Put a model together, or hand out the last one where it is the same; return its key too."""
+@dataclass(frozen=True)
+class _Asked:
+    """What an outline is made for."""
+
+    key: str
+    """Names the model and the kind of adapter."""
+    run: Run
+    dtype: str
+    attention: str
+    labels: int
+
+    @property
+    def rank(self) -> int:
+        """The rank; without an adapter any is the same, so 2 stands for all."""
+        return 2 if self.run.lora.variant is Variant.none else self.run.lora.r
+
+    @property
+    def ends(self) -> tuple[int, int] | None:
+        """Two other ranks on whose line this one lies; None where it is to be put together itself.
+
+        A side of length 1 is laid out otherwise, so rank 1 is on no line.
+        """
+        low, high, *_ = (*sorted(rank for rank in _outlines[self.key] if rank > 1), 0, 0)
+        return (low, high) if high and self.rank > 1 and self.rank not in _outlines[self.key] else None
+
+    def own(self) -> Outline:
+        """Put the model together with an adapter of this very rank, once."""
+        made, run = _outlines[self.key], self.run
+        if self.rank not in made:
+            made[self.rank] = sizes.outline(run.model, run.quant, run.lora, self.dtype, self.attention, self.labels)
+        return made[self.rank]
+
+
+def _asked(run: Run, compute: Compute, labels: int) -> _Asked:
     attention = _attention(compute.attention)
-    key = f"{config.digest(run.model, run.quant, run.lora)} {compute.dtype} {attention} {labels}"
+    kind = config.digest(run.model, run.quant, replace(run.lora, r=2, alpha=1.0))
+    key = f"{kind} {compute.dtype} {attention} {labels}"
     if key not in _outlines:
-        made = sizes.outline(run.model, run.quant, run.lora, compute.dtype, attention, labels)
         _outlines.clear()
-        _outlines[key] = made
-    return key, _outlines[key]
+        _traces.clear()
+        _outlines[key] = {}
+    return _Asked(key, run, compute.dtype, attention, labels)
+
+
+def _outlined(asked: _Asked) -> Outline:
+    """Return the outline of a model: put together for the first two ranks, and from those for every other."""
+    if asked.ends is None:
+        return asked.own()
+    low, high = asked.ends
+    return sizes.between(_outlines[asked.key][low], _outlines[asked.key][high], (low, high), asked.run.lora)
 
 
 def _attention(name: str) -> str:
@@ -217,23 +259,35 @@ def _attention(name: str) -> str:
     return name if name == Attention.eager.value else Attention.sdpa.value
 
 
-def _peak(
-    key: str, outlined: Outline, run: Run, passes: list[Batch], labels: int
-) -> tuple[int | None, tuple[str, ...]]:
+def _peak(asked: _Asked, passes: list[Batch]) -> tuple[int | None, tuple[str, ...]]:
     """Trace the largest batch; of several the one with most supervised tokens, as if the largest had them all."""
     wide = max(passes, key=lambda b: (b.rows * b.longest, b.longest))
-    checkpointing, attention = run.trainer.gradient_checkpointing, key.split()[2]
     shape = (wide.rows, wide.longest, min(max(b.supervised for b in passes), wide.rows * wide.longest))
-    asked = f"{key} {shape} {checkpointing} {run.trainer.loss.value} {run.trainer.loss_sha256}"
-    if asked not in _peaks:
-        terms = losses.chosen(run.trainer)
+    if asked.ends is not None:
+        low, high = asked.ends
+        (one, notes), (other, _) = (_trace(asked, rank, shape) for rank in (low, high))
+        if notes:
+            return None, notes
+        if len(one) == len(other):
+            return int(sizes.line(one, other, (low, high), asked.rank).max()), ()
+    asked.own()  # other operations at other ranks: they lie on no line
+    told, notes = _trace(asked, asked.rank, shape)
+    return (None if notes else int(told.max())), notes
+
+
+def _trace(asked: _Asked, rank: int, shape: tuple[int, int, int]) -> tuple[Any, tuple[str, ...]]:
+    """Return live bytes over a step at a rank that was put together, or what keeps them from being known."""
+    how = asked.run.trainer
+    key = f"{asked.key} {rank} {shape} {how.gradient_checkpointing} {how.loss.value} {how.loss_sha256}"
+    if key not in _traces:
+        made, terms = _outlines[asked.key][rank], losses.chosen(how)
+        checkpointing, head = how.gradient_checkpointing, asked.labels > 0
         try:
-            traced = activations.peak(outlined.model, *shape, attention, checkpointing, labels > 0, terms)
-            traced += outlined.unpacked
-            _peaks[asked] = traced, ()
+            told = activations.trace(made.model, *shape, asked.attention, checkpointing, head, terms)
+            _traces[key] = told + made.unpacked, ()
         except RuntimeError as error:
-            _peaks[asked] = None, (f"activations are left out, the model cannot be traced: {str(error)[:100]}",)
-    return _peaks[asked]
+            _traces[key] = None, (f"activations are left out, the model cannot be traced: {str(error)[:100]}",)
+    return _traces[key]
 
 
 def batches(given: Rows, trainer: Trainer, seed: int) -> Iterator[Batch]:

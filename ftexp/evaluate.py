@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from ftexp import labels, metrics
+from ftexp import labels, metrics, ranks
 from ftexp.config import Eval
 from ftexp.data import tokens
 from ftexp.data.prompts import Example
@@ -134,25 +134,30 @@ def summary(table: list[dict[str, Any]]) -> dict[str, float]:
 def held_out(
     model: AnyModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], how: Eval, label: str
 ) -> list[dict[str, Any]]:
-    """Measure each row's negative log-likelihood in nats, summed in float64 over its supervised tokens."""
+    """Measure each row's negative log-likelihood in nats, summed in float64 over its supervised tokens.
+
+    Several processes share the batches out and all return the whole table.
+    """
     import torch
 
-    table: list[dict[str, Any]] = [{} for _ in examples]
+    told: dict[int, float] = {}
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), progress(f"{label} loss", len(examples)) as advance:
-            for numbers in batches([len(e.ids) for e in examples], how.batch, spread=0.75):
+            for numbers in ranks.mine(list(batches([len(e.ids) for e in examples], how.batch, spread=0.75))):
                 for part in _fitting(numbers, examples, model):
                     nats = _nats(model, [examples[n] for n in part], _pad(tokenizer))
-                    for n, value in zip(part, nats, strict=True):
-                        e, row = examples[n], examples[n].row
-                        table[n] = {"where": row.where, "prompt": row.prompt, "reference": row.completion,
-                                    "nats": value, "tokens": e.supervised, "bytes": e.bytes}  # fmt: skip
+                    told |= zip(part, nats, strict=True)
                     advance(len(part))
     finally:
         model.train(was_training)
-    return table
+    whole = ranks.gathered(told)
+    return [
+        {"where": e.row.where, "prompt": e.row.prompt, "reference": e.row.completion, "nats": whole[n],
+         "tokens": e.supervised, "bytes": e.bytes}
+        for n, e in enumerate(examples)
+    ]  # fmt: skip
 
 
 def batches(lengths: list[int], size: int, spread: float) -> Iterator[list[int]]:
@@ -272,7 +277,7 @@ def supervised_logits(
     """
     targets = labels[:, 1:]
     picked = targets != -100
-    head: Any = model.get_output_embeddings()  # type: ignore
+    head: Any = getattr(model, "module", model).get_output_embeddings()  # type: ignore  # DDP wraps it in `module`
     hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][:, :-1][picked][None], *hidden[1:]))
     try:
         more = {} if positions is None else {"position_ids": positions}
@@ -345,13 +350,13 @@ def continued(
     import torch
 
     ended = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    written: list[tuple[int, ...]] = [()] * len(asked)
+    written: dict[int, tuple[int, ...]] = {}
     was_training = model.training
     model.eval()
     shown = progress(f"{label} completions", len(asked)) if streamer is None else nullcontext(lambda _: None)
     try:
         with torch.no_grad(), shown as advance:
-            for numbers in batches([len(ids) for ids in asked], batch, spread=0):
+            for numbers in ranks.mine(list(batches([len(ids) for ids in asked], batch, spread=0))):
                 ids, mask = _left_padded([asked[n] for n in numbers], _pad(tokenizer))
                 out = model.generate(  # type: ignore
                     input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings,
@@ -363,7 +368,8 @@ def continued(
                 advance(len(numbers))
     finally:
         model.train(was_training)
-    return written
+    whole = ranks.gathered(written)
+    return [whole[n] for n in range(len(asked))]
 
 
 def planned_tokens(examples: Sequence[Example], how: Eval) -> int:

@@ -10,12 +10,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ftexp import config, data, estimate, evaluate, facts, handed, labels, metrics, model, track
+from ftexp import config, data, estimate, evaluate, facts, handed, labels, metrics, model, ranks, track
 from ftexp.config import Engine, Format, Kind, Long, Loss, Method, Packing, Run, Template, Tracker
 from ftexp.data import gates, general, prompts, tokens
 from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned, out_of_memory
 from ftexp.files import naming, no_room, read_json, write_json
 from ftexp.model import Base
+from ftexp.model.compute import Compute
 from ftexp.overrides import ROOT
 from ftexp.progress import say, warn
 from ftexp.train import (
@@ -30,6 +31,7 @@ from ftexp.train import (
     rewarder,
     rloo,
     sft,
+    spread,
 )
 from ftexp.train.answers import Pair
 from ftexp.train.control import Control, Rung
@@ -273,9 +275,15 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 def complete(run: Run, folder: Path) -> dict[str, float] | None:
     """Return the scores of a run that is already in its folder and ended well."""
     kept = read_json(folder / "trial.json")
-    if kept and kept["state"] == "complete" and kept["config"] == identity(run):
+    if kept and kept["state"] == "complete" and kept["config"] == identity(run) and has_results(folder):
         return kept["scores"]
     return None
+
+
+def has_results(folder: Path) -> bool:
+    """Tell whether all that a complete run leaves is there: its record, what was trained, the table of its rows."""
+    trained = next(folder.glob("adapter/adapter_model.*"), None) or next(folder.glob("model/model*"), None)
+    return trained is not None and all((folder / name).exists() for name in ("trial.json", "examples.parquet"))
 
 
 def stale(folder: Path) -> str:
@@ -420,7 +428,8 @@ def _fitting(asked: Asked, trial: dict[str, Any]) -> Steps:
             return (yield from _execute(run, asked.folder, asked.label, asked.parent, trial, asked.control,
                                         asked.opened))  # fmt: skip
         except Exception as error:
-            smaller = halved(run) if out_of_memory(error) else None
+            # Of several processes one may run out of memory alone, and then the others wait inside a training step.
+            smaller = halved(run) if out_of_memory(error) and ranks.count() == 1 else None
             if smaller is None:
                 raise
             run = smaller
@@ -474,7 +483,8 @@ def _execute(
         log.inputs(trial["inputs"])
         task.ready(base)
         before = task.before(base)
-        planned = estimate.trial(run, estimate.rows(task.train, run), base.compute, task.outputs)
+        plan = planned(run, task, base.compute, ranks.count())
+        check_share(plan, facts.shared_gpu_gib())
         resident = facts.resident_gib()
         facts.reset_peak_memory()
         kept.began = time.monotonic()
@@ -501,7 +511,7 @@ def _execute(
             except Pruned:
                 model.save(base, tuned, folder)
                 raise
-            trial["plan"] = _against(planned, trial, trained, resident, log)
+            trial["plan"] = _against(plan, trial, trained, resident, log)
             after = task.after(base, tuned)
             tested = task.final(base, tuned, after) if task.test else None
             model.save(base, tuned, folder)
@@ -544,6 +554,54 @@ def _learned(tuned: Any, learned: Learned, trial: dict[str, Any]) -> dict[str, f
     sft.check_weights(tuned, learned.steps)
     flops = 6 * learned.tokens * tuned.num_parameters(exclude_embeddings=True)  # as transformers counts them
     return {"train/steps": learned.steps, "train/loss": learned.loss, "train/flops": flops}
+
+
+def planned(run: Run, task: Task, compute: Compute, processes: int) -> estimate.Plan:
+    """Plan a trial as it will run: of several processes the memory of one, and the operations of all but blank rows."""
+    rows = estimate.rows(task.train, run)
+    if processes == 1:
+        return estimate.trial(run, rows, compute, task.outputs)
+    batch, passes = spread.shape(run.trainer, processes)
+    shared = replace(run, trainer=replace(run.trainer, batch=batch, accumulation=passes * processes))
+    made = estimate.trial(shared, rows, compute, task.outputs)
+    return replace(made, notes=(*made.notes, f"operations are those of {processes} processes without padding rows"))
+
+
+def check_share(planned: estimate.Plan, share: float | None) -> None:
+    """Refuse a trial whose plan passes its share of a GPU; the worker beside it would be the one to run out of memory.
+
+    Args:
+        planned: of the trial.
+        share: GiB; None where nobody shares the GPU.
+
+    Raises:
+        ConfigError: tells both figures.
+    """
+    needed = planned.memory / estimate.GIB
+    if share is not None and needed > share:
+        raise ConfigError(
+            f"sweep.slots_per_gpu leaves a trial {share:.1f} GiB of the GPU, its plan needs {needed:.1f}; lower it, or "
+            "trainer.batch with as much more trainer.accumulation"
+        )
+
+
+def follow(run: Run, folder: Path) -> None:
+    """Be one of the other processes of a trial: load, train and score in step with the first one, which alone writes.
+
+    Raises:
+        FtexpError: as in the first process.
+        Preempted: the first process was asked to leave.
+    """
+    splits = data.load(run.data)
+    task = TASKS[run.trainer.kind](run, splits)
+    base = model.load(run.model, run.quant, task.outputs)
+    told = _facts(task.run, base, splits, (task.train, task.valid))
+    kept = checkpoints.store(folder / "checkpoints", fingerprint(run, told))
+    task.ready(base)
+    task.before(base)
+    with model.adapted(base, run.lora, run.seed) as tuned:
+        TRAINERS[run.trainer.kind](run, base, tuned, task.train, task.valid, kept, lambda *_: None, Control())
+        task.after(base, tuned)
 
 
 def _against(
@@ -907,7 +965,7 @@ def _facts(run: Run, base: Base, splits: data.Splits, used: Tokenised) -> dict[s
         "template_sha256": prompts.template_digest(base.tokenizer, run.data),
         "tokenizer_sha256": prompts.tokenizer_digest(base.tokenizer),
         "weights_sha256": base.weights,
-        "compute": asdict(base.compute),
+        "compute": asdict(base.compute) | ({"processes": ranks.count()} if ranks.count() > 1 else {}),
         "versions": facts.versions(),
         "code_sha256": facts.code(),
         "git": facts.git(ROOT),

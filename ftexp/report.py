@@ -162,6 +162,7 @@ def data(sweep: Sweep) -> dict[str, Any]:
         "detectable": verdict.detectable, "untested": verdict.untested, "cost": verdict.cost,
         "cheapest": None if verdict.cheapest is None else verdict.points[verdict.cheapest].label,
         "importance": {key: [s.value, s.low, s.high] for key, s in verdict.importance.items()},
+        "rate": None if verdict.rate is None else vars(verdict.rate),
         "front": list(verdict.front), "confirmed": list(sweep.openings),
     })  # fmt: skip
 

@@ -186,6 +186,16 @@ def test_importance_of_searched_keys(sweep):
     assert any(line.startswith("What sets the best points apart") for line in compare.lines(found))
 
 
+def test_product_of_alpha_and_rate_is_told_where_both_were_searched(sweep):
+    configs = [{"lora.r": 8, "lora.alpha": (8, 32)[n % 2], "trainer.lr": 10.0 ** -(n % 3 + 2)} for n in range(12)]
+    trials = [(8, 0.05 * n, {"config": told | {"objectives": ["valid/loss"]}}) for n, told in enumerate(configs)]
+    axes = [{"key": "lora.alpha"}, {"key": "trainer.lr"}]
+    found = read(sweep(*trials, axes=axes))
+    assert found.rate is not None
+    assert any(line.startswith("alpha and learning rate were both searched: ") for line in compare.lines(found))
+    assert read(sweep(*trials, axes=axes[1:])).rate is None
+
+
 def test_single_run_shows_its_interval(sweep):
     folder = sweep((64, 0, {})) / "0"
     board = report.read(folder)

@@ -72,6 +72,9 @@ def folder(tmp_path_factory):
 def test_run_works(command, cli, folder, monkeypatch):
     """As written, but for a small model and few steps; what names the person's own model and rows stays."""
     monkeypatch.chdir(folder)
+    if "trainer.reward=judge" in command:
+        [before] = [c for c in RUNS if "name=judge" in c]
+        assert run_small(before, cli)[0] == 0
     code, out, err = run_small(command, cli)
     assert code == 0, err
     assert out

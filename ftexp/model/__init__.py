@@ -300,7 +300,7 @@ def _pretrained(model: Model, quant: Quant, chosen: Compute, labels: int = 0) ->
             dtype=getattr(torch, chosen.dtype),
             attn_implementation=chosen.attention,
             quantization_config=_quantization(quant, chosen),
-            device_map={"": 0} if chosen.device == "cuda" else None,
+            device_map={"": torch.cuda.current_device()} if chosen.device == "cuda" else None,
             trust_remote_code=False,
             use_safetensors=True,  # other files of weights are pickles
         )

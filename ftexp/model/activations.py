@@ -15,17 +15,22 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy
     import torch
+
+    Array = numpy.ndarray[Any, Any]
 
 ERROR = 0.02
 """Largest relative error of the peak against what PyTorch's CPU allocator hands out."""
 
 
-def peak(
+def trace(
     tuned: Any, rows: int, length: int, supervised: int, attention: str, checkpointing: bool, head: bool,
     terms: Callable[[Any, Any], Any] | None = None,
-) -> int:  # fmt: skip
-    """Trace one training step of a model on the meta device: peak bytes beside weights and gradients.
+) -> Array:  # fmt: skip
+    """Trace one training step of a model on the meta device: bytes beside weights and gradients, at each allocation.
+
+    The greatest is the peak. Each is a straight line in the rank of an adapter, as long as the operations are the same.
 
     Args:
         tuned: the model with its adapter.
@@ -41,6 +46,7 @@ def peak(
     Raises:
         RuntimeError: the model looks at numbers, so it cannot be traced.
     """
+    import numpy as np
     import torch
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -56,7 +62,7 @@ def peak(
         live = _live(tuned)
         with _fused(), live:
             _loss(tuned, ids, attention, None if head else supervised, terms).backward()
-    return live.peak
+    return np.array(live.told or [0], dtype=np.int64)
 
 
 def _loss(
@@ -147,7 +153,8 @@ def _live(tuned: Any) -> Any:
     class Live(TorchDispatchMode):
         def __init__(self):
             super().__init__()
-            self.now = self.peak = 0
+            self.now = 0
+            self.told: list[int] = []
             self.known = {t.untyped_storage()._cdata for t in held}
 
         def free(self, storage: int, size: int) -> None:
@@ -163,7 +170,7 @@ def _live(tuned: Any) -> Any:
                 if storage._cdata not in self.known:
                     self.known.add(storage._cdata)
                     self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
+                    self.told.append(self.now)
                     weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
             return made
 

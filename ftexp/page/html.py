@@ -370,7 +370,9 @@ def effects(sweep: Sweep) -> str:
         return ""
     ends = [v for bins in found.values() for b in bins for v in (*b.ends, b.mean)]
     axis = svg.scale(ends, 0, svg.STRIP, pad=0.02)
-    told = importance(sweep) + "".join(effect(sweep, key, bins, axis) for key, bins in found.items())
+    rate = sweep.verdict.rate
+    told = importance(sweep) + ("" if rate is None else f"<p>{_e(compare.rate_line(rate))}</p>")
+    told += "".join(effect(sweep, key, bins, axis) for key, bins in found.items())
     left = len(sweep.board.points) - len(sweep.complete)
     without = f" The {left} points that are not complete are left out." if left else ""
     return (
@@ -479,10 +481,10 @@ def _text(text: str) -> str:
 
 def ended(sweep: Sweep) -> str:
     """List trials that are not complete with their reasons, failures first, and those that ran out of memory."""
-    order = {"failed": 0, "preempted": 1, "running": 2, "pruned": 3}
+    order = {"failed": 0, "preempted": 1, "running": 2, "skipped": 3, "pruned": 4}
     off = [t for t in sweep.board.trials if t["state"] != "complete" or "out_of_memory" in t]
     body = ""
-    for trial in sorted(off, key=lambda t: (order.get(t["state"], 4), t["number"])):
+    for trial in sorted(off, key=lambda t: (order.get(t["state"], 5), t["number"])):
         short = "; ".join(
             f"out of memory with trainer.batch={o['batch']}: went on with half or less, same effective batch"
             for o in trial.get("out_of_memory", [])

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftexp import config, data, estimate, experiment, model
+from ftexp import config, data, estimate, experiment, facts, model
 from ftexp.config import Engine
 from ftexp.errors import ConfigError
 from ftexp.model import Base
@@ -47,6 +47,9 @@ def check(options: Options, axes: tuple[Axis, ...], runs: list[config.Run]) -> N
     Raises:
         ConfigError: names the key.
     """
+    packed = any(run.trainer.engine is Engine.packed for run in runs)
+    if packed and options.gpus_per_trial > 1:
+        raise ConfigError(f"sweep.gpus_per_trial must be 1 with trainer.engine=packed, got {options.gpus_per_trial}")
     if options.pack == 1:
         return
     if any(run.trainer.engine is not Engine.packed for run in runs):
@@ -66,7 +69,9 @@ def size(sweep: Frozen, record: Study) -> int:
     """Return how many tickets a worker takes at once: never more than its share of those that wait."""
     from ftexp.sweep import supervisor
 
-    workers = max(1, sweep.options.workers or len(supervisor.gpus()))
+    if sweep.options.pack == 1:
+        return 1
+    workers = max(1, supervisor.workers(sweep.options))
     waiting = sum(t.state.name == "WAITING" for t in study.counted(record))
     most = max(1, min(sweep.options.pack or SIZES[0], math.ceil(waiting / workers)))
     if sweep.options.pack or most == 1:
@@ -128,7 +133,8 @@ def free_bytes(base: Base, workers: int) -> float:
     if base.compute.device == "cuda":
         import torch
 
-        return torch.cuda.mem_get_info()[0]
+        free, share = torch.cuda.mem_get_info()[0], facts.shared_gpu_gib()
+        return free if share is None else min(free, share * estimate.GIB)
     import psutil
 
     return psutil.virtual_memory().available / workers

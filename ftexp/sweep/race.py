@@ -36,7 +36,7 @@ class Rule:
     """Share of all sweeps that may stop the trial that is truly best at a rung."""
     warm_up: int = 0
     """Rungs at which nothing is stopped."""
-    min_rows: int = 16
+    min_rows: int = 12
     """Held-out rows that are enough for a test; a sweep with fewer is refused."""
 
     def __post_init__(self) -> None:

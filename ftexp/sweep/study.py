@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftexp import experiment
 from ftexp.errors import ConfigError, MachineError
 from ftexp.sweep import race
 from ftexp.sweep.options import Options, Pruner, Sampler
@@ -130,6 +131,9 @@ def _proxy(url: str) -> BaseStorage:
     from urllib.parse import urlsplit
 
     from optuna.storages import GrpcStorageProxy
+    from optuna.storages._grpc import client
+
+    client.create_insecure_channel = _channel
 
     at = urlsplit(url)
     if not at.hostname or not at.port:
@@ -137,8 +141,26 @@ def _proxy(url: str) -> BaseStorage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna calls it experimental since 4.2
         made = GrpcStorageProxy(host=at.hostname, port=at.port)
-    made.wait_server_ready(timeout=10)
+    made.wait_server_ready(timeout=60)
     return made
+
+
+PATIENT = {
+    "name": [{}],
+    "waitForReady": True,
+    "retryPolicy": {"maxAttempts": 5, "initialBackoff": "1s", "maxBackoff": "8s", "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE"]},
+}  # fmt: skip
+"""Calls of the proxy: they wait for one that is started again; Optuna's own fail, and the worker with them."""
+
+
+def _channel(host: str, port: int) -> Any:
+    import grpc
+
+    settings = json.dumps({"methodConfig": [PATIENT]})
+    return grpc.insecure_channel(
+        f"{host}:{port}", [("grpc.max_receive_message_length", -1), ("grpc.service_config", settings)]
+    )
 
 
 def cut_torn(path: Path) -> None:
@@ -360,17 +382,17 @@ def settle(
         study: the record.
         points: of all tickets.
         max_retries: further attempts at a ticket whose worker died.
-        folder: of the sweep; tickets that are complete and have no folder any more are queued again.
+        folder: of the sweep; tickets that are complete and whose files are not all there are queued again.
 
     Returns:
-        The tickets whose folders are gone.
+        The tickets whose files are gone.
     """
     from optuna.trial import TrialState, create_trial
 
     reap(study, max_retries)
     queue(study, points)
     done = [t for t in counted(study) if t.state is TrialState.COMPLETE] if folder is not None else []
-    gone = [t for t in done if folder is not None and not (folder / str(ticket(t)) / "trial.json").exists()]
+    gone = [t for t in done if folder is not None and not experiment.has_results(folder / str(ticket(t)))]
     for trial in gone:
         study.add_trial(
             create_trial(
@@ -380,6 +402,17 @@ def settle(
             )
         )
     return [ticket(t) for t in gone]
+
+
+def skipped_again(study: Study, mark: str) -> None:
+    """Queue tickets again that were skipped under other limits than these; they are planned anew."""
+    from optuna.trial import TrialState, create_trial
+
+    for trial in counted(study):
+        if trial.user_attrs.get("ftexp:skipped", mark) != mark:
+            point = {"fixed_params": trial.system_attrs.get("fixed_params") or trial.params}
+            attrs = {"ftexp:ticket": ticket(trial)}
+            study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=point, user_attrs=attrs))
 
 
 def seed_of(seed: int, number: int) -> int:

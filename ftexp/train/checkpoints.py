@@ -62,6 +62,7 @@ class Store:
         write_json(folder / SEAL, told)
         for other in self.folder.glob("checkpoint-*"):
             if other != folder:
+                (other / SEAL).unlink(missing_ok=True)  # first, so that a kill leaves no seal over missing files
                 shutil.rmtree(other)
 
 

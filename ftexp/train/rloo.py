@@ -29,7 +29,7 @@ from ftexp.evaluate import Scored, Seen
 from ftexp.model import Base
 from ftexp.train import answers, sft
 from ftexp.train.checkpoints import Store
-from ftexp.train.control import Control, Report
+from ftexp.train.control import Control, Report, Rung
 from ftexp.train.rewarder import Rewarder
 
 if TYPE_CHECKING:
@@ -63,10 +63,10 @@ def train(
     settings.max_completion_length = room(run, rows)
     beside: dict[str, float] = {}
 
-    def curve(scored: Any, label: str) -> float:
-        found = score(scored, base, valid, run, rewarder, label).scores
-        beside.update({f"valid/{name}": found[name] for name in KEPT if name in found})
-        return found["loss"]
+    def curve(scored: Any, label: str) -> Rung:
+        found = score(scored, base, valid, run, rewarder, label)
+        beside.update({f"valid/{name}": found.scores[name] for name in KEPT if name in found.scores})
+        return Rung(found.scores["loss"], [e["nats"] for e in found.table], [e["completions"] for e in found.table])
 
     def told(values: dict[str, float], step: int) -> None:
         report(values | (beside if "valid/loss" in values else {}), step)

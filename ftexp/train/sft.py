@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ftexp import evaluate, metrics
+from ftexp import evaluate, metrics, ranks
 from ftexp.config import Loss, Method, Packing, Run, Trainer
 from ftexp.data.prompts import Example
 from ftexp.errors import Diverged, OutOfTime, Preempted, Pruned
 from ftexp.model import Base, accept
 from ftexp.progress import progress
-from ftexp.train import lengths, losses
+from ftexp.train import lengths, losses, spread
 from ftexp.train.checkpoints import Store
 from ftexp.train.control import Control, Report, Rung, at_work
 
@@ -78,7 +78,7 @@ def train(
         return Rung(metrics.loss(nats, tokens), nats, tokens)
 
     def make(watching: TrainerCallback) -> Any:
-        return _trainer(base, tuned, settings, packs, watching, run.trainer)
+        return _trainer(run, base, tuned, settings, packs, watching, kept)
 
     return optimise(run, tuned, steps, curve, make, kept, report, control)
 
@@ -99,7 +99,7 @@ def optimise(
         report: takes metrics and their step.
         control: what may end the training early.
     """
-    resume = kept.resume
+    resume = ranks.agreed(kept.resume)
     with progress(f"training {steps} steps", steps) as advance:
         advance(resume.step if resume else 0)
         stopped: list[BaseException] = []
@@ -126,8 +126,8 @@ def two_rates(tuned: Any, trainer: Any, ratio: float) -> Any:
     )
 
 
-def orders(count: int, trainer: Trainer, seed: int) -> Iterator[list[int]]:
-    """Yield the order of the rows in each epoch as the Trainer draws it without groups of like length.
+def orders(count: int, trainer: Trainer, seed: int, first: int = 0) -> Iterator[list[int]]:
+    """Yield the order of the rows in each epoch, from epoch `first` on, as the Trainer draws it without groups.
 
     Each epoch draws from `seed` + epoch (accelerate's SeedableRandomSampler).
     """
@@ -135,7 +135,7 @@ def orders(count: int, trainer: Trainer, seed: int) -> Iterator[list[int]]:
 
     start = trainer.extra.get("data_seed")
     draw = torch.Generator()
-    for epoch in itertools.count():
+    for epoch in itertools.count(first):
         yield torch.randperm(count, generator=draw.manual_seed((seed if start is None else start) + epoch)).tolist()
 
 
@@ -148,8 +148,12 @@ def planned_steps(trainer: Trainer, rows: int) -> int:
         return trainer.steps
     if trainer.kind is Method.rloo:
         return max(1, math.ceil(rows * trainer.generations // (trainer.batch * trainer.accumulation) * trainer.epochs))
-    an_epoch = math.ceil(math.ceil(rows / trainer.batch) / trainer.accumulation)
-    return max(1, math.ceil(an_epoch * trainer.epochs))
+    return max(1, math.ceil(steps_of_epoch(trainer, rows) * trainer.epochs))
+
+
+def steps_of_epoch(trainer: Trainer, rows: int) -> int:
+    """Count the optimizer steps of one pass over rows or packs."""
+    return math.ceil(math.ceil(rows / trainer.batch) / trainer.accumulation)
 
 
 def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int) -> SFTConfig:
@@ -160,12 +164,13 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
     """
     from trl import RLOOConfig, SFTConfig
 
+    batch, accumulation = spread.shape(trainer, ranks.count())
     own: dict[str, Any] = {
         "output_dir": folder,
         "max_steps": steps,
         "learning_rate": trainer.lr,
-        "per_device_train_batch_size": trainer.batch,
-        "gradient_accumulation_steps": trainer.accumulation,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
         "lr_scheduler_type": trainer.scheduler.value,
         "warmup_steps": math.ceil(steps * trainer.warmup),
         "weight_decay": trainer.weight_decay,
@@ -186,6 +191,8 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
         "disable_tqdm": True,
         "dataloader_pin_memory": device == "cuda",
     }
+    if ranks.count() > 1 and "ddp_find_unused_parameters" not in trainer.extra:
+        own["ddp_find_unused_parameters"] = False  # every weight that is trained has its part in every loss
     if trainer.kind is not Method.rloo:
         own |= {"max_length": None}  # rows were refused where too long, so nothing is cut here
         return cast("SFTConfig", accept(SFTConfig, own, trainer.extra, "trainer.extra"))
@@ -203,12 +210,13 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
 
 
 def _trainer(
-    base: Base, tuned: Any, settings: SFTConfig, dataset: Dataset, watch: TrainerCallback, how: Trainer
+    run: Run, base: Base, tuned: Any, settings: SFTConfig, dataset: Dataset, watch: TrainerCallback, kept: Store
 ) -> Any:
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
-    own_head, terms = has_adapted_head(tuned), losses.chosen(how)
+    own_head, terms = has_adapted_head(tuned), losses.chosen(run.trainer)
+    pad, several = cast(int, base.tokenizer.pad_token_id), ranks.count()
 
     class SupervisedRows(SFTTrainer):
         """SFTTrainer with the loss of `ftexp/train/losses.py`, from the logits of supervised positions alone.
@@ -219,21 +227,36 @@ def _trainer(
         """
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            ours = own_head or how.loss is not Loss.nll or inputs["input_ids"].device.type == "cpu"
+            labels = inputs["labels"]
+            ours = (
+                own_head or run.trainer.loss is not Loss.nll or labels.device.type == "cpu" or spread.is_blank(labels)
+            )
             if return_outputs or not ours:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            return token_mean(model, inputs, num_items_in_batch, terms)
+            # gradients are averaged over processes
+            return token_mean(model, inputs, num_items_in_batch, terms) * several
 
         def _get_train_sampler(self, train_dataset=None):
-            usual = super()._get_train_sampler(train_dataset)
             grouped = settings.train_sampling_strategy == "group_by_length"
+            if several > 1:
+                return spread.sampler(count, settings.per_device_train_batch_size * several, order, begun)
+            usual = super()._get_train_sampler(train_dataset)
             return lengths.sampler(usual, settings.seed) if grouped else usual
 
+    count, sizes = len(dataset), [len(ids) for ids in dataset["input_ids"]] if several > 1 else []
+    begun = kept.resume.step // steps_of_epoch(run.trainer, count) if kept.resume else 0
+
+    def order(epoch: int) -> list[int]:
+        if run.trainer.group_by_length:
+            return lengths.grouped(sizes, run.trainer.batch * run.trainer.accumulation, run.seed, epoch)
+        return next(orders(count, run.trainer, run.seed, epoch))
+
+    dataset = spread.blank(dataset, pad) if several > 1 else dataset
     apart = "seq_lengths" in dataset.column_names and not settings.padding_free
     with _bare_head(tuned), as_they_are(tuned):
         trainer = SupervisedRows(
             tuned, settings, train_dataset=dataset, processing_class=base.tokenizer, callbacks=[watch],
-            data_collator=partial(lengths.collate, pad=cast(int, base.tokenizer.pad_token_id)) if apart else None,
+            data_collator=partial(lengths.collate, pad=pad) if apart else None,
         )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -320,6 +343,9 @@ def watch(
     still = run.trainer.kind is Method.rloo  # completions that are worth the same teach nothing for a while
 
     class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            spread.own_draws(run.seed)
+
         def on_log(self, args, state, control, logs=None, **kwargs):
             told = {names[key]: float(value) for key, value in (logs or {}).items() if key in names}
             if not told:
@@ -347,13 +373,18 @@ def watch(
                 stopped.append(OutOfTime(f"ran out of time at step {step} of {steps}"))
             if asked.leave.is_set() and step < steps and not stopped:
                 stopped.append(Preempted(f"asked to leave at step {step} of {steps}"))
+            late = minutes is not None and time.monotonic() - saved[0] >= 60 * minutes
+            stopped[:], late = ranks.agreed((stopped, late))
             control.should_training_stop = control.should_training_stop or bool(stopped)
             leaving = bool(stopped) and isinstance(stopped[0], Preempted)
-            due = minutes is not None and time.monotonic() - saved[0] >= 60 * minutes and not stopped
+            due = late and not stopped
             control.should_save = (leaving or due) and step < steps
 
         def on_save(self, args, state, control, **kwargs):
-            kept.seal(state.global_step)
+            ranks.meet()  # each process writes the state of its own generator
+            if ranks.rank() == 0:
+                kept.seal(state.global_step)
+            ranks.meet()
             saved[0] = time.monotonic()
 
     return Watch()

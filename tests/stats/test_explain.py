@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ftexp.metrics import Direction
 from ftexp.stats import explain
-from ftexp.stats.explain import importance, marginal, pareto
+from ftexp.stats.explain import importance, marginal, pareto, together
 
 LOW, HIGH = Direction.minimize, Direction.maximize
 
@@ -105,3 +105,43 @@ def test_pareto_equals_brute_force(table):
         return all(x <= y for x, y in zip(a, b, strict=True)) and a != b
 
     assert pareto(table, [LOW, HIGH, LOW]) == [not any(beats(o, t) for o in table) for t in table]
+
+
+def rates(trials=24, seed=0):
+    rng = np.random.default_rng(seed)
+    return 2.0 ** rng.integers(3, 8, trials), 10 ** rng.uniform(-4, -2, trials), 0.05 * rng.normal(size=trials)
+
+
+def left_out(columns, values):
+    """R2 by really leaving each trial out."""
+    told = 0.0
+    for n in range(len(values)):
+        rest = [k for k in range(len(values)) if k != n]
+        found, *_ = np.linalg.lstsq(np.stack([c[rest] for c in columns], axis=1), values[rest], rcond=None)
+        told += (values[n] - sum(c[n] * f for c, f in zip(columns, found, strict=True))) ** 2
+    return 1 - told / ((values - values.mean()) ** 2).sum()
+
+
+def test_shares_are_those_of_leaving_each_trial_out():
+    alpha, lr, noise = rates()
+    loss = (np.log10(alpha * lr) + 1.5) ** 2 + noise
+    a, b, one = np.log(alpha), np.log(lr), np.ones(24)
+    told = together(alpha.tolist(), lr.tolist(), loss.tolist())
+    assert told.product == pytest.approx(left_out([one, a + b, (a + b) ** 2], loss))
+    assert told.apart == pytest.approx(left_out([one, a, a**2, b, b**2], loss))
+    assert told.first == pytest.approx(left_out([one, a, a**2], loss))
+    assert told.second == pytest.approx(left_out([one, b, b**2], loss))
+
+
+def test_product_explains_what_is_its_doing_and_not_what_is_of_the_ratio():
+    alpha, lr, noise = rates()
+    through = together(alpha.tolist(), lr.tolist(), ((np.log10(alpha * lr) + 1.5) ** 2 + noise).tolist())
+    other = together(alpha.tolist(), lr.tolist(), ((np.log10(alpha / lr) - 4) ** 2 + noise).tolist())
+    assert through.product > 0.95 > through.apart
+    assert other.product < 0.5
+
+
+def test_too_few_trials_and_one_value_say_nothing():
+    assert together([8, 16] * 4, [1e-3, 1e-2] * 4, [1.0] * 8) is None
+    assert together([8] * 12, [1e-3, 1e-2] * 6, list(range(12))) is None
+    assert together([8, 16] * 6, [1e-3, 1e-2] * 6, [math.nan] * 12) is None
