@@ -101,7 +101,7 @@ NAN, INF = math.nan, math.inf
         ("trainer.engine=packed lora=none", r"lora\.variant must be lora or rslora with trainer\.engine=packed"),
         ("trainer.engine=packed lora=loraplus", r"lora\.lr_ratio must be 1 with trainer\.engine=packed, got 16"),
         (
-            "trainer.engine=packed lora.extra.modules_to_save=[lm_head]",
+            "trainer.engine=packed ++lora.extra.modules_to_save=[lm_head]",
             r"lora\.extra must be empty with trainer\.engine",
         ),
         ("trainer.engine=packed data.packing=bfd", r"data\.packing must be none with trainer\.engine=packed"),
@@ -117,7 +117,7 @@ NAN, INF = math.nan, math.inf
         ),
         ("trainer.engine=packed trainer.loss=dft", r"trainer\.loss must be nll with trainer\.engine=packed, got 'dft'"),
         (
-            "trainer.engine=packed trainer.extra.adam_beta1=0.8",
+            "trainer.engine=packed ++trainer.extra.adam_beta1=0.8",
             r"trainer\.extra must be empty with trainer\.engine=packed",
         ),
         ("trainer.kind=dpo trainer.engine=packed", r"trainer\.kind must be sft with trainer\.engine=packed, got 'dpo'"),
