@@ -531,31 +531,6 @@ def _execute(
     return scores
 
 
-def _member(
-    run: Run, base: Base, task: Task, kept: checkpoints.Store, log: track.Log, control: Control
-) -> Member:  # fmt: skip
-    """Hand a trial to the packed engine, with the first weights that peft draws for it."""
-    from ftexp.model import packed
-    from ftexp.train.lockstep import Member
-
-    with model.adapted(base, run.lora, run.seed) as fresh:
-        start, scales = packed.taken(fresh)
-    return Member(run, base, task.train, task.valid, start, scales, kept, log.metrics, control)
-
-
-def _learned(tuned: Any, learned: Learned, trial: dict[str, Any]) -> dict[str, float]:
-    """Put what the packed engine learned into the adapter, or raise what ended it; tells what `sft.train` tells."""
-    from ftexp.model import packed
-
-    packed.put(tuned, learned.weights)
-    trial["pack"] = learned.pack
-    if learned.ended is not None:
-        raise learned.ended
-    sft.check_weights(tuned, learned.steps)
-    flops = 6 * learned.tokens * tuned.num_parameters(exclude_embeddings=True)  # as transformers counts them
-    return {"train/steps": learned.steps, "train/loss": learned.loss, "train/flops": flops}
-
-
 def planned(run: Run, task: Task, compute: Compute, processes: int) -> estimate.Plan:
     """Plan a trial as it will run: of several processes the memory of one, and the operations of all but blank rows."""
     rows = estimate.rows(task.train, run)
@@ -602,6 +577,31 @@ def follow(run: Run, folder: Path) -> None:
     with model.adapted(base, run.lora, run.seed) as tuned:
         TRAINERS[run.trainer.kind](run, base, tuned, task.train, task.valid, kept, lambda *_: None, Control())
         task.after(base, tuned)
+
+
+def _member(
+    run: Run, base: Base, task: Task, kept: checkpoints.Store, log: track.Log, control: Control
+) -> Member:  # fmt: skip
+    """Hand a trial to the packed engine, with the first weights that peft draws for it."""
+    from ftexp.model import packed
+    from ftexp.train.lockstep import Member
+
+    with model.adapted(base, run.lora, run.seed) as fresh:
+        start, scales = packed.taken(fresh)
+    return Member(run, base, task.train, task.valid, start, scales, kept, log.metrics, control)
+
+
+def _learned(tuned: Any, learned: Learned, trial: dict[str, Any]) -> dict[str, float]:
+    """Put what the packed engine learned into the adapter, or raise what ended it; tells what `sft.train` tells."""
+    from ftexp.model import packed
+
+    packed.put(tuned, learned.weights)
+    trial["pack"] = learned.pack
+    if learned.ended is not None:
+        raise learned.ended
+    sft.check_weights(tuned, learned.steps)
+    flops = 6 * learned.tokens * tuned.num_parameters(exclude_embeddings=True)  # as transformers counts them
+    return {"train/steps": learned.steps, "train/loss": learned.loss, "train/flops": flops}
 
 
 def _against(

@@ -47,9 +47,6 @@ def check(options: Options, axes: tuple[Axis, ...], runs: list[config.Run]) -> N
     Raises:
         ConfigError: names the key.
     """
-    packed = any(run.trainer.engine is Engine.packed for run in runs)
-    if packed and options.gpus_per_trial > 1:
-        raise ConfigError(f"sweep.gpus_per_trial must be 1 with trainer.engine=packed, got {options.gpus_per_trial}")
     if options.pack == 1:
         return
     if any(run.trainer.engine is not Engine.packed for run in runs):

@@ -176,6 +176,9 @@ class Sweeper(HydraSweeper):
             if run.trainer.kind is not Method.sft:
                 kind = run.trainer.kind.value
                 raise ConfigError(f"sweep.gpus_per_trial={options.gpus_per_trial} needs trainer.kind=sft, got {kind}")
+            if run.trainer.engine is not config.Engine.trl:
+                name = run.trainer.engine.value
+                raise ConfigError(f"sweep.gpus_per_trial={options.gpus_per_trial} needs trainer.engine=trl, got {name}")
         count = supervisor.workers(options)
         if options.storage is not None and options.storage.startswith("sqlite") and count > 1:
             raise ConfigError(
