@@ -50,6 +50,7 @@ test-cluster: $(READY) ## install Slurm, PostgreSQL and Ray, and run a sweep on 
 bench: $(READY) ## a sweep beside a shell loop over a TRL script, the sweeper's cost, a million rows, what a record carries (some 40 minutes)
 	$(BIN)/python tests/bench/sweeper.py
 	$(BIN)/python tests/bench/loop.py
+	$(BIN)/python tests/bench/packed.py
 	$(BIN)/python tests/bench/data.py
 	$(BIN)/python tests/bench/storage.py
 

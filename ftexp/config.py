@@ -687,7 +687,9 @@ def _require_packable(trainer: Trainer) -> None:
     }
     for key, allowed in only.items():
         value = getattr(trainer, key)
-        rule = " or ".join(str(getattr(v, "value", v)) for v in allowed)
+        rule = " or ".join(
+            "empty" if v == {} else str(getattr(v, "value", v)).replace("False", "false") for v in allowed
+        )
         require(value in allowed, f"trainer.{key}", getattr(value, "value", value), f"{rule} with {PACKED}")
 
 

@@ -35,8 +35,9 @@ TEXTS = ("data.prompt", "data.completion")
 """Keys whose values are format strings."""
 SWEEP_KEYS = (
     "sampler", "sampler_args", "n_trials", "pruner", "pruner_args", "seed", "replicates", "baselines", "params",
-    "at_most", "plan_at_most", "over", "tokens_per_second", "usd_per_hour", "workers", "engine", "engine_args",
-    "gpus_per_trial", "slots_per_gpu", "storage", "proxy", "join", "max_failures", "max_retries", "timeout_minutes",
+    "at_most", "plan_at_most", "over", "tokens_per_second", "usd_per_hour", "workers", "pack", "engine",
+    "engine_args", "gpus_per_trial", "slots_per_gpu", "storage", "proxy", "join", "max_failures", "max_retries",
+    "timeout_minutes",
 )  # fmt: skip
 """Keys of `hydra.sweeper`, documented in `ftexp/sweep/options.py`; short `sweep.<key>`."""
 OPEN_SWEEP = tuple(
@@ -143,6 +144,7 @@ def slug(overrides: list[str]) -> str:
     """
     changeable = (
         "workers",
+        "pack",
         "engine",
         "engine_args",
         "gpus_per_trial",

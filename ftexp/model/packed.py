@@ -327,10 +327,10 @@ class Rotary(nn.Module):
         super().__init__()
         self.base, self._pack = base, (pack,)
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *more: Any) -> tuple[torch.Tensor, ...]:
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *more: Any, **named: Any) -> Any:
         """Return the tables for positions (1, position)."""
         layout = cast(Layout, self._pack[0].layout)
-        made = [self.base(x, part, *more) for part in position_ids.split(layout.sizes, 1)]
+        made = [self.base(x, part, *more, **named) for part in position_ids.split(layout.sizes, 1)]
         return tuple(torch.cat(parts, 1) for parts in zip(*made, strict=True))
 
 

@@ -114,6 +114,9 @@ class Options:
     """Price of the machine; gives dollars."""
     workers: int = 0
     """Processes; 0 takes one for each visible GPU, and none (in this process) without a GPU."""
+    pack: int = 1
+    """Trials that a worker trains in one pass, with `trainer.engine=packed`; their results are those they have one by
+    one. 0 takes as many as memory allows, where a probe of some steps shows a gain."""
     engine: Engine = Engine.local
     """What starts the workers. Every machine needs the sweep's folder under the same path."""
     engine_args: dict[str, Any] = field(default_factory=dict)
@@ -145,6 +148,7 @@ class Options:
         require(self.n_trials is None or 1 <= self.n_trials <= 100_000, "sweep.n_trials", self.n_trials, "1 to 100000")
         require(1 <= self.replicates <= 100, "sweep.replicates", self.replicates, "between 1 and 100")
         require(0 <= self.workers <= 1024, "sweep.workers", self.workers, "between 0 and 1024")
+        require(0 <= self.pack <= 256, "sweep.pack", self.pack, "between 0 and 256")
         require(1 <= self.gpus_per_trial <= 64, "sweep.gpus_per_trial", self.gpus_per_trial, "between 1 and 64")
         require(1 <= self.slots_per_gpu <= 16, "sweep.slots_per_gpu", self.slots_per_gpu, "between 1 and 16")
         if self.gpus_per_trial > 1 and self.slots_per_gpu > 1:

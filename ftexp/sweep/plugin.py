@@ -141,7 +141,7 @@ class Sweeper(HydraSweeper):
 
     def _check_options(self, searched: Space, options: Options, runs: list[Run]) -> None:
         """Refuse keys of the sweep that are at odds with what is searched."""
-        from ftexp.sweep import engines, supervisor
+        from ftexp.sweep import engines, packs, supervisor
 
         for axis in searched.axes:
             if axis.key in ("name", "objectives"):
@@ -170,6 +170,7 @@ class Sweeper(HydraSweeper):
             rows = min(len(data.load(run.data).valid) for run in runs)
             race.check(options, [axis.key for axis in searched.axes], runs[0].objectives, rows)
         engines.check(options)
+        packs.check(options, searched.axes, runs)
         for run in runs if options.gpus_per_trial > 1 else ():
             spread.shape(run.trainer, options.gpus_per_trial)
             if run.trainer.kind is not Method.sft:

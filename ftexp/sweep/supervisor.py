@@ -18,7 +18,7 @@ from ftexp.sweep import engines, proxy, screen, study
 from ftexp.sweep.engines import GRACE_SECONDS, Worker
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import Engine, Options
-from ftexp.sweep.worker import PREEMPTED, RENEWED, STOP
+from ftexp.sweep.worker import PACK, PREEMPTED, RENEWED, STOP
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -187,7 +187,7 @@ def _end_overdue(sweep: Frozen, record: Study, places: list[Slot], began: dict[i
     for trial in record.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         worker = trial.user_attrs.get("ftexp:worker")
         ran = time.monotonic() - began.setdefault(trial._trial_id, time.monotonic())
-        if worker is None or ran < 60 * minutes + GRACE_SECONDS:
+        if worker is None or ran < 60 * minutes * trial.user_attrs.get(PACK, 1) + GRACE_SECONDS:
             continue
         for slot in places:
             if slot.process is not None and slot.token == worker["token"]:

@@ -17,8 +17,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,7 +27,7 @@ from ftexp import config, data, experiment, facts, metrics, ranks
 from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, NoRoom, OutOfTime, Pruned, Skipped
 from ftexp.files import no_room
 from ftexp.progress import console, quiet_libraries, say
-from ftexp.sweep import frozen, limits, race, study
+from ftexp.sweep import frozen, limits, packs, race, study
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import Pruner
 from ftexp.train import control
@@ -54,6 +55,8 @@ FULL = "ftexp:no room"
 """Study attribute: true where the reason to stop is a disk that takes no more, which is no trial's fault."""
 RENEWED = 76
 """Exit code of a worker whose processes fell out of step over a trial that failed, and which has told so."""
+PACK = "ftexp:pack"
+"""Attribute of an attempt: how many share its training."""
 LEAVE = "ftexp:leave"
 """Study attribute: true where running trials, too, are to save a checkpoint and end."""
 
@@ -77,10 +80,21 @@ class Outcome:
 
 def work(sweep: Frozen, record: Study) -> None:
     """Take and run tickets until none waits, or the sweep is told to stop."""
-    while not record.user_attrs.get(STOP) and (trial := study.claim(record, os.environ.get(TOKEN, ""))) is not None:
-        run_ticket(sweep, record, trial)
+    while not record.user_attrs.get(STOP) and (trials := _claimed(record, packs.size(sweep, record))):
+        if len(trials) == 1:
+            run_ticket(sweep, record, trials[0])
+        else:
+            run_pack(sweep, record, trials)
         stop_after_failures(sweep, record)
     ranks.agreed(None)
+
+
+def _claimed(record: Study, most: int) -> list[Trial]:
+    """Claim up to so many tickets."""
+    trials: list[Trial] = []
+    while len(trials) < most and (trial := study.claim(record, os.environ.get(TOKEN, ""))) is not None:
+        trials.append(trial)
+    return trials
 
 
 def follow(sweep: Frozen) -> None:
@@ -121,12 +135,9 @@ def together(outcome: Outcome, attempt: int) -> tuple[Outcome, bool]:
 
 def run_ticket(sweep: Frozen, record: Study, trial: Trial) -> None:
     """Choose the point of a claimed ticket, run it, and tell the storage what came of it."""
-    import optuna
-    from optuna.trial import TrialState
-
     number = study.ticket(trial._cached_frozen_trial)
     try:
-        with _beating(record, trial, look_seconds(sweep.options.workers)):
+        with _beating(record, look_seconds(sweep.options.workers), trial):
             point = choose(sweep, record, trial, number)
             ranks.agreed((number, point, trial._trial_id))
             outcome, values = _run(sweep, trial, point, number)
@@ -137,6 +148,64 @@ def run_ticket(sweep: Frozen, record: Study, trial: Trial) -> None:
             raise ranks.Lost("another process of the trial is gone") from None
         give_back(record, trial)
         raise
+    _tell(sweep, record, trial, outcome, values)
+    if not in_step:
+        stop_after_failures(sweep, record)
+        ranks.leave(RENEWED)
+
+
+def run_pack(sweep: Frozen, record: Study, trials: list[Trial]) -> None:
+    """Do with several claimed tickets what `run_ticket` does with one, in one training.
+
+    Their points are chosen before any is trained, as those of so many workers would be. Each is told the moment it is
+    over, so a kill after that costs the others alone.
+    """
+    ready: list[tuple[Trial, dict[str, Any], experiment.Asked]] = []
+    untold, left = list(trials), []
+
+    def over(place: int, end: dict[str, float] | BaseException) -> None:
+        trial, point, _ = ready[place]
+
+        def told(run: config.Run, folder: Path) -> dict[str, float]:
+            if isinstance(end, BaseException):
+                raise end
+            return end
+
+        try:
+            outcome, values = _valued(sweep, trial, point, study.ticket(trial._cached_frozen_trial), told)
+        except (KeyboardInterrupt, NoRoom) as error:
+            left.append(error)
+            return
+        untold.remove(trial)
+        _tell(sweep, record, trial, outcome, values)
+
+    try:
+        with _beating(record, look_seconds(sweep.options.workers), *trials):
+            for trial in trials:
+                number = study.ticket(trial._cached_frozen_trial)
+                trial.set_user_attr(PACK, len(trials))
+                point = choose(sweep, record, trial, number)
+                outcome, asked = _ended(sweep, number, point, partial(_asked, sweep, trial, point, number, len(trials)))
+                if asked is not None:
+                    ready.append((trial, point, asked))
+                    continue
+                untold.remove(trial)
+                _tell(sweep, record, trial, outcome, None)
+            experiment.together([asked for _, _, asked in ready], over)
+        if left:
+            raise left[0]
+    except (KeyboardInterrupt, NoRoom):
+        for trial in untold:
+            give_back(record, trial)
+        raise
+
+
+def _tell(sweep: Frozen, record: Study, trial: Trial, outcome: Outcome, values: list[float] | None) -> None:
+    """Tell the storage what came of a ticket."""
+    import optuna
+    from optuna.trial import TrialState
+
+    number = study.ticket(trial._cached_frozen_trial)
     trial.set_user_attr("ftexp:reason", outcome.reason)
     trial.set_user_attr("ftexp:kind", outcome.kind)
     say(f"trial {number} {outcome.state} {outcome.reason}".rstrip(), always=outcome.state in ("failed", "skipped"))
@@ -151,9 +220,6 @@ def run_ticket(sweep: Frozen, record: Study, trial: Trial) -> None:
         record.tell(trial, values if state is TrialState.COMPLETE else None, state=state)
     except optuna.exceptions.UpdateFinishedTrialError:
         say(f"trial {number}: this process was taken for dead meanwhile; its result stands in the folder")
-    if not in_step:
-        stop_after_failures(sweep, record)
-        ranks.leave(RENEWED)
 
 
 def choose(sweep: Frozen, record: Study, trial: Trial, number: int) -> dict[str, Any]:
@@ -215,21 +281,44 @@ def history(sweep: Frozen, record: Study) -> list[FrozenTrial]:
 
 
 def _run(sweep: Frozen, trial: Trial, point: dict[str, Any], number: int) -> tuple[Outcome, list[float] | None]:
+    def execute(run: config.Run, folder: Path) -> dict[str, float]:
+        asked = _asked(sweep, trial, point, number, 1, run, folder)
+        return experiment.execute(asked.run, asked.folder, asked.label, asked.parent, asked.control)
+
+    return _valued(sweep, trial, point, number, execute)
+
+
+def _asked(
+    sweep: Frozen, trial: Trial, point: dict[str, Any], number: int, pack: int, run: config.Run, folder: Path
+) -> experiment.Asked:
+    """Prepare the trial of a ticket, which shares its time with the others of a pack.
+
+    Raises:
+        Skipped: its plan passes a limit.
+    """
     label = " ".join(f"{k}={_short(v)}" for k, v in point.items()) or sweep.name
     if sweep.options.replicates > 1:
         label += f" seed+{number % sweep.options.replicates}"
+    same_rows(sweep, run)
+    keep_hydra_files(sweep, run, point, folder)
+    if reason := limits.passed(run, sweep.options):
+        limits.keep(run, label, folder, reason)
+        raise Skipped(reason)
+    control = Control(judge(sweep, trial, run), deadline(sweep, pack), same_model(trial, run))
+    return experiment.Asked(run, folder, label, sweep.mlflow_run, control)
 
-    def execute(run: config.Run, folder: Path) -> tuple[dict[str, float], list[float]]:
-        same_rows(sweep, run)
-        keep_hydra_files(sweep, run, point, folder)
-        if reason := limits.passed(run, sweep.options):
-            limits.keep(run, label, folder, reason)
-            raise Skipped(reason)
-        asked = Control(judge(sweep, trial, run), deadline(sweep), same_model(trial, run))
-        scores = experiment.execute(run, folder, label, sweep.mlflow_run, asked)
+
+def _valued(
+    sweep: Frozen, trial: Trial, point: dict[str, Any], number: int,
+    execute: Callable[[config.Run, Path], dict[str, float]],
+) -> tuple[Outcome, list[float] | None]:  # fmt: skip
+    """Run a ticket; tell how it ended and the values of its objectives."""
+
+    def scored(run: config.Run, folder: Path) -> tuple[dict[str, float], list[float]]:
+        scores = execute(run, folder)
         return scores, [scores[name] for name in sweep.objectives]
 
-    outcome, told = _ended(sweep, number, point, execute)
+    outcome, told = _ended(sweep, number, point, scored)
     if told is None:
         return outcome, None
     scores, values = told
@@ -348,10 +437,13 @@ def _nop() -> type:
     return NopPruner
 
 
-def deadline(sweep: Frozen) -> float | None:
-    """Return when the trial that begins now must have ended, on the monotonic clock."""
+def deadline(sweep: Frozen, pack: int = 1) -> float | None:
+    """Return when the trial that begins now must have ended, on the monotonic clock.
+
+    In a pack of several it has its own minutes and those of the others: they share the clock.
+    """
     minutes = sweep.options.timeout_minutes
-    return None if minutes is None else time.monotonic() + 60 * minutes
+    return None if minutes is None else time.monotonic() + 60 * minutes * pack
 
 
 def give_back(record: Study, trial: Trial) -> None:
@@ -382,8 +474,10 @@ def look_seconds(workers: int) -> float:
 
 
 @contextmanager
-def _beating(record: Study, trial: Trial, look: float) -> Iterator[None]:
+def _beating(record: Study, look: float, *trials: Trial) -> Iterator[None]:
     """Tell other machines once a minute that this worker is alive, and hear whether the sweep is to be left."""
+    from optuna.exceptions import UpdateFinishedTrialError
+
     done = threading.Event()
 
     def beat() -> None:
@@ -393,7 +487,9 @@ def _beating(record: Study, trial: Trial, look: float) -> Iterator[None]:
                 control.LEAVE.set()
             if time.monotonic() - told >= BEAT_SECONDS:
                 told = time.monotonic()
-                record._storage.set_trial_user_attr(trial._trial_id, "ftexp:beat", time.time())
+                for trial in trials:
+                    with suppress(UpdateFinishedTrialError):  # of a pack some are over before the others
+                        record._storage.set_trial_user_attr(trial._trial_id, "ftexp:beat", time.time())
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

@@ -148,6 +148,18 @@ def train(members: Sequence[Member]) -> Iterator[tuple[int, Learned]]:
                 trial.member.kept.began += time.monotonic() - waiting
 
 
+def seconds(members: Sequence[Member], steps: int = 3) -> float:
+    """Time an optimizer step of members: seconds of the fastest of some, after one that warms up."""
+    base, trials, took = members[0].base, [_begun(member) for member in members], []
+    pack = Pack(base.model)
+    with pack.on({name for t in trials for name in t.weights}):
+        for _ in range(steps + 1):
+            began = time.perf_counter()
+            _step(base, pack, trials, len(trials))
+            took.append(time.perf_counter() - began)
+    return min(took[1:])
+
+
 _alike: set[str] = set()
 
 

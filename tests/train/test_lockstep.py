@@ -309,3 +309,25 @@ def test_seconds_are_shared_out(point, tmp_path, monkeypatch):
         clock[0] += 50
         seconds.append(members[n].kept.seconds())
     assert seconds == [10 + 50, 10 + 10 + 50]
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_quantized_bases_learn_as_with_trl_and_alone_as_together(point, tiny, tmp_path, quant):
+    """Weights are unpacked once for all members; bitsandbytes trains int8 on a CPU with unpacked weights too."""
+    base = model.load(tiny().model, tiny().quant)
+    base.model.save_pretrained(tmp_path / "m")
+    base.tokenizer.save_pretrained(tmp_path / "m")
+    keys = ("model=hub", f"model.path={tmp_path}/m", "model.dtype=float32", f"quant={quant}", "trainer.steps=5")
+    ours, theirs = [], []
+    run = tiny(*keys, "lora.r=4")
+    train, valid = experiment.tokenised(run, data.load(run.data))
+    loaded = model.load(run.model, run.quant)
+    with model.adapted(loaded, run.lora, run.seed) as tuned:
+        sft.train(run, loaded, tuned, train, valid, checkpoints.store(tmp_path / "t", {}),
+                  lambda v, s: theirs.append(v.get("train/loss")), Control())  # fmt: skip
+    runs = [point(*keys, "lora.r=4"), point(*keys, "lora.r=8", "trainer.neftune=5")]
+    digests, _ = ended([member(run, tmp_path / "x", ours if n == 0 else None) for n, run in enumerate(runs)])
+    mine = [v["train/loss"] for _, v in ours if "train/loss" in v]
+    assert mine == pytest.approx([loss for loss in theirs if loss is not None], abs=1e-5)
+    assert mine[-1] < mine[0] - 0.01
+    assert ended([member(runs[0], tmp_path / "x")])[0][0] == digests[0]

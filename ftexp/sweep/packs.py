@@ -1,0 +1,137 @@
+"""How many trials a worker trains in one pass: as asked, or as memory allows and a probe shows to pay.
+
+A trial's result is the same in a pack of any size, so this decides about time alone.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftexp import config, data, estimate, experiment, facts, model
+from ftexp.config import Engine
+from ftexp.errors import ConfigError
+from ftexp.model import Base
+from ftexp.progress import say
+from ftexp.sweep import frozen, study
+from ftexp.sweep.frozen import Frozen
+from ftexp.sweep.options import Options
+from ftexp.sweep.space import Axis
+from ftexp.train import checkpoints
+from ftexp.train.control import Control
+
+if TYPE_CHECKING:
+    from optuna import Study
+
+    from ftexp.train.lockstep import Member
+
+SIZES = (16, 8, 4, 2)
+"""What `sweep.pack=0` chooses from."""
+GAIN = 1.1
+"""A pack must be this many times faster than its trials one by one."""
+ROOM = 0.8
+"""Share of the free memory that a pack may take."""
+GROWTH = 1.6
+"""What a process grows by for a planned byte (`estimate.Plan.memory`)."""
+CHOSEN = "ftexp:packs"
+"""Study attribute, by host: what `sweep.pack=0` measured and chose."""
+SHARED = ("cost/memory_gib", "cost/gpu_memory_gib")
+"""Metrics that the trials of a pack have in common."""
+
+
+def check(options: Options, axes: tuple[Axis, ...], runs: list[config.Run]) -> None:
+    """Refuse packs of trials that cannot share a pass, or that are compared by what they share.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if options.pack == 1:
+        return
+    if any(run.trainer.engine is not Engine.packed for run in runs):
+        raise ConfigError(f"sweep.pack must be 1 unless trainer.engine=packed, got {options.pack}")
+    for axis in axes:
+        if axis.key.lstrip("+").split(".")[0] not in ("lora", "trainer", "seed"):
+            raise ConfigError(
+                f"sweep.pack must be 1 where {axis.key} is searched, got {options.pack}: trials of a pack share model, "
+                "rows and scoring"
+            )
+    for name in (*runs[0].objectives, *options.at_most):
+        if name in SHARED:
+            raise ConfigError(f"sweep.pack must be 1 where {name} is compared, got {options.pack}: a pack has one peak")
+
+
+def size(sweep: Frozen, record: Study) -> int:
+    """Return how many tickets a worker takes at once: never more than its share of those that wait."""
+    from ftexp.sweep import supervisor
+
+    if sweep.options.pack == 1:
+        return 1
+    workers = max(1, supervisor.workers(sweep.options))
+    waiting = sum(t.state.name == "WAITING" for t in study.counted(record))
+    most = max(1, min(sweep.options.pack or SIZES[0], math.ceil(waiting / workers)))
+    if sweep.options.pack or most == 1:
+        return most
+    return min(most, _chosen(sweep, record, most, workers)["size"])
+
+
+def _chosen(sweep: Frozen, record: Study, most: int, workers: int) -> dict[str, Any]:
+    """Choose by bytes and by a probe, once for a sweep and host, and put the figures on record."""
+    key = f"{CHOSEN} {study.HOST}"
+    kept = record.user_attrs.get(key)
+    if kept is None:
+        kept = _measured(sweep, most, workers)
+        record.set_user_attr(key, kept)
+        say(f"packs of {kept['size']}: {kept['why']}")
+    return kept
+
+
+def _measured(sweep: Frozen, most: int, workers: int) -> dict[str, Any]:
+    runs = [sweep.run(point, 0) for point in frozen.corners(sweep.space)]
+    run = max(runs, key=lambda r: (r.lora.r, r.trainer.batch))  # the largest stands for all
+    train, valid = experiment.tokenised(run, data.load(run.data))
+    base = model.load(run.model, run.quant)
+    plan = estimate.trial(run, estimate.rows(train, run), base.compute)
+    if plan.activations is None or plan.optimizer is None:
+        return {"size": 1, "why": f"a trial's memory is not known: {', '.join(plan.notes)}"}
+    each = GROWTH * (plan.adapter + plan.gradients + plan.optimizer + plan.activations)
+    fits = int(ROOM * free_bytes(base, workers) / each)
+    chosen = next((n for n in SIZES if n <= min(most, fits)), 1)
+    if chosen == 1:
+        return {"size": 1, "why": f"{fits} trials of {each / 2**30:.2f} GiB fit into the free memory"}
+    alone, together = seconds(run, base, train, valid, 1), seconds(run, base, train, valid, chosen)
+    gain = alone * chosen / together
+    told = {"size": chosen if gain >= GAIN else 1, "tried": chosen, "gain": gain, "alone_seconds": alone,
+            "together_seconds": together, "trial_gib": each / 2**30}  # fmt: skip
+    return told | {"why": f"{chosen} trials in one pass are {gain:.2f} times as fast as one by one"}
+
+
+def seconds(run: config.Run, base: Base, train: Any, valid: Any, count: int) -> float:
+    """Time an optimizer step of a pack of equal trials."""
+    from ftexp.train import lockstep
+
+    with tempfile.TemporaryDirectory() as folder:
+        return lockstep.seconds([_member(run, base, train, valid, Path(folder)) for _ in range(count)])
+
+
+def _member(run: config.Run, base: Base, train: Any, valid: Any, folder: Path) -> Member:
+    from ftexp.model import packed
+    from ftexp.train.lockstep import Member
+
+    with model.adapted(base, run.lora, run.seed) as fresh:
+        start, scales = packed.taken(fresh)
+    kept = checkpoints.store(folder, {})
+    return Member(run, base, train, valid, start, scales, kept, lambda *_: None, Control())
+
+
+def free_bytes(base: Base, workers: int) -> float:
+    """Bytes that are free on the device of a base, for one of the workers of a host; GPUs have one each."""
+    if base.compute.device == "cuda":
+        import torch
+
+        free, share = torch.cuda.mem_get_info()[0], facts.shared_gpu_gib()
+        return free if share is None else min(free, share * estimate.GIB)
+    import psutil
+
+    return psutil.virtual_memory().available / workers
