@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -168,17 +168,20 @@ def trial(run: Run, given: Rows, compute: Compute, labels: int = 0) -> Plan:
     )
 
 
+MOST_OUTLINES = 8
+"""Models on the meta device that are kept: a sweep comes back to the same ranks, and making one takes a second."""
 _outlines: dict[str, Outline] = {}
 _peaks: dict[str, tuple[int | None, tuple[str, ...]]] = {}
 
 
 def _outlined(run: Run, compute: Compute, labels: int) -> tuple[str, Outline]:
-    """Put a model together, or hand out the last one where it is the same; return its key too."""
+    """Put a model together, or hand out one that was, where no size differs; return its key too."""
     attention = _attention(compute.attention)
-    key = f"{config.digest(run.model, run.quant, run.lora)} {compute.dtype} {attention} {labels}"
+    key = f"{config.digest(run.model, run.quant, replace(run.lora, alpha=1))} {compute.dtype} {attention} {labels}"
     if key not in _outlines:
         made = sizes.outline(run.model, run.quant, run.lora, compute.dtype, attention, labels)
-        _outlines.clear()
+        if len(_outlines) == MOST_OUTLINES:
+            del _outlines[next(iter(_outlines))]
         _outlines[key] = made
     return key, _outlines[key]
 

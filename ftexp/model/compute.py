@@ -73,19 +73,18 @@ def apply(compute: Compute) -> None:
 
 
 def _chip() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.open() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
+    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _cpuinfo() -> list[str]:
+    info = Path("/proc/cpuinfo")
+    return info.read_text().splitlines() if info.exists() else []
 
 
 def has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware; where it does not, PyTorch is some hundred times slower."""
-    info = Path("/proc/cpuinfo")
-    flags = next((line for line in info.open() if line.startswith("flags")), "") if info.exists() else ""
+    flags = next((line for line in _cpuinfo() if line.startswith("flags")), "")
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
