@@ -325,7 +325,8 @@ def _execute(
 ) -> dict[str, float]:
     splits = data.load(run.data)
     task = TASKS[run.trainer.kind](run, splits, splits.test if opened else ())
-    base = model.load(run.model, run.quant, task.outputs)
+    given = estimate.rows(task.train, run)
+    base = model.load(run.model, run.quant, task.outputs, given.longest)
     trial["facts"] = _facts(task.run, base, splits, (task.train, task.valid))
     if control.known is not None:
         control.known(trial["facts"])
@@ -339,7 +340,7 @@ def _execute(
         log.inputs(trial["inputs"])
         task.ready(base)
         before = task.before(base)
-        planned = estimate.trial(run, estimate.rows(task.train, run), base.compute, task.outputs)
+        planned = estimate.trial(run, given, base.compute, task.outputs)
         resident = facts.resident_gib()
         facts.reset_peak_memory()
         kept.began = time.monotonic()

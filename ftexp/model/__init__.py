@@ -127,7 +127,7 @@ def _loading(model: Model) -> Iterator[None]:
 _warm: Base | None = None
 
 
-def load(model: Model, quant: Quant, labels: int = 0) -> Base:
+def load(model: Model, quant: Quant, labels: int = 0, longest: int = 0) -> Base:
     """Load a base model, or hand out the one in memory when it was made from the same config.
 
     One base is kept: a sweep over trials of one model pays for loading once.
@@ -136,16 +136,18 @@ def load(model: Model, quant: Quant, labels: int = 0) -> Base:
         model: what to load.
         quant: how to store it.
         labels: outputs of a fresh classification head; 0 loads a language model.
+        longest: tokens of the longest row, or pack, that it is to train on.
 
     Raises:
         MachineError: the model cannot be found or loaded.
     """
     global _warm
-    key = config.digest(model, quant) + (f"-{labels}" if labels else "")
+    long = longest >= compute.LONG
+    key = config.digest(model, quant) + (f"-{labels}" if labels else "") + ("-long" if long else "")
     if _warm is None or _warm.key != key:
         gc.unfreeze()
         _warm = None  # frees the other model before this one is loaded
-        _warm = _load(model, quant, key, labels)
+        _warm = _load(model, quant, key, labels, longest)
     elif not gc.get_freeze_count():
         # A second trial: libraries and base are there to stay. Each trial has garbage collected twice, by accelerate
         # and before memory is read, and looking through a million objects of theirs takes a quarter of a second.
@@ -165,12 +167,12 @@ def fresh(model: Model, quant: Quant) -> Base:
     return _load(model, quant, "probe")
 
 
-def _load(model: Model, quant: Quant, key: str, labels: int = 0) -> Base:
+def _load(model: Model, quant: Quant, key: str, labels: int = 0, longest: int = 0) -> Base:
     import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # half a second of bar for a local file
-    chosen = compute.policy(model)
+    chosen = compute.policy(model, longest)
     compute.apply(chosen)
     if model.kind is Kind.tiny:
         loaded = tiny.model(chosen.attention, labels).to(chosen.device, getattr(torch, chosen.dtype))  # type: ignore
