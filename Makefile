@@ -45,7 +45,7 @@ chaos: $(READY) ## measure R1 to R18: 200 kills of a training, a sweep under 300
 test-cluster: $(READY) ## install Slurm, PostgreSQL and Ray, and run a sweep on each while its workers are killed (Debian, as root)
 	command -v slurmctld slurmd munged && ls /usr/lib/postgresql/*/bin/initdb || apt-get install -y slurmctld slurmd slurm-client munge postgresql
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'ray>=2.50,<3'
-	$(BIN)/python -m pytest -m cluster -s tests/cluster
+	$(BIN)/python -m pytest -m "cluster or slow" -s tests/cluster
 
 bench: $(READY) ## a sweep beside a shell loop over a TRL script, the sweeper's cost, a million rows, what a record carries (some 40 minutes)
 	$(BIN)/python tests/bench/sweeper.py
