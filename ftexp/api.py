@@ -7,6 +7,7 @@ line, whose processes can be killed.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ftexp import config, data, experiment, overrides
 from ftexp.config import Run
 from ftexp.errors import ConfigError
 from ftexp.sweep import plugin
+from ftexp.train import losses
 
 
 def compose(given: list[str]) -> Run:
@@ -35,12 +37,20 @@ def compose(given: list[str]) -> Run:
         raise ConfigError(str(error).strip().splitlines()[0]) from error
 
 
-def run(*given: str, rows: Any = None, folder: str | Path | None = None) -> dict[str, float]:
+def run(
+    *given: str,
+    rows: Any = None,
+    loss: Callable[[Any, Any], Any] | None = None,
+    folder: str | Path | None = None,
+) -> dict[str, float]:
     """Train one adapter and score it beside its base; a run that is complete in its folder is not run again.
 
     Args:
         given: overrides, as on the command line.
         rows: a `pandas.DataFrame`, a `datasets.Dataset` or dicts; None where the overrides say where rows are.
+        loss: what is learned from a token, as a function of logits (supervised, vocabulary) and the tokens they should
+            predict (supervised,) that returns a term for each (supervised,); `ftexp/train/losses.py` holds examples.
+            Its source is part of the run. None where the overrides choose a loss.
         folder: of the run; `outputs/runs/<name>` where none is given.
 
     Returns:
@@ -50,11 +60,15 @@ def run(*given: str, rows: Any = None, folder: str | Path | None = None) -> dict
         FtexpError: the run was refused, or ended badly.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    asked = list(given)
+    asked, marks = list(given), []
     if rows is not None:
         asked += data.of(rows)
-        if not any(text.startswith("name=") for text in given):
-            asked.append(f"name={_name(list(given), asked)}")
+        marks.append(Path(asked[-1].rstrip("'")).stem[:8])
+    if loss is not None:
+        marks.append(losses.give(loss)[:8])
+        asked += ["trainer.loss=own", f"trainer.loss_sha256={losses.give(loss)}"]
+    if marks and not any(text.startswith("name=") for text in given):
+        asked.append(f"name={_name(list(given), marks)}")
     made = compose(asked)
     into = Path(folder) if folder is not None else Path("outputs/runs") / made.name
     experiment.check(made, into)
@@ -63,7 +77,7 @@ def run(*given: str, rows: Any = None, folder: str | Path | None = None) -> dict
     return experiment.execute(made, into, made.name)
 
 
-def _name(given: list[str], asked: list[str]) -> str:
-    """Name a run after its overrides and the content of its rows, wherever the cache lies."""
-    rows = Path(asked[-1].rstrip("'")).stem[:8]
-    return f"{overrides.slug(given)[:54].rstrip('-._')}-{rows}"
+def _name(given: list[str], marks: list[str]) -> str:
+    """Name a run after its overrides and the content of its rows and its loss, wherever the cache lies."""
+    end = "".join(f"-{mark}" for mark in marks)
+    return f"{overrides.slug(given)[: 63 - len(end)].rstrip('-._')}{end}"

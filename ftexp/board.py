@@ -23,6 +23,9 @@ SCORES = {  # column title -> metric without its split, format
     "ROC-AUC": ("roc_auc_macro", ".3f"),
     "accuracy": ("accuracy", ".3f"),
     "margin": ("margin", ".3f"),
+    "reward": ("reward", ".3f"),
+    "win rate": ("win_rate", ".3f"),
+    "KL": ("kl", ".4f"),
 }
 COSTS = {"cost/trainable", "cost/seconds", "cost/memory_gib", "cost/gpu_memory_gib"}
 """Metrics with columns of their own."""

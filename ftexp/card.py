@@ -37,6 +37,8 @@ def base_name(of: Model) -> str:
             return ORIGINAL
         case Kind.tiny:
             return "ftexp-tiny"
+        case Kind.run:
+            return f"the run {Path(of.path).name}"
         case Kind.hub:
             return Path(of.path).expanduser().name if _is_folder(of) else of.path
 
@@ -87,6 +89,7 @@ def _about(kept: Kept, run: Run, form: str) -> str:
         "weights scores differ a little",
         Kind.tiny: "a random two-layer model that ftexp makes in the process for dry runs; it knows nothing",
         Kind.hub: f"`{_plain(base_name(run.model))}`{_where(run.model)}",
+        Kind.run: f"what `{_plain(Path(run.model.path).name)}` learned, an earlier run of ftexp, merged into its base",
     }[run.model.kind]  # fmt: skip
     return (
         f"This is {FORMS[form]}. It was trained with ftexp {facts['versions'].get('ftexp', '')} and this card was "

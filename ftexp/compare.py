@@ -24,9 +24,10 @@ RATIOS = {
     "valid/perplexity": ("nats", "tokens", 1.0),
     "valid/bits_per_byte": ("nats", "bytes", math.log(2)),
     "valid/chosen_loss": ("chosen_nats", "chosen_tokens", 1.0),
+    "valid/kl": ("kl_nats", "written", 1.0),
 }
 """Scores that are nats over something: which, over which, and nats in a unit. Others are means of a column."""
-UNITS = ("decisions", "pairs", "tokens")
+UNITS = ("decisions", "pairs", "completions", "tokens")
 """What a loss may be a mean over; a table of rows has one of these columns."""
 COSTS = {"cost/trainable": "weights", "cost/gpu_memory_gib": "GiB", "cost/memory_gib": "GiB"}
 """What "cheapest" goes by: the first in which the points differ. Seconds differ by chance and are not among them."""

@@ -56,6 +56,8 @@ class Kind(Enum):
     """SmolLM2-135M-Instruct, unpacked once from a package of the Python index: trains without a model hub."""
     hub = "hub"
     """Any causal language model of transformers: a hub id or a local folder."""
+    run = "run"
+    """A trained run of ftexp, to go on from what it learned: its adapter is merged into its base when it is loaded."""
 
 
 class Dtype(Enum):
@@ -107,6 +109,9 @@ class Variant(Enum):
     pissa = "pissa"
     """LoRA that starts at the largest singular values, which leave the base while it trains, arXiv:2404.02948. What is
     saved is a plain adapter of twice the rank for the untouched base."""
+    loftq = "loftq"
+    """LoRA that starts as what 4-bit weights lost, so that base and adapter begin nearer to the model as it was stored,
+    arXiv:2310.08659. Needs `quant=nf4`; what is saved is a plain adapter for the 4-bit base."""
     none = "none"
     """No adapter: weights of the base are trained as they are, all of them or those of `lora.train`, and the whole
     model is saved."""
@@ -250,9 +255,51 @@ class Method(Enum):
     Terry 1952)."""
     dpo = "dpo"
     """Direct preference optimisation on pairs of answers, arXiv:2305.18290; the reference is the untouched base."""
+    rloo = "rloo"
+    """Reinforcement learning with TRL's RLOOTrainer, arXiv:2402.14740: the model answers each prompt several times, and
+    a reward model (`trainer.reward`) says which answers are worth more; the reference is the model before training."""
     classify = "classify"
     """A fresh head on the model that tells the labels of a text: rows whose completion is a list of labels, parted by
     `eval.labels` (a comma where that is null)."""
+
+
+class Engine(Enum):
+    """What takes the optimizer steps of an adapter."""
+
+    trl = "trl"
+    """TRL's trainers, and through them everything else in this file."""
+    packed = "packed"
+    """Our own steps for plain LoRA and rsLoRA: no padding, logits of supervised tokens only, and in a sweep several
+    trials in one pass (`sweep.pack`). On a CPU the bits of a trial are the same alone and in any pack."""
+
+
+class Loss(Enum):
+    """What is learned from a supervised token of probability p; formulas and sources are in `ftexp/train/losses.py`."""
+
+    nll = "nll"
+    """Its negative log-likelihood, -log p."""
+    dft = "dft"
+    """Dynamic fine-tuning: -p log p, where p weighs and is not learned; tokens that the model finds unlikely count
+    less."""
+    focal = "focal"
+    """-(1 - p)^strength log p: tokens that the model knows count less."""
+    label_smoothing = "label_smoothing"
+    """A share `strength` of the answer is spread over the whole vocabulary."""
+    z_loss = "z_loss"
+    """nll + strength * log(Z)^2, where Z is the sum of the softmax: keeps logits near zero."""
+    confidence_penalty = "confidence_penalty"
+    """nll - strength * entropy of the prediction."""
+    own = "own"
+    """A function given to `ftexp.api.run(loss=...)`."""
+
+
+STRENGTHS = {
+    Loss.focal: (2.0, 10.0),
+    Loss.label_smoothing: (0.1, 0.99),
+    Loss.z_loss: (1e-4, 1.0),
+    Loss.confidence_penalty: (0.1, 10.0),
+}
+"""Usual strength of a loss that has one, as in its source, and the most that is taken."""
 
 
 class Scheduler(Enum):
@@ -284,7 +331,7 @@ class Model:
     kind: Kind = Kind.embedded
     """Where it comes from."""
     path: str = ""
-    """Hub id or local folder, for `kind=hub`."""
+    """Hub id or local folder, for `kind=hub`; folder, name or MLflow id of a run or sweep, for `kind=run`."""
     revision: str | None = None
     """Branch, tag or commit of a hub model; pin it, branches move."""
     dtype: Dtype = Dtype.auto
@@ -295,6 +342,9 @@ class Model:
     def __post_init__(self) -> None:
         if self.kind is Kind.hub:
             require(bool(self.path), "model.path", self.path, "a hub id or a folder when model=hub")
+        elif self.kind is Kind.run:
+            require(bool(self.path), "model.path", self.path, "folder, name or id of a run when model=run")
+            require(self.revision is None, "model.revision", self.revision, "null when model=run")
         else:
             require(not self.path, "model.path", self.path, f"empty when model={self.kind.value} (use model=hub)")
             rule = f"null when model={self.kind.value} (use model=hub)"
@@ -496,6 +546,9 @@ class Trainer:
 
     kind: Method = Method.sft
     """Training method."""
+    engine: Engine = Engine.trl
+    """What takes the steps. Both see the same rows in the same order and start from the same weights; their losses
+    differ by rounding, dropout and noise by what is drawn."""
     lr: float = 2e-4
     """Peak learning rate of AdamW, after warm-up."""
     steps: int | None = None
@@ -503,7 +556,7 @@ class Trainer:
     epochs: float = 1.0
     """Passes over the training rows, where `steps` is null."""
     batch: int = 8
-    """Rows in a forward pass."""
+    """Rows in a forward pass; with `kind=rloo` completions."""
     accumulation: int = 1
     """Forward passes in an optimizer step; the effective batch is batch * accumulation rows."""
     scheduler: Scheduler = Scheduler.linear
@@ -530,11 +583,27 @@ class Trainer:
     """Draw batches of rows of about equal length: less padding, and an order that is less random."""
     class_weights: bool = False
     """With `kind=classify`: weigh labels in the training loss so that rare ones count as much as common ones."""
+    loss: Loss = Loss.nll
+    """With `kind=sft`: what is learned from a token. `train/loss` is in its unit; held-out loss stays nats a token."""
+    loss_strength: float | None = None
+    """The one number of a loss that has one; null takes that of its source (focal 2, label_smoothing 0.1, z_loss 1e-4,
+    confidence_penalty 0.1)."""
+    loss_sha256: str = ""
+    """With `loss=own`: hash of the function's source, filled in by `ftexp.api.run`."""
     beta: float = 0.1
     """With `kind=dpo`: how fast the loss falls as the model moves from its reference; small values let it move far.
-    `valid/loss` and `valid/margin` are in its unit, so trials of several values are compared by `valid/accuracy`."""
+    `valid/loss` and `valid/margin` are in its unit, so trials of several values are compared by `valid/accuracy`.
+    With `kind=rloo`: what a nat away from the reference costs, in units of the reward; 0 makes it free. Trials of
+    several values are compared by `valid/reward`."""
+    reward: str = ""
+    """With `kind=rloo`: the reward model, by folder, name or MLflow id of a run or sweep with `trainer=reward`."""
+    generations: int = 4
+    """With `kind=rloo`: completions written for a prompt; each is compared with the mean of the others."""
+    max_new_tokens: int | None = None
+    """With `kind=rloo`: longest completion written in training; null allows a quarter more than the longest reference
+    of the training rows, plus 8 tokens."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """More keywords for `trl.SFTConfig`, which refuses those it does not know."""
+    """More keywords for `trl.SFTConfig` (`trl.RLOOConfig` with `kind=rloo`), which refuses those it does not know."""
 
     def __post_init__(self) -> None:
         _finite("trainer", self)
@@ -555,9 +624,14 @@ class Trainer:
         if self.kind is not Method.sft:
             rule = f"false with trainer.kind={self.kind.value}"
             require(not self.group_by_length, "trainer.group_by_length", True, rule)
-        require(0 < self.beta <= 100, "trainer.beta", self.beta, "above 0 and at most 100")
-        if self.kind is not Method.dpo:
-            require(self.beta == 0.1, "trainer.beta", self.beta, "left out unless trainer.kind=dpo")
+        if self.engine is Engine.packed:
+            _require_packable(self)
+        self._check_loss()
+        free = self.kind is Method.rloo and self.beta == 0
+        require(free or 0 < self.beta <= 100, "trainer.beta", self.beta, "above 0 and at most 100")
+        if self.kind not in (Method.dpo, Method.rloo):
+            require(self.beta == 0.1, "trainer.beta", self.beta, "left out unless trainer.kind=dpo or rloo")
+        self._check_reinforcement()
         require(self.report_steps >= 0, "trainer.report_steps", self.report_steps, "0 or more")
         require(
             self.checkpoint_minutes is None or self.checkpoint_minutes >= 0,
@@ -568,6 +642,56 @@ class Trainer:
                 f"trainer.warmup must be 0 with trainer.scheduler=constant, got {self.warmup}: transformers ignores "
                 "it there; use trainer.scheduler=constant_with_warmup"
             )
+
+    def _check_loss(self) -> None:
+        if self.kind is not Method.sft:
+            rule = f"nll with trainer.kind={self.kind.value}, which has a loss of its own"
+            require(self.loss is Loss.nll, "trainer.loss", self.loss.value, rule)
+        strength, most = self.loss_strength, STRENGTHS.get(self.loss, (0.0, 0.0))[1]
+        if self.loss not in STRENGTHS:
+            have = ", ".join(loss.value for loss in STRENGTHS)
+            require(strength is None, "trainer.loss_strength", strength, f"null unless trainer.loss is one of {have}")
+        rule = f"null or between 0 and {most:g} with trainer.loss={self.loss.value}"
+        require(strength is None or 0 <= strength <= most, "trainer.loss_strength", strength, rule)
+        own = self.loss is Loss.own
+        rule = "left to ftexp.api.run(loss=function)" if own else "empty unless trainer.loss=own"
+        require(bool(self.loss_sha256) == own, "trainer.loss_sha256", self.loss_sha256, rule)
+
+    def _check_reinforcement(self) -> None:
+        require(2 <= self.generations <= 1024, "trainer.generations", self.generations, "between 2 and 1024")
+        require(
+            self.max_new_tokens is None or 1 <= self.max_new_tokens <= 1 << 20,
+            "trainer.max_new_tokens", self.max_new_tokens, "null or between 1 and 1048576",
+        )  # fmt: skip
+        if self.kind is not Method.rloo:
+            for key, usual in (("reward", ""), ("generations", 4), ("max_new_tokens", None)):
+                value = getattr(self, key)
+                require(value == usual, f"trainer.{key}", value, "left out unless trainer.kind=rloo")
+            return
+        require(bool(self.reward), "trainer.reward", self.reward, "folder, name or id of a run of trainer=reward")
+        require(self.neftune == 0, "trainer.neftune", self.neftune, "0 with trainer.kind=rloo")
+        step = self.batch * self.accumulation
+        rule = f"a divisor of trainer.batch * trainer.accumulation = {step}: a step has all completions of its prompts"
+        require(step % self.generations == 0, "trainer.generations", self.generations, rule)
+
+
+def _require_packable(trainer: Trainer) -> None:
+    """Refuse what the packed engine does not do."""
+    only: dict[str, tuple[Any, ...]] = {
+        "kind": (Method.sft,),
+        "optimizer": ("adamw_torch_fused", "adamw_torch"),
+        "gradient_checkpointing": (False,),
+        "group_by_length": (False,),
+        "loss": (Loss.nll,),
+        "extra": ({},),
+    }
+    for key, allowed in only.items():
+        value = getattr(trainer, key)
+        rule = " or ".join(str(getattr(v, "value", v)) for v in allowed)
+        require(value in allowed, f"trainer.{key}", getattr(value, "value", value), f"{rule} with {PACKED}")
+
+
+PACKED = "trainer.engine=packed"
 
 
 @dataclass
@@ -660,9 +784,25 @@ class Run:
         if variant in (Variant.none, Variant.pissa):
             rule = f"none with lora.variant={variant.value}: it changes weights of the base"
             require(self.quant.kind is Format.none, "quant.kind", self.quant.kind.value, rule)
+        if self.trainer.engine is Engine.packed:
+            rule = f"lora or rslora with {PACKED}"
+            require(variant in (Variant.lora, Variant.rslora), "lora.variant", variant.value, rule)
+            require(self.lora.lr_ratio == 1, "lora.lr_ratio", self.lora.lr_ratio, f"1 with {PACKED}")
+            require(not self.lora.extra, "lora.extra", self.lora.extra, f"empty with {PACKED}")
+            how = self.data.packing
+            require(how is Packing.none, "data.packing", how.value, f"none with {PACKED}: rows are not padded there")
+        if variant is Variant.loftq:
+            rule = "nf4 with lora.variant=loftq: it makes up for what 4 bits lose"
+            require(self.quant.kind is Format.nf4, "quant.kind", self.quant.kind.value, rule)
         if variant is Variant.none:
             rule = "float32 (lora=none takes it) or bfloat16, which loses small steps, with lora.variant=none"
             require(self.model.dtype in (Dtype.float32, Dtype.bfloat16), "model.dtype", self.model.dtype.value, rule)
+        if self.trainer.kind is Method.rloo:
+            rule = "0 with trainer.kind=rloo: a network with dropout writes one thing and learns of another"
+            require(self.lora.dropout == 0, "lora.dropout", self.lora.dropout, rule)
+            require(
+                self.eval.generate, "eval.generate", False, "true with trainer.kind=rloo: it scores what is written"
+            )
         once = len({*self.objectives}) == len(self.objectives)
         require(once, "objectives", self.objectives, "metrics, each once")
 
@@ -677,6 +817,12 @@ RETIRED = {
     "use_dora": "lora.variant",
     "loraplus_lr_ratio": "lora.lr_ratio",
     "beta": "trainer.beta",
+    "loss_type": "trainer.loss",
+    "label_smoothing_factor": "trainer.loss",
+    "compute_loss_func": "trainer.loss",
+    "num_generations": "trainer.generations",
+    "max_completion_length": "trainer.max_new_tokens",
+    "reward_model": "trainer.reward",
     "load_in_4bit": "quant.kind",
     "load_in_8bit": "quant.kind",
     "bnb_4bit_use_double_quant": "quant.double",

@@ -29,6 +29,10 @@ class MachineError(FtexpError, RuntimeError):
     exit_code = 4
 
 
+class NoRoom(MachineError):
+    """A disk was full, or could no longer be written, in the middle of the work; with room the same command goes on."""
+
+
 class Diverged(FtexpError, ArithmeticError):
     """Training left the finite numbers. A result of the trial, not a fault of the program."""
 
@@ -43,6 +47,12 @@ class OutOfTime(FtexpError, TimeoutError):
 
 class Pruned(FtexpError):
     """A trial was stopped because others did better. A result, not a fault."""
+
+    exit_code = 0
+
+
+class Skipped(FtexpError):
+    """A trial passes a limit of its sweep, and such trials are to be left out. A result, not a fault."""
 
     exit_code = 0
 
@@ -63,3 +73,11 @@ class TrialsFailed(FtexpError, RuntimeError):
     """A sweep ran to its end and some of its trials failed; the others are kept."""
 
     exit_code = 5
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that memory ran out, on the host or a GPU."""
+    import torch
+
+    told = isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+    return told or isinstance(error, MemoryError | torch.OutOfMemoryError)

@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any
 
 from ftexp import config
-from ftexp.config import Attention, Method, Packing, Run, Trainer
+from ftexp.config import Attention, Engine, Method, Packing, Run, Trainer, Variant
 from ftexp.model import activations, sizes
 from ftexp.model.compute import Compute
 from ftexp.model.sizes import Outline
-from ftexp.train import answers, lengths, sft
+from ftexp.train import answers, lengths, losses, rewarder, rloo, sft
 
 GIB = 2**30
 SMALL = 4096
@@ -78,15 +78,18 @@ class Plan:
     adapter: int
     """Bytes of the adapter."""
     copy: int
-    """Bytes of base weights that are kept to put the base back; on a GPU they lie in host memory and do not count."""
+    """Bytes of base weights that are kept to put the base back; on a GPU they lie in host memory and do not count, but
+    where they are the reference of reinforcement learning."""
     gradients: int
     """Bytes of the gradients."""
     optimizer: int | None
     """Bytes of the optimizer's state; null for an optimizer that is not known here."""
     activations: int | None
     """Peak bytes of a forward and backward pass on the largest batch; null where the model cannot be traced."""
+    judge: int
+    """Bytes of the reward model that says what completions are worth; 0 without one."""
     memory: int
-    """Bytes at the peak of training: the sum of the six above. Tensors alone: a GPU's allocator and context come on
+    """Bytes at the peak of training: the sum of the seven above. Tensors alone: a GPU's allocator and context come on
     top, and a process on a CPU grew by 1.4 to 1.6 times what is not weights (embedded model, 8 and 16 rows)."""
     adapter_file: int
     """Bytes of the adapter's file; of the model's where there is no adapter."""
@@ -101,6 +104,9 @@ class Plan:
     flops: int
     """Operations of training as transformers counts them (`total_flos`): 6 * padded tokens * weights outside of
     embedding tables. A frozen base takes about two thirds, attention comes on top."""
+    written: int
+    """Tokens that the model writes in training, at most; 0 where it writes none. Reading them, and asking reference and
+    reward model, comes on top of `flops`."""
     counted: str
     """How tokens were counted."""
     notes: tuple[str, ...] = ()
@@ -122,6 +128,10 @@ def rows(examples: Sequence[Any], run: Run) -> Rows:
         learned = tuple(len(p.chosen.completion) + len(p.rejected.completion) for p in examples)
         tokens = [len(e.ids) for e in answers.sides(examples)]
         return Rows(tuple(tokens[: len(examples)]), learned, worse=tuple(tokens[len(examples) :]))
+    if run.trainer.kind is Method.rloo:
+        most = rloo.room(run, examples)
+        told = "by the tokenizer; at most, each prompt as the longest and each completion as long as it may be"
+        return Rows(tuple(len(e.prompt) + most for e in examples), (most,) * len(examples), told)
     return Rows(tuple(len(e.ids) for e in examples), tuple(getattr(e, "supervised", 0) for e in examples))
 
 
@@ -138,16 +148,20 @@ def trial(run: Run, given: Rows, compute: Compute, labels: int = 0) -> Plan:
         ConfigError: the model cannot be put together, or peft refuses the adapter.
         MachineError: the config of the model cannot be read.
     """
-    key, outlined = _outlined(run, compute, labels)
-    passes = list(batches(given, run.trainer, run.seed))
-    peak, notes = _peak(key, outlined, run, passes, labels)
+    asked = _asked(run, compute, labels)
+    outlined, passes = _outlined(asked), list(batches(given, run.trainer, run.seed))
+    peak, notes = _peak(asked, passes)
     state = optimizer_bytes(run.trainer.optimizer, outlined.tensors)
     notes += () if state is not None else (f"state of trainer.optimizer={run.trainer.optimizer} is not known here",)
     notes += tuple(f"trainer.extra.{key} makes other batches" for key in REORDERING if key in run.trainer.extra)
     adapter = outlined.adapted - outlined.footprint
-    copy = outlined.changed if compute.device == "cpu" else 0
-    parts = (outlined.weights, adapter, copy, outlined.trained_bytes, state or 0, peak or 0)
+    held = compute.device == "cpu" or run.trainer.kind is Method.rloo  # whose reference is put in place of the weights
+    copy = outlined.changed if held else 0
+    judge, written = (0, 0) if run.trainer.kind is not Method.rloo else (_judge(run), sum(b.supervised for b in passes))
+    notes += ("how long completions get is seen while they are written",) if written else ()
+    parts = (outlined.weights, adapter, copy, outlined.trained_bytes, state or 0, peak or 0, judge)
     flat = run.data.packing is Packing.bfd and compute.attention == "flash_attention_2"  # packs behind each other
+    flat = flat or run.trainer.engine is Engine.packed
     padded = sum(b.tokens if flat else b.rows * b.longest for b in passes)
     return Plan(
         trainable=outlined.trainable,
@@ -161,6 +175,7 @@ def trial(run: Run, given: Rows, compute: Compute, labels: int = 0) -> Plan:
         gradients=outlined.trained_bytes,
         optimizer=state,
         activations=peak,
+        judge=judge,
         memory=sum(parts),
         adapter_file=outlined.adapter_file,
         checkpoint=outlined.trained_file + (state or 0),
@@ -168,27 +183,80 @@ def trial(run: Run, given: Rows, compute: Compute, labels: int = 0) -> Plan:
         tokens=sum(b.tokens for b in passes),
         padded=padded,
         flops=6 * padded * outlined.flop_weights,
+        written=written,
         counted=given.counted,
         notes=notes,
     )
 
 
-MOST_OUTLINES = 8
-"""Models on the meta device that are kept: a sweep comes back to the same ranks, and making one takes a second."""
-_outlines: dict[str, Outline] = {}
-_peaks: dict[str, tuple[int | None, tuple[str, ...]]] = {}
+def _judge(run: Run) -> int:
+    """Bytes of the reward model of a run, in the format that it was trained in."""
+    kept = rewarder.found(run)
+    told, compute = kept.config(), kept.trial["facts"]["compute"]
+    key = config.digest(told.model, told.quant, told.lora)
+    if key not in _judges:
+        attention = _attention(compute["attention"])
+        made = sizes.outline(told.model, told.quant, told.lora, compute["dtype"], attention, 1)
+        _judges[key] = made.weights + made.adapted - made.footprint
+    return _judges[key]
 
 
-def _outlined(run: Run, compute: Compute, labels: int) -> tuple[str, Outline]:
-    """Put a model together, or hand out one that was, where no size differs; return its key too."""
+_judges: dict[str, int] = {}
+_outlines: dict[str, dict[int, Outline]] = {}
+"""Outlines of the model and kind of adapter that were planned last, by rank; two are made, others lie between them."""
+_traces: dict[str, tuple[Any, tuple[str, ...]]] = {}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What an outline is made for."""
+
+    key: str
+    """Names the model and the kind of adapter."""
+    run: Run
+    dtype: str
+    attention: str
+    labels: int
+
+    @property
+    def rank(self) -> int:
+        """The rank; without an adapter any is the same, so 2 stands for all."""
+        return 2 if self.run.lora.variant is Variant.none else self.run.lora.r
+
+    @property
+    def ends(self) -> tuple[int, int] | None:
+        """Two other ranks on whose line this one lies; None where it is to be put together itself.
+
+        A side of length 1 is laid out otherwise, so rank 1 is on no line.
+        """
+        low, high, *_ = (*sorted(rank for rank in _outlines[self.key] if rank > 1), 0, 0)
+        return (low, high) if high and self.rank > 1 and self.rank not in _outlines[self.key] else None
+
+    def own(self) -> Outline:
+        """Put the model together with an adapter of this very rank, once."""
+        made, run = _outlines[self.key], self.run
+        if self.rank not in made:
+            made[self.rank] = sizes.outline(run.model, run.quant, run.lora, self.dtype, self.attention, self.labels)
+        return made[self.rank]
+
+
+def _asked(run: Run, compute: Compute, labels: int) -> _Asked:
     attention = _attention(compute.attention)
-    key = f"{config.digest(run.model, run.quant, replace(run.lora, alpha=1))} {compute.dtype} {attention} {labels}"
+    kind = config.digest(run.model, run.quant, replace(run.lora, r=2, alpha=1.0))
+    key = f"{kind} {compute.dtype} {attention} {labels}"
     if key not in _outlines:
-        made = sizes.outline(run.model, run.quant, run.lora, compute.dtype, attention, labels)
-        if len(_outlines) == MOST_OUTLINES:
-            del _outlines[next(iter(_outlines))]
-        _outlines[key] = made
-    return key, _outlines[key]
+        _outlines.clear()
+        _traces.clear()
+        _outlines[key] = {}
+    return _Asked(key, run, compute.dtype, attention, labels)
+
+
+def _outlined(asked: _Asked) -> Outline:
+    """Return the outline of a model: put together for the first two ranks, and from those for every other."""
+    if asked.ends is None:
+        return asked.own()
+    low, high = asked.ends
+    return sizes.between(_outlines[asked.key][low], _outlines[asked.key][high], (low, high), asked.run.lora)
 
 
 def _attention(name: str) -> str:
@@ -196,30 +264,49 @@ def _attention(name: str) -> str:
     return name if name == Attention.eager.value else Attention.sdpa.value
 
 
-def _peak(
-    key: str, outlined: Outline, run: Run, passes: list[Batch], labels: int
-) -> tuple[int | None, tuple[str, ...]]:
+def _peak(asked: _Asked, passes: list[Batch]) -> tuple[int | None, tuple[str, ...]]:
     """Trace the largest batch; of several the one with most supervised tokens, as if the largest had them all."""
     wide = max(passes, key=lambda b: (b.rows * b.longest, b.longest))
-    checkpointing, attention = run.trainer.gradient_checkpointing, key.split()[2]
     shape = (wide.rows, wide.longest, min(max(b.supervised for b in passes), wide.rows * wide.longest))
-    asked = f"{key} {shape} {checkpointing}"
-    if asked not in _peaks:
+    if asked.ends is not None:
+        low, high = asked.ends
+        (one, notes), (other, _) = (_trace(asked, rank, shape) for rank in (low, high))
+        if notes:
+            return None, notes
+        if len(one) == len(other):
+            return int(sizes.line(one, other, (low, high), asked.rank).max()), ()
+    asked.own()  # other operations at other ranks: they lie on no line
+    told, notes = _trace(asked, asked.rank, shape)
+    return (None if notes else int(told.max())), notes
+
+
+def _trace(asked: _Asked, rank: int, shape: tuple[int, int, int]) -> tuple[Any, tuple[str, ...]]:
+    """Return live bytes over a step at a rank that was put together, or what keeps them from being known."""
+    how = asked.run.trainer
+    key = f"{asked.key} {rank} {shape} {how.gradient_checkpointing} {how.loss.value} {how.loss_sha256}"
+    if key not in _traces:
+        made, terms = _outlines[asked.key][rank], losses.chosen(how)
+        checkpointing, head = how.gradient_checkpointing, asked.labels > 0
         try:
-            traced = activations.peak(outlined.model, *shape, attention, checkpointing, labels > 0) + outlined.unpacked
-            _peaks[asked] = traced, ()
+            told = activations.trace(made.model, *shape, asked.attention, checkpointing, head, terms)
+            _traces[key] = told + made.unpacked, ()
         except RuntimeError as error:
-            _peaks[asked] = None, (f"activations are left out, the model cannot be traced: {str(error)[:100]}",)
-    return _peaks[asked]
+            _traces[key] = None, (f"activations are left out, the model cannot be traced: {str(error)[:100]}",)
+    return _traces[key]
 
 
 def batches(given: Rows, trainer: Trainer, seed: int) -> Iterator[Batch]:
     """List the forward passes of a training as the Trainer makes them.
 
     Each epoch draws an order (`sft.orders`), or groups of like length (`lengths.sampler`); an optimizer step takes
-    `accumulation` passes, and fewer at the end of an epoch.
+    `accumulation` passes, and fewer at the end of an epoch. With `kind=rloo` completions are not written yet, so each
+    pass is as large as one can be.
     """
     count, size, steps = len(given.lengths), trainer.batch, sft.planned_steps(trainer, len(given.lengths))
+    if trainer.kind is Method.rloo:
+        most, learned = max(given.lengths), max(given.supervised)
+        yield from repeat(Batch(size, most, size * most, size * learned), steps * trainer.accumulation)
+        return
     drawn, taken, epoch = sft.orders(count, trainer, seed), 0, 0
     while taken < steps:
         if trainer.group_by_length:

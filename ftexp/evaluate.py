@@ -5,12 +5,12 @@ Batch size, padding and order change speed and memory, never a score.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from ftexp import labels, metrics
+from ftexp import labels, metrics, ranks
 from ftexp.config import Eval
 from ftexp.data import tokens
 from ftexp.data.prompts import Example
@@ -134,25 +134,30 @@ def summary(table: list[dict[str, Any]]) -> dict[str, float]:
 def held_out(
     model: AnyModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], how: Eval, label: str
 ) -> list[dict[str, Any]]:
-    """Measure each row's negative log-likelihood in nats, summed in float64 over its supervised tokens."""
+    """Measure each row's negative log-likelihood in nats, summed in float64 over its supervised tokens.
+
+    Several processes share the batches out and all return the whole table.
+    """
     import torch
 
-    table: list[dict[str, Any]] = [{} for _ in examples]
+    told: dict[int, float] = {}
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), progress(f"{label} loss", len(examples)) as advance:
-            for numbers in batches([len(e.ids) for e in examples], how.batch, spread=0.75):
+            for numbers in ranks.mine(list(batches([len(e.ids) for e in examples], how.batch, spread=0.75))):
                 for part in _fitting(numbers, examples, model):
                     nats = _nats(model, [examples[n] for n in part], _pad(tokenizer))
-                    for n, value in zip(part, nats, strict=True):
-                        e, row = examples[n], examples[n].row
-                        table[n] = {"where": row.where, "prompt": row.prompt, "reference": row.completion,
-                                    "nats": value, "tokens": e.supervised, "bytes": e.bytes}  # fmt: skip
+                    told |= zip(part, nats, strict=True)
                     advance(len(part))
     finally:
         model.train(was_training)
-    return table
+    whole = ranks.gathered(told)
+    return [
+        {"where": e.row.where, "prompt": e.row.prompt, "reference": e.row.completion, "nats": whole[n],
+         "tokens": e.supervised, "bytes": e.bytes}
+        for n, e in enumerate(examples)
+    ]  # fmt: skip
 
 
 def batches(lengths: list[int], size: int, spread: float) -> Iterator[list[int]]:
@@ -172,9 +177,48 @@ def batches(lengths: list[int], size: int, spread: float) -> Iterator[list[int]]
         yield batch
 
 
-def _fitting(numbers: list[int], examples: Sequence[Example], model: AnyModel) -> Iterator[list[int]]:
-    """Split a batch whose logits would not fit in `LOGITS_BYTES`."""
-    room = LOGITS_BYTES // (4 * cast(int, model.config.get_text_config().vocab_size))
+def divergence(
+    model: AnyModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], how: Eval, label: str,
+    reference: Callable[[], AbstractContextManager[Any]],
+) -> list[float]:  # fmt: skip
+    """Sum Kullback and Leibler's divergence from a reference over the tokens of each completion, in nats.
+
+    At each token the whole vocabulary is summed, sum of p * (ln p - ln q) with p the model's and q the reference's
+    shares: exact, where estimators from the one token that was drawn (k1, k3; Schulman 2020) are not.
+
+    Args:
+        model: a causal language model, with or without an adapter.
+        tokenizer: its tokenizer.
+        examples: prompts with what the model wrote as their completions.
+        how: `batch` of it.
+        label: name of the work on the screen.
+        reference: makes the model answer as the reference while its block runs.
+    """
+    import torch
+
+    told = [0.0] * len(examples)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), progress(f"{label} divergence", len(examples)) as advance:
+            for numbers in batches([len(e.ids) for e in examples], how.batch, spread=0.75):
+                for part in _fitting(numbers, examples, model, 3):
+                    rows = [examples[n] for n in part]
+                    ours = _logits(model, rows, _pad(tokenizer))[0].float().log_softmax(-1)
+                    with reference():
+                        theirs = _logits(model, rows, _pad(tokenizer))[0].float().log_softmax(-1)
+                    nats = (ours.exp() * (ours - theirs)).double().sum(-1)
+                    for n, each in zip(part, nats.split([e.supervised for e in rows]), strict=True):
+                        told[n] = each.sum().item()
+                    advance(len(part))
+    finally:
+        model.train(was_training)
+    return told
+
+
+def _fitting(numbers: list[int], examples: Sequence[Example], model: AnyModel, copies: int = 1) -> Iterator[list[int]]:
+    """Split a batch whose logits, of which so many copies are held, would not fit in `LOGITS_BYTES`."""
+    room = LOGITS_BYTES // (4 * copies * cast(int, model.config.get_text_config().vocab_size))
     part: list[int] = []
     for n in numbers:
         if part and sum(examples[m].supervised for m in (*part, n)) > room:
@@ -192,6 +236,15 @@ def _nats(model: AnyModel, rows: list[Example], pad: int) -> list[float]:
     """Sum of nats over the supervised tokens of each row, in float64."""
     import torch
 
+    logits, targets = _logits(model, rows, pad)
+    nats = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none").double()
+    return [part.sum().item() for part in nats.split([e.supervised for e in rows])]
+
+
+def _logits(model: AnyModel, rows: list[Example], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run rows through a model, padded on the right; logits and tokens as of `supervised_logits`."""
+    import torch
+
     width = max(len(e.ids) for e in rows)
     ids = torch.full((len(rows), width), pad)  # (row, position)
     labels = torch.full((len(rows), width), -100)
@@ -200,9 +253,7 @@ def _nats(model: AnyModel, rows: list[Example], pad: int) -> list[float]:
         labels[n, : len(e.ids)] = torch.tensor(e.labels)
     mask = torch.arange(width)[None, :] < torch.tensor([len(e.ids) for e in rows])[:, None]
     device = model.device
-    logits, targets = supervised_logits(model, ids.to(device), mask.long().to(device), labels.to(device))
-    nats = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none").double()
-    return [part.sum().item() for part in nats.split([e.supervised for e in rows])]
+    return supervised_logits(model, ids.to(device), mask.long().to(device), labels.to(device))
 
 
 def supervised_logits(
@@ -226,7 +277,7 @@ def supervised_logits(
     """
     targets = labels[:, 1:]
     picked = targets != -100
-    head: Any = model.get_output_embeddings()  # type: ignore
+    head: Any = getattr(model, "module", model).get_output_embeddings()  # type: ignore  # DDP wraps it in `module`
     hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][:, :-1][picked][None], *hidden[1:]))
     try:
         more = {} if positions is None else {"position_ids": positions}
@@ -244,15 +295,23 @@ def generate(
     Prompts are padded on the left, so that each continues at its own last token; in float32 a row is then written the
     same alone and in any batch.
     """
+    return write(
+        model, tokenizer, [e.prompt for e in examples], greedy(model, tokenizer, examples, how), how.batch, label
+    )
+
+
+def greedy(
+    model: AnyModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], how: Eval
+) -> GenerationConfig:
+    """Return the settings that completions of held-out rows are written with."""
     from transformers import GenerationConfig
 
-    settings = GenerationConfig(
+    return GenerationConfig(
         max_new_tokens=planned_tokens(examples, how),
         do_sample=False,
         pad_token_id=_pad(tokenizer),
         eos_token_id=ends(model, tokenizer),
     )
-    return write(model, tokenizer, [e.prompt for e in examples], settings, how.batch, label)
 
 
 def ends(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -279,27 +338,38 @@ def write(
     Returns:
         What was written, special tokens left out, in the order of the prompts.
     """
+    written = continued(model, tokenizer, asked, settings, batch, label, streamer)
+    return tokenizer.batch_decode([list(ids) for ids in written], skip_special_tokens=True)
+
+
+def continued(
+    model: AnyModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[tuple[int, ...]], settings: GenerationConfig,
+    batch: int, label: str, streamer: BaseStreamer | None = None,
+) -> list[tuple[int, ...]]:  # fmt: skip
+    """Let a model go on from prompts as `write` does, and return token ids, up to the first that ends a completion."""
     import torch
 
-    written = [""] * len(asked)
+    ended = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    written: dict[int, tuple[int, ...]] = {}
     was_training = model.training
     model.eval()
     shown = progress(f"{label} completions", len(asked)) if streamer is None else nullcontext(lambda _: None)
     try:
         with torch.no_grad(), shown as advance:
-            for numbers in batches([len(ids) for ids in asked], batch, spread=0):
+            for numbers in ranks.mine(list(batches([len(ids) for ids in asked], batch, spread=0))):
                 ids, mask = _left_padded([asked[n] for n in numbers], _pad(tokenizer))
                 out = model.generate(  # type: ignore
                     input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings,
                     streamer=streamer,
                 )  # fmt: skip
-                texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-                for n, text in zip(numbers, texts, strict=True):
-                    written[n] = text
+                for n, row in zip(numbers, out[:, ids.shape[1] :].tolist(), strict=True):
+                    last = next((at for at, token in enumerate(row) if token in ended), len(row) - 1)
+                    written[n] = tuple(row[: last + 1])
                 advance(len(numbers))
     finally:
         model.train(was_training)
-    return written
+    whole = ranks.gathered(written)
+    return [whole[n] for n in range(len(asked))]
 
 
 def planned_tokens(examples: Sequence[Example], how: Eval) -> int:

@@ -64,7 +64,8 @@ def of(content: dict[str, list[Any]]) -> list[Example]:
     """Turn the columns of an `examples.parquet` into rows side by side.
 
     Text is judged by exact match, then by ROUGE-L, because word order may be the task; labels by all of them right,
-    then by F1; a row without completions by its nats a token. A table without both sides gives no rows.
+    then by F1; completions that a reward model scored by their reward; a row without completions by its nats a token. A
+    table without both sides gives no rows.
 
     >>> row = {"prompt": ["2+2"], "reference": ["4"], "prediction": ["4"], "base_prediction": ["5"],
     ...        "nats": [0.1], "base_nats": [2.0], "tokens": [1]}
@@ -111,6 +112,8 @@ def _text(row: dict[str, Any], before: str, after: str, classified: bool) -> tup
         exact = (float(sets[1] == sets[0]), float(sets[2] == sets[0]))
         part = (labels.row(labels.f1, sets[0], sets[1]), labels.row(labels.f1, sets[0], sets[2]))
         return Measure("labels right", *exact), Measure("F1", *part)
+    if "reward" in row:
+        return (Measure("reward", row["base_reward"], row["reward"]),)
     return (
         Measure("exact match", metrics.exact_match(before, truth), metrics.exact_match(after, truth)),
         Measure("ROUGE-L", metrics.rouge_l(before, truth), metrics.rouge_l(after, truth)),
@@ -118,7 +121,7 @@ def _text(row: dict[str, Any], before: str, after: str, classified: bool) -> tup
 
 
 def _nats(row: dict[str, Any], rival: str) -> Measure:
-    over = next(unit for unit in ("decisions", "pairs", "tokens") if unit in row)
+    over = next(unit for unit in ("decisions", "pairs", "completions", "tokens") if unit in row)
     unit = over.removesuffix("s")
     size = max(1, row[over])
     return Measure(f"nats a {unit}", row[f"{rival}_nats"] / size, row["nats"] / size, lower_is_better=True)

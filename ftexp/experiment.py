@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from ftexp import config, data, estimate, evaluate, facts, labels, metrics, model, track
-from ftexp.config import Format, Kind, Long, Method, Packing, Run, Template, Tracker
+from ftexp import config, data, estimate, evaluate, facts, handed, labels, metrics, model, ranks, track
+from ftexp.config import Engine, Format, Kind, Long, Loss, Method, Packing, Run, Template, Tracker
 from ftexp.data import gates, general, prompts, tokens
-from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned
-from ftexp.files import read_json, write_json
+from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned, out_of_memory
+from ftexp.files import naming, no_room, read_json, write_json
 from ftexp.model import Base
+from ftexp.model.compute import Compute
 from ftexp.overrides import ROOT
 from ftexp.progress import say, warn
-from ftexp.train import TRAINERS, answers, checkpoints, classify, dpo, lengths, reward, sft
+from ftexp.train import (
+    TRAINERS,
+    answers,
+    checkpoints,
+    classify,
+    dpo,
+    lengths,
+    losses,
+    reward,
+    rewarder,
+    rloo,
+    sft,
+    spread,
+)
 from ftexp.train.answers import Pair
 from ftexp.train.control import Control, Rung
+
+if TYPE_CHECKING:
+    from ftexp.train.lockstep import Learned, Member
+
+    Steps = Generator[Member, Learned, dict[str, float]]
+    """A trial on its way: yields what `train.lockstep` is to train, is sent what came of it, returns the scores."""
 
 Tokenised = tuple[Sequence[prompts.Example], Sequence[prompts.Example]]
 
@@ -34,8 +55,13 @@ def check(run: Run, folder: Path | None) -> None:
     """
     for name in run.objectives:
         metrics.check_objective(name, switched_on(run))
-    if run.model.kind is Kind.tiny and run.quant.kind is not Format.none:
-        raise ConfigError(f"quant.kind={run.quant.kind.value} needs stored weights: model=embedded or hub, got tiny")
+    stored = run.model.kind is not Kind.tiny and (run.model.kind is not Kind.run or model.origin(run.model)[1] is None)
+    if not stored and run.quant.kind is not Format.none:
+        kind = run.model.kind.value
+        raise ConfigError(
+            f"quant.kind={run.quant.kind.value} needs stored weights: model=embedded or hub, got {kind}"
+            + (f"; ftexp export {run.model.path} --form merged stores them" if kind == "run" else "")
+        )
     kept = None if folder is None else read_json(folder / "trial.json")
     if kept is not None and kept["config"] != identity(run):
         raise ConfigError(
@@ -53,8 +79,26 @@ def check(run: Run, folder: Path | None) -> None:
     rows = splits.digest()
     if kept is not None and kept.get("facts", {}).get("rows", {}).get("sha256", rows) != rows:
         raise ConfigError(f"name={run.name}: the rows changed since the run in {folder}; choose another name")
-    if run.model.kind is Kind.hub:
+    if run.model.kind in (Kind.hub, Kind.run) and model.rooted(run.model).path:
         model.source(run.model)
+    for name, now in _handed(run).items():
+        if kept is not None and kept.get("facts", {}).get(name, now) != now:
+            where = run.trainer.reward if name == "reward" else run.model.path
+            raise ConfigError(
+                f"name={run.name}: {where} was trained again since the run in {folder}; choose another name"
+            )
+
+
+def _handed(run: Run) -> dict[str, dict[str, Any]]:
+    """Tell what a run takes from others: the one it starts from, and its reward model.
+
+    Raises:
+        ConfigError: one is of another method.
+        MachineError: one is not there or not complete.
+    """
+    start = handed.stage("model.path", run.model.path, model.WRITERS) if run.model.kind is Kind.run else None
+    judge = rewarder.found(run) if run.trainer.kind is Method.rloo else None
+    return {name: handed.identity(kept) for name, kept in (("start", start), ("reward", judge)) if kept is not None}
 
 
 def switched_on(run: Run) -> set[str]:
@@ -101,7 +145,7 @@ def _check_shape(run: Run, splits: data.Splits) -> None:
             f"trainer.kind={run.trainer.kind.value} learns from pairs of answers, {lone.where} has one; "
             "rows need prompt, chosen and rejected"
         )
-    if run.eval.labels is not None and run.trainer.kind in answers.KINDS:
+    if run.eval.labels is not None and run.trainer.kind in (*answers.KINDS, Method.rloo):
         raise ConfigError(
             f"eval.labels must be null with trainer.kind={run.trainer.kind.value}, got {run.eval.labels!r}"
         )
@@ -119,6 +163,7 @@ def prepare(run: Run) -> None:
     """
     model.adapter(run.lora)
     sft.arguments(run.trainer, "cpu", run.seed, "", 1)
+    losses.chosen(run.trainer)
     if run.trainer.kind is Method.classify:
         _prepare_classifier(run)
         return
@@ -128,6 +173,8 @@ def prepare(run: Run) -> None:
     train, valid = tokenised(run, data.load(run.data))
     general_text(run, model.tokenizer(run.model))
     _check_length(run, [tokens.longest(train), tokens.longest(valid)])
+    if run.trainer.kind is Method.rloo:
+        _check_steps(run, train)
     limit = model.positions(run.model)
     if limit is not None and run.data.packing is Packing.wrapped and run.data.max_length > limit:
         raise ConfigError(
@@ -171,6 +218,24 @@ def _check_room(run: Run, rows: Sequence[prompts.Example]) -> None:
         )
 
 
+def _check_steps(run: Run, train: Sequence[prompts.Example]) -> None:
+    """Refuse fewer prompts than a step of reinforcement learning takes, and completions longer than the models."""
+    wanted = run.trainer.batch * run.trainer.accumulation // run.trainer.generations
+    if len(train) < wanted:
+        raise ConfigError(
+            f"trainer.batch * trainer.accumulation / trainer.generations = {wanted} prompts are a step, there are "
+            f"{len(train)}"
+        )
+    limits = [model.positions(run.model), model.positions(rewarder.found(run).config().model)]
+    limit = min((n for n in limits if n is not None), default=None)
+    asked, most = max(train, key=lambda e: len(e.prompt)), rloo.room(run, train)
+    if limit is not None and len(asked.prompt) + most > limit:
+        raise ConfigError(
+            f"trainer.max_new_tokens must leave room for the prompt of {asked.row.where}: model and reward model take "
+            f"at most {limit} tokens, the prompt has {len(asked.prompt)} and {most} may be written"
+        )
+
+
 def _check_labels(run: Run, splits: data.Splits) -> None:
     """Refuse a row without a label, where completions are lists of labels."""
     for row in (*splits.train, *splits.valid) if run.eval.labels is not None else ():
@@ -181,6 +246,10 @@ def _check_labels(run: Run, splits: data.Splits) -> None:
 def identity(run: Run) -> dict[str, Any]:
     """Return what decides the result of a run, flat: the config without tracking, name and checkpoints."""
     return {k: v for k, v in track.flat(run).items() if k not in ("name", "trainer.checkpoint_minutes")}
+
+
+HANDED = ("start", "reward")
+"""Facts about the runs that a run takes something from."""
 
 
 def fingerprint(run: Run, told: dict[str, Any]) -> dict[str, Any]:
@@ -195,7 +264,7 @@ def fingerprint(run: Run, told: dict[str, Any]) -> dict[str, Any]:
     deciding = (
         "rows", "template_sha256", "tokenizer_sha256", "weights_sha256", "compute", "versions", "code_sha256",
     )  # fmt: skip
-    return config_part | config.flat({k: told[k] for k in deciding})
+    return config_part | config.flat({k: told[k] for k in deciding} | {k: told[k] for k in HANDED if k in told})
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -206,9 +275,15 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 def complete(run: Run, folder: Path) -> dict[str, float] | None:
     """Return the scores of a run that is already in its folder and ended well."""
     kept = read_json(folder / "trial.json")
-    if kept and kept["state"] == "complete" and kept["config"] == identity(run):
+    if kept and kept["state"] == "complete" and kept["config"] == identity(run) and has_results(folder):
         return kept["scores"]
     return None
+
+
+def has_results(folder: Path) -> bool:
+    """Tell whether all that a complete run leaves is there: its record, what was trained, the table of its rows."""
+    trained = next(folder.glob("adapter/adapter_model.*"), None) or next(folder.glob("model/model*"), None)
+    return trained is not None and all((folder / name).exists() for name in ("trial.json", "examples.parquet"))
 
 
 def stale(folder: Path) -> str:
@@ -219,22 +294,33 @@ def stale(folder: Path) -> str:
     return ", ".join(f"{key} ({old.get(key)} -> {value})" for key, value in new.items() if old.get(key) != value)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A trial to run."""
+
+    run: Run
+    """The checked config."""
+    folder: Path
+    """Its own; a complete run found there is not run again."""
+    label: str
+    """Its name in the tracking store."""
+    parent: str | None = None
+    """Id of the sweep's run in the tracking store."""
+    control: Control = field(default_factory=Control)
+    """What may end the training early."""
+    opened: int = 0
+    """How often the sealed rows have been opened, this time included: `confirm` alone says so and has them scored,
+    after it has put the opening on record. 0 leaves them sealed."""
+
+
 def execute(
     run: Run, folder: Path, label: str, parent: str | None = None, control: Control | None = None, opened: int = 0
 ) -> dict[str, float]:
     """Train one adapter and score it beside its base; everything about it is in `folder` afterwards.
 
     A run that was killed goes on from its last checkpoint, under the id it had in the tracking store. Where memory
-    runs out, the forward pass is cut and accumulation raised, so that the effective batch stays.
-
-    Args:
-        run: the checked config.
-        folder: its own folder; a complete run found there is not run again.
-        label: its name in the tracking store.
-        parent: id of the sweep's run in the tracking store.
-        control: what may end the training early.
-        opened: how often the sealed rows have been opened, this time included: `confirm` alone says so and has them
-            scored, after it has put the opening on record. 0 leaves them sealed.
+    runs out, the forward pass is cut and accumulation raised, so that the effective batch stays. The arguments are
+    those of `Asked`.
 
     Returns:
         Metrics by name: `valid/*` of the adapter and `base/*` of the base model on the same rows, `test/*` of the
@@ -242,9 +328,66 @@ def execute(
 
     Raises:
         FtexpError: the run was refused, pruned or ended badly; the reason is in `folder/trial.json` too.
+        NoRoom: a disk was full; the newest whole checkpoint stays, and the same call goes on.
         Preempted: the process was asked to leave; the same call goes on.
     """
+    ends: list[dict[str, float] | BaseException] = []
+    together([Asked(run, folder, label, parent, control or Control(), opened)], lambda _, end: ends.append(end))
+    if isinstance(ends[0], BaseException):
+        raise ends[0]
+    return ends[0]
+
+
+def together(asked: Sequence[Asked], ended: Callable[[int, dict[str, float] | BaseException], None]) -> None:
+    """Run trials; those of the packed engine share forward and backward passes, others run one after the other.
+
+    Each is what it would be alone, folder, tracking and end included, and is told the moment it is over.
+
+    Args:
+        asked: trials of one base where they are of the packed engine.
+        ended: takes the number of a trial and its scores, or the error it ended with.
+    """
+    trials = [_trial(one) for one in asked]
+    ready: dict[int, Member] = {}
+    left: list[BaseException] = []
+
+    def go_on(number: int, move: Callable[[Any], Member], given: Any) -> None:
+        try:
+            ready[number] = move(given)
+            return
+        except StopIteration as done:
+            end = done.value
+        except BaseException as error:  # its end alone, which the caller tells from others by its kind
+            end = error
+            left.extend([error] if isinstance(error, KeyboardInterrupt) else [])
+        ended(number, end)
+
+    for number, trial in enumerate(trials):
+        go_on(number, *((trial.throw, left[0]) if left else (trial.send, None)))
+    while ready:
+        from ftexp.train import lockstep
+
+        waiting, members = dict(enumerate(ready)), list(ready.values())  # place in the pack -> number of the trial
+        ready.clear()
+        training, failed = lockstep.train(members), None
+        while waiting and failed is None:
+            try:
+                place, learned = next(training)
+            except BaseException as error:
+                failed = error
+            else:
+                number = waiting.pop(place)
+                go_on(number, trials[number].send, learned)
+                asked_again = left and not isinstance(learned.ended, Preempted)  # while a trial was scored
+                failed = left[0] if asked_again else None
+        for number in waiting.values():
+            go_on(number, trials[number].throw, failed)
+
+
+def _trial(asked: Asked) -> Steps:
+    run, folder, label = asked.run, asked.folder, asked.label
     if (kept := complete(run, folder)) is not None:
+        checkpoints.clear(folder / "checkpoints")
         say(f"{label}: complete already, kept as it is in {folder}")
         if made_with := stale(folder):
             say(f"{label}: stale, it was made with other {made_with}; without that folder it is trained again")
@@ -252,48 +395,49 @@ def execute(
     before = read_json(folder / "trial.json") or {}
     trial: dict[str, Any] = {"label": label, "state": "running", "config": identity(run), "folder": str(folder)}
     trial |= {key: before[key] for key in ("mlflow_run", "resumed_at") if key in before}
-    trial |= {"opened": opened} if opened else {}
+    trial |= {"opened": asked.opened} if asked.opened else {}
     if run.track.kind is Tracker.mlflow:
-        trial["track"] = {"uri": run.track.uri, "experiment": run.track.experiment, "parent": parent}
+        trial["track"] = {"uri": run.track.uri, "experiment": run.track.experiment, "parent": asked.parent}
+    if run.trainer.loss is Loss.own:
+        trial["loss_source"] = losses.given(run.trainer)
     write_json(folder / "trial.json", trial)
     try:
-        scores = _fitting(run, folder, label, parent, trial, control or Control(), opened)
+        scores = yield from _fitting(asked, trial)
+        write_json(folder / "trial.json", trial | {"state": "complete", "scores": scores})
     except BaseException as error:
+        if (full := no_room(error, folder)) is not None:
+            checkpoints.clear_torn(folder / "checkpoints")
+            with suppress(OSError):  # it stays "running", as after a kill
+                write_json(folder / "trial.json", trial | {"state": "preempted", "error": str(full)})
+            raise full from error
         told = isinstance(error, FtexpError | Preempted)
         reason = str(error) if told else f"{type(error).__name__}: {error}"
         ends = ((Pruned, "pruned"), (KeyboardInterrupt, "preempted"))
         state = next((name for kind, name in ends if isinstance(error, kind)), "failed")
         write_json(folder / "trial.json", trial | {"state": state, "error": reason.splitlines()[0]})
         raise
-    write_json(folder / "trial.json", trial | {"state": "complete", "scores": scores})
+    checkpoints.clear(folder / "checkpoints")
     return scores
 
 
-def _fitting(
-    run: Run, folder: Path, label: str, parent: str | None, trial: dict[str, Any], control: Control, opened: int
-) -> dict[str, float]:
+def _fitting(asked: Asked, trial: dict[str, Any]) -> Steps:
     """Run with smaller and smaller forward passes until one fits in memory."""
+    run = asked.run
     while True:
         try:
-            return _execute(run, folder, label, parent, trial, control, opened)
+            return (yield from _execute(run, asked.folder, asked.label, asked.parent, trial, asked.control,
+                                        asked.opened))  # fmt: skip
         except Exception as error:
-            smaller = halved(run) if out_of_memory(error) else None
+            # Of several processes one may run out of memory alone, and then the others wait inside a training step.
+            smaller = halved(run) if out_of_memory(error) and ranks.count() == 1 else None
             if smaller is None:
                 raise
             run = smaller
         free_memory()
         shape = {"batch": run.trainer.batch, "accumulation": run.trainer.accumulation}
         trial.setdefault("out_of_memory", []).append(shape)
-        say(f"{label}: out of memory; again with trainer.batch={shape['batch']} accumulation={shape['accumulation']}",
-            always=True)  # fmt: skip
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that memory ran out, on the host or a GPU."""
-    import torch
-
-    told = isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
-    return told or isinstance(error, MemoryError | torch.OutOfMemoryError)
+        say(f"{asked.label}: out of memory; again with trainer.batch={shape['batch']} "
+            f"accumulation={shape['accumulation']}", always=True)  # fmt: skip
 
 
 def halved(run: Run) -> Run | None:
@@ -322,11 +466,10 @@ def free_memory() -> None:
 
 def _execute(
     run: Run, folder: Path, label: str, parent: str | None, trial: dict[str, Any], control: Control, opened: int
-) -> dict[str, float]:
+) -> Steps:
     splits = data.load(run.data)
     task = TASKS[run.trainer.kind](run, splits, splits.test if opened else ())
-    given = estimate.rows(task.train, run)
-    base = model.load(run.model, run.quant, task.outputs, given.longest)
+    base = model.load(run.model, run.quant, task.outputs, estimate.rows(task.train, run).longest)
     trial["facts"] = _facts(task.run, base, splits, (task.train, task.valid))
     if control.known is not None:
         control.known(trial["facts"])
@@ -340,26 +483,35 @@ def _execute(
         log.inputs(trial["inputs"])
         task.ready(base)
         before = task.before(base)
-        planned = estimate.trial(run, given, base.compute, task.outputs)
+        plan = planned(run, task, base.compute, ranks.count())
+        check_share(plan, facts.shared_gpu_gib())
         resident = facts.resident_gib()
         facts.reset_peak_memory()
         kept.began = time.monotonic()
+        if done:
+            say(f"{label}: goes on from step {done}")
+            trial.setdefault("resumed_at", []).append(done)
+            write_json(folder / "trial.json", trial)
+            _judge_again(log, control)
+        learned = None
+        if run.trainer.engine is Engine.packed:
+            learned = yield _member(run, base, task, kept, log, control)
         with model.adapted(base, run.lora, run.seed) as tuned:
             trial["facts"]["parameters"] = asdict(model.count(tuned))
             log.tags({f"ftexp.{k}": v for k, v in config.flat(trial["facts"]).items()})
             log.tags({"ftexp.test_opened": opened} if opened else {})
-            if done:
-                say(f"{label}: goes on from step {done}")
-                trial.setdefault("resumed_at", []).append(done)
-                write_json(folder / "trial.json", trial)
-                _judge_again(log, control)
             train_adapter = TRAINERS[run.trainer.kind]
             try:
-                trained = train_adapter(run, base, tuned, task.train, task.valid, kept, log.metrics, control)
+                if learned is not None:
+                    trained = _learned(tuned, learned, trial)
+                else:
+                    trained = train_adapter(
+                        run, base, tuned, task.train, task.valid, kept, log.metrics, control, **task.more
+                    )
             except Pruned:
                 model.save(base, tuned, folder)
                 raise
-            trial["plan"] = _against(planned, trial, trained, resident, log)
+            trial["plan"] = _against(plan, trial, trained, resident, log)
             after = task.after(base, tuned)
             tested = task.final(base, tuned, after) if task.test else None
             model.save(base, tuned, folder)
@@ -376,8 +528,80 @@ def _execute(
         scores |= {f"cost/{k}": v for k, v in facts.peak_memory_gib().items()}
         scores["cost/seconds"] = kept.seconds()
         _store(run, folder, log, scores, before, after.scored, int(trained["train/steps"]), task.rival)
-    kept.clear()
     return scores
+
+
+def planned(run: Run, task: Task, compute: Compute, processes: int) -> estimate.Plan:
+    """Plan a trial as it will run: of several processes the memory of one, and the operations of all but blank rows."""
+    rows = estimate.rows(task.train, run)
+    if processes == 1:
+        return estimate.trial(run, rows, compute, task.outputs)
+    batch, passes = spread.shape(run.trainer, processes)
+    shared = replace(run, trainer=replace(run.trainer, batch=batch, accumulation=passes * processes))
+    made = estimate.trial(shared, rows, compute, task.outputs)
+    return replace(made, notes=(*made.notes, f"operations are those of {processes} processes without padding rows"))
+
+
+def check_share(planned: estimate.Plan, share: float | None) -> None:
+    """Refuse a trial whose plan passes its share of a GPU; the worker beside it would be the one to run out of memory.
+
+    Args:
+        planned: of the trial.
+        share: GiB; None where nobody shares the GPU.
+
+    Raises:
+        ConfigError: tells both figures.
+    """
+    needed = planned.memory / estimate.GIB
+    if share is not None and needed > share:
+        raise ConfigError(
+            f"sweep.slots_per_gpu leaves a trial {share:.1f} GiB of the GPU, its plan needs {needed:.1f}; lower it, or "
+            "trainer.batch with as much more trainer.accumulation"
+        )
+
+
+def follow(run: Run, folder: Path) -> None:
+    """Be one of the other processes of a trial: load, train and score in step with the first one, which alone writes.
+
+    Raises:
+        FtexpError: as in the first process.
+        Preempted: the first process was asked to leave.
+    """
+    splits = data.load(run.data)
+    task = TASKS[run.trainer.kind](run, splits)
+    base = model.load(run.model, run.quant, task.outputs, estimate.rows(task.train, run).longest)
+    told = _facts(task.run, base, splits, (task.train, task.valid))
+    kept = checkpoints.store(folder / "checkpoints", fingerprint(run, told))
+    task.ready(base)
+    task.before(base)
+    with model.adapted(base, run.lora, run.seed) as tuned:
+        TRAINERS[run.trainer.kind](run, base, tuned, task.train, task.valid, kept, lambda *_: None, Control())
+        task.after(base, tuned)
+
+
+def _member(
+    run: Run, base: Base, task: Task, kept: checkpoints.Store, log: track.Log, control: Control
+) -> Member:  # fmt: skip
+    """Hand a trial to the packed engine, with the first weights that peft draws for it."""
+    from ftexp.model import packed
+    from ftexp.train.lockstep import Member
+
+    with model.adapted(base, run.lora, run.seed) as fresh:
+        start, scales = packed.taken(fresh)
+    return Member(run, base, task.train, task.valid, start, scales, kept, log.metrics, control)
+
+
+def _learned(tuned: Any, learned: Learned, trial: dict[str, Any]) -> dict[str, float]:
+    """Put what the packed engine learned into the adapter, or raise what ended it; tells what `sft.train` tells."""
+    from ftexp.model import packed
+
+    packed.put(tuned, learned.weights)
+    trial["pack"] = learned.pack
+    if learned.ended is not None:
+        raise learned.ended
+    sft.check_weights(tuned, learned.steps)
+    flops = 6 * learned.tokens * tuned.num_parameters(exclude_embeddings=True)  # as transformers counts them
+    return {"train/steps": learned.steps, "train/loss": learned.loss, "train/flops": flops}
 
 
 def _against(
@@ -441,6 +665,8 @@ class Task:
     """Scores the trained model on `test`; what was fitted on the held-out rows stays as it is."""
     ready: Callable[[Base], None] = lambda base: None
     """Asks the untouched base what training needs of it."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """What the training takes beside what all take."""
 
 
 def generation(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = ()) -> Task:
@@ -556,11 +782,56 @@ def preference(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = ())
     return Task(run, train, valid, test, len(train), 0, "base", before, after, final, ready)
 
 
+def reinforcement(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = ()) -> Task:
+    """Rows are prompts, their completions are there to be compared with; the rival is the base, the reference too."""
+    train, valid = tokenised(run, splits)
+    test = prompts.render(opened, model.tokenizer(run.model), run.data) if opened else []
+    if test:
+        _check_length(run, test)
+        _check_room(run, test)
+    known = evaluate.seen(train, valid, run.eval)
+    judge = str(sorted(handed.identity(rewarder.found(run)).items()))
+    more: dict[str, Any] = {}
+
+    def ready(base: Base) -> None:
+        more["rewarder"] = rewarder.load(run)
+
+    def scored(base: Base, rows: Sequence[prompts.Example], label: str) -> evaluate.Scored:
+        asked = f"{splits.digest()} {judge} {run.trainer.beta} {config.digest(run.data, run.eval)}"
+        key = f"rloo {label} {base.weights} {base.key} {asked}"
+        if key not in _base_scores:
+            found = rloo.score(base.model, base, rows, run, more["rewarder"], label, known)
+            given = [e.row for e in rows]
+            told = [row.completion for row in given]
+            worth = more["rewarder"].rewards(given, told, run.eval.batch, f"{label} references")
+            for entry, value in zip(found.table, worth, strict=True):
+                entry |= {"reference_reward": value, "win_rate": 0.5}
+            _base_scores[key] = evaluate.Scored(found.scores | {"win_rate": 0.5}, found.table)
+        return _base_scores[key]
+
+    def before(base: Base) -> evaluate.Scored:
+        general_before(run, base)
+        return scored(base, valid, "base")
+
+    def after(base: Base, tuned: Any) -> After:
+        ahead = [e["reward"] for e in before(base).table]
+        found = rloo.score(tuned, base, valid, run, more["rewarder"], "valid", known, ahead)
+        return After(found, forgotten(run, base, tuned))
+
+    def final(base: Base, tuned: Any, _: After) -> evaluate.Scored:
+        with model.untrained(base, tuned):
+            ahead = [e["reward"] for e in scored(base, test, "base, test").table]
+        return rloo.score(tuned, base, test, run, more["rewarder"], "test", known, ahead)
+
+    return Task(run, train, valid, test, len(train), 0, "base", before, after, final, ready, more)
+
+
 TASKS = {
     Method.sft: generation,
     Method.classify: classification,
     Method.reward: rewarding,
     Method.dpo: preference,
+    Method.rloo: reinforcement,
 }
 
 
@@ -690,10 +961,11 @@ def _facts(run: Run, base: Base, splits: data.Splits, used: Tokenised) -> dict[s
         **({"general_sha256": general.digest(general.passages(run.eval.forgetting))} if run.eval.forgetting else {}),
         "rows": _counts(splits, used),
         **({"data_commit": splits.commit} if splits.commit else {}),
+        **_handed(run),
         "template_sha256": prompts.template_digest(base.tokenizer, run.data),
         "tokenizer_sha256": prompts.tokenizer_digest(base.tokenizer),
         "weights_sha256": base.weights,
-        "compute": asdict(base.compute),
+        "compute": asdict(base.compute) | ({"processes": ranks.count()} if ranks.count() > 1 else {}),
         "versions": facts.versions(),
         "code_sha256": facts.code(),
         "git": facts.git(ROOT),
@@ -728,7 +1000,8 @@ def _store(
     before: evaluate.Scored, after: evaluate.Scored, step: int, rival: str,
 ) -> None:  # fmt: skip
     """Write the tables of rows and labels, and show scores, examples and adapter in the tracking store."""
-    rows = [{**b, f"{rival}_nats": a["nats"], **({f"{rival}_prediction": a["prediction"]} if "prediction" in a else {})}
+    beside = ("nats", "prediction", "reward")
+    rows = [{**b, **{f"{rival}_{k}": a[k] for k in beside if k in a}, **{k: a[k] for k in a if k == "reference_reward"}}
             for a, b in zip(before.table, after.table, strict=True)]  # fmt: skip
     _write_table(folder / "examples.parquet", rows)
     log.metrics({"valid/loss": scores["valid/loss"]}, step)
@@ -739,6 +1012,9 @@ def _store(
         "reference",
         f"{rival}_prediction",
         "prediction",
+        f"{rival}_reward",
+        "reward",
+        "reference_reward",
         "exact_match",
         "jaccard",
         "f1",
@@ -759,4 +1035,5 @@ def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    with naming(path):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)

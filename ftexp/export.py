@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftexp import card, config, data, fidelity, model, trained, verb
-from ftexp.config import Format, Method, Run
+from ftexp.config import Format, Kind, Method, Run, Variant
 from ftexp.data import prompts
 from ftexp.errors import ConfigError, DataError, MachineError, Unfaithful
 from ftexp.fidelity import Answers, Fidelity
@@ -99,6 +99,11 @@ def _adapter(kept: Kept, run: Run, folder: Path) -> None:
     """Copy the adapter, name its base as others know it, and put the tokenizer beside it."""
     from ftexp.model.saved import ADAPTER
 
+    if run.model.kind is Kind.run:
+        raise ConfigError(
+            f"--form must be merged, got adapter: {kept.name} began with the run {run.model.path}, so its adapter fits "
+            "no base that others have"
+        )
     source = kept.folder / "adapter"
     told = read_json(source / ADAPTER)
     if told is None or not (source / WEIGHTS).is_file():
@@ -136,7 +141,8 @@ def _merged(kept: Kept, run: Run, folder: Path, form: str, dtype: str) -> Fideli
     model.forget()
     known = trained.names(kept)
     say("merging in float32")
-    made = saved.merged(run.model, kept.folder / "adapter", len(known))
+    packed = run.quant if run.lora.variant is Variant.loftq else None
+    made = saved.merged(run.model, kept.folder / "adapter", len(known), packed)
     if known:
         made.config.id2label = dict(enumerate(known))
         made.config.label2id = {name: n for n, name in enumerate(known)}
@@ -151,9 +157,9 @@ def _merged(kept: Kept, run: Run, folder: Path, form: str, dtype: str) -> Fideli
     compute.apply(chosen)
     again = saved.read(folder, chosen, len(known))
     after = ask(again.model, again.tokenizer, form)
-    packed = run.quant.kind is not Format.none or form == "merged4bit"
+    rounded = (run.quant.kind is not Format.none and packed is None) or form == "merged4bit"
     coarser = max((fidelity.LIMITS[name] for name in formats), key=lambda limit: limit.loss)
-    told = fidelity.compare(before, after, fidelity.PACKED if packed else coarser)
+    told = fidelity.compare(before, after, fidelity.PACKED if rounded else coarser)
     if form == "merged4bit":
         return told
     if not told.kept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import resource
 import subprocess
@@ -61,6 +62,20 @@ def code() -> str:
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+SHARE = "FTEXP_SLOTS_PER_GPU"
+"""Environment variable: workers that share this one's GPU."""
+
+
+def shared_gpu_gib() -> float | None:
+    """Return this process's part of the memory of a GPU that others share; None where it has one to itself."""
+    import torch
+
+    sharing = int(os.environ.get(SHARE, "1"))
+    if sharing == 1 or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30 / sharing
 
 
 def reset_peak_memory() -> None:

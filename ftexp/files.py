@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ftexp.errors import ConfigError, MachineError
+from ftexp.errors import ConfigError, MachineError, NoRoom
+
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+"""A full disk, a used-up quota, a limit on file sizes, a disk that has become read-only or fails."""
+NO_NUMBER = ("No space left on device", "unexpected pos", "iostream error", "PytorchStreamWriter")
+"""What safetensors and torch say of a disk that takes no more; their errors have no number."""
 
 
 def cache() -> Path:
@@ -43,17 +50,56 @@ def sha256(path: Path, sync: bool = False) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a file that a reader, or a restart after a kill, sees whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, fresh = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    write_text(path, json.dumps(content, indent=1, allow_nan=True))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text that a reader, or a restart after a kill, sees whole or not at all."""
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            with fresh.open("x", encoding="utf-8") as out:
+                out.write(text)
+                out.flush()
+                os.fsync(out.fileno())
+            fresh.replace(path)
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an error of the disk the path it is about: what fails while it writes knows none."""
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            json.dump(content, out, indent=1, allow_nan=True)
-            out.flush()
-            os.fsync(out.fileno())
-        Path(fresh).replace(path)
-    except BaseException:
-        Path(fresh).unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno in UNWRITABLE:
+            error.filename = str(path)
         raise
+
+
+def no_room(error: BaseException, place: Path | None = None) -> NoRoom | None:
+    """Return what to raise instead of an error that a full or failing disk is behind; None where none is.
+
+    Args:
+        error: as a library or Python raised it, perhaps from another one.
+        place: told where the error names no path.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, NoRoom):
+            return cause
+        number = getattr(cause, "errno", None) if isinstance(cause, OSError) else None
+        foreign = type(cause) is RuntimeError or type(cause).__name__ == "SafetensorError"
+        if foreign and any(text in str(cause) for text in NO_NUMBER):
+            number = errno.ENOSPC
+        if number in UNWRITABLE:
+            where = getattr(cause, "filename", None) or place or "the disk"
+            return NoRoom(f"{where}: cannot be written: {os.strerror(number)}; make room, and the same command goes on")
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 @contextmanager

@@ -51,10 +51,13 @@ def _most(unit: str, *needs: str) -> Metric:
 
 
 SFT, CLASSIFY = "trainer.kind=sft", "trainer.kind=classify"
-REWARD, DPO = "trainer.kind=reward", "trainer.kind=dpo"
+REWARD, DPO, RLOO = "trainer.kind=reward", "trainer.kind=dpo", "trainer.kind=rloo"
 
 SCORES = {
-    "loss": _least("nats a token; a decision with trainer.kind=classify, a pair with reward and dpo"),
+    "loss": _least(
+        "nats a token; a decision with trainer.kind=classify, a pair with reward and dpo; with rloo what divergence "
+        "costs less the reward, a row"
+    ),
     "perplexity": _least("exp(nats a token)", SFT),
     "bits_per_byte": _least("bits a byte of UTF-8", SFT),
     "exact_match": _most("share of rows", "eval.generate"),
@@ -82,6 +85,10 @@ SCORES = {
     "roc_auc": _most("over all answers of all pairs", REWARD),
     "chosen_likelier": _most("share of pairs whose better answer the model finds likelier", DPO),
     "chosen_loss": _least("nats a token of the better answers", DPO),
+    "reward": _most("by the reward model, mean over rows", RLOO),
+    "win_rate": _most("share of rows whose completion is worth more than the base's", RLOO),
+    "kl": _least("nats a token written, away from the base", RLOO),
+    "length": _least("tokens written, mean over rows", RLOO),
 }
 """What one model gets on one split, by its name without the split."""
 
@@ -95,7 +102,7 @@ def _of(kinds: tuple[str, ...], keys: tuple[str, ...] = ()) -> dict[str, Metric]
 METRICS = {
     **{f"valid/{name}": m for name, m in SCORES.items()},
     **{f"test/{name}": replace(m, sealed=True) for name, m in SCORES.items()},
-    **{f"base/{name}": m for name, m in _of((SFT, DPO), ("eval.generate", "eval.labels")).items()},
+    **{f"base/{name}": m for name, m in _of((SFT, DPO, RLOO), ("eval.generate", "eval.labels")).items()},
     **{f"tfidf/{name}": m for name, m in _of((CLASSIFY, REWARD)).items()},
     "train/loss": _least("nats a token, last step"),
     "forgetting/loss": _least("nats a token of general text, after less before", "eval.forgetting"),
@@ -211,6 +218,18 @@ def preferred(margin: float) -> float:
     [1.0, 0.5, 0.0]
     """
     return 0.5 if margin == 0 else float(margin > 0)
+
+
+def price(reward: float, nats: float, beta: float) -> float:
+    """What reinforcement learning brings down, of one completion: beta * nats away from the reference - reward.
+
+    The negative of the objective of Stiennon et al. 2020 (arXiv:2009.01325, section 3.4), with the divergence summed
+    over the tokens of the completion.
+
+    >>> price(2.0, 3.0, 0.5)
+    -0.5
+    """
+    return beta * nats - reward
 
 
 def perplexity(nats: Sequence[float], tokens: Sequence[int]) -> float:

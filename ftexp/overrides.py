@@ -35,10 +35,13 @@ TEXTS = ("data.prompt", "data.completion")
 """Keys whose values are format strings."""
 SWEEP_KEYS = (
     "sampler", "sampler_args", "n_trials", "pruner", "pruner_args", "seed", "replicates", "baselines", "params",
-    "at_most", "workers", "engine", "engine_args", "storage", "join", "max_failures", "max_retries", "timeout_minutes",
+    "at_most", "plan_at_most", "over", "tokens_per_second", "usd_per_hour", "workers", "engine", "engine_args",
+    "gpus_per_trial", "slots_per_gpu", "storage", "proxy", "join", "max_failures", "max_retries", "timeout_minutes",
 )  # fmt: skip
 """Keys of `hydra.sweeper`, documented in `ftexp/sweep/options.py`; short `sweep.<key>`."""
-OPEN_SWEEP = tuple(f"hydra.sweeper.{key}." for key in ("sampler_args", "pruner_args", "engine_args", "at_most"))
+OPEN_SWEEP = tuple(
+    f"hydra.sweeper.{key}." for key in ("sampler_args", "pruner_args", "engine_args", "at_most", "plan_at_most")
+)
 
 
 FOREIGN = ("config_path", "config_name", "config_dir", "experimental_rerun")
@@ -142,6 +145,9 @@ def slug(overrides: list[str]) -> str:
         "workers",
         "engine",
         "engine_args",
+        "gpus_per_trial",
+        "slots_per_gpu",
+        "proxy",
         "join",
         "max_failures",
         "max_retries",

@@ -27,7 +27,7 @@ from ftexp.errors import ConfigError
 from ftexp.estimate import GIB, Plan, Rows
 from ftexp.model import architecture, compute
 from ftexp.progress import quiet_libraries
-from ftexp.sweep import frozen, plugin
+from ftexp.sweep import frozen, limits, plugin
 from ftexp.sweep.options import Options, Sampler
 from ftexp.sweep.space import Space
 from ftexp.train import answers, sft
@@ -81,6 +81,8 @@ class Whole:
     """A run, or a sweep."""
 
     trials: list[Trial]
+    options: Options | None
+    """Of a sweep."""
     count: int
     """Trials that will run; more than `trials` where a search draws them, then each counts as the dearest planned."""
 
@@ -99,6 +101,7 @@ def rows(run: Run, wanted: Wanted) -> Rows:
     paired = run.trainer.kind in answers.KINDS
     if wanted.rows is not None and wanted.tokens is not None:
         learned = 0 if run.trainer.kind is Method.classify else wanted.tokens * (1 + paired)
+        learned = min(learned, run.trainer.max_new_tokens or learned)  # with `kind=rloo`
         sizes = (wanted.tokens,) * wanted.rows
         worse = sizes if paired else ()
         return Rows(sizes, (learned,) * wanted.rows, "as given by --rows and --tokens", worse)
@@ -156,7 +159,7 @@ def gather(argv: list[str], wanted: Wanted) -> Whole:
         run = show.compose(argv)
         if wanted.rows is None:
             experiment.check(run, None)
-        return Whole([trial("", run, wanted)], 1)
+        return Whole([trial("", run, wanted)], None, 1)
     return _sweep(*launched(argv), wanted)
 
 
@@ -184,10 +187,10 @@ def _sweep(searched: Space, options: Options, runs: list[Run], wanted: Wanted) -
     named = [(" ".join(f"{k}={v}" for k, v in point.items()), run) for point, run in zip(points, runs, strict=True)]
     if searching:
         trials = [trial(label, run, wanted) for label, run in dict(named).items()]
-        return Whole(trials, (options.n_trials or 1) * options.replicates)
+        return Whole(trials, options, (options.n_trials or 1) * options.replicates)
     seeds = [(f"{label} seed={run.seed + n}".strip() if n else label, replace(run, seed=run.seed + n))
              for label, run in named for n in range(options.replicates)]  # fmt: skip
-    return Whole([trial(label, run, wanted) for label, run in seeds], len(seeds))
+    return Whole([trial(label, run, wanted) for label, run in seeds], options, len(seeds))
 
 
 def probed(whole: Whole, wanted: Wanted) -> Whole:
@@ -223,7 +226,7 @@ def probe(run: Run) -> float:
     with tempfile.TemporaryDirectory() as work, model.adapted(base, run.lora, run.seed) as tuned:
         TRAINERS[run.trainer.kind](
             task.run, base, tuned, task.train, task.valid, checkpoints.store(Path(work) / "probe", {}),
-            lambda *_: ends.append(time.monotonic()), Control(),
+            lambda *_: ends.append(time.monotonic()), Control(), **task.more,
         )  # fmt: skip
     return speed(estimate.rows(task.train, short), short, ends)
 
@@ -242,6 +245,7 @@ def over(whole: Whole, wanted: Wanted) -> list[str]:
         name = f"trial {number}{f' ({one.label})' if one.label else ''}"
         if wanted.memory_gib is not None and one.plan.memory > wanted.memory_gib * GIB:
             told.append(f"{name} takes {one.plan.memory / GIB:.2f} GiB, --memory-gib={wanted.memory_gib:g}")
+        told += [f"{name} {text}" for text in (limits.over(one.plan, whole.options) if whole.options else ())]
         if wanted.budget_usd is not None:
             spent += _dollars(one, wanted) or 0
             if spent > wanted.budget_usd:
@@ -280,7 +284,7 @@ def single(one: Trial, wanted: Wanted) -> list[tuple[str, str]]:
     plan, run = one.plan, one.run
     halves = f", {plan.packed:,} as packed" if plan.packed != plan.total else ""
     parts = ("weights", "adapter", "copy", "gradients", "optimizer", "activations")
-    sizes = {name: getattr(plan, name) for name in parts}
+    sizes = {name: getattr(plan, name) for name in parts} | ({"reward model": plan.judge} if plan.judge else {})
     listed = [
         ("parameters", f"{plan.total:,}{halves}"),
         ("trainable", f"{plan.trainable:,}, {plan.share:.4%}"),
@@ -292,6 +296,7 @@ def single(one: Trial, wanted: Wanted) -> list[tuple[str, str]]:
         ("steps", f"{plan.steps:,} of {run.trainer.batch * run.trainer.accumulation} rows"),
         ("tokens", f"{plan.tokens:,}, {plan.padded:,} with padding ({plan.counted})"),
         ("operations", f"{plan.flops:,}"),
+        *([("written", f"{plan.written:,} tokens at most")] if plan.written else []),
     ]
     if one.seconds is not None:
         listed.append(("time", f"{one.seconds / 3600:.3f} hours of training at {one.rate:,.0f} tokens a second"))

@@ -21,7 +21,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import config, data, estimate, evaluate, experiment, files, metrics, model, track
-from ftexp.config import Attention, Dtype, Eval, Format, Kind, Method, Model, Packing, Quant, Run, Scheduler, Tracker
+from ftexp.config import (
+    Attention,
+    Dtype,
+    Eval,
+    Format,
+    Kind,
+    Method,
+    Model,
+    Packing,
+    Quant,
+    Run,
+    Scheduler,
+    Tracker,
+    Trainer,
+)
 from ftexp.data import prompts
 from ftexp.data.prompts import Example
 from ftexp.data.shapes import Row
@@ -259,17 +273,19 @@ def _recipe(**given: Any) -> Run:
     return Run(trainer=config.Trainer(**{**plain, **given}))
 
 
-def accumulation(base: Base, rows: Sequence[Example], extra: dict[str, Any] | None = None) -> Finding:
+def accumulation(base: Base, rows: Sequence[Example], how: Trainer | None = None) -> Finding:
     """Take one step on 8 rows at once and on 2 rows four times: the weights must be the same.
 
     Args:
         base: the tiny model.
         rows: eight of unequal length.
-        extra: `trainer.extra` of the run.
+        how: its loss and `extra` are taken.
     """
-    more = extra or {}
+    how = how or Trainer()
+    more = how.extra
+    loss = {"loss": how.loss, "loss_strength": how.loss_strength, "loss_sha256": how.loss_sha256}
     whole, pieces, still = (
-        _steps(base, rows, _recipe(extra=more, **shape))
+        _steps(base, rows, _recipe(extra=more, **loss, **shape))
         for shape in ({"batch": 8}, {"batch": 2, "accumulation": 4}, {"batch": 8, "lr": 1e-12})
     )
     apart, moved = (max(float((whole[k] - other[k]).abs().max()) for k in whole) for other in (pieces, still))
@@ -374,7 +390,8 @@ def every(run: Run, folder: Path, trials: int = 1, workers: int = 1) -> list[Fin
     needed = trials * copies * plan.adapter_file + 2 * workers * plan.checkpoint
     found += [disk(folder, needed), device(run, plan.memory, given.longest)]
     base, rows = toy()
-    found += [accumulation(base, rows, run.trainer.extra), neftune(base, rows)]
+    how = config.Trainer() if run.trainer.kind is Method.rloo else run.trainer  # its keywords are another trainer's
+    found += [accumulation(base, rows, how), neftune(base, rows)]
     if any(one.state is State.fail for one in found if one.name in ("device", "supervision")):
         return found  # the model cannot be asked
     return found + _of_model(run, task)

@@ -18,7 +18,7 @@ from ftexp import board as boards
 from ftexp import sealed, track, verb
 from ftexp.board import Board, read
 from ftexp.errors import MachineError
-from ftexp.files import read_json
+from ftexp.files import read_json, write_text
 from ftexp.page.text import visible
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def write_page(folder: Path, sweep: Sweep, html: Path | None = None) -> Path:
     try:
         if path.exists() and path.read_text(encoding="utf-8") == text:
             return path
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
     except (OSError, UnicodeDecodeError) as error:
         raise MachineError(f"the page cannot be written to {path}: {error}; --html PATH names another place") from error
     kept = read_json(folder / "sweep.json") or {}

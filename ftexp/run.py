@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ftexp import config, experiment, overrides, report, verb
-from ftexp.errors import ConfigError, FtexpError
+from ftexp.errors import ConfigError, FtexpError, MachineError
 from ftexp.files import check_folder
 from ftexp.progress import quiet_libraries
 from ftexp.sweep import plugin
@@ -69,9 +70,13 @@ def _launch() -> int:
     plugin.Sweeper.started = started.append
     try:
         hydra.main(**overrides.BASE, config_path=str(overrides.CONF), config_name="config")(task)()
-    finally:
+    except BaseException:
         if started:
-            _show(started[0])
+            with suppress(OSError, MachineError):  # on a full disk the page is the least of it
+                _show(started[0])
+        raise
+    if started:
+        _show(started[0])
     if ran:
         if isinstance(ran[0], FtexpError):
             raise ran[0]

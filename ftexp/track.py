@@ -20,6 +20,7 @@ from filelock import FileLock
 from ftexp import config
 from ftexp.config import Run, Track, Tracker
 from ftexp.errors import MachineError, Pruned
+from ftexp.files import naming, write_text
 from ftexp.progress import say, warn
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Log:
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Report metrics of an optimizer step."""
         now = int(time.time() * 1000)
-        with (self.folder / FILE).open("a", encoding="utf-8") as out:
+        with naming(self.folder / FILE), (self.folder / FILE).open("a", encoding="utf-8") as out:
             out.write(json.dumps({"step": step, "time": now, **values}) + "\n")
         self._points += [(k, v, now, step) for k, v in values.items() if step == 0 or step > self._last.get(k, -1)]
         if time.monotonic() - self._sent > FLUSH_SECONDS or len(self._points) >= BATCH:
@@ -193,10 +194,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _cut(path: Path, done: int) -> None:
     """Keep the points of the first `done` steps."""
-    kept = [point for point in _lines(path) if 0 < point["step"] <= done]
-    path.unlink(missing_ok=True)
-    if kept:
-        path.write_text("".join(json.dumps(point) + "\n" for point in kept), encoding="utf-8")
+    if path.exists():
+        kept = [point for point in _lines(path) if 0 < point["step"] <= done]
+        write_text(path, "".join(json.dumps(point) + "\n" for point in kept))
 
 
 def _reopen(track: Track, run_id: str) -> tuple[MlflowClient, str, dict[str, int]] | None:

@@ -8,9 +8,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ftexp.errors import FtexpError, Preempted
+from ftexp.files import no_room
 
 INTERRUPTED = 130
 PIPE = 128 + signal.SIGPIPE
@@ -32,6 +34,11 @@ def ended(work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("ftexp: interrupted; the same command goes on", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if (full := no_room(error, Path.cwd())) is None:
+            raise
+        print(f"ftexp: {full}", file=sys.stderr)
+        return full.exit_code
     return code
 
 

@@ -86,3 +86,50 @@ def at(shipped, monkeypatch):
     config.register()
     monkeypatch.chdir(shipped)
     return shipped
+
+
+STAGES = {
+    "sft": ["trainer=default", "trainer.steps=12", "trainer.lr=1e-2"],
+    "whole": ["trainer=default", "trainer.steps=4", "trainer.lr=1e-2", "lora=none"],
+    "judge": ["data=preference", "trainer=reward", "trainer.steps=20", "trainer.lr=1e-2"],
+    "judge_whole": ["data=preference", "trainer=reward", "trainer.steps=20", "trainer.lr=1e-2", "lora=none"],
+}
+"""Runs of the tiny model that others are made from, by name."""
+
+
+@pytest.fixture(scope="session")
+def trained_stages(tmp_path_factory):
+    """A folder with a run of each of `STAGES`."""
+    from ftexp import experiment
+
+    folder = tmp_path_factory.mktemp("stages")
+    config.register()
+    plugin.register()
+    small = [t for t in TINY if not t.startswith("trainer.")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, given in STAGES.items():
+            with initialize_config_dir(str(overrides.CONF), **overrides.BASE):
+                cfg = compose("config", [*small, "trainer.report_steps=0", *given, "data.valid=12", "data.max_length=256",
+                                         f"name={name}", "track=none"])  # fmt: skip
+            run = config.build(cfg)
+            experiment.execute(run, folder / "outputs" / "runs" / name, name)
+    return folder
+
+
+@pytest.fixture
+def stages(trained_stages, tmp_path, monkeypatch):
+    """Stand in an own copy of the folder of `trained_stages`."""
+    import shutil
+
+    shutil.copytree(trained_stages / "outputs", tmp_path / "outputs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "outputs" / "runs"
+
+
+@pytest.fixture
+def rewarded(stages, tiny):
+    """Return a function that composes a run of reinforcement learning that starts from `sft` and is scored by `judge`."""
+    given = ("model=run", "model.path=sft", "trainer=rloo", "trainer.reward=judge", "trainer.batch=8",
+             "trainer.max_new_tokens=6", "trainer.steps=3", "trainer.report_steps=0")  # fmt: skip
+    return lambda *more: tiny(*given, *more)

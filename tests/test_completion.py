@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [(["p"], ["plan", "power"]), (["-q", "po"], ["power"]), (["sweep", "s"], ["show", "stop"]), (["show", ""], ["data"]),
-     (["run", "lora="], ["lora=default", "lora=dora", "lora=fixed_alpha", "lora=loraplus", "lora=none", "lora=pissa", "lora=rslora"]),
+     (["run", "lora="], ["lora=default", "lora=dora", "lora=fixed_alpha", "lora=loftq", "lora=loraplus", "lora=none", "lora=pissa", "lora=rslora"]),
      (["run", "-m", "lora=dora,rs"], ["lora=dora,rslora"]), (["run", "lora.var"], ["lora.variant="]),
      (["run", "lo"], ["lora.", "lora="]), (["plan", "quant.dou"], ["quant.double="]),
      (["plan", "quant.double=t"], ["quant.double=true"]), (["run", "quant.kind=n"], ["quant.kind=nf4", "quant.kind=none"]),

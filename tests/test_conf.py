@@ -13,6 +13,9 @@ NEEDED = {
     "data=hub": ["data.path=org/rows"],
     **{f"data={kind.value}": ["data.path=rows.jsonl"] for kind in config.FILES},
     "quant=nf4": ["model=embedded"],
+    "lora=loftq": ["quant=nf4"],
+    "model=run": ["model.path=a-run"],
+    "trainer=rloo": ["trainer.reward=a-run"],
 }
 
 

@@ -158,6 +158,42 @@ def test_a_base_that_is_trained_is_kept_a_second_time_on_a_cpu(composed):
     assert on["cpu"].optimizer == pytest.approx(8 * on["cpu"].trainable, rel=0.01)
     parts = ("weights", "adapter", "copy", "gradients", "optimizer", "activations")
     assert on["cpu"].memory == sum(getattr(on["cpu"], part) for part in parts)
+    assert (on["cpu"].judge, on["cpu"].written) == (0, 0)
+
+
+@pytest.mark.parametrize("lora", ["default", "none"])
+def test_reinforcement_is_planned_from_above(rewarded, stages, tmp_path, lora):
+    """Steps and weights exactly, operations as if every completion were as long as it may be; the reward model counts."""
+    from ftexp import plan
+    from ftexp.train import rewarder
+
+    run = rewarded(f"lora={lora}", "trainer.steps=null", "trainer.epochs=0.5", "trainer.accumulation=2")
+    splits = data.load(run.data)
+    task = experiment.TASKS[run.trainer.kind](run, splits)
+    base = model.load(run.model, run.quant)
+    task.ready(base)
+    planned = plan.trial("", run, plan.Wanted()).plan
+    told = []
+    with model.adapted(base, run.lora, run.seed) as tuned:
+        assert planned.trainable == model.count(tuned).trainable
+        real = TRAINERS[run.trainer.kind](run, base, tuned, task.train, task.valid, checkpoints.store(tmp_path / "t", {}),
+                                          lambda v, s: told.append(v), Control(), **task.more)  # fmt: skip
+    prompts = len(task.train)
+    assert prompts == 108
+    assert planned.steps == real["train/steps"] == len(told) == math.ceil(108 * 4 // 16 / 2) == 14
+    assert planned.written == 14 * 16 * 6
+    assert 0.5 * planned.flops < real["train/flops"] <= planned.flops
+    judge = rewarder.load(run).tuned
+    held = [*judge.parameters(), *judge.buffers()]
+    assert planned.judge == sum(p.numel() * p.itemsize for p in held)
+    parts = ("weights", "adapter", "copy", "gradients", "optimizer", "activations", "judge")
+    assert planned.memory == sum(getattr(planned, part) for part in parts)
+    assert (
+        estimate.missed(
+            estimate.against(planned, {"trainable": planned.trainable, "total": planned.total}, real, 1, True)
+        )
+        == []
+    )
 
 
 def test_pairs_by_hand():
@@ -180,8 +216,8 @@ def test_a_model_that_cannot_be_traced_is_planned_without_activations(monkeypatc
     def looks(*_args, **_kwargs):
         raise RuntimeError("Tensor.item() cannot be called on meta tensors")
 
-    monkeypatch.setattr(estimate.activations, "peak", looks)
-    monkeypatch.setattr(estimate, "_peaks", {})
+    monkeypatch.setattr(estimate.activations, "trace", looks)
+    monkeypatch.setattr(estimate, "_traces", {})
     plan = estimate.trial(composed("model=tiny"), Rows((20,) * 10, (5,) * 10), CPU)
     assert plan.activations is None
     assert "cannot be traced" in plan.notes[0]
@@ -210,6 +246,63 @@ def test_memory_grows_with_what_makes_it(composed):
     assert plan["wide"].activations > 1.8 * plan["plain"].activations
     assert plan["checkpointed"].activations < 0.7 * plan["plain"].activations
     assert plan["rank"].optimizer == pytest.approx(4 * plan["plain"].optimizer, rel=0.01)
+
+
+ROWS = Rows((30, 60, 41, 17) * 8, (12, 20, 5, 9) * 8)
+
+
+def forget():
+    """Drop what planning keeps, so that the next plan is put together itself."""
+    estimate._outlines.clear()
+    estimate._traces.clear()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [[], ["lora=dora"], ["lora=pissa"], ["lora=rslora", "trainer.gradient_checkpointing=true"], ["trainer.loss=focal"],
+     ["lora.targets=[q_proj,lm_head]", "lora.dropout=0.1"], ["trainer.optimizer=adamw_8bit"], ["trainer=reward", "data=preference"],
+     *(pytest.param(given, marks=pytest.mark.slow) for given in (
+         ["model=hub", "model.path=openai-community/gpt2"], ["model=embedded", "quant=nf4", "lora=loftq"],
+         ["model=hub", "model.path=microsoft/Phi-3-mini-4k-instruct", "quant=nf4"]))],
+    ids=" ".join,
+)  # fmt: skip
+def test_ranks_between_and_beyond_two_are_planned_exactly(given, composed):
+    """Every number of a plan, files with their headers and the peak of a step too."""
+    labels = int("trainer=reward" in given)
+
+    def planned(rank):
+        return estimate.trial(composed("model=tiny", "track=none", *given, f"lora.r={rank}"), ROWS, CPU, labels)
+
+    alone = {}
+    for rank in (1, 2, 9, 100, 3000):
+        forget()
+        alone[rank] = planned(rank)
+    forget()
+    planned(8)
+    planned(24)
+    assert {rank: planned(rank) for rank in alone} == alone
+
+
+def test_a_hundred_ranks_are_traced_as_often_as_two(composed, monkeypatch):
+    forget()
+    outlines, traces = [], []
+    outline, trace = estimate.sizes.outline, estimate.activations.trace
+    monkeypatch.setattr(estimate.sizes, "outline", lambda *given: outlines.append(1) or outline(*given))
+    monkeypatch.setattr(estimate.activations, "trace", lambda *given: traces.append(1) or trace(*given))
+    run = composed("model=tiny")
+    found = [estimate.trial(replace(run, lora=Lora(r, 2 * r)), ROWS, CPU).trainable for r in range(4, 104)]
+    assert (len(outlines), len(traces)) == (2, 2)
+    assert len(set(found)) == 100
+
+
+def test_sabotage_peaks_alone_lie_on_no_line(composed):
+    """The greatest of many lines is a broken one: what holds most at rank 8 is another moment than at rank 3000."""
+    forget()
+    run = composed("model=tiny")
+    peaks = {r: estimate.trial(replace(run, lora=Lora(r, r)), ROWS, CPU).activations for r in (8, 24)}
+    line = estimate.sizes.line(peaks[8], peaks[24], (8, 24), 3000)
+    forget()
+    assert line != estimate.trial(replace(run, lora=Lora(3000, 1)), ROWS, CPU).activations
 
 
 def test_plan_against_real():

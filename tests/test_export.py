@@ -62,7 +62,7 @@ def test_adapter_is_the_runs_own_and_loads_with_peft(run, tmp_path, monkeypatch,
     base = tiny.model("eager")
     ids = torch.tensor([[5, 6, 7]])
     bare = base(ids).logits
-    tuned = saved._attached(base, tmp_path / "a")
+    tuned = saved.attached(base, tmp_path / "a")
     assert not torch.equal(tuned(ids).logits, bare)
 
 
@@ -119,8 +119,8 @@ def test_model_that_moved_is_refused_and_removed(run, tmp_path, monkeypatch):
     """Sabotage of the merge: one matrix of fourteen gets its update twice."""
     honest = saved.merged
 
-    def twice(model, folder, labels=0):
-        made = honest(model, folder, labels)
+    def twice(*given):
+        made = honest(*given)
         fresh = tiny.model("eager").state_dict()
         name = "model.layers.1.mlp.down_proj.weight"
         weight = made.get_parameter(name)

@@ -11,9 +11,10 @@ import pytest
 import ftexp
 
 PACKAGE = Path(ftexp.__file__).parent
-ORDER = ["errors", "files", "progress", "verb", "config", "overrides", "data", "model", "metrics", "labels",
-         "evaluate", "train", "estimate", "facts", "track", "registry", "experiment", "runs", "sync", "probe", "stats",
-         "sweep", "board", "compare", "examples", "sealed", "page", "report", "confirm", "notebooks", "power", "diff",
+ORDER = ["errors", "files", "progress", "ranks", "verb", "config", "overrides", "data", "metrics", "runs", "board",
+         "handed", "model", "labels", "evaluate", "train", "estimate", "facts", "track", "registry", "experiment", "sync",
+         "probe", "stats", "sweep", "compare", "examples", "sealed", "page", "report", "confirm", "notebooks", "power",
+         "diff",
          "reproduce", "trained", "generate", "fidelity", "card", "export", "run", "api", "show", "plan", "doctor", "ui",
          "completion", "__main__"]  # fmt: skip
 """A module imports only from those to its left."""

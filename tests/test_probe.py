@@ -169,7 +169,7 @@ def test_stack_is_as_it_should_be():
 
 def test_sabotage_mean_over_each_piece(toy, monkeypatch):
     real = sft.token_mean
-    monkeypatch.setattr(sft, "token_mean", lambda model, inputs, tokens: real(model, inputs, None))
+    monkeypatch.setattr(sft, "token_mean", lambda model, inputs, tokens, terms: real(model, inputs, None, terms))
     assert probe.accumulation(*toy).state is State.fail
 
 

@@ -72,6 +72,9 @@ def folder(tmp_path_factory):
 def test_run_works(command, cli, folder, monkeypatch):
     """As written, but for a small model and few steps; what names the person's own model and rows stays."""
     monkeypatch.chdir(folder)
+    if "trainer.reward=judge" in command:
+        [before] = [c for c in RUNS if "name=judge" in c]
+        assert run_small(before, cli)[0] == 0
     code, out, err = run_small(command, cli)
     assert code == 0, err
     assert out
@@ -82,6 +85,8 @@ def run_small(command, cli):
     small = [o for o in TINY if not any(a.split("=")[0] == o.split("=")[0] for a in argv)]
     if any(a.startswith("data=jsonl") for a in argv):
         small = [o for o in small if not o.startswith("data.")] + ["data.valid=12"]
+    if "quant=nf4" in argv:  # the tiny model has no stored weights
+        small = [o for o in small if o != "model=tiny"] + ["model=hub", "model.path=./my-model"]
     if any(a.startswith("experiment=") for a in argv):
         small += ["quant=none"]  # the tiny model has no stored weights
     if {"--cfg", "--help"} & set(argv):

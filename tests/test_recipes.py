@@ -5,11 +5,15 @@ import math
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import yaml
 
 from ftexp import config, data, estimate, experiment, model, overrides, plan
 from ftexp.config import Kind, Method, Model, Quant, Source
+from ftexp.errors import MachineError
+from ftexp.files import write_json
+from ftexp.model import architecture
 from ftexp.train import classify
 
 ROWS = sorted(path.stem for path in (overrides.CONF / "experiment").glob("*.yaml"))
@@ -17,15 +21,25 @@ GOLDEN = yaml.safe_load((Path(__file__).parent / "golden" / "seeds.yaml").read_t
 SMALL = ["scale=smoke", "model=hub", "model.dtype=float32", "track=none", "trainer.report_steps=0",
          "eval.max_new_tokens=4"]  # fmt: skip
 """The smoke of a recipe on a model that takes seconds."""
-OWN = {"anime_genres": ["lora.train=[layers.0,layers.1]", "trainer.lr=2e-3"], "latex_gpt2": ["trainer.lr=2e-3"]}
+OWN = {
+    "anime_genres": ["lora.train=[layers.0,layers.1]", "trainer.lr=2e-3"],
+    "latex_gpt2": ["trainer.lr=2e-3"],
+    "sawyer_sft": ["trainer.lr=2e-3"],
+    "sawyer_rm": ["trainer.lr=2e-3"],
+    "sawyer_rl": ["model=run", "model.path=reproduce-sawyer_sft-smoke", "trainer.lr=2e-3", "trainer.max_new_tokens=8",
+                  "eval.max_new_tokens=8"],
+}  # fmt: skip
 """The tiny model has no layers 28 and 29, and takes larger steps."""
+BEFORE = {"sawyer_rl": ("sawyer_sft", "sawyer_rm")}
+"""Recipes that take up what others left."""
 SWAPPED = {
     "model.kind", "model.path", "model.revision", "model.dtype", "lora.targets", "lora.train",
     "data.kind", "data.path", "data.valid_path", "data.split", "data.rows", "data.valid", "data.prompt",
     "data.completion", "data.columns.text", "data.columns.labels", "data.max_length", "trainer.lr", "trainer.steps",
     "trainer.batch", "trainer.accumulation", "trainer.report_steps", "eval.max_new_tokens", "eval.batch",
+    "trainer.reward", "trainer.max_new_tokens",
 }  # fmt: skip
-"""Keys that a smoke may change: model, rows, and how much of them. All others are the recipe's."""
+"""Keys that a smoke may change: models, rows, and how much of them. All others are the recipe's."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +57,8 @@ def small(composed, stored):
     """Return a function that composes the smoke of a recipe on the stored model."""
 
     def build(row, *given):
-        return composed(f"experiment={row}", *SMALL, f"model.path={stored}", *OWN.get(row, []), *given)
+        model_path = [] if row in BEFORE else [f"model.path={stored}"]
+        return composed(f"experiment={row}", *SMALL, *model_path, *OWN.get(row, []), *given)
 
     return build
 
@@ -53,7 +68,7 @@ def test_recipe_and_its_smoke_differ_in_model_and_rows_alone(row, composed):
     recipe, smoke = (config.flat(composed(f"experiment={row}", *given)) for given in ([], ["scale=smoke"]))
     differ = {key for key in recipe | smoke if recipe.get(key) != smoke.get(key)}
     assert differ <= SWAPPED
-    assert smoke["model.kind"] == Kind.embedded.value
+    assert smoke["model.kind"] == (Kind.run if row in BEFORE else Kind.embedded).value
     assert smoke["data.kind"] not in {kind.value for kind in (*config.FILES, Source.hub)}
     assert (overrides.CONF / "scale" / "smoke" / f"{row}.yaml").exists()
 
@@ -66,7 +81,7 @@ def test_a_smoke_of_another_method_would_be_seen(composed):
 
 def planned(row, given, monkeypatch, capsys):
     """Plan a recipe on the command line; activations, which no source prints, are left out."""
-    monkeypatch.setattr(estimate.activations, "peak", lambda *_: 0)
+    monkeypatch.setattr(estimate.activations, "trace", lambda *_: numpy.zeros(1, dtype=int))
     monkeypatch.setattr(sys, "argv", ["ftexp plan", f"experiment={row}", *given, "--json"])
     code = plan.main()
     out, err = capsys.readouterr()
@@ -79,18 +94,31 @@ def planned(row, given, monkeypatch, capsys):
     }
 
 
+def left_behind(row, composed):
+    """Write what the stages before a recipe leave, but for their weights, which no plan reads."""
+    for stage in BEFORE.get(row, ()):
+        run = composed(f"experiment={stage}")
+        folder = Path("outputs/runs") / f"reproduce-{stage}-none"
+        architecture.described(run.model).save_pretrained(folder / "model")
+        facts = {"compute": {"dtype": "float32", "attention": "eager"}, "weights_sha256": "0" * 64}
+        told = {"state": "complete", "config": experiment.identity(run), "facts": facts}
+        write_json(folder / "trial.json", told)
+
+
 def same(found, wanted):
     """Compare a figure as the source prints it: text to its last digit, a number exactly."""
     return f"{found:.{len(wanted.partition('.')[2])}f}" == wanted if isinstance(wanted, str) else found == wanted
 
 
 @pytest.mark.parametrize("row", sorted(GOLDEN))
-def test_recipe_is_planned_to_the_figures_of_its_source(row, tmp_path, monkeypatch, capsys):
+def test_recipe_is_planned_to_the_figures_of_its_source(row, composed, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    left_behind(row, composed)
+    files = sorted(tmp_path.rglob("*"))
     wanted = {key: value for key, value in GOLDEN[row].items() if key != "plan"}
     found = planned(row, GOLDEN[row]["plan"], monkeypatch, capsys)
     assert {key: found[key] for key, value in wanted.items() if not same(found[key], value)} == {}
-    assert not list(tmp_path.iterdir())
+    assert sorted(tmp_path.rglob("*")) == files
 
 
 def test_phi3_prints_its_base_before_the_rest_becomes_float32(tmp_path, monkeypatch, capsys):
@@ -111,10 +139,17 @@ def test_every_recipe_of_a_tutorial_has_figures():
 
 
 def learned(run, folder):
-    """Train a run; return the loss of what knows nothing of the rows, and that of the trained model."""
+    """Train a run; return the loss of what knows nothing of the rows, and that of the trained model.
+
+    Of a reward model the share of pairs it gets wrong, and of reinforcement learning the reward with its sign turned.
+    """
     experiment.check(run, None)
     experiment.prepare(run)
-    scores = experiment.execute(run, folder / "run", "smoke")
+    scores = experiment.execute(run, folder, "smoke")
+    if run.trainer.kind is Method.reward:
+        return 0.5, 1 - scores["valid/accuracy"]
+    if run.trainer.kind is Method.rloo:
+        return -scores["base/reward"], -scores["valid/reward"]
     if run.trainer.kind is not Method.classify:
         return scores["base/loss"], scores["valid/loss"]
     import torch
@@ -125,19 +160,28 @@ def learned(run, folder):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_smoke_of_a_recipe_learns(row, small, composed, tmp_path):
+def test_smoke_of_a_recipe_learns(row, small, composed, tmp_path, monkeypatch):
     """With the recipe's own quantization and optimizer, which CPUs have."""
+    monkeypatch.chdir(tmp_path)
+    for stage in BEFORE.get(row, ()):
+        learned(small(stage), Path("outputs/runs") / f"reproduce-{stage}-smoke")
     run = small(row)
     assert (run.quant, run.trainer.optimizer) == (
         (asked := composed(f"experiment={row}")).quant,
         asked.trainer.optimizer,
     )
-    before, after = learned(run, tmp_path)
+    before, after = learned(run, tmp_path / "run")
     assert after < before - 0.05
 
 
+def test_a_stage_without_the_one_before_says_which_is_missing(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MachineError, match="reproduce-sawyer_sft-smoke must be a run that is complete here, train it"):
+        experiment.check(small("sawyer_rl"), None)
+
+
 def test_a_smoke_that_learns_nothing_would_be_seen(small, tmp_path):
-    before, after = learned(small("yoda_phi3", "trainer.lr=1e-9"), tmp_path)
+    before, after = learned(small("yoda_phi3", "trainer.lr=1e-9"), tmp_path / "run")
     assert after > before - 0.05
 
 
@@ -145,7 +189,7 @@ def test_a_smoke_that_learns_nothing_would_be_seen(small, tmp_path):
 def test_smoke_of_the_classifier_tells_genres(composed, tmp_path):
     """On the embedded model, whose tokens are words; an untrained head has an area of 0.5."""
     run = composed("experiment=anime_genres", "scale=smoke", "track=none", "trainer.report_steps=0")
-    before, after = learned(run, tmp_path)
+    before, after = learned(run, tmp_path / "run")
     assert before == pytest.approx(math.log(2))
     assert after < 0.5 * before
     scores = json.loads((tmp_path / "run" / "trial.json").read_text())["scores"]

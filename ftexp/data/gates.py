@@ -72,20 +72,21 @@ def equal(held: tuple[Row, ...], rows: tuple[Row, ...]) -> Iterator[Leak]:
 
 
 def alike(held: tuple[Row, ...], rows: tuple[Row, ...], threshold: float) -> Iterator[Leak]:
-    """Yield held-out rows whose text is nearly that of another row."""
+    """Yield held-out rows whose text is nearly that of another row; what nearly all rows share tells nothing."""
     import numpy as np
 
     if not held or not rows:
         return
     texts = [hygiene.normalised(row) for row in held]
-    keys = hygiene.band_keys(hygiene.minhashes(texts), threshold)
+    common = hygiene.common([*texts, *map(hygiene.normalised, rows[:: -(-len(rows) // hygiene.SAMPLE)])])
+    keys = hygiene.band_keys(hygiene.minhashes(texts, common), threshold)
     known = np.unique(keys)
     for start in range(0, len(rows), CHUNK):
         others = [hygiene.normalised(row) for row in rows[start : start + CHUNK]]
-        theirs = hygiene.band_keys(hygiene.minhashes(others), threshold)
+        theirs = hygiene.band_keys(hygiene.minhashes(others, common), threshold)
         for n in np.flatnonzero(np.isin(theirs, known).any(axis=1)):
             for m in np.flatnonzero((keys == theirs[n]).any(axis=1)):
-                if (likeness := hygiene.likeness(texts[m], others[n])) >= threshold:
+                if (likeness := hygiene.likeness(texts[m], others[n], common)) >= threshold:
                     yield held[m], rows[start + n], f"is a near copy (likeness {likeness:.2f}) of"
 
 

@@ -1,10 +1,12 @@
 """Copies of rows: equal, equal after normalisation, nearly equal, or of one meaning; found within and across files.
 
-Near copies: the likeness of two rows is the Jaccard index of their sets of five-letter pieces after normalisation,
-|A and B| / |A or B| (Broder 1997, "On the resemblance and containment of documents"). Pairs to compare are found by
-MinHash in bands (Leskovec et al., "Mining of Massive Datasets", section 3.4); each is then compared exactly, so a
-row is never called a copy by chance. Two rows of likeness s meet in one of b bands of r hashes with probability
-1 - (1 - s^r)^b; `bands` picks r so that at the threshold fewer than 1 pair of 10 000 is missed.
+Near copies: the likeness of two rows is the Jaccard index of their sets of five-letter pieces after normalisation, |A
+and B| / |A or B| (Broder 1997, "On the resemblance and containment of documents"). Pairs to compare are found by
+MinHash in bands (Leskovec et al., "Mining of Massive Datasets", section 3.4); each is then compared exactly, so a row
+is never called a copy by chance. Pieces that nine of ten rows share, such as those of one long prompt around short
+texts, are left out of the comparison: they tell no row from another. Two rows of likeness s meet in one of b bands of
+r hashes with probability 1 - (1 - s^r)^b; `bands` picks r so that at the threshold fewer than 1 pair of 10 000 is
+missed.
 
 What is kept depends on the texts alone, never on their order: rows are visited in the order of their hashes, test
 rows first and training rows last, and a row goes where one that was kept is alike. On rows of a sentence this
@@ -33,7 +35,11 @@ if TYPE_CHECKING:
 
 PIECE = 5
 """Letters in a piece; words are too long for rows of a sentence."""
+COMMON, FEW = 0.9, 20
+"""Share of rows from which a piece counts as common to all, and rows below which none does."""
 HASHES = 128
+SAMPLE = 2000
+"""Rows in which common pieces are looked for."""
 CHUNK = 512
 """Rows hashed at once."""
 BLOCK, COMPARED = 1024, 32_768
@@ -75,13 +81,30 @@ def pieces(text: str) -> frozenset[str]:
     return frozenset(text[n : n + PIECE] for n in range(max(1, len(text) - PIECE + 1)))
 
 
-def likeness(one: str, other: str) -> float:
-    """Return the Jaccard index of the pieces of two normalised texts.
+def common(texts: list[str]) -> frozenset[str]:
+    """Return the pieces that nearly all texts share, as they do where one prompt stands around each.
 
-    >>> likeness("a robot", "a robot"), likeness("a robot", "robots")
-    (1.0, 0.25)
+    >>> sorted(common([f"say it: {n * n}" for n in range(100, 130)]))
+    [' it: ', 'ay it', 'it: 1', 'say i', 'y it:']
     """
-    a, b = _pieces(one), _pieces(other)
+    if len(texts) < FEW:
+        return frozenset()
+    seen = texts[:: -(-len(texts) // SAMPLE)]
+    counts = Counter(piece for text in seen for piece in pieces(text))
+    return frozenset(piece for piece, count in counts.items() if count >= COMMON * len(seen))
+
+
+def likeness(one: str, other: str, common: frozenset[str] = frozenset()) -> float:
+    """Return the Jaccard index of the pieces of two normalised texts, without those common to all.
+
+    Of two texts that have no piece of their own all pieces count.
+
+    >>> likeness("a robot", "a robot"), likeness("a robot", "robots"), likeness("a robot", "robots", pieces("a rob"))
+    (1.0, 0.25, 0.3333333333333333)
+    """
+    a, b = _pieces(one) - common, _pieces(other) - common
+    if not a and not b:
+        a, b = _pieces(one), _pieces(other)
     shared = len(a & b)
     return shared / (len(a) + len(b) - shared)
 
@@ -151,7 +174,8 @@ def _unlike(rows: list[tuple[int, Row]], copies: list[Copy], threshold: float) -
 
     order = sorted(range(len(rows)), key=lambda n: _order(rows[n]))
     texts = [normalised(rows[n][1]) for n in order]  # from here on a row is its place in this order
-    signatures = minhashes(texts)
+    alike_anyway = common(texts)
+    signatures = minhashes(texts, alike_anyway)
     # The share of equal hashes estimates the likeness; four deviations below the threshold none is worth comparing.
     surely_less = threshold - 4 * (threshold * (1 - threshold) / HASHES) ** 0.5
     seen: dict[int, list[int]] = defaultdict(list)
@@ -160,7 +184,7 @@ def _unlike(rows: list[tuple[int, Row]], copies: list[Copy], threshold: float) -
         for n, keys in enumerate(band_keys(signatures, threshold).tolist()):
             met = np.array(sorted({m for key in keys for m in seen.get(key, ())}), dtype=int)
             close = met[(signatures[met] == signatures[n]).mean(axis=1) >= surely_less] if len(met) else ()
-            best = max(((likeness(texts[n], texts[m]), -m) for m in close), default=(0.0, 0))
+            best = max(((likeness(texts[n], texts[m], alike_anyway), -m) for m in close), default=(0.0, 0))
             if best[0] >= threshold:
                 copies.append(Copy(rows[order[n]][1], rows[order[-best[1]]][1], Dedup.near, best[0]))
                 gone.add(order[n])
@@ -239,8 +263,8 @@ def band_keys(signatures: Array, threshold: float) -> Array:
     return keys
 
 
-def minhashes(texts: list[str]) -> Array:
-    """Return the least value of each hash function over the pieces of each text, (text, hash).
+def minhashes(texts: list[str], common: frozenset[str] = frozenset()) -> Array:
+    """Return the least value of each hash function over the pieces of each text, (text, hash), without the common ones.
 
     The functions are `a * h + b` modulo 2^64 with fixed a and b, on a mixed hash h of a piece: the same on every
     machine.
@@ -249,13 +273,27 @@ def minhashes(texts: list[str]) -> Array:
 
     draw = np.random.Generator(np.random.PCG64(0)).integers(0, 2**63, (2, HASHES), dtype=np.int64).astype(np.uint64)
     least = np.empty((len(texts), HASHES), dtype=np.uint32)
+    out = np.sort(piece_codes(sorted(common))[0]) if common else None
     for start in range(0, len(texts), CHUNK):
         codes, begins = piece_codes(texts[start : start + CHUNK])
+        if out is not None:
+            codes, begins = _without(codes, begins, out)
         for n in range(HASHES):
             hashed = codes * (draw[0, n] * np.uint64(2) + np.uint64(1)) + draw[1, n]
             # the low bits of a product are poor
             least[start : start + CHUNK, n] = np.minimum.reduceat(hashed, begins) >> np.uint64(32)
     return least
+
+
+def _without(codes: Array, begins: Array, out: Array) -> tuple[Array, Array]:
+    """Leave codes out of the texts; a text that would have none left keeps all of its own."""
+    import numpy as np
+
+    text = np.repeat(np.arange(len(begins)), np.diff(np.append(begins, len(codes))))
+    kept = ~np.isin(codes, out)
+    kept |= np.bincount(text, kept, len(begins))[text] == 0
+    counts = np.bincount(text[kept], minlength=len(begins))
+    return codes[kept], np.concatenate([[0], np.cumsum(counts)[:-1]])
 
 
 def piece_codes(texts: list[str]) -> tuple[Array, Array]:

@@ -6,17 +6,17 @@ import difflib
 import gc
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ftexp import config
-from ftexp.config import Format, Kind, Lora, Model, Quant, Variant
+from ftexp import config, handed
+from ftexp.config import Format, Kind, Lora, Method, Model, Quant, Variant
 from ftexp.errors import ConfigError, MachineError
 from ftexp.files import read_json, write_json
-from ftexp.model import compute, embedded, tiny
+from ftexp.model import compute, embedded, loftq, tiny
 from ftexp.model.compute import Compute
 
 if TYPE_CHECKING:
@@ -36,18 +36,51 @@ class Base:
     """sha256 over every weight and buffer that is stored."""
     key: str
     """Digest of the config it was loaded for."""
+    made_from: Model
+    """What it was loaded from."""
     head: tuple[str, ...] = ()
     """Names of the modules of a fresh head (of a classifier or a reward), which a trial trains whole."""
     start: dict[str, torch.Tensor] = field(default_factory=dict)
     """First weights of the adapter that is on, where they were taken out of the base (PiSSA)."""
+    changed: list[tuple[torch.nn.Parameter, torch.Tensor]] = field(default_factory=list)
+    """Weights of the base that the training under way changes, each with what it was before."""
+
+
+WRITERS = (Method.sft, Method.dpo, Method.rloo)
+"""Methods whose models write text, so that a training can go on from them."""
+
+
+def origin(model: Model) -> tuple[Model, Path | None]:
+    """Return what `model.kind=run` stands for: the model below the run, and the adapter to merge into it.
+
+    The adapter is None where the run trained a whole model, which then lies in a folder of its own. Number format and
+    attention are those that are asked for now.
+
+    Raises:
+        ConfigError: the run's model writes no text.
+        MachineError: there is no such run, or its weights are gone.
+    """
+    kept = handed.stage("model.path", model.path, WRITERS)
+    asked: dict[str, Any] = {"dtype": model.dtype, "attention": model.attention}
+    if (kept.folder / "adapter").is_dir():
+        return replace(kept.config().model, **asked), kept.folder / "adapter"
+    return Model(Kind.hub, str(kept.folder.resolve() / "model"), **asked), None
+
+
+def rooted(model: Model) -> Model:
+    """Return the model whose config and tokenizer a model has: itself, or of a run the one at its root."""
+    while model.kind is Kind.run:
+        model = origin(model)[0]
+    return model
 
 
 def source(model: Model) -> str:
-    """Return the folder or hub id to load from.
+    """Return the folder or hub id that config and tokenizer are loaded from, and weights unless a run has them.
 
     Raises:
         MachineError: a folder is named that is not there, or the embedded model cannot be fetched.
     """
+    model = rooted(model)
     if model.kind is Kind.embedded:
         return str(embedded.folder())
     if model.path.startswith((".", "/", "~")) or Path(model.path).is_dir():
@@ -84,7 +117,7 @@ def _refuse_ways_out(path: Path) -> None:
 
 def positions(model: Model) -> int | None:
     """Return how many tokens the model can hold in a row, or None where it does not say."""
-    if model.kind is Kind.tiny:
+    if rooted(model).kind is Kind.tiny:
         return tiny.POSITIONS
     return getattr(configuration(model).get_text_config(), "max_position_embeddings", None)
 
@@ -102,6 +135,7 @@ def tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
     Which token pads changes nothing: padding is masked by length, never by token, in training and in scoring.
     """
+    model = rooted(model)
     if model.kind is Kind.tiny:
         return tiny.tokenizer()
     from transformers import AutoTokenizer
@@ -142,8 +176,10 @@ def load(model: Model, quant: Quant, labels: int = 0, longest: int = 0) -> Base:
         MachineError: the model cannot be found or loaded.
     """
     global _warm
-    long = longest >= compute.LONG
-    key = config.digest(model, quant) + (f"-{labels}" if labels else "") + ("-long" if long else "")
+    key = config.digest(model, quant) + (f"-{labels}" if labels else "")
+    key += "-long" if longest >= compute.LONG else ""
+    if model.kind is Kind.run:  # a run of that name may have been trained again
+        key += str(handed.identity(handed.find(model.path, aloud=False)))
     if _warm is None or _warm.key != key:
         gc.unfreeze()
         _warm = None  # frees the other model before this one is loaded
@@ -162,23 +198,18 @@ def forget() -> None:
     _warm = None
 
 
-def fresh(model: Model, quant: Quant) -> Base:
-    """Load a small base beside the one that is kept, for a probe."""
-    return _load(model, quant, "probe")
+def fresh(model: Model, quant: Quant, labels: int = 0) -> Base:
+    """Load a base beside the one that is kept: a small one for a probe, or that of a reward model."""
+    return _load(model, quant, "beside", labels)
 
 
 def _load(model: Model, quant: Quant, key: str, labels: int = 0, longest: int = 0) -> Base:
-    import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # half a second of bar for a local file
     chosen = compute.policy(model, longest)
     compute.apply(chosen)
-    if model.kind is Kind.tiny:
-        loaded = tiny.model(chosen.attention, labels).to(chosen.device, getattr(torch, chosen.dtype))  # type: ignore
-        fresh = {"score.weight"}
-    else:
-        loaded, fresh = _pretrained(model, quant, chosen, labels)
+    loaded, fresh = stored(model, quant, chosen, labels)
     text = tokenizer(model)
     if labels:
         loaded.config.get_text_config().pad_token_id = cast(int, text.pad_token_id)
@@ -187,7 +218,7 @@ def _load(model: Model, quant: Quant, key: str, labels: int = 0, longest: int = 
     loaded.requires_grad_(False).eval()
     if not labels:
         loaded.generation_config = _greedy(loaded)
-    return Base(loaded, text, chosen, fingerprint(loaded), key, head)
+    return Base(loaded, text, chosen, fingerprint(loaded), key, model, head)
 
 
 def keep_gradients(model: torch.nn.Module) -> None:
@@ -215,6 +246,53 @@ def fresh_head(model: PreTrainedModel, fresh: set[str], labels: int) -> tuple[st
     return names
 
 
+def stored(model: Model, quant: Quant, chosen: Compute, labels: int = 0) -> tuple[PreTrainedModel, set[str]]:
+    """Load the weights of a model wherever they are, and tell which of them came from nowhere (a fresh head)."""
+    import torch
+
+    if model.kind is Kind.run:
+        return _handed_over(model, quant, chosen, labels)
+    if model.kind is Kind.tiny:
+        made = tiny.model(chosen.attention, labels).to(chosen.device, getattr(torch, chosen.dtype))  # type: ignore
+        return made, {"score.weight"}
+    return _pretrained(model, quant, chosen, labels)
+
+
+def _handed_over(model: Model, quant: Quant, chosen: Compute, labels: int) -> tuple[PreTrainedModel, set[str]]:
+    """Load what a run learned: its whole model, or its adapter merged in float32 and rounded once to the format in use.
+
+    Raises:
+        ConfigError: a merged model is to be quantized.
+    """
+    import torch
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    from ftexp.model import saved
+
+    below, adapter = origin(model)
+    if adapter is None:
+        return stored(below, quant, chosen, labels)
+    if quant.kind is not Format.none:
+        raise ConfigError(
+            f"quant.kind must be none with model=run, whose adapter is merged first, got {quant.kind.value}; "
+            f"ftexp export {model.path} --form merged writes a folder that model=hub can quantize"
+        )
+    dtype = getattr(torch, chosen.dtype)
+    whole = saved.merged(below, adapter, attention=chosen.attention)
+    if not labels:
+        return whole.to(chosen.device, dtype), set()  # type: ignore
+    headed = whole.config
+    headed.num_labels = labels
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(headed)]
+        loaded, told = kind.from_pretrained(
+            None, config=headed, state_dict=whole.state_dict(), output_loading_info=True, dtype=dtype,
+            attn_implementation=chosen.attention,
+        )  # fmt: skip
+    return loaded.to(chosen.device), set(told["missing_keys"])
+
+
 def _pretrained(model: Model, quant: Quant, chosen: Compute, labels: int = 0) -> tuple[PreTrainedModel, set[str]]:
     """Load a model, and tell which of its weights the files do not have."""
     import torch
@@ -231,7 +309,7 @@ def _pretrained(model: Model, quant: Quant, chosen: Compute, labels: int = 0) ->
             dtype=getattr(torch, chosen.dtype),
             attn_implementation=chosen.attention,
             quantization_config=_quantization(quant, chosen),
-            device_map={"": 0} if chosen.device == "cuda" else None,
+            device_map={"": torch.cuda.current_device()} if chosen.device == "cuda" else None,
             trust_remote_code=False,
             use_safetensors=True,  # other files of weights are pickles
         )
@@ -309,7 +387,7 @@ def adapter(lora: Lora, head: tuple[str, ...] = ()) -> LoraConfig:
     if asked.startswith(TAKERS):
         raise ConfigError(
             f"lora.extra.init_lora_weights must not change the base, got {asked}: the saved adapter would not fit it; "
-            "lora.variant=pissa saves one that does"
+            "lora.variant=pissa and loftq save one that does"
         )
     return cast("LoraConfig", accept(LoraConfig, own, lora.extra, "lora.extra"))
 
@@ -371,9 +449,10 @@ def adapted(base: Base, lora: Lora, seed: int) -> Iterator[PeftModel | PreTraine
             tuned, changed = _with_adapter(base, lora)
         if not count(tuned).trainable:
             raise ConfigError(f"lora.extra={lora.extra} leaves no weight to train")
+        base.changed = changed
         yield tuned
     finally:
-        base.start = {}
+        base.start, base.changed = {}, []
         _strip(base, tuned, forward, hooks)
         for name, module in heads.items():  # peft leaves the trained one
             base.model.set_submodule(name, module.requires_grad_(False))
@@ -381,6 +460,20 @@ def adapted(base: Base, lora: Lora, seed: int) -> Iterator[PeftModel | PreTraine
             weight.data, weight.grad = value.to(weight.device), None
         if fingerprint(base.model) != base.weights:
             _warm = None
+
+
+@contextmanager
+def untrained(base: Base, tuned: Any) -> Iterator[None]:
+    """Make a model that `adapted` lends answer as its base did before training, while the block runs."""
+    now = [(weight, weight.data) for weight, _ in base.changed]
+    try:
+        for weight, before in base.changed:
+            weight.data = before.to(weight.device)
+        with nullcontext() if tuned is base.model else tuned.disable_adapter():
+            yield
+    finally:
+        for weight, value in now:
+            weight.data = value
 
 
 def thawed(model: PreTrainedModel, parts: list[str], head: tuple[str, ...]) -> list[torch.nn.Parameter]:
@@ -424,6 +517,8 @@ def _with_adapter(base: Base, lora: Lora) -> tuple[PeftModel, list[tuple[torch.n
         tuned = cast("PeftModel", get_peft_model(base.model, adapter(lora, base.head)))
     except ValueError as error:
         raise ConfigError(f"lora is refused by peft: {error}") from error
+    if lora.variant is Variant.loftq:
+        loftq.start(tuned, base.made_from, source(base.made_from))
     if lora.variant is Variant.pissa:
         kept = get_peft_model_state_dict(tuned)
         base.start = {name: value.detach().cpu().clone() for name, value in kept.items() if "lora_" in name}

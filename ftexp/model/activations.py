@@ -9,20 +9,28 @@ tiny and the embedded model in 2 to 8 rows of 32 to 256 tokens (0.3 % in float32
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy
     import torch
+
+    Array = numpy.ndarray[Any, Any]
 
 ERROR = 0.02
 """Largest relative error of the peak against what PyTorch's CPU allocator hands out."""
 
 
-def peak(tuned: Any, rows: int, length: int, supervised: int, attention: str, checkpointing: bool, head: bool) -> int:
-    """Trace one training step of a model on the meta device: peak bytes beside weights and gradients.
+def trace(
+    tuned: Any, rows: int, length: int, supervised: int, attention: str, checkpointing: bool, head: bool,
+    terms: Callable[[Any, Any], Any] | None = None,
+) -> Array:  # fmt: skip
+    """Trace one training step of a model on the meta device: bytes beside weights and gradients, at each allocation.
+
+    The greatest is the peak. Each is a straight line in the rank of an adapter, as long as the operations are the same.
 
     Args:
         tuned: the model with its adapter.
@@ -32,10 +40,13 @@ def peak(tuned: Any, rows: int, length: int, supervised: int, attention: str, ch
         attention: implementation of attention; all but `eager` take a mask of booleans.
         checkpointing: whether layers are computed again in the backward pass.
         head: whether the model is a classifier.
+        terms: takes logits (supervised, vocabulary) and targets, returns the loss of each; None for
+            cross entropy.
 
     Raises:
         RuntimeError: the model looks at numbers, so it cannot be traced.
     """
+    import numpy as np
     import torch
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -50,11 +61,13 @@ def peak(tuned: Any, rows: int, length: int, supervised: int, attention: str, ch
         ids = torch.zeros(rows, length, dtype=torch.long)
         live = _live(tuned)
         with _fused(), live:
-            _loss(tuned, ids, attention, None if head else supervised).backward()
-    return live.peak
+            _loss(tuned, ids, attention, None if head else supervised, terms).backward()
+    return np.array(live.told or [0], dtype=np.int64)
 
 
-def _loss(tuned: Any, ids: torch.Tensor, attention: str, supervised: int | None) -> torch.Tensor:
+def _loss(
+    tuned: Any, ids: torch.Tensor, attention: str, supervised: int | None, terms: Callable[[Any, Any], Any] | None
+) -> torch.Tensor:
     """Return the loss alone: what it was made of lives on only as far as the backward pass needs it."""
     import torch
 
@@ -63,6 +76,8 @@ def _loss(tuned: Any, ids: torch.Tensor, attention: str, supervised: int | None)
     else:
         logits = _written(tuned, ids, attention, supervised)
     truth = torch.zeros(logits.shape[0], dtype=torch.long)
+    if terms is not None:
+        return terms(logits.float(), truth).sum()
     return torch.nn.functional.cross_entropy(logits.float(), truth, reduction="sum")
 
 
@@ -138,7 +153,8 @@ def _live(tuned: Any) -> Any:
     class Live(TorchDispatchMode):
         def __init__(self):
             super().__init__()
-            self.now = self.peak = 0
+            self.now = 0
+            self.told: list[int] = []
             self.known = {t.untyped_storage()._cdata for t in held}
 
         def free(self, storage: int, size: int) -> None:
@@ -154,7 +170,7 @@ def _live(tuned: Any) -> Any:
                 if storage._cdata not in self.known:
                     self.known.add(storage._cdata)
                     self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
+                    self.told.append(self.now)
                     weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
             return made
 

@@ -41,6 +41,7 @@ def described(model: Model) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
+    model = models.rooted(model)
     if model.kind is Kind.tiny:
         return tiny.configuration()
     name = EMBEDDED if model.kind is Kind.embedded else model.path
@@ -51,6 +52,7 @@ def described(model: Model) -> PreTrainedConfig:
 
 def readable(model: Model) -> bool:
     """Tell whether the tokenizer is on this machine, so that loading it fetches nothing."""
+    model = models.rooted(model)
     if model.kind is Kind.tiny:
         return True
     if model.kind is Kind.embedded:

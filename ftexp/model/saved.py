@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ftexp.config import Format, Kind, Model, Quant
+from ftexp.config import Attention, Dtype, Format, Kind, Model, Quant, Run
 from ftexp.errors import MachineError
-from ftexp.model import Base, _greedy, _hooks, _pretrained, _quantization, _strip, compute, fingerprint, forget, tiny
+from ftexp.model import Base, _greedy, _hooks, _quantization, _strip, compute, fingerprint, forget, stored
+from ftexp.progress import say
+from ftexp.runs import Kept
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -18,6 +20,31 @@ if TYPE_CHECKING:
 
 ADAPTER = "adapter_config.json"
 """File that a folder with an adapter has."""
+
+
+def as_trained(kept: Kept, run: Run) -> tuple[Run, bool]:
+    """Return a run's config with the number format and attention it was trained in, and whether the device is the same.
+
+    On another device the config stays as it is: formats differ there.
+    """
+    before, now = kept.trial["facts"]["compute"], compute.policy(run.model)
+    if before["device"] != now.device:
+        say(f"{kept.name} was trained on {before['device']} in {before['dtype']}; this is {now.device} in {now.dtype}, "
+            "and its answers may differ in places")  # fmt: skip
+        return run, False
+    how: dict[str, Any] = {"dtype": Dtype(before["dtype"]), "attention": Attention(before["attention"])}
+    return replace(run, model=replace(run.model, **how)), True
+
+
+def check_weights(kept: Kept, run: Run, base: Base) -> None:
+    """Refuse another base than the run's; packed weights may differ with the chip that packed them."""
+    told = kept.trial["facts"]["weights_sha256"]
+    if base.weights == told:
+        return
+    text = f"{kept.folder}: was trained on weights {told[:12]}, those of the base model are now {base.weights[:12]}"
+    if run.quant.kind is Format.none:
+        raise MachineError(text)
+    say(f"warning: {text}; they are packed on load, and another chip may pack them otherwise")
 
 
 @contextmanager
@@ -30,7 +57,7 @@ def restored(base: Base, folder: Path) -> Iterator[PeftModel]:
     heads = {name: base.model.get_submodule(name) for name in base.head}
     forward, hooks = base.model.__dict__.get("forward"), _hooks(base.model)
     try:
-        tuned = _attached(base.model, folder)
+        tuned = attached(base.model, folder)
     except BaseException:
         forget()  # half of the layers may be wrapped
         raise
@@ -44,7 +71,12 @@ def restored(base: Base, folder: Path) -> Iterator[PeftModel]:
             forget()
 
 
-def _attached(model: PreTrainedModel, folder: Path) -> PeftModel:
+def attached(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put the adapter of a folder on a base, for good, in evaluation mode.
+
+    Raises:
+        MachineError: the folder holds no adapter of this base.
+    """
     from peft import PeftModel
 
     if not (folder / ADAPTER).is_file():
@@ -56,7 +88,9 @@ def _attached(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise MachineError(f"{folder}: the adapter does not fit its base model: {told}") from error
 
 
-def merged(model: Model, folder: Path, labels: int = 0) -> PreTrainedModel:
+def merged(
+    model: Model, folder: Path, labels: int = 0, packed: Quant | None = None, attention: str | None = None
+) -> PreTrainedModel:
     """Load the base in float32, however the run stored it, and add the adapter to its weights; on the CPU.
 
     Sums in 16 bit would round twice, and sums with 4-bit weights would be rounded to 4 bit (peft#1043).
@@ -64,17 +98,22 @@ def merged(model: Model, folder: Path, labels: int = 0) -> PreTrainedModel:
     Args:
         model: the base.
         folder: of the adapter.
+        packed: how the weights are to be packed and unpacked before the sum, for an adapter that makes up for what
+            that loses (LoftQ); None adds to the weights as they are stored.
         labels: outputs of a classification head; 0 for a language model.
+        attention: its implementation by its name in transformers; None takes the policy's.
 
     Raises:
         MachineError: base or adapter cannot be loaded, or a merged weight is not finite.
     """
-    plain = replace(compute.policy(model), device="cpu", dtype="float32")
-    if model.kind is Kind.tiny:
-        base: Any = tiny.model(plain.attention, labels)
-    else:
-        base, _ = _pretrained(model, Quant(), plain, labels)
-    tuned: Any = _attached(base, folder)
+    import torch
+
+    policy = compute.policy(model)
+    plain = replace(policy, device="cpu", dtype="float32", attention=attention or policy.attention)
+    base, _ = stored(model, packed or Quant(), plain, labels)
+    if packed:
+        base = cast("Any", base).dequantize(torch.float32)
+    tuned: Any = attached(base, folder)
     try:
         made = tuned.merge_and_unload(safe_merge=True)
     except ValueError as error:
@@ -108,4 +147,5 @@ def read(folder: Path, chosen: compute.Compute, labels: int = 0, nf4: bool = Fal
         **more,
     )
     model.requires_grad_(False).eval()
-    return Base(model, AutoTokenizer.from_pretrained(folder), chosen, "", "")
+    made_from = Model(kind=Kind.hub, path=str(folder))
+    return Base(model, AutoTokenizer.from_pretrained(folder), chosen, "", "", made_from)

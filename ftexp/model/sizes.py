@@ -51,6 +51,8 @@ class Outline:
     """Bytes of `adapter_model.safetensors`, or of `model.safetensors` where there is no adapter."""
     trained_file: int
     """The same in a checkpoint; half of it for PiSSA, whose saved adapter has twice the rank."""
+    kept: dict[str, tuple[Any, list[int]]]
+    """Format and shape of each tensor in a checkpoint's file, by its name."""
     changed: int
     """Bytes of base weights that training changes, so that a copy of them is kept."""
     unpacked: int
@@ -95,6 +97,7 @@ def outline(model: Model, quant: Quant, lora: Lora, dtype: str, attention: str, 
         taken = [m.get_base_layer().weight for m in tuned.modules() if lora.variant is Variant.pissa and _adapts(m)]
     trained = [p for p in tuned.parameters() if p.requires_grad]
     counts = models.count(tuned)
+    kept = _of_model(tuned) if full else _of_adapter(tuned)
     return Outline(
         model=tuned,
         weights=whole + stored + _copies(base),
@@ -108,8 +111,9 @@ def outline(model: Model, quant: Quant, lora: Lora, dtype: str, attention: str, 
         flop_weights=cast(Any, tuned).num_parameters(exclude_embeddings=True),
         tensors=tuple(p.numel() for p in trained),
         trained_bytes=sum(p.numel() * p.itemsize for p in trained),
-        adapter_file=model_file(tuned) if full else adapter_file(tuned, 2 if lora.variant is Variant.pissa else 1),
-        trained_file=model_file(tuned) if full else adapter_file(tuned),
+        adapter_file=file_bytes(_saved(kept, lora.variant)),
+        trained_file=file_bytes(kept),
+        kept=kept,
         changed=sum(p.numel() * p.itemsize for p in (*mine, *taken)),
         unpacked=max(matrices.values(), default=0) * getattr(torch, dtype).itemsize,
     )
@@ -208,23 +212,67 @@ def _adapts(module: Any) -> bool:
     return isinstance(module, LoraLayer)
 
 
-def adapter_file(tuned: PeftModel, times: int = 1) -> int:
-    """Bytes of the safetensors file that `save_pretrained` of peft writes, with so many times the rank."""
+def between(one: Outline, other: Outline, ranks: tuple[int, int], lora: Lora) -> Outline:
+    """Return the outline of a rank from those of two others; all of it lies on straight lines, but headers of files.
+
+    Args:
+        one: of the first rank.
+        other: of the second.
+        ranks: both.
+        lora: the adapter, like theirs but for rank and alpha.
+    """
+
+    def at(name: str) -> int:
+        return line(getattr(one, name), getattr(other, name), ranks, lora.r)
+
+    kept = {
+        name: (dtype, [line(a, b, ranks, lora.r) for a, b in zip(shape, other.kept[name][1], strict=True)])
+        for name, (dtype, shape) in one.kept.items()
+    }
+    straight = ("weights", "footprint", "adapted", "trainable", "total", "packed", "flop_weights", "trained_bytes",
+                "changed", "unpacked")  # fmt: skip
+    return Outline(
+        model=one.model,
+        **{name: at(name) for name in straight},
+        tensors=tuple(line(a, b, ranks, lora.r) for a, b in zip(one.tensors, other.tensors, strict=True)),
+        adapter_file=file_bytes(_saved(kept, lora.variant)),
+        trained_file=file_bytes(kept),
+        kept=kept,
+    )
+
+
+def line(one: Any, other: Any, ranks: tuple[int, int], rank: int) -> Any:
+    """Return the value at a rank of the straight line through two values, which are whole, or arrays of such.
+
+    >>> line(10, 14, (4, 8), 5)
+    11
+    """
+    low, high = ranks
+    return one + (other - one) // (high - low) * (rank - low)
+
+
+def _of_adapter(tuned: PeftModel) -> dict[str, tuple[Any, list[int]]]:
+    """Format and shape of what `save_pretrained` of peft writes."""
     from peft import get_peft_model_state_dict
 
-    kept = get_peft_model_state_dict(tuned)
-    shapes = {name: list(value.shape) for name, value in kept.items()}
-    for name, shape in shapes.items():
-        if "lora_" in name and times > 1:
-            shape[0 if "lora_A" in name else 1] *= times
-    return file_bytes({name: (value.dtype, shapes[name]) for name, value in kept.items()})
+    return {name: (value.dtype, list(value.shape)) for name, value in get_peft_model_state_dict(tuned).items()}
 
 
-def model_file(base: PreTrainedModel) -> int:
-    """Bytes of the safetensors file that `save_pretrained` of transformers writes: each weight once."""
+def _saved(kept: dict[str, tuple[Any, list[int]]], variant: Variant) -> dict[str, tuple[Any, list[int]]]:
+    """Return what a run saves: what a checkpoint has, of PiSSA with twice the rank."""
+    if variant is not Variant.pissa:
+        return kept
+    saved = {name: (dtype, list(shape)) for name, (dtype, shape) in kept.items()}
+    for name in (name for name in saved if "lora_" in name):
+        saved[name][1][0 if "lora_A" in name else 1] *= 2
+    return saved
+
+
+def _of_model(base: PreTrainedModel) -> dict[str, tuple[Any, list[int]]]:
+    """Format and shape of what `save_pretrained` of transformers writes: each weight once."""
     named = dict(base.named_parameters())  # tied weights are in it under their first name
     held = {name: value for name, value in base.state_dict().items() if name in named or name not in _tied(base)}
-    return file_bytes({name: (value.dtype, list(value.shape)) for name, value in held.items()})
+    return {name: (value.dtype, list(value.shape)) for name, value in held.items()}
 
 
 def _tied(base: PreTrainedModel) -> set[str]:

@@ -89,7 +89,7 @@ def look(sweep: Sweep) -> dict[int, str]:
         number, state = trial["number"], trial["state"]
         if number in best:
             found[number] = "best"
-        elif state in ("pruned", "failed"):
+        elif state in ("pruned", "failed", "skipped"):
             found[number] = state
         else:
             used += few

@@ -481,10 +481,10 @@ def _text(text: str) -> str:
 
 def ended(sweep: Sweep) -> str:
     """List trials that are not complete with their reasons, failures first, and those that ran out of memory."""
-    order = {"failed": 0, "preempted": 1, "running": 2, "pruned": 3}
+    order = {"failed": 0, "preempted": 1, "running": 2, "skipped": 3, "pruned": 4}
     off = [t for t in sweep.board.trials if t["state"] != "complete" or "out_of_memory" in t]
     body = ""
-    for trial in sorted(off, key=lambda t: (order.get(t["state"], 4), t["number"])):
+    for trial in sorted(off, key=lambda t: (order.get(t["state"], 5), t["number"])):
         short = "; ".join(
             f"out of memory with trainer.batch={o['batch']}: went on with half or less, same effective batch"
             for o in trial.get("out_of_memory", [])

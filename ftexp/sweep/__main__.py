@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from optuna import Study
 
 SWEEPS = Path("outputs/sweeps")
+ENDED = ("complete", "pruned", "skipped", "failed")
+"""States of trials that are over."""
 STOP_SECONDS = 90.0
 """Time `stop` waits for the running trials to keep a checkpoint and end."""
 
@@ -72,13 +74,13 @@ def ls(args: argparse.Namespace) -> int:
         print(as_json(rows))
         return 0
     table = Table()
-    for title in ("sweep", "done", "complete", "pruned", "failed", "best", "state"):
+    for title in ("sweep", "done", *ENDED, "best", "state"):
         table.add_column(title, justify="left" if title in ("sweep", "best", "state") else "right")
     for row in rows:
-        done = row["complete"] + row["pruned"] + row["failed"]
+        done = sum(row[state] for state in ENDED)
         best = "" if row["best"] is None else f"{row['objective']} {row['best']:.4f} ({_numbers(row['best_trials'])})"
         state = f"process {row['run_by']}" if row["run_by"] else "ended" if done == row["trials"] else "stopped"
-        counts = (str(row[s]) for s in ("complete", "pruned", "failed"))
+        counts = (str(row[state]) for state in ENDED)
         table.add_row(row["name"], f"{done}/{row['trials']}", *counts, best, state)
     Console(width=None if sys.stdout.isatty() else 132).print(table if rows else f"no sweeps in {SWEEPS}")
     return 0

@@ -64,6 +64,15 @@ def check(options: Options) -> None:
             given = ", ".join(options.engine_args)
             raise ConfigError(f"sweep.engine_args are for sweep.engine=slurm or ray, got {given} with engine=local")
         return
+    gpus = options.engine_args.get("gpus_per_node", options.engine_args.get("num_gpus"))
+    if gpus is not None and gpus < options.gpus_per_trial and options.gpus_per_trial > 1:
+        raise ConfigError(
+            f"sweep.gpus_per_trial={options.gpus_per_trial} needs as many GPUs in a job, sweep.engine_args gives {gpus}"
+        )
+    if options.slots_per_gpu > 1 and options.engine is Engine.slurm:
+        raise ConfigError(
+            f"sweep.slots_per_gpu={options.slots_per_gpu} is for sweep.engine=local or ray: a Slurm job has whole GPUs"
+        )
     if not options.workers:
         raise ConfigError(f"sweep.workers must be set with sweep.engine={options.engine.value}, got 0")
     import importlib.util
@@ -73,8 +82,12 @@ def check(options: Options) -> None:
         raise ConfigError(f"sweep.engine={name} needs a package that is not installed; pip install 'ftexp[{name}]'")
 
 
-def starter(options: Options, folder: Path) -> Callable[[int, str, dict[str, str], set[int] | None], Worker]:
+def starter(
+    options: Options, folder: Path, shared: dict[str, str]
+) -> Callable[[int, str, dict[str, str], set[int] | None], Worker]:
     """Return what starts a worker of a sweep: it takes the slot's number, a token, environment and cores.
+
+    `shared` is environment of every worker, wherever it runs.
 
     Raises:
         MachineError: Slurm or Ray cannot be reached.
@@ -83,25 +96,29 @@ def starter(options: Options, folder: Path) -> Callable[[int, str, dict[str, str
     match options.engine:
         case Engine.slurm:
             executor = _executor(options, folder)
-            return lambda number, token, *_: SlurmJob(executor.submit(Attended(folder, number, token)))
+            given = (folder, options.gpus_per_trial, shared)
+            return lambda number, token, *_: SlurmJob(executor.submit(Attended(*given, number, token)))
         case Engine.ray:
             remote = _remote(options)
-            return lambda number, token, *_: RayTask(remote.remote(str(folder), number, token))
+            given = (folder, options.gpus_per_trial, shared)
+            return lambda number, token, *_: RayTask(remote.remote(*given, number, token))
         case Engine.local:
-            return lambda number, token, env, cores: launched(folder, number, token, env, cores)
+            each = options.gpus_per_trial
+            return lambda number, token, env, cores: launched(folder, each, shared | env, number, token, cores)
 
 
 def launched(
-    folder: Path, number: int, token: str, env: dict[str, str] | None = None, cores: set[int] | None = None,
+    folder: Path, processes: int, env: dict[str, str], number: int, token: str, cores: set[int] | None = None,
     own_group: bool = True,
 ) -> subprocess.Popen[bytes]:  # fmt: skip
     """Start a worker in a process that ends with this one and has its output in `workers/<number>.log`.
 
     Args:
         folder: of the sweep.
+        processes: that share each trial; with more than one torchrun starts them.
+        env: further environment.
         number: of the slot.
         token: names this start of the worker in the record.
-        env: further environment.
         cores: what it is pinned to; None leaves it to the system.
         own_group: whether signals to our process group stay away from it: ctrl-c goes to the supervisor alone, which
             asks the workers to leave; a Slurm job's SIGTERM is to reach the worker itself.
@@ -115,10 +132,11 @@ def launched(
         if cores and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, cores)
 
+    module = ["ftexp.sweep.worker"] if processes == 1 else ["ftexp.sweep.torchrun", str(processes)]
     with (folder / "workers" / f"{number}.log").open("ab") as out:
         return subprocess.Popen(
-            [sys.executable, "-m", "ftexp.sweep.worker", str(folder)],
-            env={**os.environ, **(env or {}), TOKEN: token},
+            [sys.executable, "-m", *module, str(folder)],
+            env={**os.environ, **env, TOKEN: token},
             stdout=out,
             stderr=subprocess.STDOUT,
             preexec_fn=prepared,
@@ -153,14 +171,16 @@ class Attended:
     preemption; the job is then queued again and takes the next ticket, the interrupted one first.
     """
 
-    def __init__(self, folder: Path, number: int, token: str) -> None:
-        self.given = (folder, number, token)
+    def __init__(self, folder: Path, processes: int, env: dict[str, str], number: int, token: str) -> None:
+        self.given = (folder, processes, env, number, token)
         self.process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> int:
         """Run the worker; return its exit code."""
-        threads = os.environ.get("SLURM_CPUS_PER_TASK")
-        self.process = launched(*self.given, {"OMP_NUM_THREADS": threads} if threads else None, own_group=False)
+        folder, processes, env, number, token = self.given
+        if threads := os.environ.get("SLURM_CPUS_PER_TASK"):
+            env = env | {"OMP_NUM_THREADS": str(max(1, int(threads) // processes))}
+        self.process = launched(folder, processes, env, number, token, own_group=False)
         return watched(self.process)
 
     def checkpoint(self) -> Any:
@@ -255,16 +275,17 @@ def _remote(options: Options) -> Any:
             f"sweep.engine_args.address ({str(error).splitlines()[0]})"
         ) from error
     args.pop("address", None)
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+    each = options.gpus_per_trial
+    gpus = each / options.slots_per_gpu if ray.cluster_resources().get("GPU", 0) else 0
     try:
-        return ray.remote(**{"num_cpus": 1, "num_gpus": gpus, **args, "max_retries": 0})(_attended)
+        return ray.remote(**{"num_cpus": each, "num_gpus": gpus, **args, "max_retries": 0})(_attended)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"sweep.engine_args is refused by Ray: {str(error).splitlines()[0]}") from error
 
 
-def _attended(folder: str, number: int, token: str) -> int:
+def _attended(folder: Path, processes: int, env: dict[str, str], number: int, token: str) -> int:
     """Run a worker from a Ray task; where the task is cancelled the worker leaves."""
-    process = launched(Path(folder), number, token)
+    process = launched(folder, processes, env, number, token)
     try:
         return watched(process)  # Ray cancels by an exception between two lines of Python
     except BaseException:

@@ -61,6 +61,19 @@ class Engine(Enum):
     """Tasks of a Ray cluster; `ftexp[ray]`."""
 
 
+class Over(Enum):
+    """What becomes of a trial whose plan passes a limit."""
+
+    refuse = "refuse"
+    """The sweep does not start. A search checks the ends and values of its keys; a draw beyond is skipped."""
+    skip = "skip"
+    """The trial is left out and recorded with its reason; the others run. A raised limit lets it run."""
+
+
+PLANNED = ("memory_gib", "checkpoint_gib", "trainable", "tokens", "tflop", "hours", "usd")
+"""What `plan_at_most` may bound."""
+
+
 @dataclass
 class Options:
     """How a sweep searches, runs and ends."""
@@ -90,6 +103,15 @@ class Options:
     `{when: {lora: [default, rslora]}, is: "16,32"}` searches a key only where keys before it have these values."""
     at_most: dict[str, float] = field(default_factory=dict)
     """Bounds on metrics: a trial above one is infeasible and never best."""
+    plan_at_most: dict[str, float] = field(default_factory=dict)
+    """Bounds on the plan of a trial, seen before it runs: `memory_gib`, `checkpoint_gib`, `trainable` weights, `tokens`
+    with padding, `tflop`; `hours` of training and `usd` with the next keys."""
+    over: Over = Over.refuse
+    """What becomes of a trial beyond such a bound."""
+    tokens_per_second: float | None = None
+    """Speed of training, as `ftexp plan --probe` measures it; gives hours."""
+    usd_per_hour: float | None = None
+    """Price of the machine; gives dollars."""
     workers: int = 0
     """Processes; 0 takes one for each visible GPU, and none (in this process) without a GPU."""
     engine: Engine = Engine.local
@@ -98,8 +120,17 @@ class Options:
     """Of a Slurm job keywords of submitit (`slurm_partition`, `gpus_per_node`, `cpus_per_task`, `timeout_min`; 240
     minutes where none is given, then the job is queued again); of a Ray task its options (`num_cpus`, `num_gpus`,
     `resources`) and the `address` of the cluster."""
+    gpus_per_trial: int = 1
+    """Processes a trial is spread over, each with a GPU of its own, or without GPUs with a share of the cores. The rows
+    of an optimizer step stay those of `trainer.batch` times `trainer.accumulation`."""
+    slots_per_gpu: int = 1
+    """Workers that share a GPU, for small models; a trial whose plan passes its share of the memory is refused."""
     storage: str | None = None
     """Optuna storage, or `grpc://host:port` of its proxy; null keeps a journal in the sweep's folder."""
+    proxy: int | None = None
+    """Port at which the launch serves a database in `storage` to its workers through Optuna's proxy, which holds one
+    pool of connections for all of them; 0 takes a free port, null starts none. It asks nobody for a password: on one
+    machine it listens on loopback, with sweep.engine=slurm or ray to the whole network."""
     join: bool = False
     """Help a sweep that another process is running already, instead of refusing; also from another machine that shares
     the folder."""
@@ -114,6 +145,19 @@ class Options:
         require(self.n_trials is None or 1 <= self.n_trials <= 100_000, "sweep.n_trials", self.n_trials, "1 to 100000")
         require(1 <= self.replicates <= 100, "sweep.replicates", self.replicates, "between 1 and 100")
         require(0 <= self.workers <= 1024, "sweep.workers", self.workers, "between 0 and 1024")
+        require(1 <= self.gpus_per_trial <= 64, "sweep.gpus_per_trial", self.gpus_per_trial, "between 1 and 64")
+        require(1 <= self.slots_per_gpu <= 16, "sweep.slots_per_gpu", self.slots_per_gpu, "between 1 and 16")
+        if self.gpus_per_trial > 1 and self.slots_per_gpu > 1:
+            raise ConfigError(
+                f"sweep.gpus_per_trial={self.gpus_per_trial} and sweep.slots_per_gpu={self.slots_per_gpu} are at odds: "
+                "a trial has several GPUs, or shares one"
+            )
+        require(self.proxy is None or 0 <= self.proxy < 65536, "sweep.proxy", self.proxy, "null or a port")
+        if self.proxy is not None and not (self.storage or "").startswith(("postgresql", "mysql")):
+            raise ConfigError(
+                f"sweep.proxy={self.proxy} needs a database in sweep.storage, such as postgresql://user@host/db, "
+                f"got {self.storage}"
+            )
         require(0 <= self.max_retries <= 100, "sweep.max_retries", self.max_retries, "between 0 and 100")
         limit = self.max_failures
         require(limit is None or limit >= 1, "sweep.max_failures", limit, "null or at least 1")
@@ -124,6 +168,7 @@ class Options:
         require(0 <= self.seed < 2**31, "sweep.seed", self.seed, "between 0 and 2147483647")
         for name, bound in self.at_most.items():
             require(math.isfinite(bound), f"sweep.at_most.{name}", bound, "a finite number")
+        self._check_plan()
         for point in self.baselines:
             require(isinstance(point, dict), "sweep.baselines", point, "a list of points like {lora.r: 8}")
         if self.storage is not None:
@@ -136,3 +181,17 @@ class Options:
                 f"sweep.storage={self.storage} with {others}: SQLite hands one trial to two "
                 "workers; leave sweep.storage out for a journal file, or give a PostgreSQL address"
             )
+
+    def _check_plan(self) -> None:
+        for name, bound in self.plan_at_most.items():
+            require(name in PLANNED, "sweep.plan_at_most", name, f"bounds on {', '.join(PLANNED)}")
+            require(0 < bound < math.inf, f"sweep.plan_at_most.{name}", bound, "a finite number above 0")
+        for key in ("tokens_per_second", "usd_per_hour"):
+            value = getattr(self, key)
+            require(value is None or 0 < value < math.inf, f"sweep.{key}", value, "null or above 0")
+        if self.tokens_per_second is None and {"hours", "usd"} & {*self.plan_at_most}:
+            raise ConfigError("sweep.plan_at_most of hours or usd needs sweep.tokens_per_second (ftexp plan --probe)")
+        if self.usd_per_hour is None and "usd" in self.plan_at_most:
+            raise ConfigError("sweep.plan_at_most of usd needs sweep.usd_per_hour")
+        if self.over is Over.skip and not self.plan_at_most:
+            raise ConfigError("sweep.over=skip needs a bound in sweep.plan_at_most, as {memory_gib: 8}")

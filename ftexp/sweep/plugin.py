@@ -25,14 +25,15 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from ftexp import config, data, experiment, facts, metrics, overrides, probe, track
-from ftexp.config import Run
-from ftexp.errors import ConfigError, FtexpError, MachineError, Preempted, TrialsFailed
+from ftexp.config import Method, Run
+from ftexp.errors import ConfigError, FtexpError, MachineError, NoRoom, Preempted, TrialsFailed
 from ftexp.files import check_folder, read_json, write_json
 from ftexp.progress import say
-from ftexp.sweep import frozen, race, space
+from ftexp.sweep import frozen, limits, race, space
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import Engine, Options, Pruner, Sampler
 from ftexp.sweep.space import Space
+from ftexp.train import spread
 
 LOCK = "supervisor.lock"
 
@@ -71,12 +72,19 @@ class Sweeper(HydraSweeper):
         if not (folder / frozen.FILE).exists():
             for run in {config.digest(r.model, r.lora, r.data, r.trainer, r.eval): r for r in runs}.values():
                 experiment.prepare(run)
+            limits.refuse(self._named(searched, options, runs), options)
             probe.refuse(probe.quick(runs[0], folder))
         with only_supervisor(folder, runs[0].name, options.join) as alone:
             if alone:
                 launch(folder, searched, options, runs, self._compose, self.master, type(self).started)
             else:
                 help_out(folder, searched, options, runs)
+
+    def _named(self, searched: Space, options: Options, runs: list[Run]) -> list[tuple[str, Run]]:
+        """Name the points that `_checked` built."""
+        points = searched.grid() or [{}] if options.sampler is Sampler.grid else frozen.corners(searched)
+        named = (" ".join(f"{k}={v}" for k, v in point.items()) or "the trial" for point in points)
+        return list(dict(zip(named, runs, strict=True)).items())
 
     def _options(self) -> Options:
         try:
@@ -162,7 +170,15 @@ class Sweeper(HydraSweeper):
             rows = min(len(data.load(run.data).valid) for run in runs)
             race.check(options, [axis.key for axis in searched.axes], runs[0].objectives, rows)
         engines.check(options)
-        count = options.workers or len(supervisor.gpus())
+        for run in runs if options.gpus_per_trial > 1 else ():
+            spread.shape(run.trainer, options.gpus_per_trial)
+            if run.trainer.kind is not Method.sft:
+                kind = run.trainer.kind.value
+                raise ConfigError(f"sweep.gpus_per_trial={options.gpus_per_trial} needs trainer.kind=sft, got {kind}")
+            if run.trainer.engine is not config.Engine.trl:
+                name = run.trainer.engine.value
+                raise ConfigError(f"sweep.gpus_per_trial={options.gpus_per_trial} needs trainer.engine=trl, got {name}")
+        count = supervisor.workers(options)
         if options.storage is not None and options.storage.startswith("sqlite") and count > 1:
             raise ConfigError(
                 f"sweep.storage={options.storage} with {count} GPUs, so {count} workers: SQLite hands one trial to two "
@@ -250,16 +266,18 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
     with study.locked(sweep.folder / "settle.lock"):
         record.set_user_attr(worker.STOP, None)
         record.set_user_attr(worker.LEAVE, None)
+        record.set_user_attr(worker.FULL, None)
         gone = study.settle(record, points, options.max_retries, sweep.folder)
+        study.skipped_again(record, limits.mark(options))
     if gone:
         say(
-            f"sweep {sweep.name}: the folders of trials {', '.join(map(str, gone))} are gone; they run again",
+            f"sweep {sweep.name}: files of trials {', '.join(map(str, gone))} are gone; they run again",
             always=True,
         )
     left = sum(not t.state.is_finished() for t in study.counted(record))
     if left:
         probe.refuse(probe.quick(run, sweep.folder))  # of a sweep that goes on: elsewhere, or with other versions
-    count = options.workers or len(supervisor.gpus())
+    count = supervisor.workers(options)
     where = f"{min(count, left)} workers" if count else "in this process"
     where += "" if options.engine is Engine.local else f" on {options.engine.value}"
     say(
@@ -305,7 +323,7 @@ def _run_left(sweep: Frozen, record: Any, left: int) -> None:
     """Run waiting tickets, in this process or with workers."""
     from ftexp.sweep import study, supervisor, worker
 
-    count = sweep.options.workers or len(supervisor.gpus())
+    count = supervisor.workers(sweep.options)
     if left and count:
         supervisor.supervise(sweep, record, count, left)
         return
@@ -389,7 +407,9 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
     trials = study.counted(record)
     failed = [study.ticket(t) for t in trials if t.user_attrs.get("ftexp:kind") or t.state.name == "FAIL"]
     best = screen.best_point(sweep, trials)
+    left_out = sum(screen.state_of(t) == "skipped" for t in trials)
     told = {"trials": float(len(trials)), "failed": float(len(failed))}
+    told |= {"skipped": float(left_out)} if left_out else {}
     if best is not None:
         told[sweep.objectives[0]] = best[1]
     tags = {} if best is None else {"ftexp.best_trial": ",".join(map(str, best[0]))}
@@ -397,6 +417,8 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
     stop = record.user_attrs.get(worker.STOP)
     if record.user_attrs.get(worker.LEAVE):
         raise Preempted(f"sweep {sweep.name} was stopped: {screen.line(sweep, record)}")
+    if record.user_attrs.get(worker.FULL):
+        raise NoRoom(stop)
     if failed or stop:
         raise TrialsFailed(
             f"{len(failed)} of {len(trials)} trials failed: {', '.join(map(str, failed))}"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
-STATES = ("complete", "pruned", "failed", "running", "waiting")
+STATES = ("complete", "pruned", "skipped", "failed", "running", "waiting")
 FRESH_SECONDS = 1.0
 """Time between two looks at the record for the screen."""
 
@@ -47,6 +47,8 @@ def state_of(trial: FrozenTrial) -> str:
     """Return the state in the words of the leaderboard; what a sampler must avoid is `PRUNED` to Optuna alone."""
     if trial.user_attrs.get("ftexp:kind"):
         return "failed"
+    if trial.user_attrs.get("ftexp:skipped"):
+        return "skipped"
     return {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}.get(
         trial.state.name, trial.state.name.lower()
     )
@@ -79,7 +81,7 @@ def _feasible(trial: FrozenTrial) -> bool:
 
 def _left(trials: list[FrozenTrial]) -> float | None:
     took = [(t.datetime_complete - t.datetime_start).total_seconds() for t in trials
-            if t.datetime_complete and t.datetime_start and t.state.name in ("COMPLETE", "PRUNED")]  # fmt: skip
+            if t.datetime_complete and t.datetime_start and state_of(t) in ("complete", "pruned")]  # fmt: skip
     running, waiting = (sum(t.state.name == s for t in trials) for s in ("RUNNING", "WAITING"))
     if not took:
         return None

@@ -14,11 +14,12 @@ import os
 import socket
 import time
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftexp import experiment
 from ftexp.errors import ConfigError, MachineError
 from ftexp.sweep import race
 from ftexp.sweep.options import Options, Pruner, Sampler
@@ -36,11 +37,15 @@ JOURNAL = "study.journal"
 UNSIGNED_SECONDS = 15.0
 """A ticket claimed and not signed for this long lost its worker in between."""
 SILENT_SECONDS = 180.0
-"""A worker of another machine is taken for dead after this long without a heartbeat."""
+"""A worker of another machine is taken for dead after this long without a new heartbeat."""
 
 
 class _Lock:
-    """Lock for Optuna's journal that the kernel frees when its holder is killed; Optuna's own then waits 30 s."""
+    """Lock for Optuna's journal that the kernel frees when its holder is killed; Optuna's own then waits 30 s.
+
+    Whoever takes it cuts off what a kill or a full disk left of the last entry: the next one would be written behind
+    that, and both would be lost.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = f"{path}.lock"
@@ -48,6 +53,7 @@ class _Lock:
     def acquire(self) -> bool:
         self.held = open(self.path, "w")  # noqa: PTH123, SIM115
         fcntl.flock(self.held, fcntl.LOCK_EX)
+        cut_torn(Path(self.path.removesuffix(".lock")))
         return True
 
     def release(self) -> None:
@@ -90,7 +96,7 @@ def storage(folder: Path, url: str | None) -> BaseStorage:
     lock = _Lock(str(path))
     lock.acquire()
     try:
-        _repair(path)
+        _check_end(path)
     finally:
         lock.release()
     try:
@@ -125,6 +131,9 @@ def _proxy(url: str) -> BaseStorage:
     from urllib.parse import urlsplit
 
     from optuna.storages import GrpcStorageProxy
+    from optuna.storages._grpc import client
+
+    client.create_insecure_channel = _channel
 
     at = urlsplit(url)
     if not at.hostname or not at.port:
@@ -132,16 +141,44 @@ def _proxy(url: str) -> BaseStorage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna calls it experimental since 4.2
         made = GrpcStorageProxy(host=at.hostname, port=at.port)
-    made.wait_server_ready(timeout=10)
+    made.wait_server_ready(timeout=60)
     return made
 
 
-def _repair(path: Path) -> None:
-    """Cut a torn last line off; refuse a whole one that is no entry, which Optuna would pass over until the next."""
+PATIENT = {
+    "name": [{}],
+    "waitForReady": True,
+    "retryPolicy": {"maxAttempts": 5, "initialBackoff": "1s", "maxBackoff": "8s", "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE"]},
+}  # fmt: skip
+"""Calls of the proxy: they wait for one that is started again; Optuna's own fail, and the worker with them."""
+
+
+def _channel(host: str, port: int) -> Any:
+    import grpc
+
+    settings = json.dumps({"methodConfig": [PATIENT]})
+    return grpc.insecure_channel(
+        f"{host}:{port}", [("grpc.max_receive_message_length", -1), ("grpc.service_config", settings)]
+    )
+
+
+def cut_torn(path: Path) -> None:
+    """Cut a torn last line off a file of lines; only while nobody writes to it."""
+    with suppress(FileNotFoundError), path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        if not end:
+            return
+        file.seek(end - 1)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _check_end(path: Path) -> None:
+    """Refuse a whole last line that is no entry, which Optuna would pass over until the next."""
     content = path.read_bytes() if path.exists() else b""
-    if content and not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
-    elif content and not _is_entry(content[content.rfind(b"\n", 0, -1) + 1 :]):
+    if content and not _is_entry(content[content.rfind(b"\n", 0, -1) + 1 :]):
         raise _no_entry(path, content.count(b"\n"))
 
 
@@ -282,11 +319,20 @@ def alive(trial: FrozenTrial) -> bool:
     """Tell whether a running attempt's worker may still be at it; in doubt it is."""
     worker = trial.user_attrs.get("ftexp:worker")
     began = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
-    if worker is None:
-        return time.time() - began < UNSIGNED_SECONDS
+    if worker is None:  # one that looks begun long ahead of now was begun before a clock was put back
+        return abs(time.time() - began) < UNSIGNED_SECONDS
     if worker["host"] == HOST:
         return started(worker["pid"]) == worker["start"]
-    return time.time() - max(trial.user_attrs.get("ftexp:beat", 0.0), began) < SILENT_SECONDS
+    # A clock may jump, and another machine's may be wrong: what counts is how long no new heartbeat was seen here.
+    key, beat = (trial._trial_id, worker["pid"], worker["start"]), trial.user_attrs.get("ftexp:beat")
+    now = time.monotonic()
+    if key not in _beats or _beats[key][0] != beat:
+        _beats[key] = beat, now
+    return now - _beats[key][1] < SILENT_SECONDS
+
+
+_beats: dict[tuple[int, int, float], tuple[float | None, float]] = {}
+"""Attempt on another machine -> its last heartbeat, and when this process first saw that one, on its own clock."""
 
 
 def reap(study: Study, max_retries: int, ended: Container[str] = ()) -> list[int]:
@@ -336,17 +382,17 @@ def settle(
         study: the record.
         points: of all tickets.
         max_retries: further attempts at a ticket whose worker died.
-        folder: of the sweep; tickets that are complete and have no folder any more are queued again.
+        folder: of the sweep; tickets that are complete and whose files are not all there are queued again.
 
     Returns:
-        The tickets whose folders are gone.
+        The tickets whose files are gone.
     """
     from optuna.trial import TrialState, create_trial
 
     reap(study, max_retries)
     queue(study, points)
     done = [t for t in counted(study) if t.state is TrialState.COMPLETE] if folder is not None else []
-    gone = [t for t in done if folder is not None and not (folder / str(ticket(t)) / "trial.json").exists()]
+    gone = [t for t in done if folder is not None and not experiment.has_results(folder / str(ticket(t)))]
     for trial in gone:
         study.add_trial(
             create_trial(
@@ -356,6 +402,17 @@ def settle(
             )
         )
     return [ticket(t) for t in gone]
+
+
+def skipped_again(study: Study, mark: str) -> None:
+    """Queue tickets again that were skipped under other limits than these; they are planned anew."""
+    from optuna.trial import TrialState, create_trial
+
+    for trial in counted(study):
+        if trial.user_attrs.get("ftexp:skipped", mark) != mark:
+            point = {"fixed_params": trial.system_attrs.get("fixed_params") or trial.params}
+            attrs = {"ftexp:ticket": ticket(trial)}
+            study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=point, user_attrs=attrs))
 
 
 def seed_of(seed: int, number: int) -> int:

@@ -11,11 +11,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ftexp import facts
+from ftexp.errors import ConfigError
 from ftexp.progress import say
-from ftexp.sweep import engines, screen, study
+from ftexp.sweep import engines, proxy, screen, study
 from ftexp.sweep.engines import GRACE_SECONDS, Worker
 from ftexp.sweep.frozen import Frozen
-from ftexp.sweep.worker import PREEMPTED, STOP
+from ftexp.sweep.options import Engine, Options
+from ftexp.sweep.worker import PREEMPTED, RENEWED, STOP
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -52,17 +55,56 @@ def gpus() -> list[str]:
     return asked.stdout.split() if asked.returncode == 0 else []
 
 
-def slots(count: int) -> list[Slot]:
-    """Lay out slots: GPUs in turn where there are any, else equal shares of the cores."""
-    devices = gpus()
+def grouped(devices: list[str], each: int, sharing: int = 1) -> list[str]:
+    """Deal GPUs out to slots: neighbours together, a second worker for a GPU after each has one; a rest stays idle.
+
+    >>> grouped(["0", "1", "2", "3", "4"], 2), grouped(["0", "1"], 1, sharing=2)
+    (['0,1', '2,3'], ['0', '1', '0', '1'])
+
+    Args:
+        devices: that may be used.
+        each: GPUs of a trial.
+        sharing: workers of a GPU.
+    """
+    whole = [",".join(devices[n : n + each]) for n in range(0, len(devices) - each + 1, each)]
+    return whole * sharing
+
+
+def workers(options: Options) -> int:
+    """Count the workers of a sweep; 0 where its trials run in the process of the launch.
+
+    Raises:
+        ConfigError: a trial is to have more GPUs than there are, or workers are to share a GPU that is not there.
+    """
+    devices, each = gpus(), options.gpus_per_trial
+    if options.engine is Engine.local and options.slots_per_gpu > 1 and not devices:
+        raise ConfigError(f"sweep.slots_per_gpu={options.slots_per_gpu} needs a GPU, this process may use none")
+    if options.engine is Engine.local and devices and len(devices) < each:
+        raise ConfigError(
+            f"sweep.gpus_per_trial={each} must be at most the {len(devices)} GPUs that this process may use"
+        )
+    return options.workers or len(grouped(devices, each, options.slots_per_gpu)) or int(each > 1)
+
+
+def slots(count: int, each: int = 1, sharing: int = 1) -> list[Slot]:
+    """Lay out slots: GPUs in turn where there are any, else equal shares of the cores.
+
+    Args:
+        count: of slots.
+        each: GPUs of a trial, or processes that share the slot's cores.
+        sharing: workers of a GPU, who are told their part of its memory.
+    """
+    devices = grouped(gpus(), each, sharing)
     if devices:
-        return [Slot(n, {"CUDA_VISIBLE_DEVICES": devices[n % len(devices)]}) for n in range(count)]
+        more = {} if sharing == 1 else {facts.SHARE: str(sharing)}
+        return [Slot(n, {"CUDA_VISIBLE_DEVICES": devices[n % len(devices)], **more}) for n in range(count)]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     share = max(1, len(cores) // count)
     made = []
     for n in range(count):
         mine = {cores[(n * share + k) % len(cores)] for k in range(share)}
-        made.append(Slot(n, {"OMP_NUM_THREADS": str(share), "MKL_NUM_THREADS": str(share)}, mine))
+        threads = str(max(1, share // each))
+        made.append(Slot(n, {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}, mine))
     return made
 
 
@@ -74,17 +116,20 @@ def supervise(sweep: Frozen, record: Study, count: int, left: int) -> None:
 
     On ctrl-c or SIGTERM the workers are asked to leave, and killed where they do not.
     """
-    places = slots(count)[:left]
+    options = sweep.options
+    places = slots(count, options.gpus_per_trial, options.slots_per_gpu)[:left]
     (sweep.folder / "workers").mkdir(exist_ok=True)
-    start = engines.starter(sweep.options, sweep.folder)
     ended: set[str] = set()
-    with screen.live(sweep, record) as show:
+    began: dict[int, float] = {}
+    with proxy.serving(sweep) as (shared, look), screen.live(sweep, record) as show:
+        start = engines.starter(options, sweep.folder, shared)
         try:
             while _waiting(record) or any(s.process for s in places) or _running(record):
                 for slot in places:
                     _tend(sweep, record, slot, start, ended)
-                study.reap(record, sweep.options.max_retries, ended)
-                _end_overdue(sweep, record, places)
+                look()
+                study.reap(record, options.max_retries, ended)
+                _end_overdue(sweep, record, places, began)
                 show()
                 if record.user_attrs.get(STOP) and not any(s.process for s in places):
                     return
@@ -115,7 +160,7 @@ def _tend(sweep: Frozen, record: Study, slot: Slot, start: Callable[..., Worker]
             return
         slot.process = None
         ended.add(slot.token)
-        died = code not in (0, PREEMPTED)
+        died = code not in (0, PREEMPTED, RENEWED)
         slot.deaths = slot.deaths + 1 if died else 0
         if died:
             say(f"worker {slot.number} died (exit {code}); see {sweep.folder}/workers/{slot.number}.log", always=True)
@@ -128,8 +173,12 @@ def _tend(sweep: Frozen, record: Study, slot: Slot, start: Callable[..., Worker]
     slot.process = start(slot.number, slot.token, slot.env, slot.cores)
 
 
-def _end_overdue(sweep: Frozen, record: Study, places: list[Slot]) -> None:
-    """Kill the worker of a trial that is well past its time and so no longer looks at the clock itself."""
+def _end_overdue(sweep: Frozen, record: Study, places: list[Slot], began: dict[int, float]) -> None:
+    """Kill the worker of a trial that is well past its time and so no longer looks at the clock itself.
+
+    `began` keeps when each attempt was first seen running, on the monotonic clock: the record's times are the wall
+    clock's, which may be put forward by an hour.
+    """
     from optuna.trial import TrialState
 
     minutes = sweep.options.timeout_minutes
@@ -137,8 +186,8 @@ def _end_overdue(sweep: Frozen, record: Study, places: list[Slot]) -> None:
         return
     for trial in record.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         worker = trial.user_attrs.get("ftexp:worker")
-        began = trial.datetime_start
-        if worker is None or began is None or time.time() - began.timestamp() < 60 * minutes + GRACE_SECONDS:
+        ran = time.monotonic() - began.setdefault(trial._trial_id, time.monotonic())
+        if worker is None or ran < 60 * minutes + GRACE_SECONDS:
             continue
         for slot in places:
             if slot.process is not None and slot.token == worker["token"]:

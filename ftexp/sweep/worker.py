@@ -1,28 +1,32 @@
 """`python -m ftexp.sweep.worker FOLDER`: takes tickets of a sweep until none is left.
 
-The process keeps base model, tokens and base scores from trial to trial.
+The process keeps base model, tokens and base scores from trial to trial. Under torchrun it is one of several with
+one trial over all of them: the first does all that is here, the others `follow` it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ftexp import config, data, experiment, facts, metrics
-from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, OutOfTime, Pruned
-from ftexp.progress import quiet_libraries, say
-from ftexp.sweep import frozen, race, study
+from ftexp import config, data, experiment, facts, metrics, ranks
+from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, NoRoom, OutOfTime, Pruned, Skipped
+from ftexp.files import no_room
+from ftexp.progress import console, quiet_libraries, say
+from ftexp.sweep import frozen, limits, race, study
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import Pruner
 from ftexp.train import control
@@ -32,8 +36,11 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial, Trial
 
+T = TypeVar("T")
 TOKEN = "FTEXP_WORKER"
 """Environment variable that names this start of a worker, so that its supervisor knows which trial was its."""
+RECORD = "FTEXP_RECORD"
+"""Environment variable: address of the proxy that workers reach the record through."""
 BEAT_SECONDS = 60.0
 LOOK_SECONDS = 2.0
 """A worker looks this often whether its sweep was told to leave."""
@@ -41,6 +48,10 @@ STOP = "ftexp:stop"
 """Study attribute: the reason why no further ticket is taken."""
 PREEMPTED = 75
 """Exit code of a worker that was asked to leave and did."""
+FULL = "ftexp:no room"
+"""Study attribute: true where the reason to stop is a disk that takes no more, which is no trial's fault."""
+RENEWED = 76
+"""Exit code of a worker whose processes fell out of step over a trial that failed, and which has told so."""
 LEAVE = "ftexp:leave"
 """Study attribute: true where running trials, too, are to save a checkpoint and end."""
 
@@ -50,11 +61,16 @@ class Outcome:
     """What came of a ticket."""
 
     state: str
-    """complete, pruned or failed."""
+    """complete, pruned, skipped or failed."""
     kind: str = ""
     """Of a failure: diverged, oom, data, crash or timeout."""
     reason: str = ""
     """In words."""
+
+    @property
+    def common(self) -> bool:
+        """Whether all processes of a trial end so together; anything else may have met one of them alone."""
+        return self.kind in ("", "diverged", "timeout")
 
 
 def work(sweep: Frozen, record: Study) -> None:
@@ -62,6 +78,43 @@ def work(sweep: Frozen, record: Study) -> None:
     while not record.user_attrs.get(STOP) and (trial := study.claim(record, os.environ.get(TOKEN, ""))) is not None:
         run_ticket(sweep, record, trial)
         stop_after_failures(sweep, record)
+    ranks.agreed(None)
+
+
+def follow(sweep: Frozen) -> None:
+    """Compute with the first process whatever ticket it has taken, until it takes none."""
+    while (ticket := ranks.agreed(None)) is not None:
+        number, point, attempt = ticket
+
+        def execute(run: config.Run, folder: Path) -> None:
+            same_rows(sweep, run)
+            if reason := limits.passed(run, sweep.options):
+                raise Skipped(reason)
+            experiment.follow(run, folder)
+
+        outcome, _ = _ended(sweep, number, point, execute)
+        ranks.tell(f"end of {attempt}", json.dumps(asdict(outcome)))
+        if not outcome.common:
+            time.sleep(2 * ranks.PATIENCE_SECONDS)  # the first one ends us where it met the same
+            ranks.leave(RENEWED)
+
+
+def together(outcome: Outcome, attempt: int) -> tuple[Outcome, bool]:
+    """Hear how a trial ended in the other processes.
+
+    Returns:
+        How it ended: what failed in one shows as a lost connection in the others. And whether all go on together.
+
+    Raises:
+        ranks.Lost: one of them is gone.
+    """
+    if ranks.count() == 1:
+        return outcome, True
+    words = ranks.told(f"end of {attempt}", outcome.common)
+    others = [Outcome(**json.loads(word)) for word in words or ()]
+    failed = [other for other in others if not other.common]
+    in_step = outcome.common and all(other.state == outcome.state for other in others)
+    return failed[0] if failed and outcome.kind == "crash" else outcome, in_step
 
 
 def run_ticket(sweep: Frozen, record: Study, trial: Trial) -> None:
@@ -73,14 +126,22 @@ def run_ticket(sweep: Frozen, record: Study, trial: Trial) -> None:
     try:
         with _beating(record, trial):
             point = choose(sweep, record, trial, number)
+            ranks.agreed((number, point, trial._trial_id))
             outcome, values = _run(sweep, trial, point, number)
-    except KeyboardInterrupt:
+        with control.at_work():  # torchrun ends the others by a signal when one ends, and the ticket is not told yet
+            outcome, in_step = together(outcome, trial._trial_id)
+    except (KeyboardInterrupt, NoRoom):
+        if ranks.deserted():
+            raise ranks.Lost("another process of the trial is gone") from None
         give_back(record, trial)
         raise
     trial.set_user_attr("ftexp:reason", outcome.reason)
     trial.set_user_attr("ftexp:kind", outcome.kind)
-    say(f"trial {number} {outcome.state} {outcome.reason}".rstrip(), always=outcome.state == "failed")
-    states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+    say(f"trial {number} {outcome.state} {outcome.reason}".rstrip(), always=outcome.state in ("failed", "skipped"))
+    if outcome.state == "skipped":
+        trial.set_user_attr("ftexp:skipped", limits.mark(sweep.options))
+    states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
+    states |= dict.fromkeys(("pruned", "skipped"), TrialState.PRUNED)
     state = states[outcome.state]
     if outcome.kind in ("diverged", "oom"):
         state = TrialState.PRUNED  # a sampler ignores what failed and would ask there again; it avoids what was pruned
@@ -88,6 +149,9 @@ def run_ticket(sweep: Frozen, record: Study, trial: Trial) -> None:
         record.tell(trial, values if state is TrialState.COMPLETE else None, state=state)
     except optuna.exceptions.UpdateFinishedTrialError:
         say(f"trial {number}: this process was taken for dead meanwhile; its result stands in the folder")
+    if not in_step:
+        stop_after_failures(sweep, record)
+        ranks.leave(RENEWED)
 
 
 def choose(sweep: Frozen, record: Study, trial: Trial, number: int) -> dict[str, Any]:
@@ -149,17 +213,44 @@ def history(sweep: Frozen, record: Study) -> list[FrozenTrial]:
 
 
 def _run(sweep: Frozen, trial: Trial, point: dict[str, Any], number: int) -> tuple[Outcome, list[float] | None]:
-    folder = sweep.folder / str(number)
     label = " ".join(f"{k}={_short(v)}" for k, v in point.items()) or sweep.name
     if sweep.options.replicates > 1:
         label += f" seed+{number % sweep.options.replicates}"
-    try:
-        run = sweep.run(point, number % sweep.options.replicates)
+
+    def execute(run: config.Run, folder: Path) -> tuple[dict[str, float], list[float]]:
         same_rows(sweep, run)
         keep_hydra_files(sweep, run, point, folder)
+        if reason := limits.passed(run, sweep.options):
+            limits.keep(run, label, folder, reason)
+            raise Skipped(reason)
         asked = Control(judge(sweep, trial, run), deadline(sweep), same_model(trial, run))
         scores = experiment.execute(run, folder, label, sweep.mlflow_run, asked)
-        values = [scores[name] for name in sweep.objectives]
+        return scores, [scores[name] for name in sweep.objectives]
+
+    outcome, told = _ended(sweep, number, point, execute)
+    if told is None:
+        return outcome, None
+    scores, values = told
+    for name, bound in sweep.options.at_most.items():
+        trial.set_constraint(f"{name} at most {bound:g}", scores.get(name, math.inf) - bound)
+    return outcome, values
+
+
+def _ended(
+    sweep: Frozen, number: int, point: dict[str, Any], execute: Callable[[config.Run, Path], T]
+) -> tuple[Outcome, T | None]:
+    """Build the config of a ticket and run it; tell how it ended, and what it returned.
+
+    Raises:
+        NoRoom: a disk is full, which is no trial's fault.
+    """
+    folder = sweep.folder / str(number)
+    try:
+        told = execute(sweep.run(point, number % sweep.options.replicates), folder)
+    except NoRoom:
+        raise
+    except Skipped as error:
+        return Outcome("skipped", "", str(error)), None
     except Pruned as error:
         return Outcome("pruned", "", str(error)), None
     except Diverged as error:
@@ -171,13 +262,13 @@ def _run(sweep: Frozen, trial: Trial, point: dict[str, Any], number: int) -> tup
     except FtexpError as error:
         return Outcome("failed", "crash", str(error)), None
     except Exception as error:
+        if (full := no_room(error, folder)) is not None:
+            raise full from error
         if experiment.out_of_memory(error):
             return Outcome("failed", "oom", f"out of memory: {str(error).splitlines()[0]}"), None
         traceback.print_exc()
         return Outcome("failed", "crash", f"{type(error).__name__}: {error}".splitlines()[0]), None
-    for name, bound in sweep.options.at_most.items():
-        trial.set_constraint(f"{name} at most {bound:g}", scores.get(name, math.inf) - bound)
-    return Outcome("complete"), values
+    return Outcome("complete"), told
 
 
 def _short(value: Any) -> str:
@@ -201,10 +292,12 @@ def same_model(trial: Trial, run: config.Run) -> Callable[[dict[str, Any]], None
     A folder of a model can be written to while a sweep pauses; its trials would then be ranked over two models.
     """
     names = {"weights_sha256": "weights", "tokenizer_sha256": "tokenizer", "template_sha256": "template"}
+    names |= {"reward": "reward model"} if run.trainer.reward else {}
 
     def check(told: dict[str, Any]) -> None:
         where = {k: v for k, v in told["compute"].items() if k != "threads"}  # other chips may quantize otherwise
         made = config.digest(run.model, run.quant, run.data), run.trainer.kind.value, json.dumps(where, sort_keys=True)
+        made = (*made, run.trainer.reward) if run.trainer.reward else made
         key = f"ftexp:model {hashlib.sha256(' '.join(made).encode()).hexdigest()[:16]}"
         mine = {k: told[k] for k in names}
         kept = trial.study.user_attrs.get(key)
@@ -317,7 +410,7 @@ def open_study(sweep: Frozen) -> Study:
     directions: Any = [metrics.METRICS[name].direction.value for name in sweep.objectives]
     return optuna.create_study(
         study_name=sweep.name,
-        storage=study.storage(sweep.folder, sweep.options.storage),
+        storage=study.storage(sweep.folder, os.environ.get(RECORD, sweep.options.storage)),
         load_if_exists=True,
         directions=directions,
         sampler=optuna.samplers.RandomSampler(seed=0),  # proposals are made in `study.propose`
@@ -332,7 +425,34 @@ def main() -> int:
     quiet_libraries()
     config.register()
     with control.listening():
-        return _main(frozen.load(Path(sys.argv[1])))
+        sweep = frozen.load(Path(sys.argv[1]))
+        return _several(sweep) if ranks.started_by_torchrun() else _main(sweep)
+
+
+def _several(sweep: Frozen) -> int:
+    """Be one process of a worker, and end with it."""
+    ended_with_parent()
+    try:
+        ranks.join()
+        if ranks.rank() == 0:
+            ranks.leave(_main(sweep))
+        console.quiet = True
+        follow(sweep)
+    except KeyboardInterrupt:
+        ranks.tell("left", "")
+        ranks.leave(PREEMPTED)
+    except BaseException:
+        traceback.print_exc()
+        ranks.leave(1)
+    ranks.leave(0)
+
+
+def ended_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() == 1:
+        ranks.leave(1)
 
 
 def _main(sweep: Frozen) -> int:
@@ -344,6 +464,11 @@ def _main(sweep: Frozen) -> int:
         work(sweep, record)
     except KeyboardInterrupt:
         return PREEMPTED
+    except NoRoom as error:
+        say(str(error), always=True)
+        record.set_user_attr(FULL, True)
+        record.set_user_attr(STOP, str(error))
+        return error.exit_code
     return 0
 
 

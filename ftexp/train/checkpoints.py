@@ -62,11 +62,20 @@ class Store:
         write_json(folder / SEAL, told)
         for other in self.folder.glob("checkpoint-*"):
             if other != folder:
+                (other / SEAL).unlink(missing_ok=True)  # first, so that a kill leaves no seal over missing files
                 shutil.rmtree(other)
 
-    def clear(self) -> None:
-        """Remove all of them; the adapter that came of them is kept elsewhere."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+
+def clear(folder: Path) -> None:
+    """Remove all of them, once the run is on record as complete; the adapter that came of them is kept elsewhere."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear_torn(folder: Path) -> None:
+    """Remove the checkpoints without a seal: of no use, and they hold the room that was missing."""
+    for path in folder.glob("checkpoint-*"):
+        if not (path / SEAL).exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def store(folder: Path, fingerprint: dict[str, Any]) -> Store:

@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ftexp import evaluate, metrics
-from ftexp.config import Packing, Run, Trainer
+from ftexp import evaluate, metrics, ranks
+from ftexp.config import Loss, Method, Packing, Run, Trainer
 from ftexp.data.prompts import Example
-from ftexp.errors import ConfigError, Diverged, OutOfTime, Preempted, Pruned
+from ftexp.errors import Diverged, OutOfTime, Preempted, Pruned
 from ftexp.model import Base, accept
 from ftexp.progress import progress
-from ftexp.train import lengths
+from ftexp.train import lengths, losses, spread
 from ftexp.train.checkpoints import Store
 from ftexp.train.control import Control, Report, Rung, at_work
 
@@ -78,7 +78,7 @@ def train(
         return Rung(metrics.loss(nats, tokens), nats, tokens)
 
     def make(watching: TrainerCallback) -> Any:
-        return _trainer(base, tuned, settings, packs, watching)
+        return _trainer(run, base, tuned, settings, packs, watching, kept)
 
     return optimise(run, tuned, steps, curve, make, kept, report, control)
 
@@ -99,7 +99,7 @@ def optimise(
         report: takes metrics and their step.
         control: what may end the training early.
     """
-    resume = kept.resume
+    resume = ranks.agreed(kept.resume)
     with progress(f"training {steps} steps", steps) as advance:
         advance(resume.step if resume else 0)
         stopped: list[BaseException] = []
@@ -126,8 +126,8 @@ def two_rates(tuned: Any, trainer: Any, ratio: float) -> Any:
     )
 
 
-def orders(count: int, trainer: Trainer, seed: int) -> Iterator[list[int]]:
-    """Yield the order of the rows in each epoch as the Trainer draws it without groups of like length.
+def orders(count: int, trainer: Trainer, seed: int, first: int = 0) -> Iterator[list[int]]:
+    """Yield the order of the rows in each epoch, from epoch `first` on, as the Trainer draws it without groups.
 
     Each epoch draws from `seed` + epoch (accelerate's SeedableRandomSampler).
     """
@@ -135,32 +135,42 @@ def orders(count: int, trainer: Trainer, seed: int) -> Iterator[list[int]]:
 
     start = trainer.extra.get("data_seed")
     draw = torch.Generator()
-    for epoch in itertools.count():
+    for epoch in itertools.count(first):
         yield torch.randperm(count, generator=draw.manual_seed((seed if start is None else start) + epoch)).tolist()
 
 
 def planned_steps(trainer: Trainer, rows: int) -> int:
-    """Count optimizer steps over rows or packs: the last step of an epoch may hold fewer than the others."""
+    """Count optimizer steps over rows or packs: the last step of an epoch may hold fewer than the others.
+
+    With `kind=rloo` a step holds whole prompts, and those left over at the end of an epoch are not trained on in it.
+    """
     if trainer.steps is not None:
         return trainer.steps
-    an_epoch = math.ceil(math.ceil(rows / trainer.batch) / trainer.accumulation)
-    return max(1, math.ceil(an_epoch * trainer.epochs))
+    if trainer.kind is Method.rloo:
+        return max(1, math.ceil(rows * trainer.generations // (trainer.batch * trainer.accumulation) * trainer.epochs))
+    return max(1, math.ceil(steps_of_epoch(trainer, rows) * trainer.epochs))
+
+
+def steps_of_epoch(trainer: Trainer, rows: int) -> int:
+    """Count the optimizer steps of one pass over rows or packs."""
+    return math.ceil(math.ceil(rows / trainer.batch) / trainer.accumulation)
 
 
 def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int) -> SFTConfig:
-    """Translate the config to TRL's.
+    """Translate the config to TRL's: an SFTConfig, with `kind=rloo` an RLOOConfig.
 
     Raises:
         ConfigError: `trainer.extra` names a keyword TRL does not know, or gives one that the schema has.
     """
-    from trl import SFTConfig
+    from trl import RLOOConfig, SFTConfig
 
-    own = {
+    batch, accumulation = spread.shape(trainer, ranks.count())
+    own: dict[str, Any] = {
         "output_dir": folder,
         "max_steps": steps,
         "learning_rate": trainer.lr,
-        "per_device_train_batch_size": trainer.batch,
-        "gradient_accumulation_steps": trainer.accumulation,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
         "lr_scheduler_type": trainer.scheduler.value,
         "warmup_steps": math.ceil(steps * trainer.warmup),
         "weight_decay": trainer.weight_decay,
@@ -173,7 +183,6 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
         "train_sampling_strategy": "group_by_length" if trainer.group_by_length else "random",
         "bf16": False,  # the weights are loaded in the format that was chosen; autocast on top would round twice
         "fp16": False,
-        "max_length": None,  # rows were refused where too long, so nothing is cut here
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # the filter shows a diverged loss as 0.0
         "save_strategy": "no",
@@ -182,44 +191,72 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
         "disable_tqdm": True,
         "dataloader_pin_memory": device == "cuda",
     }
-    return cast("SFTConfig", accept(SFTConfig, own, trainer.extra, "trainer.extra"))
+    if ranks.count() > 1 and "ddp_find_unused_parameters" not in trainer.extra:
+        own["ddp_find_unused_parameters"] = False  # every weight that is trained has its part in every loss
+    if trainer.kind is not Method.rloo:
+        own |= {"max_length": None}  # rows were refused where too long, so nothing is cut here
+        return cast("SFTConfig", accept(SFTConfig, own, trainer.extra, "trainer.extra"))
+    own |= {
+        "num_generations": trainer.generations,
+        "beta": 0.0,  # RLOOTrainer would load the reference from files; `rloo.train` gives it ours
+        "num_iterations": 1,  # a checkpoint keeps no completions, so a step uses those that it has written
+        "steps_per_generation": None,
+        "generation_batch_size": None,
+        "sync_ref_model": False,
+        "disable_dropout": False,  # for good; `answers.undisturbed` does so for a while
+        "use_vllm": False,
+    }
+    return cast("SFTConfig", accept(RLOOConfig, own, trainer.extra, "trainer.extra"))
 
 
-def _trainer(base: Base, tuned: Any, settings: SFTConfig, dataset: Dataset, watch: TrainerCallback) -> Any:
+def _trainer(
+    run: Run, base: Base, tuned: Any, settings: SFTConfig, dataset: Dataset, watch: TrainerCallback, kept: Store
+) -> Any:
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
-    plain = settings.loss_type == "nll" and not settings.label_smoothing_factor
-    own_head = has_adapted_head(tuned)
-    if own_head and not plain:
-        raise ConfigError(
-            "lora.targets names the output head, which learns from the plain loss alone: leave out loss_type and "
-            "label_smoothing_factor of trainer.extra"
-        )
+    own_head, terms = has_adapted_head(tuned), losses.chosen(run.trainer)
+    pad, several = cast(int, base.tokenizer.pad_token_id), ranks.count()
 
     class SupervisedRows(SFTTrainer):
-        """SFTTrainer that on a CPU projects supervised positions alone onto the vocabulary.
+        """SFTTrainer with the loss of `ftexp/train/losses.py`, from the logits of supervised positions alone.
 
-        TRL does so where Triton runs and projects every prompt token elsewhere, a fifth of a step of a small model.
-        Where the head has an adapter, every device does: TRL multiplies with the head's frozen weights.
+        TRL's own is left where Triton runs, for nll: it builds no logits there. Elsewhere it projects every prompt
+        token, a fifth of a step of a small model. Where the head has an adapter it would miss it, since it multiplies
+        with the head's frozen weights.
         """
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            ours = own_head or inputs["input_ids"].device.type == "cpu"
-            if return_outputs or not plain or not ours:
+            labels = inputs["labels"]
+            ours = (
+                own_head or run.trainer.loss is not Loss.nll or labels.device.type == "cpu" or spread.is_blank(labels)
+            )
+            if return_outputs or not ours:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            return token_mean(model, inputs, num_items_in_batch)
+            # gradients are averaged over processes
+            return token_mean(model, inputs, num_items_in_batch, terms) * several
 
         def _get_train_sampler(self, train_dataset=None):
-            usual = super()._get_train_sampler(train_dataset)
             grouped = settings.train_sampling_strategy == "group_by_length"
+            if several > 1:
+                return spread.sampler(count, settings.per_device_train_batch_size * several, order, begun)
+            usual = super()._get_train_sampler(train_dataset)
             return lengths.sampler(usual, settings.seed) if grouped else usual
 
+    count, sizes = len(dataset), [len(ids) for ids in dataset["input_ids"]] if several > 1 else []
+    begun = kept.resume.step // steps_of_epoch(run.trainer, count) if kept.resume else 0
+
+    def order(epoch: int) -> list[int]:
+        if run.trainer.group_by_length:
+            return lengths.grouped(sizes, run.trainer.batch * run.trainer.accumulation, run.seed, epoch)
+        return next(orders(count, run.trainer, run.seed, epoch))
+
+    dataset = spread.blank(dataset, pad) if several > 1 else dataset
     apart = "seq_lengths" in dataset.column_names and not settings.padding_free
-    with _bare_head(tuned):
+    with _bare_head(tuned), as_they_are(tuned):
         trainer = SupervisedRows(
             tuned, settings, train_dataset=dataset, processing_class=base.tokenizer, callbacks=[watch],
-            data_collator=partial(lengths.collate, pad=cast(int, base.tokenizer.pad_token_id)) if apart else None,
+            data_collator=partial(lengths.collate, pad=pad) if apart else None,
         )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -244,22 +281,35 @@ def _bare_head(model: Any):
         model.__dict__.pop("get_output_embeddings", None)
 
 
-def token_mean(model: Any, inputs: dict[str, Any], tokens: Any) -> Any:
-    """Sum of nats over the supervised tokens of a forward pass, divided by those of the whole optimizer step.
+@contextmanager
+def as_they_are(model: Any):
+    """Keep trained weights in the format they have: TRL rounds those on a quantized base to bfloat16.
+
+    Steps of a small learning rate would be lost, and a training that goes on from a checkpoint, whose weights come back
+    in float32, would end with other bits.
+    """
+    kept = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
+    try:
+        yield
+    finally:
+        for weight, value in kept:
+            weight.data = value
+
+
+def token_mean(model: Any, inputs: dict[str, Any], tokens: Any, terms: Callable[[Any, Any], Any] = losses.nll) -> Any:
+    """Sum of a loss over the supervised tokens of a forward pass, divided by those of the whole optimizer step.
 
     Args:
         model: a causal language model, with or without an adapter.
         inputs: `input_ids`, `labels`, and `attention_mask` or, of packed rows, `position_ids`; each (row, position).
         tokens: supervised tokens over all forward passes of the step; None where this pass is the step. Dividing by
             it makes accumulation exact: 8 rows at once and 2 rows four times give the same gradient.
+        terms: takes logits (supervised, vocabulary) and targets (supervised,), returns a term for each (supervised,).
     """
-    import torch
-
     logits, targets = evaluate.supervised_logits(
         model, inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"], inputs.get("position_ids")
     )
-    nats = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-    return nats / (len(targets) if tokens is None else tokens)
+    return terms(logits.float(), targets).sum() / (len(targets) if tokens is None else tokens)
 
 
 @contextmanager
@@ -286,9 +336,16 @@ def watch(
 
     asked, minutes, saved = control, run.trainer.checkpoint_minutes, [time.monotonic()]
     dead: list[int] = []
-    names = {"loss": "train/loss", "learning_rate": "train/lr", "grad_norm": "train/grad_norm"}
+    names = {
+        "loss": "train/loss", "learning_rate": "train/lr", "grad_norm": "train/grad_norm",
+        "reward": "train/reward", "kl": "train/kl", "completions/mean_length": "train/length",  # of RLOOTrainer
+    }  # fmt: skip
+    still = run.trainer.kind is Method.rloo  # completions that are worth the same teach nothing for a while
 
     class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            spread.own_draws(run.seed)
+
         def on_log(self, args, state, control, logs=None, **kwargs):
             told = {names[key]: float(value) for key, value in (logs or {}).items() if key in names}
             if not told:
@@ -296,7 +353,7 @@ def watch(
             for name, value in told.items():
                 if not math.isfinite(value):
                     raise Diverged(f"diverged at step {state.global_step}: {name} is {value}")
-            dead[:] = [*dead, state.global_step] if told.get("train/grad_norm") == 0.0 else []
+            dead[:] = [*dead, state.global_step] if told.get("train/grad_norm") == 0.0 and not still else []
             if len(dead) == DEAD_STEPS:
                 raise Diverged(f"diverged at step {state.global_step}: no gradient for {DEAD_STEPS} steps")
             report(told, state.global_step)
@@ -316,13 +373,18 @@ def watch(
                 stopped.append(OutOfTime(f"ran out of time at step {step} of {steps}"))
             if asked.leave.is_set() and step < steps and not stopped:
                 stopped.append(Preempted(f"asked to leave at step {step} of {steps}"))
+            late = minutes is not None and time.monotonic() - saved[0] >= 60 * minutes
+            stopped[:], late = ranks.agreed((stopped, late))
             control.should_training_stop = control.should_training_stop or bool(stopped)
             leaving = bool(stopped) and isinstance(stopped[0], Preempted)
-            due = minutes is not None and time.monotonic() - saved[0] >= 60 * minutes and not stopped
+            due = late and not stopped
             control.should_save = (leaving or due) and step < steps
 
         def on_save(self, args, state, control, **kwargs):
-            kept.seal(state.global_step)
+            ranks.meet()  # each process writes the state of its own generator
+            if ranks.rank() == 0:
+                kept.seal(state.global_step)
+            ranks.meet()
             saved[0] = time.monotonic()
 
     return Watch()

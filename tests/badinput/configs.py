@@ -90,6 +90,21 @@ model=tiny model.path=x
 model=tiny quant=nf4
 model.revision=main
 model.dtype=float8
+model=run
+model=run model.path=nope
+model=run model.path=x model.revision=main
+trainer=rloo
+trainer=rloo trainer.reward=nope
+trainer=rloo trainer.reward=nope trainer.generations=1
+trainer=rloo trainer.reward=nope trainer.batch=6
+trainer=rloo trainer.reward=nope trainer.max_new_tokens=0
+trainer=rloo trainer.reward=nope trainer.neftune=5
+trainer=rloo trainer.reward=nope lora.dropout=0.1
+trainer=rloo trainer.reward=nope eval=loss
+trainer=rloo trainer.reward=nope data.packing=bfd
+trainer=rloo trainer.reward=nope objectives=[valid/accuracy]
+trainer.reward=x
+trainer.generations=8
 quant=int4
 quant=int8 quant.double=true
 eval.batch=0

@@ -4,7 +4,7 @@ import pytest
 from test_hygiene import originals, planted
 
 from ftexp.config import Data, Gate, Long, Source, Template
-from ftexp.data import gates, load, prompts
+from ftexp.data import gates, hygiene, load, prompts
 from ftexp.data.shapes import Row
 from ftexp.data.splits import Splits
 from ftexp.errors import DataError
@@ -43,6 +43,57 @@ def test_near_copy_under_another_prompt_leaks():
     with pytest.raises(DataError, match=r"v:1: 1 of 1 valid rows leak .* is a near copy \(likeness 0\.9\d\) of o:3"):
         gates.near_leaks(splits(train, [row]), Data())
     gates.near_leaks(splits(train, [row]), Data(dedup_threshold=1.0))
+
+
+PROMPT = (
+    "You are a careful assistant. Read the topic below and write one quotation about it, in the voice of its author, "
+    "no longer than a sentence, without a title, a date or a remark of your own. Topic: "
+)
+
+
+def under_one_prompt(words, count=300, prompt=PROMPT):
+    """Rows of a few random words each, all under one long prompt."""
+    rows = originals(count, seed=3)
+    cut = [(" ".join(r.prompt.split()[:words]), " ".join(r.completion.split()[:words])) for r in rows]
+    return [Row(prompt + a, b, f"o:{n}") for n, (a, b) in enumerate(cut)]
+
+
+@pytest.mark.parametrize("words", [1, 3, 18])
+def test_short_rows_under_one_long_prompt_are_no_near_copies(words):
+    rows = under_one_prompt(words)
+    gates.near_leaks(splits(rows[:250], rows[250:]), Data())
+
+
+def test_sabotage_prompt_that_counts_as_likeness_makes_copies_of_them(monkeypatch):
+    monkeypatch.setattr(hygiene, "common", lambda texts: frozenset())
+    rows = under_one_prompt(1)
+    with pytest.raises(DataError, match="of 50 valid rows leak .* is a near copy"):
+        gates.near_leaks(splits(rows[:250], rows[250:]), Data())
+
+
+@pytest.mark.parametrize("words", [6, 18])
+def test_near_copy_under_the_prompt_of_all_rows_still_leaks(words):
+    """Each planted copy has the last letter of its text changed; all are found, and nothing else."""
+    rows = under_one_prompt(words)
+    held = [Row(r.prompt, r.completion[:-1] + "#e", f"v:{n}") for n, r in enumerate(rows[:12])]
+    held = [Row(r.prompt.replace("Topic: ", "Topic: a "), r.completion, r.where) for r in held]
+    found = {row.where for row, _, _ in gates.alike((*held, *rows[250:]), tuple(rows[:250]), 0.8)}
+    assert found == {r.where for r in held}
+
+
+def test_rows_of_nothing_but_the_prompt_are_copies():
+    """Where a row has no text of its own, all of it counts, and two such rows are equal."""
+    rows = [*under_one_prompt(3), Row(PROMPT, "", "bare:0")]
+    found = [(row.where, twin.where) for row, twin, _ in gates.alike((Row(PROMPT, "", "v:0"),), tuple(rows), 0.8)]
+    assert found == [("v:0", "bare:0")]
+
+
+def test_text_of_half_the_rows_is_not_taken_for_a_prompt():
+    """Of rows that are copies of one text the leak is found: a prompt stands in nearly all rows."""
+    rows, one = originals(40), originals(1, seed=9)[0]
+    copies = [Row(one.prompt + f" {n}", one.completion, f"c:{n}") for n in range(40)]
+    assert {row.where for row, _, _ in gates.alike(tuple(copies[:3]), (*rows, *copies[3:]), 0.8)} == {
+        "c:0", "c:1", "c:2"}  # fmt: skip
 
 
 def test_sealed_rows_may_leak_nowhere():

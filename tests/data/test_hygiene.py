@@ -57,6 +57,17 @@ def test_twelve_of_twelve_planted_copies_are_found_and_none_in_a_thousand():
     assert dropped(rows, Dedup.near) == []
 
 
+def test_short_rows_under_one_long_prompt_are_kept_and_copies_among_them_left_out():
+    from test_gates import under_one_prompt
+
+    rows = under_one_prompt(6)
+    near = [Row(r.prompt, r.completion + "s", f"n:{n}") for n, r in enumerate(rows[:9])]
+    assert dropped(rows, Dedup.near) == []
+    copies = dropped([*rows, *near], Dedup.near)
+    assert {frozenset(w.split(":")[1] for w in (c.row.where, c.of.where)) for c in copies} == {
+        frozenset({str(n)}) for n in range(9)}  # fmt: skip
+
+
 def test_none_keeps_equal_rows():
     rows = originals(5)
     assert dropped([*rows, *rows], Dedup.none) == []

@@ -36,9 +36,13 @@ def allocated(asked: Model, lora: Lora, rows: int, length: int, supervised: int,
     return peak
 
 
+def peak(*given, **named):
+    return activations.trace(*given, **named).max()
+
+
 def both(kind, lora, rows, length, supervised, attention, checkpointing=False, dtype=Dtype.float32):
     told = sizes.outline(Model(kind=kind), Quant(), lora, dtype.value, attention)
-    planned = activations.peak(told.model, rows, length, supervised, attention, checkpointing, head=False)
+    planned = peak(told.model, rows, length, supervised, attention, checkpointing, head=False)
     asked = Model(kind=kind, dtype=dtype, attention=Attention(attention))
     return planned, allocated(asked, lora, rows, length, supervised, checkpointing)
 
@@ -80,9 +84,9 @@ def test_a_trace_leaves_no_trace():
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    first = activations.peak(told.model, 4, 64, 30, "eager", False, head=False)
-    checkpointed = activations.peak(told.model, 4, 64, 30, "eager", True, head=False)
-    assert activations.peak(told.model, 4, 64, 30, "eager", False, head=False) == first > checkpointed
+    first = peak(told.model, 4, 64, 30, "eager", False, head=False)
+    checkpointed = peak(told.model, 4, 64, 30, "eager", True, head=False)
+    assert peak(told.model, 4, 64, 30, "eager", False, head=False) == first > checkpointed
     assert torch.rand(1) == expected
 
 
@@ -92,7 +96,7 @@ def test_presets_can_be_traced(kind):
              "gpt2": "openai-community/gpt2", "qwen": "Qwen/Qwen2.5-0.5B"}  # fmt: skip
     asked = Model(kind=Kind.hub, path=paths[kind]) if kind in paths else Model()
     told = sizes.outline(asked, Quant(), Lora(), "bfloat16", "sdpa")
-    small, large = (activations.peak(told.model, rows, 64, 30, "sdpa", False, head=False) for rows in (1, 2))
+    small, large = (peak(told.model, rows, 64, 30, "sdpa", False, head=False) for rows in (1, 2))
     assert 1.5 * small < large < 2 * small + 30 * 200_000 * 8
 
 
@@ -100,13 +104,13 @@ def test_encoders_can_be_traced():
     for path in ("distilbert/distilbert-base-uncased", "sentence-transformers/all-MiniLM-L6-v2"):
         for attention in ("eager", "sdpa"):
             told = sizes.outline(Model(kind=Kind.hub, path=path), Quant(), Lora(), "float32", attention, labels=4)
-            assert activations.peak(told.model, 2, 64, 0, attention, False, head=True) > 1e6
+            assert peak(told.model, 2, 64, 0, attention, False, head=True) > 1e6
 
 
 def test_a_head_on_a_model_without_a_padding_token_is_traced():
     """SmolLM2's outline names none; transformers refuses more than one row there."""
     told = sizes.outline(Model(), Quant(), Lora(), "float32", "eager", labels=1)
-    assert activations.peak(told.model, 2, 16, 1, "eager", False, head=True) > 0
+    assert peak(told.model, 2, 16, 1, "eager", False, head=True) > 0
     told.model.config.get_text_config().pad_token_id = None
     with pytest.raises(ValueError, match="no padding token"):
-        activations.peak(told.model, 2, 16, 1, "eager", False, head=True)
+        peak(told.model, 2, 16, 1, "eager", False, head=True)

@@ -58,7 +58,7 @@ def test_adapter_follows_the_seed_alone(base):
     assert same == [True, True, False]
 
 
-@pytest.mark.parametrize("variant", list(Variant))
+@pytest.mark.parametrize("variant", [v for v in Variant if v is not Variant.loftq])  # test_loftq.py
 def test_base_is_untouched_after_an_adapter(base, variant):
     ids = torch.arange(3, 20)[None]
     before = base.model(ids).logits.detach()

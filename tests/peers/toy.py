@@ -69,6 +69,7 @@ def ours():
         (conf / "lora" / "default.yaml").write_text("alpha: 999\n")
 
     def toy(made, *_):
+        yield from ()  # as `_execute`, which hands trials of the packed engine out to be trained
         value = trial(made.lora.r, made.lora.alpha, edit)
         if value != value:
             raise Diverged("diverged at step 1: train/loss is nan")

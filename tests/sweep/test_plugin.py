@@ -367,10 +367,10 @@ def test_memory_that_runs_out_halves_the_forward_pass_and_keeps_the_effective_ba
 
     honest = sft.token_mean
 
-    def small_only(model, inputs, tokens):
+    def small_only(model, inputs, *rest):
         if len(inputs["input_ids"]) > 2:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return honest(model, inputs, tokens)
+        return honest(model, inputs, *rest)
 
     monkeypatch.setattr(sft, "token_mean", small_only)
     code, _, err = cli("lora.r=2", *SWEEP, "trainer.batch=8", "-m")
@@ -443,7 +443,7 @@ def test_trial_whose_folder_is_gone_runs_again(cli, tmp_path):
     shutil.rmtree(folder / "1")
     code, _, err = cli(*given)
     assert code == 0, err
-    assert "the folders of trials 1 are gone; they run again" in err
+    assert "files of trials 1 are gone; they run again" in err
     assert "1 of 2 trials to do" in err
     assert adapters(folder) == before
 

@@ -99,9 +99,29 @@ def test_worker_elsewhere_is_honoured_while_it_beats(record, silent, reaped, mon
     study.queue(record, [None])
     trial = study.claim(record)
     trial.set_user_attr("ftexp:worker", {"host": "elsewhere", "pid": 1, "start": 1.0})
-    now = time.time()
-    monkeypatch.setattr(study.time, "time", lambda: now + silent)
+    assert study.reap(record, 1) == []
+    now = time.monotonic()
+    monkeypatch.setattr(study.time, "monotonic", lambda: now + silent)
     assert study.reap(record, 1) == reaped
+
+
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+def test_clock_that_jumps_takes_no_trial_from_a_worker_elsewhere(record, monkeypatch, jump):
+    study.queue(record, [None])
+    trial = study.claim(record)
+    trial.set_user_attr("ftexp:worker", {"host": "elsewhere", "pid": 1, "start": 1.0})
+    now = time.time()
+    monkeypatch.setattr(study.time, "time", lambda: now + jump)
+    assert study.reap(record, 1) == []
+
+
+def test_clock_put_back_after_a_claim_keeps_nobody_waiting(record, monkeypatch):
+    """A worker killed between claim and signature, then a clock an hour back: its ticket is not held for an hour."""
+    study.queue(record, [None])
+    record._storage.set_trial_state_values(record.get_trials()[0]._trial_id, state=TrialState.RUNNING)
+    now = time.time()
+    monkeypatch.setattr(study.time, "time", lambda: now - 3600)
+    assert study.reap(record, 1) == [0]
 
 
 def test_torn_journal_is_cut_back_to_its_last_whole_line(tmp_path, record):
@@ -118,12 +138,24 @@ def test_sabotage_torn_journal_without_repair_is_lost(tmp_path, record, monkeypa
     study.queue(record, [{"r": 1}])
     path = tmp_path / study.JOURNAL
     path.write_bytes(path.read_bytes() + b'{"op_code": 5, "trial_')
-    monkeypatch.setattr(study, "_repair", lambda path: None)
+    monkeypatch.setattr(study, "cut_torn", lambda path: None)
+    monkeypatch.setattr(study, "_check_end", lambda path: None)
     with pytest.raises(Exception):  # noqa: B017 - whatever Optuna meets there
         again = optuna.load_study(study_name="s", storage=study.storage(tmp_path, None))
         study.queue(again, [{"r": 1}, {"r": 2}])
         fresh = optuna.load_study(study_name="s", storage=study.storage(tmp_path, None))
         assert len(study.counted(fresh)) == 2
+
+
+def test_entry_that_another_process_tore_is_cut_off_before_the_next(tmp_path, record):
+    """A full disk tears the last entry while the sweep runs; the next writer has had the record open all along."""
+    path = tmp_path / study.JOURNAL
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"op_code": 5, "trial_')
+    study.queue(record, [{"r": 1}])
+    assert path.read_bytes().startswith(whole)
+    assert [study._is_entry(line) for line in path.read_bytes().splitlines()] == [True] * path.read_bytes().count(b"\n")
+    assert len(study.counted(record)) == 1
 
 
 CLAIMS = """

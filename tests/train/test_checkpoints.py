@@ -171,11 +171,11 @@ def test_halved_forward_pass_starts_over_and_does_not_mix(tiny, tmp_path, monkey
     honest = sft.token_mean
     calls = []
 
-    def full(model, inputs, tokens):
+    def full(model, inputs, *rest):
         calls.append(len(inputs["input_ids"]))
         if len(calls) == 3:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return honest(model, inputs, tokens)
+        return honest(model, inputs, *rest)
 
     monkeypatch.setattr(sft, "token_mean", full)
     experiment.execute(tiny("trainer.checkpoint_minutes=0"), tmp_path, "x")

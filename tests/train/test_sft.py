@@ -85,7 +85,7 @@ def test_sabotage_mean_over_each_piece_is_another_step(tiny, tmp_path, monkeypat
     )
     whole = trained(tiny(*base, "trainer.batch=8"), tmp_path)
     honest = sft.token_mean
-    monkeypatch.setattr(sft, "token_mean", lambda model, inputs, tokens: honest(model, inputs, None))
+    monkeypatch.setattr(sft, "token_mean", lambda model, inputs, tokens, terms: honest(model, inputs, None, terms))
     pieces = trained(tiny(*base, "trainer.batch=2", "trainer.accumulation=4"), tmp_path)
     assert max((whole[k] - pieces[k]).abs().max() for k in whole) > 1e-5
 
@@ -155,13 +155,6 @@ def test_trls_own_loss_would_leave_an_adapter_on_the_head_as_it_was(tiny, tmp_pa
         trained(tiny(*HEAD, "trainer.steps=4"), tmp_path)
 
 
-def test_an_adapter_on_the_head_and_another_loss_are_at_odds(tiny, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"lora\.targets names the output head, which learns from the plain loss alone"
-    ):
-        trained(tiny(*HEAD, "++trainer.extra.loss_type=dft"), tmp_path)
-
-
 def test_same_seed_gives_the_same_bits_and_another_does_not(tiny, tmp_path):
     given = ("trainer.neftune=5", "lora.dropout=0.1")
     one, same, other = (trained(tiny(*given, f"seed={s}"), tmp_path) for s in (0, 0, 1))
@@ -223,9 +216,9 @@ def poison(monkeypatch, step):
     """Make the loss of one step NaN; gives the list of calls."""
     honest, calls = sft.token_mean, []
 
-    def poisoned(model, inputs, tokens):
+    def poisoned(*given):
         calls.append(1)
-        return honest(model, inputs, tokens) * (math.nan if len(calls) == step else 1)
+        return honest(*given) * (math.nan if len(calls) == step else 1)
 
     monkeypatch.setattr(sft, "token_mean", poisoned)
     return calls
@@ -264,6 +257,7 @@ def test_an_epoch_takes_the_steps_that_were_planned(tiny, tmp_path):
     [({"overwrite_output_dir": True}, r"trainer\.extra is refused by SFTConfig: .*overwrite_output_dir"),
      ({"group_by_length": True}, r"trainer\.extra\.group_by_length must not be set, .*: trainer\.group_by_length"),
      ({"packing": True}, r"trainer\.extra\.packing must not be set, .*: data\.packing"),
+     ({"loss_type": "dft"}, r"trainer\.extra\.loss_type must not be set, .*: trainer\.loss"),
      ({"learning_rate": 1.0}, r"trainer\.extra\.learning_rate must not be set, .*: trainer\.lr")],
 )  # fmt: skip
 def test_library_keyword_that_does_not_exist_is_refused(tiny, extra, message):
@@ -271,14 +265,6 @@ def test_library_keyword_that_does_not_exist_is_refused(tiny, extra, message):
     run.trainer.extra = extra
     with pytest.raises(ConfigError, match=message):
         sft.arguments(run.trainer, "cpu", 0, "x", 1)
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("given", [("label_smoothing_factor", "0.5"), ("loss_type", "dft")])
-def test_library_loss_is_not_replaced_by_the_shortcut(tiny, tmp_path, given):
-    plain = trained(tiny("trainer.steps=2"), tmp_path)
-    other = trained(tiny("trainer.steps=2", f"+trainer.extra.{given[0]}={given[1]}"), tmp_path)
-    assert not all(torch.equal(plain[k], other[k]) for k in plain)
 
 
 def test_library_keyword_reaches_the_library(tiny):

@@ -1,0 +1,498 @@
+"""Several LoRA adapters on one base in one forward and backward pass, each with the bits it has alone.
+
+The rows of all members lie behind each other in one sequence without padding. Linear layers multiply all of it with
+the frozen base once, so that weights are read, and 4-bit ones unpacked, once for all; then each member's stretch with
+its own adapter. Attention takes rows of equal length together, and never two rows as one.
+
+On a CPU a member's numbers do not depend on who else is there. What would make them depend is done member by member:
+products of adapters, elementwise functions whose kernels end in another formula than they begin with, and rows so
+short that the matrix library takes another way for one than for many. Matrix products of PyTorch's libraries give a row
+the same bits among 16 rows and among thousands, but not always among fewer (measured for MKL and oneDNN), so a member
+brings at least `FEWEST` tokens. On a GPU kernels are chosen by size, and equality is up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ftexp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+Weights = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""Name of a linear layer of the base -> A (rank, in) and B (out, rank), as peft stores them."""
+
+ATTENTION = "ftexp_rows"
+"""Name in transformers of the attention below."""
+FEWEST = 16
+"""A member's tokens in a forward pass are filled up to so many."""
+SMALL = 16**3
+"""Multiplications up to which oneDNN leaves a product to another kernel (PyTorch's `mkldnn_gemm` rule)."""
+CHUNK = 512
+"""Rows of logits that are in memory at once."""
+ALIKE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest error against the model's own logits, as a share of the largest; of 16-bit and quantized weights `ROUGH`."""
+ROUGH = 5e-2
+
+
+@dataclass(eq=False)
+class Adapter:
+    """What one member adds to the base in a forward pass."""
+
+    weights: Weights
+    """In the format the base computes in."""
+    scales: dict[str, float]
+    """Name of a layer -> alpha / r, or alpha / sqrt(r)."""
+    dropout: float
+    """Share of inputs of the adapter that are zeroed in training."""
+    draw: torch.Generator
+    """Of the dropout, this member's alone."""
+
+
+def taken(tuned: PeftModel | PreTrainedModel) -> tuple[Weights, dict[str, float]]:
+    """Copy the weights and scales of the adapter that peft put on a base.
+
+    Raises:
+        ConfigError: an adapter sits on the output head, or on a layer that is not linear.
+    """
+    base: Any = cast(Any, tuned).base_model.model
+    weights, scales = {}, {}
+    for name, layer in base.named_modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        what = type(cast(Any, layer).get_base_layer())
+        if not issubclass(what, nn.Linear):
+            raise ConfigError(
+                f"lora.targets must name linear layers with trainer.engine=packed: {name} is {what.__name__}"
+            )
+        if layer is cast(Any, base).get_output_embeddings():
+            raise ConfigError(f"lora.targets must leave the output head out with trainer.engine=packed, got {name}")
+        a, b = cast(Any, layer).lora_A["default"].weight, cast(Any, layer).lora_B["default"].weight
+        weights[name] = (a.detach().clone(), b.detach().clone())
+        scales[name] = float(cast(Any, layer).scaling["default"])
+    return weights, scales
+
+
+def put(tuned: PeftModel | PreTrainedModel, weights: Weights) -> None:
+    """Copy trained weights into the adapter that peft put on a base."""
+    layers = dict(cast(Any, tuned.base_model.model).named_modules())
+    with torch.no_grad():
+        for name, (a, b) in weights.items():
+            cast(Any, layers[name]).lora_A["default"].weight.copy_(a)
+            cast(Any, layers[name]).lora_B["default"].weight.copy_(b)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the rows of each member lie in the one sequence of a forward pass."""
+
+    ids: torch.Tensor
+    """Token ids, (1, position)."""
+    positions: torch.Tensor
+    """Place of each token in its row, (1, position)."""
+    members: tuple[tuple[Adapter, int, int], ...]
+    """Adapter, begin and end of each member's stretch."""
+    rows: dict[int, list[int]]
+    """Length -> begins of the rows of this length."""
+    begins: tuple[tuple[int, ...], ...]
+    """Begins of the rows of each member, without what fills up."""
+    training: bool
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each member."""
+        return [end - begin for _, begin, end in self.members]
+
+
+def lay_out(given: Sequence[tuple[Adapter, Sequence[list[int]]]], pad: int, device: Any, training: bool) -> Layout:
+    """Lay the rows of members behind each other.
+
+    Args:
+        given: each member's adapter and the token ids of its rows.
+        pad: token that fills a stretch up to `FEWEST` tokens, in a row of its own that nothing sees.
+        device: of the base.
+        training: whether adapters drop inputs.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    members, rows, begins = [], {}, []
+    for adapter, texts in given:
+        begin, mine = len(ids), []
+        missing = FEWEST - sum(map(len, texts))
+        for text in (*texts, [pad] * missing) if missing > 0 else texts:
+            mine.append(len(ids))
+            rows.setdefault(len(text), []).append(len(ids))
+            ids += text
+            positions += range(len(text))
+        members.append((adapter, begin, len(ids)))
+        begins.append(tuple(mine[: len(texts)]))
+    text, places = (torch.tensor([numbers], device=device) for numbers in (ids, positions))
+    return Layout(text, places, tuple(members), rows, tuple(begins), training)
+
+
+class Pack:
+    """The base while it serves several adapters."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.layout: Layout | None = None
+
+    @contextmanager
+    def on(self, names: set[str]) -> Iterator[None]:
+        """Serve adapters on the named layers; the base is as it was afterwards.
+
+        Raises:
+            ConfigError: the base draws dropout of its own, or does not let its attention be chosen.
+        """
+        own = [n for n, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
+        if own or getattr(self.model.config, "attention_dropout", 0.0):
+            raise ConfigError(
+                f"trainer.engine must be trl: the model has dropout of its own, at {(*own, 'its attention')[0]}"
+            )
+        attention = cast(str, self.model.config._attn_implementation)
+        was: dict[str, nn.Module] = {}
+        try:
+            _choose(self.model, ATTENTION)
+            for name, module in list(self.model.named_modules(remove_duplicate=False)):
+                if (made := self._instead(name, module, names)) is not None:
+                    was[name] = module
+                    self.model.set_submodule(name, made)
+            yield
+        finally:
+            for name, module in was.items():
+                self.model.set_submodule(name, module)
+            _choose(self.model, attention)
+
+    def _instead(self, name: str, module: nn.Module, names: set[str]) -> nn.Module | None:
+        """Return what stands in for a module: for a linear layer with adapters, and for what is done by member."""
+        if name in names:
+            return Linear(module, name, self)
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            return Rotary(module, self)
+        return Elementwise(module, self) if isinstance(module, _activations()) else None
+
+    def hidden(self, layout: Layout, noise: dict[int, torch.Tensor]) -> torch.Tensor:
+        """Run the base up to its output head.
+
+        Args:
+            layout: the rows.
+            noise: begin of a row -> noise on its embeddings, (token, width); where there is any.
+
+        Returns:
+            Hidden states, (1, position, width).
+        """
+        embedded = self.model.get_input_embeddings()(layout.ids)
+        if noise:
+            embedded = embedded.clone()
+            for begin, more in noise.items():
+                embedded[0, begin : begin + len(more)] += more
+        self.layout = layout
+        try:
+            return self.model.base_model(
+                inputs_embeds=embedded, position_ids=layout.positions, use_cache=False, layout=layout
+            ).last_hidden_state
+        finally:
+            self.layout = None
+
+
+@cache
+def _activations() -> tuple[type, ...]:
+    """List the classes of elementwise functions that transformers builds models from."""
+    from transformers.activations import ACT2CLS
+
+    found = {kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS.values()}
+    return tuple(kind for kind in found if isinstance(kind, type) and issubclass(kind, nn.Module))
+
+
+def _choose(model: PreTrainedModel, attention: str) -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, attend)
+    model.set_attn_implementation(attention)
+    if model.config._attn_implementation != attention:
+        raise ConfigError(f"trainer.engine must be trl: {type(model).__name__} does not let its attention be chosen")
+
+
+class Linear(nn.Module):
+    """A linear layer of the base, and every member's adapter on its stretch."""
+
+    def __init__(self, base: nn.Module, name: str, pack: Pack) -> None:
+        super().__init__()
+        self.base, self.name, self._pack = base, name, (pack,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Take inputs (1, position, in) to outputs (1, position, out)."""
+        layout = cast(Layout, self._pack[0].layout)
+        if x.shape[:-1] != layout.ids.shape:
+            raise ConfigError(
+                f"trainer.engine must be trl: {self.name} sees {tuple(x.shape[:-1])} tokens of "
+                f"{tuple(layout.ids.shape)}"
+            )
+        parts, weights = [], []
+        for adapter, begin, end in layout.members:
+            if self.name in adapter.weights:
+                dropout = adapter.dropout if layout.training else 0.0
+                parts.append((begin, end, adapter.scales[self.name], dropout, adapter.draw))
+                weights += adapter.weights[self.name]
+        return _Product.apply(x[0], self.base, parts, *weights)[None]  # type: ignore
+
+
+def dense(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """Return the weights (out, in) of a linear layer, unpacked where they are quantized."""
+    layer = cast(Any, base)
+    if (state := getattr(layer.weight, "quant_state", None)) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(layer.weight.data, state).to(dtype)
+    if hasattr(layer.weight, "SCB"):
+        kept = layer.state if layer.state.CB is not None else layer.weight
+        return kept.CB.to(dtype, copy=True).mul_(kept.SCB.unsqueeze(1).mul(1 / 127))
+    return layer.weight
+
+
+def _product(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if x.is_cuda and hasattr(base.weight, "SCB"):
+        return base(x)  # LLM.int8(): inputs are quantized too; on a CPU bitsandbytes trains with unpacked weights
+    return functional.linear(x, dense(base, x.dtype), cast(Any, base).bias)
+
+
+class _Product(torch.autograd.Function):
+    """y = x W^T + bias, and s (drop(x) A^T) B^T on each member's stretch. W is frozen and has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x, base, parts, *weights):
+        y = _product(base, x)
+        inner, masks = [], []
+        for n, (begin, end, scale, dropout, draw) in enumerate(parts):
+            a, b = weights[2 * n], weights[2 * n + 1]
+            mine = x[begin:end]
+            if dropout:
+                kept = torch.rand(mine.shape, generator=draw, device=x.device) >= dropout
+                masks.append(kept.to(x.dtype).mul_(1 / (1 - dropout)))
+                mine = mine * masks[-1]
+            h = torch.mm(mine, a.t()).mul_(scale)
+            y[begin:end].addmm_(h, b.t())
+            inner.append(h)
+        ctx.save_for_backward(x, *weights, *inner, *masks)
+        ctx.base, ctx.parts = base, parts
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g):  # type: ignore
+        count = len(ctx.parts)
+        x, *rest = ctx.saved_tensors
+        weights, inner, masks = rest[: 2 * count], rest[2 * count : 3 * count], iter(rest[3 * count :])
+        g = g.contiguous()
+        gx = g @ dense(ctx.base, g.dtype) if ctx.needs_input_grad[0] else None
+        found = []
+        for n, (begin, end, scale, dropout, _) in enumerate(ctx.parts):
+            a, b, mine, mask = weights[2 * n], weights[2 * n + 1], x[begin:end], next(masks) if dropout else None
+            gh = torch.mm(g[begin:end], b).mul_(scale)
+            ga = torch.mm(gh.t(), mine if mask is None else mine * mask)
+            found += [ga, torch.mm(g[begin:end].t(), inner[n])]
+            if gx is not None and mask is None:
+                gx[begin:end].addmm_(gh, a)
+            elif gx is not None:
+                gx[begin:end] += torch.mm(gh, a).mul_(cast(torch.Tensor, mask))
+        return gx, None, None, *found
+
+
+class Elementwise(nn.Module):
+    """An activation function, taken of each member's stretch: its kernel treats the last few values otherwise."""
+
+    def __init__(self, base: nn.Module, pack: Pack) -> None:
+        super().__init__()
+        self.base, self._pack = base, (pack,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Take values (1, position, width) to as many."""
+        layout = cast(Layout, self._pack[0].layout)
+        return torch.cat([self.base(part) for part in x.split(layout.sizes, 1)], 1)
+
+
+class Rotary(nn.Module):
+    """Cosines and sines of positions, taken of each member's stretch."""
+
+    def __init__(self, base: nn.Module, pack: Pack) -> None:
+        super().__init__()
+        self.base, self._pack = base, (pack,)
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *more: Any) -> tuple[torch.Tensor, ...]:
+        """Return the tables for positions (1, position)."""
+        layout = cast(Layout, self._pack[0].layout)
+        made = [self.base(x, part, *more) for part in position_ids.split(layout.sizes, 1)]
+        return tuple(torch.cat(parts, 1) for parts in zip(*made, strict=True))
+
+
+def attend(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
+    scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None,
+    sliding_window: int | None = None, layout: Layout | None = None, **_: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Attend within rows, as transformers calls it.
+
+    Takes query, key and value (1, head, position, width), and returns (1, position, head, width). Rows of equal length
+    are one product. Short rows, and soft caps, whose kernel ends otherwise, are taken one by one.
+    """
+    if layout is None:
+        raise ConfigError(f"trainer.engine must be trl: {type(module).__name__} does not pass on where rows begin")
+    heads, width = query.shape[1], query.shape[3]
+    groups = []
+    for length, begins in layout.rows.items():
+        alone = softcap is not None or heads * length * length * width <= SMALL
+        groups += [(length, [begin]) for begin in begins] if alone else [(length, begins)]
+    scale = width**-0.5 if scaling is None else scaling
+    return _Attention.apply(query, key, value, groups, scale, softcap, sliding_window), None  # type: ignore
+
+
+class _Attention(torch.autograd.Function):
+    """Causal attention within rows; heads that share keys are one product."""
+
+    @staticmethod
+    def forward(ctx: Any, query, key, value, groups, scale, softcap, window):
+        out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+        kept = []
+        for length, begins in groups:
+            where = _where(length, begins, query.device)
+            q, k, v = (_gathered(x, where, key.shape[1], length) for x in (query, key, value))
+            scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+            bent = None
+            if softcap is not None:
+                bent = scores.div_(softcap).tanh_()
+                scores = bent * softcap
+            hide = _hidden(length, window, query.device)
+            scores = scores.view(len(k), -1, length, length).masked_fill_(hide, -torch.inf)
+            precise = torch.promote_types(query.dtype, torch.float32)
+            p = torch.softmax(scores, -1, dtype=precise).to(query.dtype).view(len(k), -1, length)
+            _scatter(out, where, torch.bmm(p, v), length)
+            kept += [p] if bent is None else [p, bent]
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.groups, ctx.scale, ctx.softcap = groups, scale, softcap
+        return out[None]
+
+    @staticmethod
+    def backward(ctx: Any, g):  # type: ignore
+        query, key, value, *kept = ctx.saved_tensors
+        found = [x.new_empty(x.shape[2], x.shape[1], x.shape[3]) for x in (query, key, value)]
+        kept = iter(kept)
+        precise = torch.promote_types(query.dtype, torch.float32)
+        for length, begins in ctx.groups:
+            where = _where(length, begins, query.device)
+            q, k, v = (_gathered(x, where, key.shape[1], length) for x in (query, key, value))
+            go = _gathered(g.transpose(1, 2), where, key.shape[1], length)
+            p = next(kept)
+            gv = torch.bmm(p.transpose(1, 2), go)
+            weight = p.to(precise)
+            gs = torch.bmm(go, v.transpose(1, 2)).to(precise).mul_(weight)
+            gs = torch.addcmul(gs, weight, gs.sum(-1, keepdim=True), value=-1)
+            if ctx.softcap is not None:
+                gs = gs * (1 - next(kept).to(precise).square())
+            gs = gs.mul_(ctx.scale).to(query.dtype)
+            _scatter(found[0], where, torch.bmm(gs, k), length)
+            _scatter(found[1], where, torch.bmm(gs.transpose(1, 2), q), length)
+            _scatter(found[2], where, gv, length)
+        return *(x.transpose(0, 1)[None] for x in found), None, None, None, None
+
+
+def _where(length: int, begins: list[int], device: Any) -> Any:
+    """Tokens of rows of one length: a slice of one row, an index of several."""
+    if len(begins) == 1:
+        return slice(begins[0], begins[0] + length)
+    return (torch.tensor(begins, device=device)[:, None] + torch.arange(length, device=device)).view(-1)
+
+
+def _gathered(x: torch.Tensor, where: Any, shared: int, length: int) -> torch.Tensor:
+    """Take rows out of (1, head, position, width), as (row * shared, heads that share * position, width)."""
+    rows = x[0].transpose(0, 1)[where]  # (row * position, head, width)
+    rows = rows.unflatten(0, (-1, length)).transpose(1, 2)  # (row, head, position, width)
+    return rows.reshape(len(rows) * shared, -1, x.shape[3])
+
+
+def _scatter(out: torch.Tensor, where: Any, rows: torch.Tensor, length: int) -> None:
+    """Put rows back into (position, head, width)."""
+    apart = rows.view(-1, out.shape[1], length, rows.shape[-1]).transpose(1, 2)
+    out[where] = apart.reshape(-1, out.shape[1], rows.shape[-1])
+
+
+@cache
+def _hidden(length: int, window: int | None, device: Any) -> torch.Tensor:
+    """Mark the keys a query does not see, (query, key): those after it, and those `window` or more before it."""
+    hide = torch.ones(length, length, dtype=torch.bool, device=device).triu_(1)
+    return hide if window is None else hide | torch.ones_like(hide).tril_(-window)
+
+
+def head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Project hidden states (token, width) onto the vocabulary, in at least float32."""
+    layer = cast(Any, model.get_output_embeddings())
+    logits = functional.linear(hidden, layer.weight, layer.bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    cap = _cap(model)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _cap(model: PreTrainedModel) -> float | None:
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+def nats(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of targets (token,) after hidden states (token, width), in nats, float64."""
+    found = [
+        functional.cross_entropy(head(model, h), t, reduction="none").double()
+        for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    ]
+    return torch.cat(found)
+
+
+def learned(
+    model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nats of targets (token,), and the gradient of their sum / `tokens` at the hidden states (token, width).
+
+    The head is frozen, so its gradient ends here: softmax minus one-hot, times its weights. Logits are kept for
+    `CHUNK` tokens at a time.
+    """
+    layer, cap = cast(Any, model.get_output_embeddings()), _cap(model)
+    found, gradient = [], torch.empty_like(hidden)
+    for begin in range(0, len(hidden), CHUNK):
+        part, goal = hidden[begin : begin + CHUNK], targets[begin : begin + CHUNK]
+        logits = head(model, part)
+        found.append(functional.cross_entropy(logits, goal, reduction="none").double())
+        slope = torch.softmax(logits, -1)
+        slope[torch.arange(len(goal), device=goal.device), goal] -= 1
+        if cap is not None:
+            slope *= 1 - (logits / cap).square()
+        gradient[begin : begin + CHUNK] = slope.div_(tokens).to(hidden.dtype) @ layer.weight
+    return torch.cat(found), gradient
+
+
+def check_alike(model: PreTrainedModel, texts: Sequence[list[int]], pad: int) -> None:
+    """Refuse a model that the pass above would compute otherwise than it does itself, by its logits on a few rows.
+
+    Raises:
+        ConfigError: they differ by more than rounding.
+    """
+    pack = Pack(model)
+    draw = torch.Generator(model.device)
+    with torch.no_grad():
+        own = torch.cat([model(input_ids=torch.tensor([t], device=model.device)).logits[0] for t in texts])
+        with pack.on(set()):
+            layout = lay_out([(Adapter({}, {}, 0.0, draw), texts)], pad, model.device, False)
+            mine = head(model, pack.hidden(layout, {})[0, : len(own)])
+    error = ((mine - own).abs().max() / own.abs().max()).item()
+    plain = getattr(model, "quantization_method", None) is None
+    limit = ALIKE.get(model.dtype, ROUGH) if plain else ROUGH
+    if not error <= limit:
+        raise ConfigError(
+            f"trainer.engine must be trl: {type(model).__name__} computes something that the packed engine does not, "
+            f"its logits differ by {error:.1g} of the largest"
+        )
