@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
 ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Model whose 4-bit copy, unpacked, is `model=embedded`."""
+GGUF = "model.gguf"
+"""File of an export as GGUF."""
 FORMS = {
     "adapter": "a LoRA adapter; the base model is not in this folder",
     "merged": "a whole model: the adapter is merged into the base model",
+    "gguf": "a whole model as one GGUF file: the adapter is merged into the base model",
     "merged4bit": "a whole model in 4 bit (nf4): merged first, then packed",
 }
 
@@ -114,7 +117,10 @@ def _use(kept: Kept, run: Run, form: str) -> str:
     else:
         load = [f"model = {kind}.from_pretrained(folder)"]
         first = [f"from transformers import {kind}, AutoTokenizer"]
-    lines = [*first, "", 'folder = "."  # this folder', *load, "tokenizer = AutoTokenizer.from_pretrained(folder)"]
+    file = f", gguf_file={GGUF!r}" if form == "gguf" else ""
+    load = [line.replace("(folder)", f"(folder{file})") for line in load]
+    read = f"tokenizer = AutoTokenizer.from_pretrained(folder{file})"
+    lines = [*first, "", 'folder = "."  # this folder', *load, read]
     return "```python\n" + "\n".join([*lines, *_asking(run, many)]) + "\n```" + _decided(kept, run)
 
 

@@ -79,7 +79,7 @@ class Attention(Enum):
     auto = "auto"
     """What the compute policy of the device picks."""
     eager = "eager"
-    """Plain matrix products; the fastest on CPUs for rows below about 512 tokens."""
+    """Plain matrix products; the fastest on CPUs for rows below some thousand tokens, in memory of their square."""
     sdpa = "sdpa"
     """`torch.nn.functional.scaled_dot_product_attention`."""
     flash_attention_2 = "flash_attention_2"

@@ -40,6 +40,11 @@ class Rows:
     worse: tuple[int, ...] = ()
     """Of pairs of answers: tokens of the worse one with its prompt; `lengths` are those of the better one."""
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max((*self.lengths, *self.worse), default=0)
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -469,7 +469,8 @@ def _execute(
 ) -> Steps:
     splits = data.load(run.data)
     task = TASKS[run.trainer.kind](run, splits, splits.test if opened else ())
-    base = model.load(run.model, run.quant, task.outputs)
+    given = estimate.rows(task.train, run)
+    base = model.load(run.model, run.quant, task.outputs, given.longest)
     trial["facts"] = _facts(task.run, base, splits, (task.train, task.valid))
     if control.known is not None:
         control.known(trial["facts"])
@@ -483,7 +484,7 @@ def _execute(
         log.inputs(trial["inputs"])
         task.ready(base)
         before = task.before(base)
-        plan = planned(run, task, base.compute, ranks.count())
+        plan = planned(run, task, given, base.compute, ranks.count())
         check_share(plan, facts.shared_gpu_gib())
         resident = facts.resident_gib()
         facts.reset_peak_memory()
@@ -531,14 +532,13 @@ def _execute(
     return scores
 
 
-def planned(run: Run, task: Task, compute: Compute, processes: int) -> estimate.Plan:
+def planned(run: Run, task: Task, given: estimate.Rows, compute: Compute, processes: int) -> estimate.Plan:
     """Plan a trial as it will run: of several processes the memory of one, and the operations of all but blank rows."""
-    rows = estimate.rows(task.train, run)
     if processes == 1:
-        return estimate.trial(run, rows, compute, task.outputs)
+        return estimate.trial(run, given, compute, task.outputs)
     batch, passes = spread.shape(run.trainer, processes)
     shared = replace(run, trainer=replace(run.trainer, batch=batch, accumulation=passes * processes))
-    made = estimate.trial(shared, rows, compute, task.outputs)
+    made = estimate.trial(shared, given, compute, task.outputs)
     return replace(made, notes=(*made.notes, f"operations are those of {processes} processes without padding rows"))
 
 
@@ -569,7 +569,7 @@ def follow(run: Run, folder: Path) -> None:
     """
     splits = data.load(run.data)
     task = TASKS[run.trainer.kind](run, splits)
-    base = model.load(run.model, run.quant, task.outputs)
+    base = model.load(run.model, run.quant, task.outputs, estimate.rows(task.train, run).longest)
     told = _facts(task.run, base, splits, (task.train, task.valid))
     kept = checkpoints.store(folder / "checkpoints", fingerprint(run, told))
     task.ready(base)

@@ -29,7 +29,7 @@ from ftexp.train import classify
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMS = ("adapter", "merged", "merged4bit")
+FORMS = ("adapter", "merged", "gguf", "merged4bit")
 WEIGHTS = "adapter_model.safetensors"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 EPILOG = """forms:
@@ -37,6 +37,8 @@ EPILOG = """forms:
   merged      a whole model: adapter added to the base in float32, then stored as the base was computed in (--dtype).
               It is read back, its held-out loss and greedy choices are compared with base and adapter, and it is
               removed again where they moved (exit code 5)
+  gguf        merged, as one file for llama.cpp and Ollama: Llama and Qwen2 models with a tokenizer as SmolLM's or
+              Qwen2's. Read back by transformers and compared as above; held-out rows must have the same tokens
   merged4bit  merged, then packed to 4 bit (nf4). This changes what the model answers; the change is measured and
               told, and nothing is refused. Where that matters, serve base and adapter, or the merged model
 
@@ -45,9 +47,9 @@ examples:
   ftexp export outputs/runs/my-run --to my-model --form merged
   ftexp export my-run --to my-adapter --push me/my-adapter      a private repository; --public for all to see
 
-GGUF, for llama.cpp and Ollama, is made from a merged folder by llama.cpp's own converter, which the package gguf lacks:
+llama.cpp packs a GGUF file to fewer bits, and its own converter knows more models, from a merged folder:
+  llama.cpp/build/bin/llama-quantize my-gguf/model.gguf my-model-q4.gguf Q4_K_M
   python llama.cpp/convert_hf_to_gguf.py my-model --outfile my-model.gguf
-  llama.cpp/build/bin/llama-quantize my-model.gguf my-model-q4.gguf Q4_K_M
 """
 
 
@@ -132,6 +134,8 @@ def _merged(kept: Kept, run: Run, folder: Path, form: str, dtype: str) -> Fideli
 
     from ftexp.model import compute, saved
 
+    if form == "gguf":
+        _check_gguf(kept, run)
     ask = _questions(kept, run)
     say("asking base and adapter")
     with trained.load(kept) as loaded:
@@ -153,9 +157,13 @@ def _merged(kept: Kept, run: Run, folder: Path, form: str, dtype: str) -> Fideli
     shipped(model.tokenizer(run.model), run).save_pretrained(str(folder))
     if form == "merged4bit":
         _pack(folder, chosen, len(known))
+    if form == "gguf":
+        _one_file(folder)
     say("asking the model as it was written")
     compute.apply(chosen)
-    again = saved.read(folder, chosen, len(known))
+    again = saved.read(folder, chosen, len(known), gguf=card.GGUF if form == "gguf" else None)
+    if form == "gguf":
+        _check_tokens(kept, run, again.tokenizer)
     after = ask(again.model, again.tokenizer, form)
     rounded = (run.quant.kind is not Format.none and packed is None) or form == "merged4bit"
     coarser = max((fidelity.LIMITS[name] for name in formats), key=lambda limit: limit.loss)
@@ -176,6 +184,47 @@ def _pack(folder: Path, chosen: Any, labels: int) -> None:
     for path in folder.glob("model*.safetensors*"):
         path.unlink()
     base.model.save_pretrained(str(folder))
+
+
+def _check_gguf(kept: Kept, run: Run) -> None:
+    """Refuse what has no place in a GGUF file, before anything is loaded.
+
+    Raises:
+        ConfigError: names it.
+    """
+    from ftexp.model import gguf
+
+    if trained.names(kept):
+        raise ConfigError(f"--form gguf is for models that write text; {kept.name} tells labels: --form merged")
+    if run.model.kind is Kind.tiny:
+        raise ConfigError("--form gguf must have a tokenizer of byte pairs, model=tiny has none")
+    gguf.check(model.configuration(run.model).to_dict())
+
+
+def _one_file(folder: Path) -> None:
+    """Put a GGUF file in the place of a merged model and its tokenizer."""
+    from ftexp.model import gguf
+
+    gguf.write(folder, folder / card.GGUF)
+    for path in folder.iterdir():
+        if path.name != card.GGUF:
+            path.unlink()
+
+
+def _check_tokens(kept: Kept, run: Run, again: PreTrainedTokenizerBase) -> None:
+    """Refuse a file whose tokenizer renders held-out rows otherwise than that of the run.
+
+    Raises:
+        Unfaithful: names the first row.
+    """
+    rows = data.load(run.data).valid
+    pairs = zip(*(prompts.render(rows, t, run.data) for t in (model.tokenizer(run.model), again)), strict=True)
+    other = [mine.row.where for mine, theirs in pairs if mine.ids != theirs.ids]
+    if other:
+        raise Unfaithful(
+            f"{len(other)} of {len(rows)} held-out rows of {kept.name}, as {other[0]}, have other tokens in the GGUF "
+            "file; it was removed"
+        )
 
 
 def _questions(kept: Kept, run: Run) -> Callable[[Any, PreTrainedTokenizerBase, str], Answers]:

@@ -50,13 +50,15 @@ def sha256(path: Path, sync: bool = False) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a file that a reader, or a restart after a kill, sees whole or not at all."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=True))
+    text = json.dumps(content, indent=1, allow_nan=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of text that a reader, or a restart after a kill, sees whole or not at all."""
+    """Write a file of text, in a folder that is there, that a reader or a restart sees whole or not at all."""
     with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
             with fresh.open("x", encoding="utf-8") as out:

@@ -143,7 +143,8 @@ def trial(label: str, run: Run, wanted: Wanted) -> Trial:
         raise ConfigError(f"--labels={wanted.labels} needs trainer.kind=classify, got {run.trainer.kind.value}")
     told = wanted.labels or (outputs(run, data.load(run.data)) if classified else 0)
     heads = told or int(run.trainer.kind is Method.reward)
-    return Trial(label, run, estimate.trial(run, rows(run, wanted), compute.policy(run.model), heads), wanted.rate)
+    given = rows(run, wanted)
+    return Trial(label, run, estimate.trial(run, given, compute.policy(run.model, given.longest), heads), wanted.rate)
 
 
 def gather(argv: list[str], wanted: Wanted) -> Whole:
@@ -219,7 +220,7 @@ def probe(run: Run) -> float:
 
     short = replace(run, trainer=replace(run.trainer, steps=PROBE, report_steps=0, checkpoint_minutes=None))
     task = experiment.TASKS[run.trainer.kind](short, data.load(run.data))
-    base = model.load(run.model, run.quant, task.outputs)
+    base = model.load(run.model, run.quant, task.outputs, estimate.rows(task.train, short).longest)
     task.ready(base)
     ends: list[float] = []
     with tempfile.TemporaryDirectory() as work, model.adapted(base, run.lora, run.seed) as tuned:

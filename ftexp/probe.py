@@ -184,12 +184,12 @@ def tracking(run: Run) -> Finding:
     return Finding("tracking", State.ok, f"{how.uri} answers in {1000 * (time.perf_counter() - began):.0f} ms")
 
 
-def device(run: Run, needed: int = 0) -> Finding:
-    """Tell how the run computes, and compare free memory with what training needs in bytes."""
+def device(run: Run, needed: int = 0, longest: int = 0) -> Finding:
+    """Tell how the run computes on rows of `longest` tokens, and compare free memory with the bytes training needs."""
     import psutil
     import torch
 
-    chosen = compute.policy(run.model)
+    chosen = compute.policy(run.model, longest)
     on_gpu = chosen.device == "cuda"
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
     told = f"{chosen.chip}: {chosen.dtype}, {chosen.attention} attention, "
@@ -383,11 +383,12 @@ def every(run: Run, folder: Path, trials: int = 1, workers: int = 1) -> list[Fin
     """
     found = [versions(), folders(folder), tracking(run), supervision(run)]
     task = experiment.TASKS[run.trainer.kind](run, data.load(run.data), ())
-    chosen = compute.policy(run.model)
-    plan = estimate.trial(run, estimate.rows(task.train, run), chosen, task.outputs)
+    given = estimate.rows(task.train, run)
+    chosen = compute.policy(run.model, given.longest)
+    plan = estimate.trial(run, given, chosen, task.outputs)
     copies = 1 if run.track.kind is Tracker.none else 2  # the tracking store holds the adapter too
     needed = trials * copies * plan.adapter_file + 2 * workers * plan.checkpoint
-    found += [disk(folder, needed), device(run, plan.memory)]
+    found += [disk(folder, needed), device(run, plan.memory, given.longest)]
     base, rows = toy()
     how = config.Trainer() if run.trainer.kind is Method.rloo else run.trainer  # its keywords are another trainer's
     found += [accumulation(base, rows, how), neftune(base, rows)]
@@ -400,7 +401,7 @@ def _of_model(run: Run, task: experiment.Task) -> list[Finding]:
     """Ask the run's own model, with its adapter on, about padding and packs."""
     if run.trainer.kind is Method.classify:
         return [Finding("padding", State.ok, "not asked of a classifier")]
-    base = model.load(run.model, run.quant, task.outputs)
+    base = model.load(run.model, run.quant, task.outputs, estimate.rows(task.train, run).longest)
     few = sorted(islice(task.valid, 64), key=lambda e: -len(e.ids))[:8]
     with model.adapted(base, run.lora, run.seed) as tuned:
         tuned.eval()

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import FileLock
+
 from ftexp import config, runs, track, verb
 from ftexp.config import Track
 from ftexp.errors import MachineError
@@ -22,6 +24,7 @@ from ftexp.track import Log
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+LOCK = "sync.lock"
 ENDED = {"complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "preempted": "KILLED"}
 
 
@@ -51,9 +54,10 @@ def sync(folders: list[Path], uri: str | None = None) -> Brought:
     found = [path for folder in folders for path in sorted(folder.glob("**/trial.json"))]
     with progress("bringing runs", len(found)) as advance:
         for path in found:
-            kept = Kept(path.parent, read_json(path) or {})
-            if "track" in kept.trial and kept.trial.get("state") != "running":
-                _bring(kept, uri or kept.trial["track"]["uri"], told, parents)
+            with FileLock(path.parent.parent / LOCK):  # of the sweep: another node may be bringing it
+                kept = Kept(path.parent, read_json(path) or {})
+                if "track" in kept.trial and kept.trial.get("state") != "running":
+                    _bring(kept, uri or kept.trial["track"]["uri"], told, parents)
             advance(1)
     return told
 
@@ -86,12 +90,18 @@ def _bring(kept: Kept, uri: str, told: Brought, parents: dict[Path, str]) -> Non
 
 
 def _known(client: MlflowClient, run_id: str | None) -> str | None:
-    """Return a run's id where the store holds it."""
+    """Return a run's id where the store holds it.
+
+    Raises:
+        MachineError: the store does not answer.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
         return None if run_id is None else client.get_run(run_id).info.run_id
-    except MlflowException:
+    except MlflowException as error:
+        if track.is_unanswered(error):
+            raise MachineError(f"the tracking store does not answer: {str(error).splitlines()[0][:200]}") from error
         return None
 
 

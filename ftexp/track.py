@@ -25,6 +25,7 @@ from ftexp.progress import say, warn
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
 FILE = "metrics.jsonl"
 FLUSH_SECONDS = 5.0
@@ -51,6 +52,8 @@ class Log:
     _sent: float = field(default_factory=time.monotonic)
     _last: dict[str, int] = field(default_factory=dict)
     """Metric -> its last step that an earlier attempt at this run brought to MLflow."""
+    _single: dict[str, float] = field(default_factory=dict)
+    """Metric of step 0, which is no curve -> the value an earlier attempt brought; another one is brought beside it."""
 
     def curve(self, name: str) -> list[tuple[float, int]]:
         """Return the points of a metric that the run's file holds, as (value, step)."""
@@ -61,7 +64,8 @@ class Log:
         now = int(time.time() * 1000)
         with naming(self.folder / FILE), (self.folder / FILE).open("a", encoding="utf-8") as out:
             out.write(json.dumps({"step": step, "time": now, **values}) + "\n")
-        self._points += [(k, v, now, step) for k, v in values.items() if step == 0 or step > self._last.get(k, -1)]
+        known = self._single if step == 0 else {k: v for k, v in values.items() if step <= self._last.get(k, -1)}
+        self._points += [(k, v, now, step) for k, v in values.items() if known.get(k) != v]
         if time.monotonic() - self._sent > FLUSH_SECONDS or len(self._points) >= BATCH:
             self.flush()
 
@@ -138,8 +142,12 @@ class Log:
             send(self.client, self.run_id)
         except (MlflowException, SQLAlchemyError, OSError) as error:
             self.client = None  # one warning, and no more waiting; the files of the run are complete
-            warn(f"MLflow failed, the run goes on with files only: {str(error).splitlines()[0][:200]}; "
-                "bring them later with: python -m ftexp.sync")  # fmt: skip
+            _warn(error)
+
+
+def _warn(error: Exception) -> None:
+    warn(f"MLflow failed, the run goes on with files only: {str(error).splitlines()[0][:200]}; "
+         "bring them later with: python -m ftexp.sync")  # fmt: skip
 
 
 @contextmanager
@@ -161,8 +169,10 @@ def start(
     _cut(folder / FILE, done)
     log = Log(folder)
     if _reached(run.track):
-        found = None if before is None else _reopen(run.track, before)
-        log.client, log.run_id, log._last = found or (*_open(run.track, label, folder, parent), {})
+        with _failing():
+            log.run_id = before  # `ftexp sync` looks there where the store does not answer now
+            if before is None or not _reopen(run.track, before, log):
+                log.client, log.run_id = _open(run.track, label, folder, parent)
     try:
         yield log
     except Pruned as error:
@@ -199,8 +209,24 @@ def _cut(path: Path, done: int) -> None:
         write_text(path, "".join(json.dumps(point) + "\n" for point in kept))
 
 
-def _reopen(track: Track, run_id: str) -> tuple[MlflowClient, str, dict[str, int]] | None:
-    """Open the run of a killed attempt again; None where the store does not hold it."""
+@contextmanager
+def _failing() -> Iterator[None]:
+    """Let a store fail, at the cost of one warning."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        _warn(error)
+
+
+def _reopen(track: Track, run_id: str, log: Log) -> bool:
+    """Open the run of a killed attempt again; False where the store does not hold it.
+
+    Raises:
+        MlflowException: the store does not answer.
+    """
     from mlflow.exceptions import MlflowException
 
     client, _ = store(track)
@@ -209,15 +235,28 @@ def _reopen(track: Track, run_id: str) -> tuple[MlflowClient, str, dict[str, int
         client.update_run(run_id, status="RUNNING")
         for tag in ENDS & known.tags.keys():
             client.delete_tag(run_id, tag)
-        last = {name: max(m.step for m in client.get_metric_history(run_id, name)) for name in known.metrics}
-    except MlflowException:
-        return None
-    return client, run_id, last
+        points = {name: client.get_metric_history(run_id, name) for name in known.metrics}
+    except MlflowException as error:
+        if is_unanswered(error):
+            raise
+        return False
+    log._last = {name: max(m.step for m in history) for name, history in points.items()}
+    log._single = {name: m.value for name, history in points.items() for m in history if m.step == 0}
+    log.client, log.run_id = client, run_id
+    return True
+
+
+def is_unanswered(error: MlflowException) -> bool:
+    """Tell a server that did not answer from one that says no: what was asked for may be there."""
+    return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
 
 
 def open_parent(track: Track, name: str, folder: Path) -> str | None:
     """Open the run of a sweep, under which its trials appear; return its id, or None where nothing can be opened."""
-    return _open(track, name, folder, None)[1] if _reached(track) else None
+    if _reached(track):
+        with _failing():
+            return _open(track, name, folder, None)[1]
+    return None
 
 
 def attach(uri: str, run_id: str, path: Path) -> None:

@@ -223,6 +223,21 @@ def test_a_model_that_cannot_be_traced_is_planned_without_activations(monkeypatc
     assert "cannot be traced" in plan.notes[0]
 
 
+def test_trials_that_differ_in_no_size_share_one_model(composed, monkeypatch):
+    from ftexp.model import sizes
+
+    made, real = [], sizes.outline
+    monkeypatch.setattr(sizes, "outline", lambda *given: made.append(1) or real(*given))
+    monkeypatch.setattr(estimate, "_outlines", {})
+    lengths = Rows((40,) * 16, (10,) * 16)
+    compute = Compute("cpu", "float32", "default", "eager", "", 1)
+    plans = {r: [estimate.trial(composed("model=tiny", f"lora.r={r}", f"lora.alpha={a}", f"trainer.lr={lr}"), lengths, compute)
+                 for a, lr in ((8, 1e-3), (16, 1e-2))] for r in (2, 4, 2)}  # fmt: skip
+    assert len(made) == 2
+    assert all(first == second for first, second in plans.values())
+    assert plans[2][0].trainable * 2 == plans[4][0].trainable
+
+
 def test_memory_grows_with_what_makes_it(composed):
     rows = Rows((64,) * 64, (32,) * 64)
     plan = {name: estimate.trial(composed("model=tiny", *given), rows, CPU) for name, given in {

@@ -33,20 +33,21 @@ def test_run_leaves_scores_table_and_adapter(tiny, tmp_path):
     assert all(r["where"].startswith("yoda:") for r in table)
 
 
-def test_every_number_of_a_run_has_a_direction_or_is_a_count(tiny, tmp_path):
+def test_every_number_of_a_run_has_a_direction_or_is_a_count(tiny, rewarded, tmp_path):
     """A new score without a row in METRICS fails here, and so does a row that no run reports."""
     counts = {f"{split}/{name}" for name in metrics.COUNTS for split in ("valid", "test")}
     reported = set()
-    for n, given in enumerate(
-        (
+    runs = [
+        tiny(*given, "data.test=9")
+        for given in (
             ["eval.labels=' '"],
             ["eval=loss", "eval.forgetting=python-docs"],
             ["trainer.kind=classify"],
             ["data=preference", "trainer.kind=reward"],
             ["data=preference", "trainer.kind=dpo"],
         )
-    ):
-        run = tiny(*given, "data.test=9")
+    ]
+    for n, run in enumerate([*runs, rewarded("data.test=9")]):
         scores = experiment.execute(run, tmp_path / str(n), "x", opened=1)
         on = experiment.switched_on(run)
         expected = {name for name, metric in metrics.METRICS.items() if not metric.needs or {*metric.needs} & on}

@@ -182,7 +182,7 @@ def test_rows_that_changed_are_refused_where_they_are_needed(run, tmp_path, monk
 
 
 def test_interruption_leaves_nothing(run, tmp_path, monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(saved, "read", interrupted)

@@ -104,7 +104,7 @@ def test_f1_equals_squad_scorer(a, b):
 
 
 SMALLER_IS_BETTER = {"loss", "perplexity", "bits_per_byte", "memorised", "unparsable", "trainable", "memory_gib",
-                     "gpu_memory_gib", "seconds", "before", "after", "chosen_loss"}  # fmt: skip
+                     "gpu_memory_gib", "seconds", "before", "after", "chosen_loss", "kl", "length"}  # fmt: skip
 
 
 def test_directions_by_hand():
@@ -248,6 +248,7 @@ def test_metrics_of_pairs_belong_to_their_methods():
     assert needs["tfidf/accuracy"] == needs["tfidf/roc_auc"] == {metrics.REWARD}
     assert needs["tfidf/f1_macro"] == {metrics.CLASSIFY}
     assert needs["tfidf/loss"] == {metrics.CLASSIFY, metrics.REWARD}
-    assert needs["base/loss"] == {metrics.SFT, metrics.DPO}
+    assert needs["base/loss"] == {metrics.SFT, metrics.DPO, metrics.RLOO}
+    assert needs["base/reward"] == needs["valid/win_rate"] == needs["valid/kl"] == {metrics.RLOO}
     assert needs["base/exact_match"] == {"eval.generate"}
     assert not {"base/roc_auc", "tfidf/perplexity", "base/roc_auc_macro"} & needs.keys()

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
+sys.path.insert(0, str(Path(__file__).parent / "cluster"))
+import servers
+
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "analysis").glob("*.md")))}
@@ -24,12 +27,14 @@ def commands(text):
 COMMANDS = list(dict.fromkeys(command for text in PAGES.values() for command in commands(text)))
 RUNS = [c for c in COMMANDS if c.startswith("python -m ftexp.run")]
 MAKES = [c for c in COMMANDS if c.startswith("make ")]
+FOREIGN = ("pip install 'ftexp[", "ray start ", "export PGPASSWORD=")
+"""Beginnings of commands that are not ours and are not run."""
+OTHERS = [c for c in COMMANDS if c not in (*RUNS, *MAKES) and not c.startswith(FOREIGN)]
 
 
 def test_readme_has_commands_and_all_are_run_here():
     assert len(RUNS) >= 5
-    others = [c for c in COMMANDS if c not in (*RUNS, *MAKES)]
-    assert {c.split()[0:3][-1] for c in others} <= {
+    assert {c.split()[0:3][-1] for c in OTHERS} <= {
         "ftexp.doctor",
         "ftexp.diff",
         "ftexp.export",
@@ -42,7 +47,15 @@ def test_readme_has_commands_and_all_are_run_here():
         "ftexp.sweep",
         "ftexp.confirm",
         "bash",  # of ftexp --completion
-    }, others
+    }, OTHERS
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("pip install 'ftexp[")])
+def test_extras_of_the_pages_are_there(command):
+    import tomllib
+
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(command.split("[")[1].split("]")[0].split(",")) <= known.keys()
 
 
 @pytest.mark.parametrize("command", MAKES)
@@ -93,10 +106,17 @@ def run_small(command, cli):
         small = []
     if "sweep.engine=slurm" in argv:
         small.append("sweep.engine_args.cluster=local")  # jobs are processes here
+    if "sweep.engine=ray" in argv:
+        pytest.importorskip("ray", reason="needs ray; `make test-cluster` installs it and runs a sweep on two nodes")
+        with servers.ray_nodes(1) as address:
+            return cli(*argv, *small, "sweep.workers=1", f"sweep.engine_args.address={address}")
+    if any(a.startswith("sweep.storage=postgresql") for a in argv):
+        with servers.postgres() as url:
+            return cli(*(a for a in argv if not a.startswith("sweep.storage=")), f"sweep.storage={url}", *small)
     return cli(*argv, *small)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in (*RUNS, *MAKES)])
+@pytest.mark.parametrize("command", OTHERS)
 def test_other_verbs_work_after_their_sweep(command, cli, folder, monkeypatch, capsys):
     from importlib import import_module
 
@@ -105,9 +125,10 @@ def test_other_verbs_work_after_their_sweep(command, cli, folder, monkeypatch, c
     monkeypatch.chdir(folder)
     code, _, err = cli("lora.r=8,16,64", "-m", *TINY, "track=none", "name=lora.r-8-16-64")
     assert code == 0, err
-    if " mine" in command or "/mine" in command:
-        [launch] = [c for c in RUNS if "name=mine" in c]
-        assert run_small(launch, cli)[0] == 0
+    for name in ("mine", "shared"):
+        if f" {name}" in command or f"/{name}" in command:
+            launch = next(c for c in RUNS if f"name={name}" in c)
+            assert run_small(launch, cli)[0] == 0
     capsys.readouterr()
     if command.startswith("ftexp "):
         monkeypatch.setattr(sys, "argv", shlex.split(command.split(">")[0]))

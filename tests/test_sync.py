@@ -1,6 +1,7 @@
 """A tracking store that was not there: training is unharmed, and every point is brought later, once."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -116,6 +117,102 @@ def test_sabotage_without_a_look_at_the_store_points_are_brought_again(cli, tmp_
     assert sync.sync([tmp_path / "outputs"]).points == 0
     monkeypatch.setattr(MlflowClient, "get_metric_history", lambda *_: [])
     assert sync.sync([tmp_path / "outputs"]).points > 0
+
+
+class Silent:
+    """A store whose calls of some names time out, as of a server that is stopped."""
+
+    def __init__(self, client, *names):
+        self.client, self.names = client, names
+
+    def __getattr__(self, name):
+        from mlflow.exceptions import MlflowException
+
+        if name in self.names:
+            raise MlflowException("API request to http://x failed with exception: Read timed out")
+        return getattr(self.client, name)
+
+
+@pytest.mark.parametrize("call", ["create_run", "get_run", "update_run", "get_metric_history"])
+def test_server_that_stops_answering_as_a_run_is_opened_fails_no_trial_and_doubles_no_run(
+    cli, tmp_path, monkeypatch, call
+):
+    """A trial that goes on after a kill keeps its run, whichever call was not answered; `sync` finds it again."""
+    uri = f"sqlite:///{tmp_path}/ml.db"
+    given = [*TINY, "eval=loss", "name=one", f"track.uri={uri}"]
+    run = tmp_path / "outputs" / "runs" / "one"
+    if call != "create_run":
+        assert cli(*given)[0] == 0
+        kept = read_json(run / "trial.json")
+        (run / "trial.json").write_text(json.dumps(kept | {"state": "running"}))
+    honest = track.store
+    monkeypatch.setattr(track, "store", lambda how: (Silent(honest(how)[0], call), honest(how)[1]))
+    code, _, err = cli(*given)
+    assert code == 0, err
+    assert err.count("MLflow failed, the run goes on with files only") == 1
+    monkeypatch.setattr(track, "store", honest)
+    sync.sync([tmp_path / "outputs"])
+    assert sync.sync([tmp_path / "outputs"]).points == 0
+    client, experiment = honest(Track(uri=uri))
+    (only,) = client.search_runs([experiment])
+    assert only.info.run_id == read_json(run / "trial.json")["mlflow_run"]
+    told = {name: [step for step, _ in points] for name, points in histories(uri)["one"].items()}
+    steps = {name: [step for step, _ in points] for name, points in in_files(run).items()}
+    assert {n: s for n, s in told.items() if not n.startswith(("cost/", "plan/"))} == {
+        n: s for n, s in steps.items() if not n.startswith(("cost/", "plan/"))}  # fmt: skip
+
+
+def test_launch_that_is_not_answered_runs_its_trials(cli, tmp_path, monkeypatch):
+    honest = track.store
+    monkeypatch.setattr(track, "store", lambda how: (Silent(honest(how)[0], "create_run"), honest(how)[1]))
+    code, _, err = cli("lora.r=2,4", *TINY, "eval=loss", "name=s", f"track.uri=sqlite:///{tmp_path}/ml.db", "-m")
+    assert code == 0, err
+    monkeypatch.setattr(track, "store", honest)
+    assert sync.sync([tmp_path / "outputs"]).runs == 3
+
+
+def test_sync_without_an_answer_makes_no_second_run(cli, verb, tmp_path, monkeypatch):
+    assert cli(*TINY, "eval=loss", "name=one", f"track.uri=sqlite:///{tmp_path}/ml.db")[0] == 0
+    honest = track.store
+    monkeypatch.setattr(track, "store", lambda how: (Silent(honest(how)[0], "get_run"), honest(how)[1]))
+    code, _, err = verb()
+    assert code == 4
+    assert "the tracking store does not answer" in err
+    client, experiment = honest(Track(uri=f"sqlite:///{tmp_path}/ml.db"))
+    assert len(client.search_runs([experiment])) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("locked", [True, False])
+def test_two_nodes_that_bring_the_same_sweep_bring_each_point_once(cli, tmp_path, locked):
+    """Without the lock both find the runs missing and make them: its sabotage twin."""
+    code, _, err = cli("lora.r=2,4", *TINY, "name=s", "eval=loss", DEAD, "-m")
+    assert code == 0, err
+    uri = f"sqlite:///{tmp_path}/ml.db"
+    track.store(Track(uri=uri, experiment="ftexp"))
+    code = ("import contextlib, socket, sys, time\nfrom ftexp import sync, track\nsocket.gethostname = lambda: sys.argv[1]\n"
+            "if sys.argv[2] == 'False': sync.FileLock = lambda path: contextlib.nullcontext()\n"
+            "known = sync._known\n"
+            "def slowly(*given):\n    told = known(*given)\n    time.sleep(1)\n    return told\n"
+            "sync._known = slowly\n"
+            "print('ready', flush=True); sys.stdin.readline()\n"
+            "sys.argv[1:] = ['--uri', sys.argv[3]]; sys.exit(sync.main())")  # fmt: skip
+    nodes = [subprocess.Popen([sys.executable, "-c", code, f"node-{n}", str(locked), uri], cwd=tmp_path, text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for n in range(2)]  # fmt: skip
+    for node in nodes:
+        assert node.stdout.readline() == "ready\n"
+    for node in nodes:
+        node.stdin.write("go\n")
+        node.stdin.flush()
+    told = [node.communicate(timeout=200)[0] for node in nodes]
+    client, experiment = track.store(Track(uri=uri))
+    names = sorted(run.info.run_name for run in client.search_runs([experiment]))
+    if not locked:
+        assert len(names) > 3, told
+        return
+    assert names == ["lora.r=2", "lora.r=4", "s"], told
+    for name, number in (("lora.r=2", 0), ("lora.r=4", 1)):
+        assert histories(uri)[name] == in_files(tmp_path / "outputs/sweeps/s" / str(number))
 
 
 def test_dead_store_is_named(cli, verb, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -160,7 +161,7 @@ def _loading(model: Model) -> Iterator[None]:
 _warm: Base | None = None
 
 
-def load(model: Model, quant: Quant, labels: int = 0) -> Base:
+def load(model: Model, quant: Quant, labels: int = 0, longest: int = 0) -> Base:
     """Load a base model, or hand out the one in memory when it was made from the same config.
 
     One base is kept: a sweep over trials of one model pays for loading once.
@@ -169,17 +170,25 @@ def load(model: Model, quant: Quant, labels: int = 0) -> Base:
         model: what to load.
         quant: how to store it.
         labels: outputs of a fresh classification head; 0 loads a language model.
+        longest: tokens of the longest row, or pack, that it is to train on.
 
     Raises:
         MachineError: the model cannot be found or loaded.
     """
     global _warm
-    key = config.digest(model, quant) + (f"-{labels}" if labels else "")
+    long = longest >= compute.LONG
+    key = config.digest(model, quant) + (f"-{labels}" if labels else "") + ("-long" if long else "")
     if model.kind is Kind.run:  # a run of that name may have been trained again
         key += str(handed.identity(handed.find(model.path, aloud=False)))
     if _warm is None or _warm.key != key:
+        gc.unfreeze()
         _warm = None  # frees the other model before this one is loaded
-        _warm = _load(model, quant, key, labels)
+        _warm = _load(model, quant, key, labels, longest)
+    elif not gc.get_freeze_count():
+        # A second trial: libraries and base are there to stay. Each trial has garbage collected twice, by accelerate
+        # and before memory is read, and looking through a million objects of theirs takes a quarter of a second.
+        gc.collect()
+        gc.freeze()
     return _warm
 
 
@@ -194,11 +203,11 @@ def fresh(model: Model, quant: Quant, labels: int = 0) -> Base:
     return _load(model, quant, "beside", labels)
 
 
-def _load(model: Model, quant: Quant, key: str, labels: int = 0) -> Base:
+def _load(model: Model, quant: Quant, key: str, labels: int = 0, longest: int = 0) -> Base:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # half a second of bar for a local file
-    chosen = compute.policy(model)
+    chosen = compute.policy(model, longest)
     compute.apply(chosen)
     loaded, fresh = stored(model, quant, chosen, labels)
     text = tokenizer(model)

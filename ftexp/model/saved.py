@@ -123,7 +123,7 @@ def merged(
     return made.requires_grad_(False).eval()
 
 
-def read(folder: Path, chosen: compute.Compute, labels: int = 0, nf4: bool = False) -> Base:
+def read(folder: Path, chosen: compute.Compute, labels: int = 0, nf4: bool = False, gguf: str | None = None) -> Base:
     """Read a whole model from a folder, as anybody would; nothing of the run it was made from is in memory.
 
     Args:
@@ -131,6 +131,7 @@ def read(folder: Path, chosen: compute.Compute, labels: int = 0, nf4: bool = Fal
         chosen: device and number format to compute in.
         labels: outputs of its classification head; 0 for a language model.
         nf4: whether its weights are to be packed into 4 bit while they are read.
+        gguf: name of the GGUF file that holds it all, where there is one.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -139,6 +140,7 @@ def read(folder: Path, chosen: compute.Compute, labels: int = 0, nf4: bool = Fal
     logging.disable_progress_bar()
     kind: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
     more = {"quantization_config": _quantization(Quant(Format.nf4), chosen)} if nf4 else {}  # None hides the file's own
+    more |= {"gguf_file": gguf} if gguf else {}
     model = kind.from_pretrained(
         folder,
         dtype=getattr(torch, chosen.dtype),
@@ -148,4 +150,5 @@ def read(folder: Path, chosen: compute.Compute, labels: int = 0, nf4: bool = Fal
     )
     model.requires_grad_(False).eval()
     made_from = Model(kind=Kind.hub, path=str(folder))
-    return Base(model, AutoTokenizer.from_pretrained(folder), chosen, "", "", made_from)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+    return Base(model, tokenizer, chosen, "", "", made_from)

@@ -20,7 +20,9 @@ def planned(run: Run, options: Options) -> Plan:
         FtexpError: the run would be refused.
     """
     task = experiment.TASKS[run.trainer.kind](run, data.load(run.data))
-    return experiment.planned(run, task, compute.policy(run.model), options.gpus_per_trial)
+    given = estimate.rows(task.train, run)
+    how = compute.policy(run.model, given.longest)
+    return experiment.planned(run, task, given, how, options.gpus_per_trial)
 
 
 def amounts(plan: Plan, options: Options) -> dict[str, float]:

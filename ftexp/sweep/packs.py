@@ -91,8 +91,9 @@ def _measured(sweep: Frozen, most: int, workers: int) -> dict[str, Any]:
     runs = [sweep.run(point, 0) for point in frozen.corners(sweep.space)]
     run = max(runs, key=lambda r: (r.lora.r, r.trainer.batch))  # the largest stands for all
     train, valid = experiment.tokenised(run, data.load(run.data))
-    base = model.load(run.model, run.quant)
-    plan = estimate.trial(run, estimate.rows(train, run), base.compute)
+    given = estimate.rows(train, run)
+    base = model.load(run.model, run.quant, longest=given.longest)
+    plan = estimate.trial(run, given, base.compute)
     if plan.activations is None or plan.optimizer is None:
         return {"size": 1, "why": f"a trial's memory is not known: {', '.join(plan.notes)}"}
     each = GROWTH * (plan.adapter + plan.gradients + plan.optimizer + plan.activations)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from ftexp import handed, model
 from ftexp.config import Long, Method, Run
@@ -32,7 +32,7 @@ class Rewarder:
 
         Args:
             rows: with the prompts; of a conversation all before the last answer.
-            texts: what was written, special tokens left out.
+            texts: what was written, special tokens left out; one that spells the end-of-sequence token out ends there.
             batch: texts in a forward pass.
             label: name of the work on the screen.
 
@@ -40,7 +40,8 @@ class Rewarder:
             DataError: a text is longer than the reward model.
             Diverged: a reward is not a finite number.
         """
-        asked = tuple(_answered(row, text) for row, text in zip(rows, texts, strict=True))
+        ends = cast(str, self.base.tokenizer.eos_token)
+        asked = tuple(_answered(row, text.split(ends)[0]) for row, text in zip(rows, texts, strict=True))
         roomy = replace(self.run.data, max_length=1 << 20, long=Long.refuse)  # the model's own length is what counts
         made = [e for e in prompts.examples(asked, self.base.tokenizer, roomy) if e is not None]
         limit = model.positions(self.run.model)

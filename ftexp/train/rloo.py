@@ -113,7 +113,7 @@ def _trainer(
 
     def worth(prompts: list[str], completions: list[str], **_: Any) -> Any:
         asked = [rows[int(number)].row for number in prompts]
-        return rewarder.rewards(asked, completions, run.eval.batch, "")
+        return rewarder.rewards(asked, completions, run.eval.batch, "sampled")
 
     numbers = Dataset.from_list([{"prompt": str(n)} for n in range(len(rows))])
     with _one_adapter(tuned):

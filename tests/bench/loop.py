@@ -1,27 +1,66 @@
-"""The same trials by a shell loop over a TRL script, as it comes and tuned, and as one sweep: wall time, side by side.
+"""The same trials by a shell loop over a TRL script, as it comes and tuned, and as sweeps: time, side by side.
 
-Run by `make bench`. Same model, rows, steps, ranks and scoring; every way is run in turn, so that a machine that slows
-down slows all of them. Prints ratios; nothing here is a test.
+    python tests/bench/loop.py [one] [work] [answer] [memory]
+
+Run whole by `make bench`. Each part goes on where it was left: what was measured is kept in `outputs/bench/loop.json`
+(delete it to begin anew), so a part can be run in pieces. `--rounds 3` measures each way of `one` three times in turn,
+`--of 2` measures two trials of a loop and takes their mean for the others, which the output says.
+
+Same model, rows, steps, points and scoring; ways take turns, so that a machine that slows down slows all of them. Wall
+time and CPU time are kept for each: on a machine with other work the second is the steadier. Nothing here is a test.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import platform
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, median
+from typing import Any
 
 from ftexp import config, data
 from ftexp.config import Data, Source, Template
 from ftexp.facts import versions
+from ftexp.files import read_json, write_json
 from ftexp.model import embedded
+from ftexp.page import style, svg
 
-RANKS = (4, 8, 16, 32)
-RESULT = Path("outputs/bench/loop.json")
-SCRIPT = Path(__file__).with_name("trl_trial.py")
+RESULT, PLOT = Path("outputs/bench/loop.json"), Path("outputs/bench/loop.svg")
+SCRIPT = Path(__file__).with_name("trl_trial.py").absolute()
+STEPS, EVERY, KEYS = 20, 5, {"r": "lora.r", "alpha": "lora.alpha", "lr": "trainer.lr", "neftune": "trainer.neftune"}
+POINTS = [
+    {"r": r, "alpha": alpha, "lr": lr, "neftune": neftune}
+    for r, alpha, lr, neftune in (
+        (8, 16, 1e-3, 0.0), (16, 32, 2e-3, 5.0), (64, 16, 5e-4, 0.0), (8, 64, 2e-3, 0.0), (16, 16, 2e-4, 5.0),
+        (64, 128, 1e-3, 0.0), (32, 32, 5e-3, 0.0), (32, 64, 5e-4, 10.0), (8, 32, 2e-4, 0.0), (16, 64, 5e-3, 0.0),
+        (64, 32, 2e-3, 5.0), (32, 16, 1e-4, 0.0), (8, 128, 1e-3, 10.0), (16, 128, 2e-4, 0.0), (64, 64, 1e-4, 5.0),
+        (32, 128, 3e-3, 0.0),
+    )
+]  # fmt: skip
+"""Drawn once over the ranges of `sweeps/rank_alpha_lr_neftune.yaml`; the first eight are those of `work`."""
+Kept = dict[str, Any]
+"""What was measured: part -> way -> a list of {wall, cpu, ...}."""
+
+
+def machine() -> dict[str, Any]:
+    """Tell what figures were measured on."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.open() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return {"cpu": names[0] if names else platform.processor(), "cores": len(os.sched_getaffinity(0)),
+            "threads": os.environ.get("OMP_NUM_THREADS", "all"), "load": os.getloadavg()[0],
+            **{name: versions()[name] for name in ("python", "torch", "transformers", "trl", "peft", "ftexp")}}  # fmt: skip
 
 
 def rows(folder: Path) -> Path:
@@ -34,49 +73,191 @@ def rows(folder: Path) -> Path:
     return path
 
 
-def timed(command: list[str], folder: Path) -> float:
-    """Run a command to its end; return its wall time in seconds."""
-    began = time.monotonic()
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    return time.monotonic() - began
+def timed(command: list[str], folder: Path) -> dict[str, Any]:
+    """Run a command to its end; return its wall and CPU seconds, and the machine's load when it began."""
+    load, began, before = os.getloadavg()[0], time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"wall": time.monotonic() - began, "cpu": cpu, "load": load}
 
 
-def loop(folder: Path, given: Path, *more: str) -> tuple[float, dict[int, float]]:
-    """Run the script for each rank; return seconds and the held-out losses it reports."""
-    took, losses = 0.0, {}
-    for rank in RANKS:
-        out = folder / f"trl{''.join(more)}{rank}"
-        took += timed(
-            [sys.executable, str(SCRIPT), str(embedded.folder()), str(given), str(rank), str(out), *more], folder
+def scripted(point: dict[str, Any], *more: str) -> dict[str, Any]:
+    """Run one trial of the loop, in a process of its own as a shell does."""
+    with tempfile.TemporaryDirectory(prefix="bench") as work:
+        told = json.dumps({**point, "steps": STEPS, "every": EVERY})
+        out = Path(work, "trial")
+        took = timed([sys.executable, str(SCRIPT), str(embedded.folder()), str(rows(Path(work))), told, str(out), *more],
+                     Path(work))  # fmt: skip
+        found = json.loads((out / "result.json").read_text())
+    return {**took, "loss": found["loss"], "dtype": found["dtype"].removeprefix("torch."), "seconds": found["seconds"]}
+
+
+def single(point: dict[str, Any]) -> dict[str, Any]:
+    """Run one trial as a run of ftexp."""
+    with tempfile.TemporaryDirectory(prefix="bench") as work:
+        given = [f"{KEYS[k]}={v}" for k, v in point.items()]
+        took = timed([sys.executable, "-m", "ftexp.run", *given, "track=none", "name=bench", f"trainer.steps={STEPS}",
+                      f"trainer.report_steps={EVERY}"], Path(work))  # fmt: skip
+        trial = json.loads(Path(work, "outputs/runs/bench/trial.json").read_text())
+    return {**took, "loss": trial["scores"]["valid/loss"], "dtype": trial["facts"]["compute"]["dtype"]}
+
+
+def swept(points: list[dict[str, Any]], *more: str, steps: int = STEPS, every: int = EVERY) -> dict[str, Any]:
+    """Run points as one sweep of ftexp; return its time, and the loss and last step of each trial."""
+    baselines = ",".join("{" + ",".join(f"{KEYS[k]}:{v}" for k, v in p.items()) + "}" for p in points)
+    params = [f"{KEYS[k]}={','.join(str(v) for v in sorted({p[k] for p in points}))}" for k in KEYS]
+    with tempfile.TemporaryDirectory(prefix="bench") as work:
+        took = timed([sys.executable, "-m", "ftexp.run", *params, "track=none", "name=bench", f"trainer.steps={steps}",
+                      f"trainer.report_steps={every}", "sweep.sampler=random", f"sweep.n_trials={len(points)}",
+                      f"sweep.baselines=[{baselines}]", *more, "-m"], Path(work))  # fmt: skip
+        folder = Path(work, "outputs/sweeps/bench")
+        trials = [json.loads((folder / str(n) / "trial.json").read_text()) for n in range(len(points))]
+        ended = [_last_step(folder / str(n) / "metrics.jsonl") for n in range(len(points))]
+    assert all(t["config"][KEYS[k]] == v for t, p in zip(trials, points, strict=True) for k, v in p.items())
+    return {
+        **took, "dtype": trials[0]["facts"]["compute"]["dtype"], "steps": ended,
+        "losses": [t["scores"]["valid/loss"] if t["state"] == "complete" else None for t in trials],
+        "memory": [t["scores"]["cost/memory_gib"] if t["state"] == "complete" else None for t in trials],
+    }  # fmt: skip
+
+
+def _last_step(path: Path) -> int:
+    return max(json.loads(line)["step"] for line in path.read_text().splitlines())
+
+
+def measure(kept: Kept, part: str, way: str, count: int, run: Callable[[int], dict[str, Any]]) -> None:
+    """Measure a way until it has been measured `count` times; each time is kept as it comes."""
+    done = kept.setdefault(part, {}).setdefault(way, [])
+    if len(done) < count:
+        print(f"{part}: {way}, {len(done) + 1} of {count}", file=sys.stderr, flush=True)
+        done.append(run(len(done)))
+        write_json(RESULT, kept)
+
+
+def one(kept: Kept, rounds: int) -> None:
+    """A single trial: ftexp, and the same computation without it."""
+    for turn in range(1, rounds + 1):
+        measure(kept, "one", "ftexp", turn, lambda _: single(POINTS[0]))
+        measure(kept, "one", "tuned loop", turn, lambda _: scripted(POINTS[0], "tuned"))
+        measure(kept, "one", "loop", turn, lambda _: scripted(POINTS[0]))
+
+
+def loops(kept: Kept, part: str, count: int, of: int) -> None:
+    """Measure some of a loop's trials, evenly chosen, as it comes and tuned in turn."""
+    chosen = [POINTS[n * count // of] for n in range(of)]
+    for turn in range(1, of + 1):
+        measure(kept, part, "tuned loop", turn, lambda n: scripted(chosen[n], "tuned"))
+        measure(kept, part, "loop", turn, lambda n: scripted(chosen[n]))
+
+
+def work(kept: Kept, of: int) -> None:
+    """Eight trials to their end."""
+    measure(kept, "work", "ftexp", 1, lambda _: swept(POINTS[:8]))
+    loops(kept, "work", 8, min(8, of))
+
+
+def answer(kept: Kept, of: int) -> None:
+    """The best of sixteen trials: raced, and all to their end to know what is best."""
+    measure(kept, "answer", "ftexp raced", 1, lambda _: swept(POINTS, "sweep.pruner=race"))
+    measure(kept, "answer", "ftexp", 1, lambda _: swept(POINTS))
+    loops(kept, "answer", 16, min(16, of))
+
+
+def memory(kept: Kept) -> None:
+    """Twenty short trials in one process: is the twentieth's peak the first's?"""
+    points = [{**POINTS[0], "neftune": n / 10} for n in range(20)]
+    measure(kept, "memory", "ftexp", 1, lambda _: swept(points, "eval=loss", steps=2, every=0))
+
+
+def ratios(kept: Kept) -> list[tuple[str, float, float, float, str]]:
+    """Sum up: what is compared, its ratio with the lowest and highest that was measured, and how it was come by."""
+    found: list[tuple[str, float, float, float, str]] = []
+    ways = kept.get("one", {})
+    for clock in ("wall", "cpu"):
+        for other in ("tuned loop", "loop"):
+            pairs = list(zip(ways.get("ftexp", []), ways.get(other, []), strict=False))
+            if pairs:
+                all_of = [a[clock] / b[clock] for a, b in pairs]
+                found.append((f"one trial: ftexp / {other}, {clock}", median(all_of), min(all_of), max(all_of),
+                              f"median of {len(pairs)} in turn; formats {pairs[0][0]['dtype']} and {pairs[0][1]['dtype']}"))  # fmt: skip
+    for part, count, ours in (("work", 8, "ftexp"), ("answer", 16, "ftexp raced")):
+        ways = kept.get(part, {})
+        for clock in ("wall", "cpu"):
+            for other in ("loop", "tuned loop"):
+                if ways.get(ours) and ways.get(other):
+                    single, base = [t[clock] for t in ways[other]], ways[ours][0][clock]
+                    how = f"{len(single)} of {count} trials of the loop measured, their mean taken for the others"
+                    spread = [count * s / base for s in (mean(single), min(single), max(single))]
+                    found.append((f"{count} trials: {other} / {ours}, {clock}", *spread, how))
+    raced = kept.get("answer", {}).get("ftexp raced")
+    if raced and kept["answer"].get("tuned loop"):
+        found.append(_same_pruner(raced[0], kept["answer"]["tuned loop"]))
+    return found
+
+
+def _same_pruner(raced: dict[str, Any], tuned: list[dict[str, Any]]) -> tuple[str, float, float, float, str]:
+    """Price the tuned loop with the race's stops: training and rungs by steps taken, no completions of who stopped."""
+    totals = []
+    for trial in tuned:
+        at = trial["seconds"]
+        fixed, full = at["load"] + at["base"] + at["make"], at["steps"] + at["rungs"]
+        totals.append(sum(fixed + full * s / STEPS + (at["after"] if s == STEPS else 0.0) for s in raced["steps"]))
+    told = [total / raced["wall"] for total in (mean(totals), min(totals), max(totals))]
+    how = "computed: each stop where the race had it, seconds of the tuned trials measured"
+    return ("16 trials: tuned loop, same pruner / ftexp raced, wall", *told, how)
+
+
+def show(kept: Kept) -> None:
+    """Print the ratios and draw them."""
+    told = kept["machine"]
+    print(f"{told['cpu']}, {told['cores']} cores, OMP_NUM_THREADS {told['threads']}, torch {told['torch']}, "
+          f"trl {told['trl']}; {STEPS} steps of 8, held-out loss every {EVERY}, 48 completions")  # fmt: skip
+    found = ratios(kept)
+    for name, value, low, high, how in found:
+        print(f"{name:56} {value:6.2f}  ({low:.2f} to {high:.2f})  {how}")
+    loads = [m["load"] for ways in kept.values() for way in _lists(ways) for m in way if "load" in m]
+    if loads:
+        print(f"other work on the machine: load {min(loads):.1f} to {max(loads):.1f} where each measurement began")
+    whole = kept.get("answer", {})
+    if whole.get("ftexp") and whole.get("ftexp raced"):
+        best = [min(v for v in whole[way][0]["losses"] if v is not None) for way in ("ftexp", "ftexp raced")]
+        share = sum(whole["ftexp raced"][0]["steps"]) / (16 * STEPS)
+        print(f"raced: winner's loss {best[1]:.4f}, best of the full sweep {best[0]:.4f} ({best[1] - best[0]:+.4f} nats), "
+              f"{share:.0%} of the steps taken")  # fmt: skip
+    if kept.get("memory", {}).get("ftexp"):
+        peaks = kept["memory"]["ftexp"][0]["memory"]
+        print(
+            f"peak of 20 trials in one process, GiB: first {peaks[0]:.3f}, tenth {peaks[9]:.3f}, last {peaks[-1]:.3f}"
         )
-        losses[rank] = json.loads((out / "result.json").read_text())["loss"]
-    return took, losses
+    if found:
+        drawn = svg.ladder([(f"{n}", v, low, high, "plain") for n, v, low, high, _ in found], "ratio", "Ratios")
+        PLOT.write_text(drawn.replace(">", f"><style>{style.LIGHT}{style.PLOT}</style>", 1), encoding="utf-8")
+        print(f"kept in {RESULT}, drawn in {PLOT}")
 
 
-def sweep(folder: Path) -> tuple[float, dict[int, float]]:
-    """Run the ranks as one sweep."""
-    ranks = ",".join(map(str, RANKS))
-    took = timed([sys.executable, "-m", "ftexp.run", f"lora.r={ranks}", "track=none", "name=bench", "-m"], folder)
-    kept = [json.loads(p.read_text()) for p in (folder / "outputs/sweeps/bench").glob("*/trial.json")]
-    return took, {t["config"]["lora.r"]: t["scores"]["valid/loss"] for t in kept}
+def _lists(ways: Any) -> list[list[dict[str, Any]]]:
+    return [way for way in ways.values() if isinstance(way, list)] if isinstance(ways, dict) else []
 
 
 def main() -> None:
-    """Measure, print and keep."""
+    """Measure what is missing of the parts asked for, then show everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=["one", "work", "answer", "memory", "show"], default=[])
+    parser.add_argument("--rounds", type=int, default=3, help="times each way of `one` is measured")
+    parser.add_argument("--of", type=int, default=3, help="trials of a loop that are measured")
+    args = parser.parse_args()
     config.register()
-    folder = Path(tempfile.mkdtemp(prefix="bench"))
-    given = rows(folder)
-    ways = {"loop": lambda: loop(folder, given), "tuned loop": lambda: loop(folder, given, "tuned"),
-            "ftexp": lambda: sweep(folder)}  # fmt: skip
-    told = {name: dict(zip(("seconds", "losses"), way(), strict=True)) for name, way in ways.items()}
-    ours = told["ftexp"]["seconds"]
-    print(f"{len(RANKS)} trials of 20 steps, {os.cpu_count()} cores, torch {versions()['torch']}")
-    for name, found in told.items():
-        losses = " ".join(f"r={r} {loss:.4f}" for r, loss in sorted(found["losses"].items()))
-        print(f"{name:10} {found['seconds']:6.0f} s  {found['seconds'] / ours:4.2f} x   held-out loss {losses}")
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(told, indent=1) + "\n")
-    print(f"kept in {RESULT}")
+    parts = args.parts or ["one", "work", "answer", "memory"]
+    kept = read_json(RESULT) or {}
+    kept.setdefault("machine", machine())
+    ways = {"one": lambda: one(kept, args.rounds), "work": lambda: work(kept, args.of),
+            "answer": lambda: answer(kept, args.of), "memory": lambda: memory(kept), "show": lambda: None}  # fmt: skip
+    for part in parts:
+        ways[part]()
+    show(kept)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ from ftexp.sweep.options import Options
 RESULT = Path("outputs/bench/storage.json")
 RUNGS = 5
 PROCESSES = (1, 2, 4, 8)
-TICKETS = {"journal": 400, "sqlite": 60, "PostgreSQL": 160, "PostgreSQL behind the proxy": 160}
-LENGTHS = (1_000, 4_000, 16_000)
+TICKETS = {"journal": 200, "sqlite": 30, "PostgreSQL": 60, "PostgreSQL behind the proxy": 60}
+LENGTHS = (500, 2_000)
 """Tickets of a journal, to see how it grows."""
 
 
@@ -77,15 +77,29 @@ def _work(folder: Path, reached: str | None, begun, found) -> None:
     record = worker.open_study(sweep)
     record.pruner = optuna.pruners.SuccessiveHalvingPruner(min_early_stopping_rate=9)  # asks, and lets all pass
     begun.wait()
+    used = time.process_time()
     worker.work(sweep, record)
-    began = time.perf_counter()
+    used, began = time.process_time() - used, time.perf_counter()
     for _ in range(100):
         record.user_attrs.get(worker.LEAVE)
-    found.put((mine, (time.perf_counter() - began) / 100))
+    found.put((mine, (time.perf_counter() - began) / 100, used))
 
 
-def rate(sweep: frozen.Frozen, total: int, processes: int, reached: str | None) -> tuple[float, float]:
-    """Tickets a second, and milliseconds of one look whether the sweep is to be left, with all processes looking."""
+def served(words: str) -> float:
+    """CPU seconds that a server and its children have used, by words of its command line."""
+    import psutil
+
+    for process in psutil.process_iter(["cmdline"]):
+        if words in " ".join(process.info["cmdline"] or []):
+            return sum(process.cpu_times()[:4]) + sum(sum(c.cpu_times()[:2]) for c in process.children())
+    return 0.0
+
+
+def rate(sweep: frozen.Frozen, total: int, processes: int, reached: str | None) -> dict[str, float]:
+    """Tickets a second, milliseconds of one look whether the sweep is to be left, and CPU of a ticket on both sides."""
+    at = (sweep.options.storage or "").rpartition(":")[2].partition("/")[0]
+    servers = [f"-p {at} -k"] * at.isdigit() + ([f"ftexp.sweep.proxy {sweep.folder}"] if reached else [])
+    before = sum(served(words) for words in servers)
     context = multiprocessing.get_context("fork")
     begun, found = context.Barrier(processes + 1), context.Queue()
     arguments = (sweep.folder, reached, begun, found)
@@ -98,17 +112,22 @@ def rate(sweep: frozen.Frozen, total: int, processes: int, reached: str | None) 
     took = time.monotonic() - began
     for process in started:
         process.join()
-    numbers = sorted(number for mine, _ in told for number in mine)
+    numbers = sorted(number for mine, _, _ in told for number in mine)
     assert numbers == list(range(total)), f"{len(numbers)} tickets taken of {total}"
-    looks = statistics.mean(look for _, look in told)
-    return total / (took - 100 * looks), 1000 * looks
+    looks = statistics.mean(look for _, look, _ in told)
+    return {
+        "tickets": total / (took - 100 * looks),
+        "look_ms": 1000 * looks,
+        "client_ms": 1000 * sum(used for _, _, used in told) / total,
+        "server_ms": 1000 * (sum(served(words) for words in servers) - before) / total,
+    }
 
 
-def rates() -> dict[str, dict[int, tuple[float, float]]]:
+def rates() -> dict[str, dict[int, dict[str, float]]]:
     """Measure each storage with 1, 2, 4 and 8 processes; SQLite with one, it hands a ticket to two."""
     from servers import postgres
 
-    told: dict[str, dict[int, tuple[float, float]]] = {}
+    told: dict[str, dict[int, dict[str, float]]] = {}
     with ExitStack() as stack:
         stores: dict[str, Callable[[], str | None]] = {
             "journal": lambda: None,
@@ -129,10 +148,9 @@ def rates() -> dict[str, dict[int, tuple[float, float]]]:
                     if reached:
                         study._proxy(reached)  # waits until it serves
                     told.setdefault(store, {})[processes] = rate(sweep, total, processes, reached)
-                tickets, look = told[store][processes]
-                print(
-                    f"{store}, {processes} processes: {tickets:.0f} tickets a second, a look {look:.2f} ms", flush=True
-                )
+                one = told[store][processes]
+                print(f"{store}, {processes} processes: {one['tickets']:.1f} tickets a second, a look {one['look_ms']:.2f} ms, "
+                      f"CPU of a ticket {one['client_ms']:.0f} ms in the worker, {one['server_ms']:.0f} ms in servers", flush=True)  # fmt: skip
     return told
 
 
@@ -195,7 +213,7 @@ def _ray():
 
 def engines(total: int = 6) -> dict[str, dict[str, float]]:
     """Seconds from the command to the first trial, and between two trials of a worker, with each engine that is here."""
-    tiny = ["model=tiny", "model.dtype=float32", "data.rows=120", "data.valid=12", "trainer.steps=2", "track=none",
+    tiny = ["model=tiny", "model.dtype=float32", "data.rows=120", "data.valid=12", "data.max_length=256", "trainer.steps=2", "track=none",
             "eval=loss", f"seed=range(0,{total})", "name=s", "sweep.workers=1", "-m"]  # fmt: skip
     ways: dict[str, list[str]] = {"local": []}
     with ExitStack() as stack:
@@ -234,7 +252,7 @@ def main() -> None:
     told["busy"] = {}
     for store, by_count in told["rates"].items():  # type: ignore[attr-defined]
         for minutes in (1, 10, 60):
-            share = simulated(1_000, 100_000, minutes, by_count[max(by_count)][0])
+            share = simulated(1_000, 100_000, minutes, by_count[max(by_count)]["tickets"])
             told["busy"][f"{store}, {minutes} minutes"] = share  # type: ignore[index]
             print(f"1,000 workers, 100,000 trials of {minutes} minutes, {store}: {share:.1%} busy (simulated)")
     told["batches"] = simulated(1_000, 100_000, 10, 1.0, batches=True)

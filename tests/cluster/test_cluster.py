@@ -1,4 +1,7 @@
-"""The same sweep on Slurm, on two Ray nodes and over PostgreSQL, workers killed on the way: the same adapters."""
+"""The same sweep on Slurm, on two Ray nodes and over PostgreSQL, workers killed on the way: the same adapters.
+
+`make test` runs it as jobs of submitit's on this machine and, where its programs are, over PostgreSQL, with fewer steps.
+"""
 
 import hashlib
 import os
@@ -18,8 +21,10 @@ from conftest import TINY
 from ftexp.files import read_json
 from ftexp.sweep import frozen, study, worker
 
-pytestmark = pytest.mark.cluster
+cluster = pytest.mark.cluster
 POINTS = ["lora.r=1,2,3,4,5,6", "seed=0,1,2,3"]
+BRIEF = 8
+"""Steps of a trial where every machine runs the test."""
 PLAIN = [*[t for t in TINY if ".steps" not in t], "track=none", "eval=loss", "name=s", "sweep.max_retries=9"]
 
 
@@ -40,12 +45,20 @@ def hashes(folder):
     return {p.parts[-3]: hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
 
 
+def undisturbed(folder, steps):
+    os.environ["OMP_NUM_THREADS"] = "1"
+    assert launch(folder, POINTS, steps=steps).wait(300) == 0, (folder / "out.txt").read_text()
+    return hashes(folder)
+
+
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("calm")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    assert launch(folder, POINTS).wait(300) == 0, (folder / "out.txt").read_text()
-    return hashes(folder)
+    return undisturbed(tmp_path_factory.mktemp("calm"), 30)
+
+
+@pytest.fixture(scope="module")
+def brief(tmp_path_factory):
+    return undisturbed(tmp_path_factory.mktemp("brief"), BRIEF)
 
 
 def record_of(folder):
@@ -82,6 +95,7 @@ def exact(folder, calm):
     assert hashes(folder) == calm
 
 
+@cluster
 def test_slurm(tmp_path, calm):
     with servers.slurm(tmp_path):
         process = launch(tmp_path / "s", POINTS, "sweep.engine=slurm", "sweep.workers=2")
@@ -89,6 +103,7 @@ def test_slurm(tmp_path, calm):
     exact(tmp_path / "s", calm)
 
 
+@cluster
 def test_slurm_takes_a_job_away_and_the_trial_goes_on(tmp_path):
     """The signal before a time limit or a preemption: a checkpoint is kept, the job comes back, no retry is counted."""
     assert launch(tmp_path / "calm", ["seed=0,1"], steps=300).wait(200) == 0
@@ -108,6 +123,7 @@ def test_slurm_takes_a_job_away_and_the_trial_goes_on(tmp_path):
     assert hashes(folder) == hashes(tmp_path / "calm")
 
 
+@cluster
 def test_slurm_job_that_is_cancelled_is_missed(tmp_path, calm):
     with servers.slurm(tmp_path):
         process = launch(tmp_path / "s", POINTS, "sweep.engine=slurm", "sweep.workers=2")
@@ -121,6 +137,7 @@ def test_slurm_job_that_is_cancelled_is_missed(tmp_path, calm):
     exact(tmp_path / "s", calm)
 
 
+@cluster
 def test_two_ray_nodes(tmp_path, calm):
     with servers.ray_nodes(2) as address:
         process = launch(
@@ -130,22 +147,37 @@ def test_two_ray_nodes(tmp_path, calm):
     exact(tmp_path / "s", calm)
 
 
-def test_postgres(tmp_path, calm):
+@pytest.mark.slow
+def test_jobs_of_submitit(tmp_path, brief):
+    """`cluster: local` runs each job as a process here; what Slurm itself does is above."""
+    local = ["sweep.engine=slurm", "sweep.workers=2", "sweep.engine_args.cluster=local"]
+    process = launch(tmp_path / "s", POINTS, *local, steps=BRIEF)
+    assert killed_on_the_way(tmp_path / "s", process, blows=2) == 2
+    exact(tmp_path / "s", brief)
+
+
+@pytest.mark.slow
+def test_postgres(tmp_path, brief):
     with servers.postgres() as url:
-        process = launch(tmp_path / "s", POINTS, "sweep.workers=2", f"sweep.storage={url}")
-        assert killed_on_the_way(tmp_path / "s", process) == 4
+        process = launch(tmp_path / "s", POINTS, "sweep.workers=2", f"sweep.storage={url}", steps=BRIEF)
+        assert killed_on_the_way(tmp_path / "s", process, blows=2) == 2
+        exact(tmp_path / "s", brief)
+
+
+@cluster
+def test_postgres_behind_the_proxy_of_the_launch(tmp_path, calm):
+    """Workers are killed, and the proxy with them; none of them ever holds a connection of its own."""
+    with servers.postgres() as url:
+        process = launch(tmp_path / "s", POINTS, "sweep.workers=2", f"sweep.storage={url}", "sweep.proxy=0")
+        until = time.monotonic() + 200
+        while not running(tmp_path / "s"):
+            assert time.monotonic() < until and process.poll() is None, (tmp_path / "s" / "out.txt").read_text()
+            time.sleep(0.2)
+        [serving] = [p for p in psutil.Process(process.pid).children() if "ftexp.sweep.proxy" in p.cmdline()]
+        workers = [p for p in psutil.Process(process.pid).children() if "ftexp.sweep.worker" in p.cmdline()]
+        ports = [c.raddr.port for p in workers for c in p.net_connections() if c.raddr and c.status == "ESTABLISHED"]
+        assert ports and int(url.split(":")[-1].split("/")[0]) not in ports
+        serving.kill()
+        assert killed_on_the_way(tmp_path / "s", process, blows=3) == 3
         exact(tmp_path / "s", calm)
-
-
-def test_postgres_behind_the_proxy(tmp_path, calm):
-    serve = "import sys, optuna.storages as s; s.run_grpc_proxy_server(s.get_storage(sys.argv[1]), host='127.0.0.1', port=int(sys.argv[2]))"
-    with servers.postgres() as url:
-        at = servers.port()
-        proxy = subprocess.Popen([sys.executable, "-c", serve, url, str(at)])
-        try:
-            process = launch(tmp_path / "s", POINTS, "sweep.workers=2", f"sweep.storage=grpc://127.0.0.1:{at}")
-            assert killed_on_the_way(tmp_path / "s", process) == 4
-            exact(tmp_path / "s", calm)
-        finally:
-            proxy.kill()
-            proxy.wait()
+    assert "the proxy of the record died" in (tmp_path / "s" / "out.txt").read_text()

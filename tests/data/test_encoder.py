@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from ftexp.data import encoder
+from ftexp.config import Data, Dedup
+from ftexp.data import encoder, hygiene
+from ftexp.data.shapes import Row
 
 PARAPHRASES = [
     ("How do I reset my password?", "What is the way to change a forgotten password?"),
@@ -23,6 +25,20 @@ def test_paraphrases_are_close_and_other_texts_are_not():
         other = n + 1 if n % 2 == 0 else n - 1
         rest = [m for m in range(6) if m not in (n, other)]
         assert cosines[n, other] > 0.6 > 0.4 > cosines[n, rest].max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("threshold", "kept"), [(0.8, 4), (0.9, 4), (0.95, 5)])
+def test_of_five_texts_two_say_the_same(threshold, kept):
+    """Their cosine is 0.912; no other pair comes to 0.2."""
+    texts = ["The film was wonderful from start to finish.", "From beginning to end, the movie was wonderful.",
+             "The recipe needs two eggs and a cup of flour.", "Her train to Vienna leaves at noon.",
+             "Rust keeps memory safe without a garbage collector."]  # fmt: skip
+    rows = [Row("", text, f"t:{n}") for n, text in enumerate(texts)]
+    asked = Data(dedup=Dedup.semantic, dedup_threshold=threshold)
+    left = hygiene.deduplicate({"train": rows}, asked)[0]["train"]
+    assert len(left) == kept
+    assert {row.where for row in left} >= {"t:2", "t:3", "t:4"}
 
 
 @pytest.mark.slow

@@ -45,3 +45,27 @@ def test_config_wins_over_the_probe(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     chosen = compute.policy(Model(dtype=Dtype.bfloat16, attention=Attention.sdpa))
     assert (chosen.dtype, chosen.attention) == ("bfloat16", "sdpa")
+
+
+def test_long_rows_get_attention_whose_memory_does_not_grow_with_their_square(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert compute.policy(Model(), compute.LONG - 1).attention == "eager"
+    assert compute.policy(Model(), compute.LONG).attention == "sdpa"
+    assert compute.policy(Model(attention=Attention.eager), compute.LONG).attention == "eager"
+
+
+def test_both_attentions_give_the_same_loss_and_the_base_is_another():
+    import torch
+
+    from ftexp import model
+    from ftexp.config import Kind, Quant
+
+    ids = torch.arange(64)[None] % 250
+    losses, keys = [], []
+    for longest in (64, compute.LONG):
+        base = model.load(Model(kind=Kind.tiny, dtype=Dtype.float32), Quant(), longest=longest)
+        assert base.model.config._attn_implementation == base.compute.attention
+        losses.append(base.model(input_ids=ids, labels=ids).loss.item())
+        keys.append(base.key)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert keys[0] != keys[1]

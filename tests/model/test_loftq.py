@@ -125,6 +125,24 @@ def test_a_weight_that_is_in_no_file_is_named(tmp_path):
         read("model.nrom.weight")
 
 
+@pytest.mark.slow
+def test_every_layer_of_the_embedded_model_starts_nearer():
+    base, file = model.load(Model(), NF4), weights(model.embedded.folder())
+    with model.adapted(base, Lora(8, 16, variant=Variant.loftq), 0) as tuned:
+        shares = [float((lost - layer.get_delta_weight("default")).norm() / lost.norm())
+                  for name, layer in loftq._packed(tuned) for lost in (loftq.residual(layer, file[f"{name}.weight"]),)]  # fmt: skip
+    assert len(shares) == 210
+    assert max(shares) < 0.99
+    assert model.fingerprint(base.model) == base.weights
+
+
+@pytest.mark.hub
+def test_weights_of_a_hub_id_are_read_one_at_a_time(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    read = loftq.reader("HuggingFaceTB/SmolLM2-135M-Instruct", None, "model")
+    assert read("model.layers.0.self_attn.q_proj.weight").shape == (576, 576)
+
+
 GIVEN = ("quant=nf4", "lora=loftq", "lora.r=4", "eval.generate=false", "trainer.neftune=5", "data.max_length=256")
 
 

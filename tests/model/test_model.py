@@ -1,7 +1,9 @@
 """Base and adapter: seeds, scaling, targets, and a base that is as before once the adapter is off."""
 
+import gc
 import json
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -30,6 +32,20 @@ def test_base_is_loaded_once_and_anew_for_another_config(base):
     assert model.load(TINY, Quant()) is base
     other = model.load(Model(kind=Kind.tiny, attention=model.config.Attention.sdpa), Quant())
     assert other is not base
+
+
+def test_garbage_of_libraries_is_looked_through_once_and_another_base_can_go():
+    """A second trial of a base sets aside what is there; where the base changes, all of it can be collected again."""
+    model.load(Model(kind=Kind.tiny, dtype=Dtype.bfloat16), Quant())  # the first load of a process leaves frames behind
+    model.forget()
+    first = weakref.ref(model.load(Model(kind=Kind.tiny), Quant()).model)
+    assert gc.get_freeze_count() == 0
+    model.load(Model(kind=Kind.tiny), Quant())
+    assert gc.get_freeze_count() > 10_000
+    model.load(Model(kind=Kind.tiny, dtype=Dtype.bfloat16), Quant())
+    assert gc.get_freeze_count() == 0
+    gc.collect()
+    assert first() is None
 
 
 def test_adapter_follows_the_seed_alone(base):

@@ -1,19 +1,16 @@
 """Engines start the worker command and tell whether it runs; what they cannot start is refused before anything is."""
 
-import hashlib
 import os
 import signal
 import subprocess
 import sys
-import time
 
 import optuna
-import psutil
 import pytest
 from conftest import TINY
 
 from ftexp.errors import ConfigError
-from ftexp.sweep import engines, frozen, study, worker
+from ftexp.sweep import engines, study, worker
 from ftexp.sweep.options import Engine, Options
 
 SWEEP = [*TINY, "track=none", "eval=loss", "lora.r=2,4,8"]
@@ -85,41 +82,6 @@ def test_a_second_signal_of_a_scheduler_says_nothing_new(tmp_path):
             "print(control.LEAVE.is_set())")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
-
-
-@pytest.mark.slow
-def test_jobs_of_submitit_give_the_same_adapters_though_one_is_killed(tmp_path):
-    """`cluster: local` runs each job as a process here; the real Slurm is in tests/cluster."""
-
-    def launch(folder, *more):
-        folder.mkdir()
-        out = (folder / "out.txt").open("w")
-        command = [sys.executable, "-m", "ftexp.run", *SWEEP, "name=s", *more, "-m"]
-        return subprocess.Popen(command, cwd=folder, stdout=out, stderr=out)
-
-    def hashes(folder):
-        found = folder.glob("outputs/sweeps/s/*/adapter/adapter_model.safetensors")
-        return {p.parts[-3]: hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
-
-    assert launch(tmp_path / "calm").wait(120) == 0
-    jobs = tmp_path / "jobs"
-    process = launch(jobs, "sweep.engine=slurm", "sweep.workers=1", "sweep.engine_args.cluster=local")
-    pid, until = None, time.monotonic() + 120
-    while pid is None:
-        assert time.monotonic() < until and process.poll() is None, (jobs / "out.txt").read_text()
-        time.sleep(0.1)
-        if (jobs / "outputs/sweeps/s/identity.json").exists():
-            record = worker.open_study(frozen.load(jobs / "outputs/sweeps/s"))
-            signed = [
-                t.user_attrs.get("ftexp:worker") for t in record.get_trials(states=(optuna.trial.TrialState.RUNNING,))
-            ]
-            pid = next((s["pid"] for s in signed if s), None)
-    assert pid != process.pid
-    psutil.Process(pid).send_signal(signal.SIGKILL)
-    assert process.wait(200) == 0, (jobs / "out.txt").read_text()
-    assert len(hashes(jobs)) == 3
-    assert hashes(jobs) == hashes(tmp_path / "calm")
-    assert any(t.user_attrs.get("ftexp:retries") for t in study.counted(record))
 
 
 def test_ticket_of_a_worker_known_to_be_gone_is_queued_at_once(tmp_path):

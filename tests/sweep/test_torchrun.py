@@ -103,7 +103,7 @@ def until_at(folder, process, steps):
 @pytest.mark.slow
 def test_a_killed_process_loses_the_trial_once_and_one_asked_to_leave_loses_nothing(tmp_path):
     words = [
-        "trainer.steps=400",
+        "trainer.steps=250",
         "trainer.report_steps=0",
         "trainer.batch=2",
         "trainer.accumulation=2",

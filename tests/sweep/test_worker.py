@@ -181,3 +181,19 @@ def test_baseline_is_run_as_its_axis_spells_it(sweep, monkeypatch):
     trials(monkeypatch, [{"valid/loss": 0.1}])
     worker.work(made, record)
     assert study.counted(record)[0].params == {"a": "2"}
+
+
+def test_reward_model_that_was_trained_again_fails_the_trial(composed):
+    from types import SimpleNamespace
+
+    kept = {}
+    trial = SimpleNamespace(study=SimpleNamespace(user_attrs=kept, set_user_attr=kept.__setitem__))
+    facts = {"weights_sha256": "w", "tokenizer_sha256": "t", "template_sha256": "c", "compute": {"dtype": "float32"}}
+    judged = facts | {"reward": {"run": "judge", "trained_sha256": "a"}}
+    check = worker.same_model(trial, composed("trainer=rloo", "trainer.reward=judge"))
+    check(judged)
+    check(judged)
+    worker.same_model(trial, composed("trainer=rloo", "trainer.reward=other"))(judged | {"reward": {"run": "other"}})
+    worker.same_model(trial, composed())(facts)
+    with pytest.raises(DataError, match="reward model changed after the sweep was launched"):
+        check(judged | {"reward": {"run": "judge", "trained_sha256": "b"}})

@@ -97,3 +97,12 @@ def test_an_answer_longer_than_the_reward_model_is_named(rewarded):
     with pytest.raises(DataError, match="the reward model takes at most 512 tokens"):
         loaded.rewards([row], ["e" * 600], 1, "x")
     assert loaded.run.trainer.kind is Method.reward
+
+
+def test_a_text_that_spells_the_end_token_out_ends_there(rewarded):
+    """The tokenizer would read it as the token itself, which no row may go on after."""
+    loaded = rewarder.load(rewarded())
+    row = data.load(loaded.run.data).valid[0]
+    ended, spelled, on = loaded.rewards([row] * 3, ["so it is", "so it is<|im_end|> and on", "so it is and on"], 3, "x")
+    assert spelled == pytest.approx(ended, abs=1e-6)
+    assert spelled != on

@@ -148,10 +148,6 @@ class After:
         return self.asked >= self.step
 
 
-LONG = ("trainer.steps=6", "data.rows=28", "data.valid=12", "trainer.report_steps=2")
-"""Sixteen prompts, two a step: the fifth... an epoch has eight steps; see `test_killed`."""
-
-
 @pytest.mark.parametrize(("lora", "step"), [("default", 2), ("pissa", 5), ("none", 5)])
 def test_killed_training_ends_with_the_bits_of_one_that_was_not(rewarded, tmp_path, lora, step):
     """Four prompts a step and 16 in all: the fifth step is in the second epoch."""
@@ -175,7 +171,7 @@ def test_sabotage_an_order_that_begins_anew_would_be_seen(rewarded, tmp_path, mo
     seen, usual = [], rewarder.Rewarder.rewards
 
     def watched(self, rows, texts, batch, label):
-        seen.append([row.where for row in rows] if not label else [])
+        seen.append([row.where for row in rows] if label == "sampled" else [])
         return usual(self, rows, texts, batch, label)
 
     monkeypatch.setattr(rewarder.Rewarder, "rewards", watched)
