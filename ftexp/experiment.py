@@ -469,7 +469,8 @@ def _execute(
 ) -> Steps:
     splits = data.load(run.data)
     task = TASKS[run.trainer.kind](run, splits, splits.test if opened else ())
-    base = model.load(run.model, run.quant, task.outputs, estimate.rows(task.train, run).longest)
+    given = estimate.rows(task.train, run)
+    base = model.load(run.model, run.quant, task.outputs, given.longest)
     trial["facts"] = _facts(task.run, base, splits, (task.train, task.valid))
     if control.known is not None:
         control.known(trial["facts"])
