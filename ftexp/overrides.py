@@ -251,6 +251,8 @@ def _hint(key: str, known: set[str]) -> str:
     leaf = key.rsplit(".", 1)[-1]
     if key in config.RETIRED or leaf in config.RETIRED:
         return f"; ftexp calls it {config.RETIRED.get(key) or config.RETIRED[leaf]}"
+    if misspelt := difflib.get_close_matches(leaf, config.RETIRED, n=1, cutoff=0.9):
+        return f"; did you mean {config.RETIRED[misspelt[0]]}?"
     near = difflib.get_close_matches(key, known, n=1)
     if not near:  # the right key in the wrong group, or none: trainer.dropout, learnin_rate
         leaves = {name.rsplit(".", 1)[-1]: name for name in sorted(known)} | config.RETIRED

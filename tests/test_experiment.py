@@ -341,7 +341,7 @@ def test_opened_rows_that_do_not_fit_are_refused_before_training(tiny, tmp_path,
     monkeypatch.setattr(experiment, "track", None)  # what comes after the rows is not reached
     run = tiny(*given, f"data.test_path={tmp_path}/sealed.jsonl", "data.max_length=1024", "eval=loss")
     with pytest.raises(DataError, match=r"sealed\.jsonl:1: the model takes at most 512 tokens"):
-        experiment._execute(run, tmp_path / "run", "x", None, {}, None, 1)
+        next(experiment._execute(run, tmp_path / "run", "x", None, {}, None, 1))
 
 
 def test_opened_row_of_a_class_nobody_knows_is_refused(tiny, tmp_path):

@@ -11,7 +11,7 @@ from ftexp.errors import ConfigError
         ("+lora.dropuot=0.1", "unknown key lora.dropuot .*did you mean lora.dropout"),
         ("lora_alpha=16", "ftexp calls it lora.alpha"),
         ("trainer.learning_rate=1", "ftexp calls it trainer.lr"),
-        ("trainer.learnin_rate=1", "did you mean trainer.lr"),
+        ("trainer.learnin_rate=1", "did you mean trainer.lr\\?"),
         ("max_seq_length=64", "ftexp calls it data.max_length"),
         ("trainer.dropout=0.1", "did you mean"),
         ("+model._target_=os.system", "unknown key model._target_"),

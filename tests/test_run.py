@@ -174,7 +174,7 @@ def test_interrupt_ends_in_130_and_keeps_what_is_done(cli, tmp_path, monkeypatch
 def test_help_and_config_are_hydras_own(cli):
     code, out, _ = cli("--help")
     assert code == 0
-    assert "lora: default, dora, fixed_alpha, loraplus, none, pissa, rslora" in out
+    assert "lora: default, dora, fixed_alpha, loftq, loraplus, none, pissa, rslora" in out
     code, out, _ = cli("--cfg", "job", "lora.r=3")
     assert code == 0
     assert "r: 3" in out

@@ -16,7 +16,7 @@ from rich.table import Table
 from ftexp import config
 from ftexp.errors import MachineError
 from ftexp.files import read_json
-from ftexp.progress import quiet_libraries, say
+from ftexp.progress import quiet_libraries, say, warn
 from ftexp.sweep import frozen
 from ftexp.sweep.frozen import Frozen
 from ftexp.verb import as_json, ended
@@ -67,9 +67,13 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 def ls(args: argparse.Namespace) -> int:
-    """List the sweeps here."""
-    found = sorted(SWEEPS.glob(f"*/{frozen.FILE}"), key=lambda p: p.stat().st_mtime)
-    rows = [summary(path.parent) for path in found]
+    """List the sweeps here; those whose record cannot be reached are told on stderr."""
+    rows = []
+    for path in sorted(SWEEPS.glob(f"*/{frozen.FILE}"), key=lambda p: p.stat().st_mtime):
+        try:
+            rows.append(summary(path.parent))
+        except MachineError as error:  # such as a database that is down; the other sweeps are listed
+            warn(f"{path.parent.name} is not listed: {error}")
     if args.json:
         print(as_json(rows))
         return 0

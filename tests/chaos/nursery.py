@@ -144,9 +144,14 @@ def launch(argv: list[str], folder: Path, out: Path, clock: Path, main: Callable
 
 
 def worker_of(folder: Path) -> Callable[..., Child]:
-    def launched(sweep: Path, number: int, token: str, env=None, cores=None, own_group: bool = True) -> Child:
+    def launched(
+        sweep: Path, processes: int, env: dict[str, str], number: int, token: str, cores: set[int] | None = None,
+        own_group: bool = True,
+    ) -> Child:  # fmt: skip
+        assert processes == 1
+
         def work() -> int:
-            os.environ.update(env or {})
+            os.environ.update(env)
             os.environ[worker.TOKEN] = token
             if cores:
                 os.sched_setaffinity(0, cores)

@@ -84,8 +84,8 @@ def test_a_folder_is_read_and_an_unknown_id_is_told(tmp_path):
         architecture.described(Model(kind=Kind.hub, path="no/such-model"))
 
 
-NAMED = sorted(path for path in (overrides.CONF / "model").glob("*.yaml") if path.stem != "hub")
-"""All but the one that leaves the model to `model.path`."""
+NAMED = sorted(path for path in (overrides.CONF / "model").glob("*.yaml") if path.stem not in ("hub", "run"))
+"""All but those that leave the model to `model.path`."""
 
 
 @pytest.mark.parametrize("path", NAMED, ids=lambda p: p.stem)

@@ -22,12 +22,12 @@ def trials(folder, count):
 
 def between(tiny, low, high):
     """Return a number of trainable weights between those of two ranks."""
-    a, b = (limits.planned(tiny(f"lora.r={r}")).trainable for r in (low, high))
+    a, b = (limits.planned(tiny(f"lora.r={r}"), Options()).trainable for r in (low, high))
     return (a + b) // 2
 
 
 def test_amounts_by_hand(tiny):
-    told = limits.planned(tiny())
+    told = limits.planned(tiny(), Options())
     found = limits.amounts(told, Options(tokens_per_second=told.padded / 7200, usd_per_hour=0.29))
     assert found["hours"] == pytest.approx(2)
     assert found["usd"] == 0.58

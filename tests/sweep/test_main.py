@@ -59,6 +59,18 @@ def test_list_show_and_export_tell_what_ran(cli, verb):
         assert json.loads(verb(name, "s", "--json")[1])["best_trials"] == row["best_trials"]
 
 
+def test_a_sweep_whose_database_is_down_does_not_hide_the_others(cli, verb, tmp_path):
+    for name in ("s", "down"):
+        assert cli("lora.r=2", *SWEEP[:-1], f"name={name}", "-m")[0] == 0
+    frozen = tmp_path / "outputs/sweeps/down/sweep.json"
+    kept = read_json(frozen)
+    kept["options"]["storage"] = "postgresql://someone@127.0.0.1:9/there"
+    frozen.write_text(json.dumps(kept))
+    code, out, err = verb("ls", "--json")
+    assert (code, [row["name"] for row in json.loads(out)]) == (0, ["s"])
+    assert "warning: down is not listed: sweep.storage=postgresql://someone@127.0.0.1:9/there cannot be opened" in err
+
+
 def read_json_scores(name, number):
     from pathlib import Path
 

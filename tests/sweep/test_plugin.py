@@ -156,7 +156,7 @@ def test_search_has_exactly_its_trials_and_more_only_when_asked(cli, tmp_path):
         (["sweep.sampler=nope"], "expected one of [grid, random, tpe, gp, qmc, nsga2]"),
         (["sweep.replicates=0"], "sweep.replicates must be between 1 and 100, got 0"),
         (["sweep.workrs=2"], "unknown key sweep.workrs in sweep.workrs=2; did you mean sweep.workers?"),
-        (["sweep=rnk"], "sweep must be one of alpha_policy, effective_rate, quality_vs_memory, "),
+        (["sweep=rnk"], "sweep must be one of accumulation, alpha_policy, effective_rate, "),
         (
             ["sweep.sampler=tpe", "sweep.n_trials=2", "sweep.sampler_args.nope=1"],
             "sweep.sampler_args is refused by TPESampler",

@@ -76,10 +76,10 @@ def theirs(run, folder, monkeypatch, **given):
 
     real = sft._trainer
 
-    def plain(base, tuned, settings, *rest):
+    def plain(run, base, tuned, settings, *rest):
         for key, value in given.items():
             setattr(settings, key, value)
-        trainer = real(base, tuned, settings, *rest)
+        trainer = real(run, base, tuned, settings, *rest)
         trainer.compute_loss = SFTTrainer.compute_loss.__get__(trainer)
         return trainer
 

@@ -301,7 +301,7 @@ def test_a_rung_is_reported_with_its_reward_and_judged_by_its_loss(rewarded, tmp
     with model.adapted(base, run.lora, run.seed) as tuned:
         rloo.train(run, base, tuned, task.train, task.valid, checkpoints.store(tmp_path / "t", {}),
                    lambda v, s: told.append(v) if "valid/loss" in v else None,
-                   Control(judge=lambda loss, step: asked.append((loss, step))), task.more["rewarder"])  # fmt: skip
+                   Control(judge=lambda rung, step: asked.append((rung.loss, step))), task.more["rewarder"])  # fmt: skip
     assert [loss for loss, _ in asked] == [v["valid/loss"] for v in told]
     assert all({"valid/reward", "valid/kl", "valid/length"} <= v.keys() for v in told)
 
