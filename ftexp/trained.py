@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftexp import model
 from ftexp.config import Method, Run
+from ftexp.errors import MachineError
 from ftexp.files import read_json
 from ftexp.handed import RUN_HELP as RUN_HELP
 from ftexp.handed import find as find
@@ -54,6 +55,11 @@ def load(kept: Kept) -> Iterator[Trained]:
     """
     from ftexp.model import saved
 
+    if (kept.folder / "model").is_dir():
+        raise MachineError(
+            f"{kept.folder}: must hold an adapter, this run trained its whole model; another run begins with it: "
+            f"model=run model.path={kept.name}"
+        )
     run, same = saved.as_trained(kept, kept.config())
     base = model.load(run.model, run.quant, len(names(kept)))
     if same:

@@ -98,3 +98,13 @@ def test_confirmation_is_that_of_the_winner(copied):
     assert trained.confirmed(trained.find(str(copied / "0"))) is None
     write_json(copied / "confirm.json", {"line": "begun", "openings": [{}]})
     assert trained.confirmed(trained.find(str(copied / "1"))) is None
+
+
+def test_a_run_that_trained_its_whole_model_is_refused_before_one_is_loaded(copied, monkeypatch):
+    monkeypatch.setattr(trained.model, "load", lambda *_: pytest.fail("loaded a model"))
+    (copied / "0" / "adapter").rename(copied / "0" / "model")
+    with (
+        pytest.raises(MachineError, match="this run trained its whole model; .* model=run model.path="),
+        trained.load(trained.find("outputs/sweeps/s/0")),
+    ):
+        pass
