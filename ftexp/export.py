@@ -81,10 +81,11 @@ def export(kept: Kept, target: Path, form: str = "adapter", dtype: str | None = 
     Raises:
         ConfigError: the target is taken.
         DataError: the rows are no longer those of the run, so that a merged model could not be compared.
-        MachineError: base or adapter cannot be loaded.
+        MachineError: the run trained its whole model, or base or adapter cannot be loaded.
         Unfaithful: the merged model does not answer as the run.
     """
     run = kept.config()
+    trained.check_adapter(kept)
     with whole(target) as folder:
         told = None
         if form == "adapter":

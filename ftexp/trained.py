@@ -46,20 +46,30 @@ def names(kept: Kept) -> list[str]:
     return kept.trial.get("labels", []) if kept.config().trainer.kind is Method.classify else []
 
 
-@contextmanager
-def load(kept: Kept) -> Iterator[Trained]:
-    """Load the base of a run, put its adapter on, and take it off again.
+def check_adapter(kept: Kept) -> None:
+    """Refuse a run that trained its whole model.
 
     Raises:
-        MachineError: base or adapter cannot be loaded, or the base's weights are not those it was trained on.
+        MachineError: it has no adapter to be put on its base.
     """
-    from ftexp.model import saved
-
     if (kept.folder / "model").is_dir():
         raise MachineError(
             f"{kept.folder}: must hold an adapter, this run trained its whole model; another run begins with it: "
             f"model=run model.path={kept.name}"
         )
+
+
+@contextmanager
+def load(kept: Kept) -> Iterator[Trained]:
+    """Load the base of a run, put its adapter on, and take it off again.
+
+    Raises:
+        MachineError: the run trained its whole model, base or adapter cannot be loaded, or the base's weights are not
+            those it was trained on.
+    """
+    from ftexp.model import saved
+
+    check_adapter(kept)
     run, same = saved.as_trained(kept, kept.config())
     base = model.load(run.model, run.quant, len(names(kept)))
     if same:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ftexp import data, evaluate, trained
+from ftexp import data, evaluate, export, trained
 from ftexp.data import prompts
 from ftexp.errors import MachineError
 from ftexp.files import read_json, write_json
@@ -103,8 +103,10 @@ def test_confirmation_is_that_of_the_winner(copied):
 def test_a_run_that_trained_its_whole_model_is_refused_before_one_is_loaded(copied, monkeypatch):
     monkeypatch.setattr(trained.model, "load", lambda *_: pytest.fail("loaded a model"))
     (copied / "0" / "adapter").rename(copied / "0" / "model")
-    with (
-        pytest.raises(MachineError, match="this run trained its whole model; .* model=run model.path="),
-        trained.load(trained.find("outputs/sweeps/s/0")),
-    ):
+    told, kept = "this run trained its whole model; .* model=run model.path=", trained.find("outputs/sweeps/s/0")
+    with pytest.raises(MachineError, match=told), trained.load(kept):
         pass
+    for form in export.FORMS:
+        with pytest.raises(MachineError, match=told):
+            export.export(kept, Path("to"), form)
+    assert not Path("to").exists()
