@@ -15,7 +15,7 @@ SIGNALS = "SIGTERM,SIGINT,SIGUSR2"
 
 
 def main() -> int:
-    """Run the command line; return the exit code of the first process."""
+    """Run the command line; return the exit code of the first process, or of the one that ended it."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -28,8 +28,8 @@ def main() -> int:
     except SignalException:
         return PREEMPTED
     except ChildFailedError as error:
-        first = error.failures.get(0)
-        return first.exitcode if first is not None and first.exitcode > 0 else 1
+        first = error.failures.get(0, error.get_first_failure()[1])
+        return first.exitcode if first.exitcode > 0 else 1
     return 0
 
 

@@ -78,6 +78,10 @@ class Outcome:
         return self.kind in ("", "diverged", "timeout")
 
 
+LOST = Outcome("failed", "crash", "another process of the trial is gone")
+"""Of a trial whose first process was ended with another one that left no word."""
+
+
 def work(sweep: Frozen, record: Study) -> None:
     """Take and run tickets until none waits, or the sweep is told to stop."""
     while not record.user_attrs.get(STOP) and (trials := _claimed(record, packs.size(sweep, record))):
@@ -144,10 +148,14 @@ def run_ticket(sweep: Frozen, record: Study, trial: Trial) -> None:
         with control.at_work():  # torchrun ends the others by a signal when one ends, and the ticket is not told yet
             outcome, in_step = together(outcome, trial._trial_id)
     except (KeyboardInterrupt, NoRoom):
-        if ranks.deserted():
-            raise ranks.Lost("another process of the trial is gone") from None
-        give_back(record, trial)
-        raise
+        if not ranks.deserted():
+            give_back(record, trial)
+            raise
+        with control.at_work():  # one that failed alone has left its word, also where this one had not come so far
+            outcome, in_step = together(LOST, trial._trial_id)
+        if outcome is LOST:
+            raise ranks.Lost(LOST.reason) from None
+        values = None
     _tell(sweep, record, trial, outcome, values)
     if not in_step:
         stop_after_failures(sweep, record)

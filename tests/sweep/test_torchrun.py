@@ -148,10 +148,17 @@ def test_a_killed_process_loses_the_trial_once_and_one_asked_to_leave_loses_noth
 
 
 FAILING = """
-import os, sys
+import os, sys, time
 from ftexp import experiment, ranks
 from ftexp.sweep import worker
+if os.environ["RANK"] == "0":
+    execute = experiment.execute
+    def late(*given):
+        time.sleep(%d)
+        return execute(*given)
+    experiment.execute = late
 if os.environ["RANK"] == "1":
+    ranks.PATIENCE_SECONDS = 0.5
     follow, seen = experiment.follow, []
     def failing(run, folder):
         seen.append(1)
@@ -164,8 +171,12 @@ sys.exit(worker.main())
 
 
 @pytest.mark.slow
-def test_what_fails_in_the_second_process_is_told_by_the_first(tmp_path, cli):
-    """A trial that runs out of memory in one process alone: said so, once, and the worker starts anew for the next."""
+@pytest.mark.parametrize("late", [0, 30])
+def test_what_fails_in_the_second_process_is_told_by_the_first(tmp_path, cli, late):
+    """A trial that runs out of memory in one process alone: said so, once, and the worker starts anew for the next.
+
+    Also where the first process is still loading when the second has failed and gone.
+    """
     from ftexp.sweep import plugin
 
     def frozen_only(*given):
@@ -184,7 +195,7 @@ def test_what_fails_in_the_second_process_is_told_by_the_first(tmp_path, cli):
         patch.setattr(plugin, "_run_left", frozen_only)
         cli(*SWEEP, *words, "-m")
     folder = tmp_path / "outputs/sweeps/s"
-    (tmp_path / "failing.py").write_text(FAILING)
+    (tmp_path / "failing.py").write_text(FAILING % late)
     command = [
         sys.executable,
         "-m",
