@@ -287,3 +287,21 @@ def test_cores_of_a_slot_are_shared_by_its_processes(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     [first, second] = supervisor.slots(2, each=2)
     assert (first.env["OMP_NUM_THREADS"], len(first.cores), second.cores) == ("2", 4, {4, 5, 6, 7})
+
+
+@pytest.mark.parametrize(
+    ("codes", "told"),
+    [({1: worker.RENEWED}, worker.RENEWED), ({0: 3, 1: worker.RENEWED}, 3), ({1: -9}, 1), ({0: -9, 1: 3}, 1)],
+)
+def test_the_exit_code_is_of_the_first_process_or_of_the_one_that_ended_it(monkeypatch, tmp_path, codes, told):
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    from ftexp.sweep import torchrun
+
+    def failing(given):
+        raise ChildFailedError("worker", {rank: ProcessFailure(rank, 1, code, "") for rank, code in codes.items()})
+
+    monkeypatch.setattr(run, "run", failing)
+    monkeypatch.setattr(sys, "argv", ["torchrun", "2", str(tmp_path)])
+    assert torchrun.main() == told
