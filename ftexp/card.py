@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftexp import fidelity, report, trained
-from ftexp.config import Kind, Method, Model, Run, Template
+from ftexp.config import Kind, Method, Model, Run, Template, Variant
 from ftexp.fidelity import Fidelity
 from ftexp.metrics import SCORES
 from ftexp.runs import Kept
@@ -27,6 +27,19 @@ FORMS = {
     "gguf": "a whole model as one GGUF file: the adapter is merged into the base model",
     "merged4bit": "a whole model in 4 bit (nf4): merged first, then packed",
 }
+
+
+WHOLE = {
+    "merged": "a whole model, trained without an adapter",
+    "gguf": "a whole model as one GGUF file, trained without an adapter",
+    "merged4bit": "a whole model in 4 bit (nf4): trained without an adapter, then packed",
+}
+"""The same of a run that has no adapter."""
+
+
+def form_of(kept: Kept, form: str) -> str:
+    """Say what an export in a form is."""
+    return (WHOLE if trained.whole(kept) else FORMS)[form]
 
 
 def base_name(of: Model) -> str:
@@ -66,7 +79,7 @@ def write(kept: Kept, form: str, told: Fidelity | None, confirmed: str | None) -
     """
     run = kept.config()
     parts = [
-        _front(run, form), f"# {_plain(kept.name)}", _about(kept, run, form), "## Use", _use(kept, run, form),
+        _front(kept, run, form), f"# {_plain(kept.name)}", _about(kept, run, form), "## Use", _use(kept, run, form),
         "## Data", _data(kept, run), "## Training", _training(kept, run), "## Scores", _scores(kept, confirmed),
         *(["## Faithful to the run", _faithful(told, form)] if told is not None else []),
         "## Again", _again(kept),
@@ -75,13 +88,13 @@ def write(kept: Kept, form: str, told: Fidelity | None, confirmed: str | None) -
     return "\n\n".join(parts) + "\n"
 
 
-def _front(run: Run, form: str) -> str:
+def _front(kept: Kept, run: Run, form: str) -> str:
     import yaml
 
-    task = "text-classification" if run.trainer.kind is Method.classify else "text-generation"
+    task = "text-classification" if trained.outputs(kept) else "text-generation"
     told: dict[str, Any] = {"base_model": base_name(run.model)} if on_hub(run.model) else {}
     told |= {"library_name": "peft" if form == "adapter" else "transformers", "license": "unknown",
-             "pipeline_tag": task, "tags": ["ftexp", "lora"]}  # fmt: skip
+             "pipeline_tag": task, "tags": ["ftexp"] if trained.whole(kept) else ["ftexp", "lora"]}  # fmt: skip
     return f"---\n{yaml.safe_dump(told, sort_keys=True).strip()}\n---"
 
 
@@ -95,9 +108,9 @@ def _about(kept: Kept, run: Run, form: str) -> str:
         Kind.run: f"what `{_plain(Path(run.model.path).name)}` learned, an earlier run of ftexp, merged into its base",
     }[run.model.kind]  # fmt: skip
     return (
-        f"This is {FORMS[form]}. It was trained with ftexp {facts['versions'].get('ftexp', '')} and this card was "
-        f"written from the run's files; what they do not tell is not told here.\n\nBase model: {origin} (sha256 of its "
-        f"weights as loaded: `{facts['weights_sha256']}`)."
+        f"This is {form_of(kept, form)}. It was trained with ftexp {facts['versions'].get('ftexp', '')} and this card "
+        f"was written from the run's files; what they do not tell is not told here.\n\nBase model: {origin} (sha256 of "
+        f"its weights as loaded: `{facts['weights_sha256']}`)."
     )
 
 
@@ -108,8 +121,7 @@ def _where(of: Model) -> str:
 
 
 def _use(kept: Kept, run: Run, form: str) -> str:
-    many = run.trainer.kind is Method.classify
-    kind = "AutoModelForSequenceClassification" if many else "AutoModelForCausalLM"
+    kind = "AutoModelForSequenceClassification" if trained.outputs(kept) else "AutoModelForCausalLM"
     if form == "adapter":
         load = [_base(kept, run, kind), "model = PeftModel.from_pretrained(base, folder)"]
         first = ["from peft import PeftModel", f"from transformers import {kind}, AutoTokenizer"]
@@ -121,12 +133,12 @@ def _use(kept: Kept, run: Run, form: str) -> str:
     load = [line.replace("(folder)", f"(folder{file})") for line in load]
     read = f"tokenizer = AutoTokenizer.from_pretrained(folder{file})"
     lines = [*first, "", 'folder = "."  # this folder', *load, read]
-    return "```python\n" + "\n".join([*lines, *_asking(run, many)]) + "\n```" + _decided(kept, run)
+    return "```python\n" + "\n".join([*lines, *_asking(run)]) + "\n```" + _decided(kept, run)
 
 
 def _base(kept: Kept, run: Run, kind: str) -> str:
     """Write the line that loads the base model."""
-    labels = len(trained.names(kept))
+    labels = trained.outputs(kept)
     if run.model.kind is Kind.tiny:
         return f'base = tiny.model("eager"{f", {labels}" if labels else ""})'
     more = (f", revision={run.model.revision!r}" if run.model.revision else "") + (
@@ -136,10 +148,20 @@ def _base(kept: Kept, run: Run, kind: str) -> str:
     return f"base = {kind}.from_pretrained({base_name(run.model)!r}{more}){where}"
 
 
-def _asking(run: Run, many: bool) -> list[str]:
-    if many:
+def _asking(run: Run) -> list[str]:
+    if run.trainer.kind is Method.classify:
         squash = "sigmoid()" if run.trainer.multi_label else "softmax(-1)"
         return ['inputs = tokenizer("a text", return_tensors="pt")', f"print(model(**inputs).logits.{squash})"]
+    if run.trainer.kind is Method.reward:
+        end = "tokenizer.eos_token"
+        if run.data.template is Template.plain:
+            lines = [f'inputs = tokenizer("a prompt and its answer" + {end}, return_tensors="pt")']
+        else:
+            turns = '[{"role": "user", "content": "a prompt"}, {"role": "assistant", "content": "an answer"}]'
+            lines = [f"text = tokenizer.apply_chat_template({turns}, tokenize=False)",
+                     f"text = text.rpartition({end})[0] + {end}  # a reward is read off where an answer ends",
+                     'inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")']  # fmt: skip
+        return [*lines, "print(model(**inputs).logits[0, 0])  # the higher, the better the answer"]
     if run.data.template is Template.plain:
         ask = 'inputs = tokenizer("a prompt", return_tensors="pt")'
     else:
@@ -187,8 +209,10 @@ def _training(kept: Kept, run: Run) -> str:
     counts, lora, how = kept.trial["facts"]["parameters"], run.lora, run.trainer
     compute = kept.trial["facts"]["compute"]
     return _table(("", ""), [
-        ["method", f"{how.kind.value}, {lora.variant.value}"], ["rank", lora.r], ["alpha", f"{lora.alpha:g}"],
-        ["dropout", f"{lora.dropout:g}"], ["targets", _code(", ".join(lora.targets))],
+        *([["method", f"{how.kind.value}, without an adapter"], ["parts", _code(", ".join(lora.train) or "all")]]
+          if lora.variant is Variant.none else
+          [["method", f"{how.kind.value}, {lora.variant.value}"], ["rank", lora.r], ["alpha", f"{lora.alpha:g}"],
+           ["dropout", f"{lora.dropout:g}"], ["targets", _code(", ".join(lora.targets))]]),
         ["trained weights", f"{counts['trainable']:,} of {counts['total']:,}"],
         ["base weights stored as", run.quant.kind.value if run.quant.kind.value != "none" else compute["dtype"]],
         ["steps", kept.trial["steps"]], ["rows a step", how.batch * how.accumulation],
@@ -226,7 +250,9 @@ def _scores(kept: Kept, confirmed: str | None) -> str:
          "" if ends is None else f"{ends.low:.4f} to {ends.high:.4f}"]
         for name, value, ends, other in intervals(kept)
     ]  # fmt: skip
-    unit = "nats a supervised token" if rival == "base model" else "nats a decision"
+    others = {Method.classify: "nats a decision", Method.reward: "nats a pair", Method.dpo: "nats a pair",
+              Method.rloo: "what divergence costs less the reward, a row"}  # fmt: skip
+    unit = others.get(kept.config().trainer.kind, "nats a supervised token")
     lines = [
         f"On {kept.trial['facts']['rows']['valid']} held-out rows; loss is {unit}. Intervals are over rows of the "
         "kind; they know nothing of the noise of training.", "", _table(("", rival, "this run", "95 % interval"), rows),
@@ -239,7 +265,7 @@ def _scores(kept: Kept, confirmed: str | None) -> str:
 
 
 def _faithful(told: Fidelity, form: str) -> str:
-    text = f"The files of this folder were read back and compared with base and adapter: {fidelity.line(told)}."
+    text = f"The files of this folder were read back and compared with the run: {fidelity.line(told)}."
     if form == "merged4bit":
         text += " Packing to 4 bit after training changes what the model answers; nothing was done to win it back."
     return text

@@ -1,7 +1,7 @@
 """`python -m ftexp.export RUN --to FOLDER`: a run as a folder that others can load, with a model card.
 
-An adapter goes out as it was saved. A merged model is read back from its folder and must answer as base and adapter
-did (`fidelity`), or nothing is left of it. Sealed rows are not looked at.
+An adapter goes out as it was saved. A whole model is read back from its folder and must answer as the run did
+(`fidelity`), or nothing is left of it. Sealed rows are not looked at.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ftexp.fidelity import Answers, Fidelity
 from ftexp.files import read_json, whole, write_json
 from ftexp.progress import quiet_libraries, say
 from ftexp.runs import Kept
-from ftexp.train import classify
+from ftexp.train import answers, classify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,8 @@ EPILOG = """forms:
   adapter     the adapter as the run saved it, with tokenizer and card; needs the base model to be used (default)
   merged      a whole model: adapter added to the base in float32, then stored as the base was computed in (--dtype).
               It is read back, its held-out loss and greedy choices are compared with base and adapter, and it is
-              removed again where they moved (exit code 5)
+              removed again where they moved (exit code 5). A run of lora=none has no adapter: this is its default,
+              and the whole model that it trained is stored and compared in the same way
   gguf        merged, as one file for llama.cpp and Ollama: Llama and Qwen2 models with a tokenizer as SmolLM's or
               Qwen2's. Read back by transformers and compared as above; held-out rows must have the same tokens
   merged4bit  merged, then packed to 4 bit (nf4). This changes what the model answers; the change is measured and
@@ -61,6 +62,8 @@ class Exported:
     """Folder of the run."""
     folder: str
     form: str
+    what: str
+    """The form in words."""
     files: dict[str, int]
     """Name -> bytes."""
     fidelity: Fidelity | None
@@ -69,23 +72,25 @@ class Exported:
     """Address of the repository."""
 
 
-def export(kept: Kept, target: Path, form: str = "adapter", dtype: str | None = None) -> Exported:
+def export(kept: Kept, target: Path, form: str | None = None, dtype: str | None = None) -> Exported:
     """Write a run to a folder, whole or not at all.
 
     Args:
         kept: a complete run.
         target: a folder that is not there yet, or empty.
-        form: one of `FORMS`.
+        form: one of `FORMS`; None takes the adapter, or merged where the run has none.
         dtype: number format of merged weights; None takes the one the base was computed in.
 
     Raises:
-        ConfigError: the target is taken.
+        ConfigError: the target is taken, or the run has nothing in this form.
         DataError: the rows are no longer those of the run, so that a merged model could not be compared.
-        MachineError: the run trained its whole model, or base or adapter cannot be loaded.
+        MachineError: base, adapter or model cannot be loaded.
         Unfaithful: the merged model does not answer as the run.
     """
     run = kept.config()
-    trained.check_adapter(kept)
+    form = form or ("merged" if trained.whole(kept) else "adapter")
+    if dtype is not None and form == "adapter":
+        raise ConfigError(f"--dtype must be left out with --form adapter, got {dtype}: it is as the run saved it")
     with whole(target) as folder:
         told = None
         if form == "adapter":
@@ -95,13 +100,15 @@ def export(kept: Kept, target: Path, form: str = "adapter", dtype: str | None = 
         text = card.write(kept, form, told, trained.confirmed(kept))
         (folder / "README.md").write_text(text, encoding="utf-8")
         files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*"))}
-    return Exported(str(kept.folder), str(target), form, files, told)
+    return Exported(str(kept.folder), str(target), form, card.form_of(kept, form), files, told)
 
 
 def _adapter(kept: Kept, run: Run, folder: Path) -> None:
     """Copy the adapter, name its base as others know it, and put the tokenizer beside it."""
     from ftexp.model.saved import ADAPTER
 
+    if trained.whole(kept):
+        raise ConfigError(f"--form must be merged, got adapter: {kept.name} trained its whole model and has none")
     if run.model.kind is Kind.run:
         raise ConfigError(
             f"--form must be merged, got adapter: {kept.name} began with the run {run.model.path}, so its adapter fits "
@@ -138,16 +145,20 @@ def _merged(kept: Kept, run: Run, folder: Path, form: str, dtype: str) -> Fideli
     if form == "gguf":
         _check_gguf(kept, run)
     ask = _questions(kept, run)
-    say("asking base and adapter")
+    say("asking the run")
     with trained.load(kept) as loaded:
-        before = ask(loaded.tuned, loaded.base.tokenizer, "run")
-        formats = (dtype, loaded.base.compute.dtype)  # the coarser of both rounds
-        chosen = replace(loaded.base.compute, dtype=dtype)
+        before = ask(loaded.tuned, loaded.tokenizer, "run")
+        formats = (dtype, loaded.compute.dtype)  # the coarser of both rounds
+        chosen = replace(loaded.compute, dtype=dtype)
+    del loaded  # a whole model is let go before it is read again
     model.forget()
-    known = trained.names(kept)
-    say("merging in float32")
+    known, heads = trained.names(kept), trained.outputs(kept)
     packed = run.quant if run.lora.variant is Variant.loftq else None
-    made = saved.merged(run.model, kept.folder / "adapter", len(known), packed)
+    if trained.whole(kept):
+        made = saved.read(kept.folder / "model", replace(chosen, device="cpu", dtype="float32"), heads).model
+    else:
+        say("merging in float32")
+        made = saved.merged(run.model, kept.folder / "adapter", heads, packed)
     if known:
         made.config.id2label = dict(enumerate(known))
         made.config.label2id = {name: n for n, name in enumerate(known)}
@@ -157,12 +168,12 @@ def _merged(kept: Kept, run: Run, folder: Path, form: str, dtype: str) -> Fideli
     del made
     shipped(model.tokenizer(run.model), run).save_pretrained(str(folder))
     if form == "merged4bit":
-        _pack(folder, chosen, len(known))
+        _pack(folder, chosen, heads)
     if form == "gguf":
         _one_file(folder)
     say("asking the model as it was written")
     compute.apply(chosen)
-    again = saved.read(folder, chosen, len(known), gguf=card.GGUF if form == "gguf" else None)
+    again = saved.read(folder, chosen, heads, gguf=card.GGUF if form == "gguf" else None)
     if form == "gguf":
         _check_tokens(kept, run, again.tokenizer)
     after = ask(again.model, again.tokenizer, form)
@@ -172,7 +183,7 @@ def _merged(kept: Kept, run: Run, folder: Path, form: str, dtype: str) -> Fideli
     if form == "merged4bit":
         return told
     if not told.kept:
-        raise Unfaithful(f"the merged model is not the run {kept.name}: {fidelity.line(told)}; it was removed")
+        raise Unfaithful(f"the model as written is not the run {kept.name}: {fidelity.line(told)}; it was removed")
     return told
 
 
@@ -195,8 +206,9 @@ def _check_gguf(kept: Kept, run: Run) -> None:
     """
     from ftexp.model import gguf
 
-    if trained.names(kept):
-        raise ConfigError(f"--form gguf is for models that write text; {kept.name} tells labels: --form merged")
+    if trained.outputs(kept):
+        told = "tells labels" if trained.names(kept) else "is a reward model"
+        raise ConfigError(f"--form gguf is for models that write text; {kept.name} {told}: --form merged")
     if run.model.kind is Kind.tiny:
         raise ConfigError("--form gguf must have a tokenizer of byte pairs, model=tiny has none")
     gguf.check(model.configuration(run.model).to_dict())
@@ -237,16 +249,20 @@ def _questions(kept: Kept, run: Run) -> Callable[[Any, PreTrainedTokenizerBase, 
     splits = data.load(run.data)
     told = kept.trial["facts"]["rows"]["sha256"]
     if splits.digest() != told:
+        more = "" if trained.whole(kept) else "; --form adapter needs no rows"
         raise DataError(
-            f"{run.data.path or run.data.kind.value}: the rows are no longer those of {kept.name}, so that a merged "
-            "model cannot be compared with it; --form adapter needs no rows"
+            f"{run.data.path or run.data.kind.value}: the rows are no longer those of {kept.name}, so that a whole "
+            f"model cannot be compared with it{more}"
         )
-    known, limits = trained.names(kept), kept.trial.get("thresholds", {})
+    known, limits, judge = trained.names(kept), kept.trial.get("thresholds", {}), run.trainer.kind is Method.reward
 
     def ask(asked: Any, tokenizer: PreTrainedTokenizerBase, label: str) -> Answers:
         if known:
             rows = classify.render(splits.valid, tokenizer, run)
             return fidelity.decisions(asked, tokenizer, rows, run.eval, label, known, limits, run.trainer.multi_label)
+        if judge:
+            pairs = answers.render(splits.valid, tokenizer, run.data)
+            return fidelity.rewards(asked, tokenizer, pairs, run.eval, label)
         return fidelity.texts(asked, tokenizer, prompts.render(splits.valid, tokenizer, run.data), run.eval, label)
 
     return ask
@@ -297,7 +313,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     made.add_argument("run", help=trained.RUN_HELP)
     made.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="new or empty folder to write to")
-    made.add_argument("--form", choices=FORMS, default="adapter", help="see below (%(default)s)")
+    made.add_argument("--form", choices=FORMS, help="see below (adapter, of a run of lora=none merged)")
     made.add_argument("--dtype", choices=tuple(fidelity.LIMITS), help="number format of merged weights")
     made.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to this repository of the hub")
     made.add_argument("--public", action="store_true", help="make a new repository public; private without it")
@@ -319,8 +335,6 @@ def main() -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    if args.dtype is not None and args.form == "adapter":
-        raise ConfigError(f"--dtype must be left out with --form adapter, got {args.dtype}: it is as the run saved it")
     if args.public and args.push is None:
         raise ConfigError("--public must be left out without --push")
     if args.push is not None:
@@ -335,7 +349,7 @@ def _main(args: argparse.Namespace) -> int:
 def lines(told: Exported) -> list[str]:
     """Tell an export in plain lines."""
     size = sum(told.files.values())
-    text = [f"{told.folder}: {card.FORMS[told.form]}; {len(told.files)} files, {size / 2**20:.1f} MiB"]
+    text = [f"{told.folder}: {told.what}; {len(told.files)} files, {size / 2**20:.1f} MiB"]
     if told.fidelity is not None:
         text.append(fidelity.line(told.fidelity))
         if told.form == "merged4bit" and not told.fidelity.kept:

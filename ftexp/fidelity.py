@@ -1,8 +1,9 @@
 """Whether a model that was exported answers as the run it was made from: loss, choices and completions, compared.
 
-Both are run over the held-out rows. Loss is nats a supervised token (of a classifier: a decision). A choice is the
-likeliest token at a supervised place, given the reference before it (of a classifier: a label taken or not), so one
-choice that differs does not change those behind it, as it would in a completion.
+Both are run over the held-out rows. Loss is nats a supervised token (of a classifier: a decision; of a reward model: a
+pair). A choice is the likeliest token at a supervised place, given the reference before it (of a classifier: a label
+taken or not; of a reward model: the better answer of a pair), so one choice that differs does not change those behind
+it, as it would in a completion.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from ftexp import evaluate, metrics
 from ftexp.config import Eval
 from ftexp.data.prompts import Example
 from ftexp.progress import progress
-from ftexp.train import classify
+from ftexp.train import classify, reward
+from ftexp.train.answers import Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +63,7 @@ class Fidelity:
 
     rows: int
     before: float
-    """Held-out loss of base and adapter."""
+    """Held-out loss of the run."""
     after: float
     """Held-out loss of the exported model, read back from its folder."""
     moved: float
@@ -121,6 +123,14 @@ def decisions(
         return Answers(loss, taken, off, [])
     best = told.softmax(-1).topk(2)
     return Answers(loss, best.indices[:, :1].tolist(), (best.values[:, :1] - best.values[:, 1:]).tolist(), [])
+
+
+def rewards(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Pair], how: Eval, label: str) -> Answers:
+    """Ask a reward model: which answer of each pair it prefers, and by how much."""
+    table = reward.score(model, tokenizer, rows, how, label).table
+    ahead = [entry["margin"] for entry in table]
+    loss = metrics.loss([entry["nats"] for entry in table], [1] * len(table))
+    return Answers(loss, [[int(by > 0)] for by in ahead], [[abs(by)] for by in ahead], [])
 
 
 def compare(before: Answers, after: Answers, limit: Limit) -> Fidelity:

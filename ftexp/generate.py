@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ftexp import config, evaluate, model, trained, verb
-from ftexp.config import Data, Run, Shape, Source
+from ftexp.config import Data, Method, Run, Shape, Source
 from ftexp.data import prompts, reader, shapes
 from ftexp.data.shapes import Row
 from ftexp.errors import ConfigError, DataError, FtexpError
@@ -180,7 +180,7 @@ def answers(
     loaded: Trained, rows: Sequence[Row], asked: Sequence[tuple[int, ...]], how: How, beside: bool
 ) -> list[dict[str, str]]:
     """Write what the tuned model, and the base where it is to stand beside it, answer to prompts."""
-    tokenizer, batch = loaded.base.tokenizer, loaded.run.eval.batch
+    tokenizer, batch = loaded.tokenizer, loaded.run.eval.batch
     told = [{"prompt": row.prompt} for row in rows]
     if beside:
         with loaded.untuned() as base:
@@ -197,8 +197,8 @@ def classified(loaded: Trained, rows: Sequence[Row]) -> list[dict[str, Any]]:
     from ftexp.train import classify
 
     run, known = loaded.run, trained.names(loaded.kept)
-    examples = [classify.Example(row, classify.text_ids(row, loaded.base.tokenizer, run), frozenset()) for row in rows]
-    told = classify.logits(loaded.tuned, loaded.base.tokenizer, examples, run.eval, "tuned")
+    examples = [classify.Example(row, classify.text_ids(row, loaded.tokenizer, run), frozenset()) for row in rows]
+    told = classify.logits(loaded.tuned, loaded.tokenizer, examples, run.eval, "tuned")
     many, limits = run.trainer.multi_label, loaded.kept.trial.get("thresholds", {})
     shares = (told.sigmoid() if many else told.softmax(-1)).tolist()
     chosen = labels.decide(shares, limits) if many else labels.choose(shares, known)
@@ -241,7 +241,7 @@ def interactive(loaded: Trained, how: How, beside: bool, texts: bool) -> None:
 
     console = Console()
     console.print(Text(f"{loaded.kept.name}: each line is a prompt of its own; ctrl-d leaves", "dim"))
-    streamer: Any = TextStreamer(loaded.base.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore
+    streamer: Any = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore
     while True:
         try:
             line = input("prompt> ")
@@ -255,14 +255,14 @@ def interactive(loaded: Trained, how: How, beside: bool, texts: bool) -> None:
             if trained.names(loaded.kept):
                 show(classified(loaded, [row]), console)
                 continue
-            asked = encode([row], loaded.base.tokenizer, loaded.run, texts)
+            asked = encode([row], loaded.tokenizer, loaded.run, texts)
             check_room([row], asked, loaded.run, how)
             if beside:
                 console.print(Text("base", "dim"))
                 with loaded.untuned() as base:
-                    complete(base, loaded.base.tokenizer, asked, how, 1, "base", streamer)
+                    complete(base, loaded.tokenizer, asked, how, 1, "base", streamer)
             console.print(Text("tuned", "bold green"))
-            complete(loaded.tuned, loaded.base.tokenizer, asked, how, 1, "tuned", streamer)
+            complete(loaded.tuned, loaded.tokenizer, asked, how, 1, "tuned", streamer)
             console.print()
         except KeyboardInterrupt:
             streamer.end()
@@ -303,6 +303,8 @@ def main() -> int:
 def _main(args: argparse.Namespace) -> int:
     kept = trained.find(args.run)
     run = kept.config()
+    if run.trainer.kind is Method.reward:
+        raise ConfigError(f"{kept.name} is a reward model and writes no text; trainer.reward={kept.name} takes it")
     longest = run.eval.max_new_tokens or LONGEST if args.max_new_tokens is None else args.max_new_tokens
     how = How(longest, args.temperature, args.top_p, args.seed)
     rows, texts = _rows(args, run.data), _texts(kept)

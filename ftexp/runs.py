@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,10 @@ class Kept:
 
     def weights(self) -> str | None:
         """Hash the weights that were trained: the adapter, or the whole model where there is none."""
-        files = (self.folder / "adapter" / "adapter_model.safetensors", self.folder / "model" / "model.safetensors")
-        return next((sha256(path) for path in files if path.exists()), None)
+        adapter = self.folder / "adapter" / "adapter_model.safetensors"
+        files = [adapter] if adapter.exists() else sorted((self.folder / "model").glob("model*.safetensors"))
+        told = [sha256(path) for path in files]
+        return hashlib.sha256("".join(told).encode()).hexdigest() if len(told) > 1 else next(iter(told), None)
 
     def config(self) -> Run:
         """Build the run's config again, checked; its name and tracking are the defaults."""

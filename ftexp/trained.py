@@ -1,12 +1,12 @@
-"""A trained run, ready to be used: found by its folder, name or id, its base loaded and its adapter put on.
+"""A trained run, ready to be used: found by its folder, name or id, its base loaded with its adapter, or its model.
 
 This is the one place that knows how a run is loaded; `generate` and `export` take what it lends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,9 @@ from ftexp.runs import Kept
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ftexp.model.compute import Compute
 
 
 @dataclass(frozen=True)
@@ -31,51 +34,73 @@ class Trained:
     kept: Kept
     run: Run
     """Its config; `model.dtype` and `model.attention` are those it was trained with, where the device is the same."""
-    base: Base
-    tuned: PeftModel
-
-    @contextmanager
-    def untuned(self) -> Iterator[PeftModel]:
-        """Switch the adapter off for a while: the base as it was before training."""
-        with self.tuned.disable_adapter():
-            yield self.tuned
+    tokenizer: PreTrainedTokenizerBase
+    compute: Compute
+    tuned: PeftModel | PreTrainedModel
+    """Its base with the adapter on, or the whole model that it trained."""
+    untuned: Callable[[], AbstractContextManager[Any]]
+    """Lends the base as it was before training, for a while; where no adapter can be switched off, it is loaded too."""
 
 
 def names(kept: Kept) -> list[str]:
-    """List the labels of a classifier in the order of its outputs; none where the model writes text."""
+    """List the labels of a classifier in the order of its outputs; none of another model."""
     return kept.trial.get("labels", []) if kept.config().trainer.kind is Method.classify else []
 
 
-def check_adapter(kept: Kept) -> None:
-    """Refuse a run that trained its whole model.
+def outputs(kept: Kept) -> int:
+    """Count the outputs of a head: the labels of a classifier, the one of a reward model; 0 where text is written."""
+    return 1 if kept.config().trainer.kind is Method.reward else len(names(kept))
+
+
+def whole(kept: Kept) -> bool:
+    """Tell whether a run trained its whole model, which has no adapter.
 
     Raises:
-        MachineError: it has no adapter to be put on its base.
+        MachineError: its folder holds neither.
     """
+    if (kept.folder / "adapter").is_dir():
+        return False
     if (kept.folder / "model").is_dir():
-        raise MachineError(
-            f"{kept.folder}: must hold an adapter, this run trained its whole model; another run begins with it: "
-            f"model=run model.path={kept.name}"
-        )
+        return True
+    raise MachineError(f"{kept.folder}: must hold what was trained; neither adapter nor model is left")
 
 
 @contextmanager
 def load(kept: Kept) -> Iterator[Trained]:
-    """Load the base of a run, put its adapter on, and take it off again.
+    """Load the base of a run and put its adapter on, to be taken off again; or load the whole model that it trained.
 
     Raises:
-        MachineError: the run trained its whole model, base or adapter cannot be loaded, or the base's weights are not
-            those it was trained on.
+        MachineError: base, adapter or model cannot be loaded, or the base's weights are not those it was trained on.
     """
-    from ftexp.model import saved
+    from ftexp.model import compute, saved
 
-    check_adapter(kept)
     run, same = saved.as_trained(kept, kept.config())
-    base = model.load(run.model, run.quant, len(names(kept)))
-    if same:
-        saved.check_weights(kept, run, base)
-    with saved.restored(base, kept.folder / "adapter") as tuned:
-        yield Trained(kept, run, base, tuned)
+
+    def base() -> Base:
+        found = model.load(run.model, run.quant, outputs(kept))
+        if same:
+            saved.check_weights(kept, run, found)
+        return found
+
+    @contextmanager
+    def before() -> Iterator[Any]:
+        yield base().model
+
+    if whole(kept):
+        chosen = compute.policy(run.model)
+        compute.apply(chosen)
+        found = saved.read(kept.folder / "model", chosen, outputs(kept))
+        yield Trained(kept, run, found.tokenizer, chosen, found.model, before)
+        return
+
+    @contextmanager
+    def switched_off() -> Iterator[Any]:
+        with tuned.disable_adapter():
+            yield tuned
+
+    below = base()
+    with saved.restored(below, kept.folder / "adapter") as tuned:
+        yield Trained(kept, run, below.tokenizer, below.compute, tuned, switched_off)
 
 
 def confirmed(kept: Kept) -> str | None:

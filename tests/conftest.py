@@ -93,6 +93,7 @@ STAGES = {
     "whole": ["trainer=default", "trainer.steps=4", "trainer.lr=1e-2", "lora=none"],
     "judge": ["data=preference", "trainer=reward", "trainer.steps=20", "trainer.lr=1e-2"],
     "judge_whole": ["data=preference", "trainer=reward", "trainer.steps=20", "trainer.lr=1e-2", "lora=none"],
+    "sorter_whole": ["data=genres", "trainer=classify", "trainer.steps=4", "trainer.lr=1e-2", "lora=none"],
 }
 """Runs of the tiny model that others are made from, by name."""
 

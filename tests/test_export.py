@@ -130,7 +130,7 @@ def test_model_that_moved_is_refused_and_removed(run, tmp_path, monkeypatch):
     monkeypatch.setattr(saved, "merged", twice)
     code, out, err = run("s", "--to", tmp_path / "m", "--form", "merged")
     assert (code, out) == (Unfaithful.exit_code, "") == (5, "")
-    assert "the merged model is not the run s/1: held-out loss 5." in err and "it was removed" in err
+    assert "the model as written is not the run s/1: held-out loss 5." in err and "it was removed" in err
     assert os.listdir(tmp_path) == []
 
 
@@ -293,7 +293,7 @@ def test_update_of_a_tied_matrix_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ftexp export", "t", "--to", "m", "--form", "merged"])
     capsys.readouterr()
     assert export.main() == 5
-    assert "the merged model is not the run t: held-out loss 5." in capsys.readouterr().err
+    assert "the model as written is not the run t: held-out loss 5." in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
 
 
@@ -332,3 +332,66 @@ def test_packed_base_is_merged_into_its_weights_before_packing(tmp_path, monkeyp
     told = json.loads(capsys.readouterr().out)["fidelity"]
     assert told["limit"]["loss"] == fidelity.PACKED.loss and 0 < told["moved"] < fidelity.PACKED.loss
     assert {weight.dtype for weight in load_file("m/model.safetensors").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["whole", "sorter_whole", "judge", "judge_whole"])
+def test_whole_models_and_reward_models_answer_as_their_runs(name, stages, run, tmp_path, monkeypatch):
+    folder = stages.parent.parent
+    monkeypatch.chdir(folder)
+    kept = trained.find(name)
+    code, out, err = run(name, "--to", tmp_path / "m", *(["--form", "merged"] if name == "judge" else []), "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["form"] == "merged"
+    assert told["fidelity"]["after"] == pytest.approx(kept.trial["scores"]["valid/loss"], rel=1e-6)
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert ("trained without an adapter" in card) == (name != "judge")
+    assert ("| rank |" in card) == (name == "judge")
+    printed, loaded = snippet(tmp_path / "m", monkeypatch, folder)
+    assert printed
+    head = getattr(loaded, "score", None)
+    assert (head.out_features if head else 0) == {"whole": 0, "sorter_whole": 20}.get(name, 1)
+
+
+def test_reward_card_gives_the_reward_of_the_run(stages, run, tmp_path, monkeypatch):
+    """The reader's own lines, adapter and merged, print what the run says an answer is worth."""
+    from ftexp.data.shapes import Row
+    from ftexp.train import rewarder
+
+    folder = stages.parent.parent
+    monkeypatch.chdir(folder)
+    at_work = rewarder._load(trained.find("judge"))
+    wanted = at_work.rewards([Row("a prompt", "an answer", "x")], ["an answer"], 1, "t")[0]
+    for form in ("merged", "adapter"):
+        code, _, err = run("judge", "--to", tmp_path / form, "--form", form)
+        assert code == 0, err
+        assert at_work.run.data.template.value != "plain"
+        monkeypatch.chdir(folder)
+        printed, _ = snippet(tmp_path / form, monkeypatch, folder)
+        assert float(re.search(r"-?\d+\.\d+", printed)[0]) == pytest.approx(wanted, abs=2e-4)
+
+
+def test_moved_whole_model_is_refused_and_removed(stages, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(stages.parent.parent)
+    plain = saved.read
+
+    def moved(folder, *args, **more):
+        base = plain(folder, *args, **more)
+        if Path(folder).parent.name != "whole":  # what was written, not what the run holds
+            with torch.no_grad():
+                base.model.lm_head.weight.mul_(0.5)
+        return base
+
+    monkeypatch.setattr(saved, "read", moved)
+    code, _, err = run("whole", "--to", tmp_path / "m")
+    assert code == 5 and "the model as written is not the run whole" in err
+    assert not (tmp_path / "m").exists()
+
+
+def test_whole_model_has_no_adapter_to_export(stages, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(stages.parent.parent)
+    code, _, err = run("whole", "--to", tmp_path / "m", "--form", "adapter")
+    assert code == 2 and "--form must be merged, got adapter: whole trained its whole model and has none" in err
+    code, _, err = run("judge", "--to", tmp_path / "m", "--form", "gguf")
+    assert code == 2 and "judge is a reward model: --form merged" in err
+    assert not (tmp_path / "m").exists()

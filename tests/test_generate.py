@@ -60,8 +60,8 @@ def test_sabotage_another_template_gives_other_ids(at):
         return plain(rows, tokenizer, replace(run, data=replace(run.data, template=Template.plain)), texts)
 
     with trained.load(trained.find("s")) as loaded:
-        asked = plain([generate.typed(row["prompt"], "x")], loaded.base.tokenizer, loaded.run, False)
-        other = bare([generate.typed(row["prompt"], "x")], loaded.base.tokenizer, loaded.run, False)
+        asked = plain([generate.typed(row["prompt"], "x")], loaded.tokenizer, loaded.run, False)
+        other = bare([generate.typed(row["prompt"], "x")], loaded.tokenizer, loaded.run, False)
     assert asked != other
 
 
@@ -267,3 +267,31 @@ def test_how_takes_its_limits():
     assert How(1, 100, 1, 2**32 - 1).seed == 2**32 - 1
     with pytest.raises(ConfigError):
         How(1, 1.0, 1.1)
+
+
+def test_whole_model_writes_beside_its_base(stages, run, monkeypatch):
+    monkeypatch.chdir(stages.parent.parent)  # `run` stands elsewhere
+    rows = recorded(trained.find("whole"))[:4]
+    code, out, err = run("whole", *(row["prompt"] for row in rows), "--json")
+    assert code == 0, err
+    answers = json.loads(out)["answers"]
+    assert [a["tuned"] for a in answers] == [row["prediction"] for row in rows]
+    assert [a["base"] for a in answers] == [row["base_prediction"] for row in rows]
+    assert any(a["tuned"] != a["base"] for a in answers)
+
+
+def test_base_of_a_whole_model_is_not_loaded_where_it_is_left_out(stages, run, monkeypatch):
+    monkeypatch.chdir(stages.parent.parent)
+    monkeypatch.setattr(model, "load", lambda *_: pytest.fail("loaded the base"))
+    assert run("whole", "hello", "--no-base")[0] == 0
+    code, out, err = run("sorter_whole", "hello", "--json")
+    assert code == 0, err
+    assert len(json.loads(out)["answers"][0]["probabilities"]) > 2
+
+
+def test_reward_model_is_refused_before_it_is_loaded(stages, run, monkeypatch):
+    monkeypatch.chdir(stages.parent.parent)
+    monkeypatch.setattr(trained, "load", lambda *_: pytest.fail("loaded a model"))
+    code, _, err = run("judge", "hello")
+    assert code == 2
+    assert "judge is a reward model and writes no text; trainer.reward=judge takes it" in err

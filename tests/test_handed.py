@@ -38,7 +38,7 @@ def test_a_run_of_a_run_of_a_run(stages, tiny):
     assert model.rooted(start("next1")).kind is Kind.tiny
     with trained.load(handed.find("next1")) as loaded:
         rows = experiment.tokenised(run, data.load(run.data))[1]
-        table = evaluate.held_out(loaded.tuned, loaded.base.tokenizer, rows, run.eval, "x")
+        table = evaluate.held_out(loaded.tuned, loaded.tokenizer, rows, run.eval, "x")
     nats = sum(e["nats"] for e in table) / sum(e["tokens"] for e in table)
     assert nats == pytest.approx(scores["valid/loss"], abs=1e-9)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ftexp import data, evaluate, export, trained
+from ftexp import data, evaluate, trained
 from ftexp.data import prompts
 from ftexp.errors import MachineError
 from ftexp.files import read_json, write_json
@@ -58,10 +58,10 @@ def test_what_is_not_there_or_not_complete_is_refused(copied, tmp_path):
 def test_loaded_run_scores_as_it_did(at):
     kept = trained.find("s")
     with trained.load(kept) as loaded:
-        rows = prompts.render(data.load(loaded.run.data).valid, loaded.base.tokenizer, loaded.run.data)
-        tuned = evaluate.score(loaded.tuned, loaded.base.tokenizer, rows, loaded.run.eval, "t").scores
+        rows = prompts.render(data.load(loaded.run.data).valid, loaded.tokenizer, loaded.run.data)
+        tuned = evaluate.score(loaded.tuned, loaded.tokenizer, rows, loaded.run.eval, "t").scores
         with loaded.untuned() as untuned:
-            base = evaluate.score(untuned, loaded.base.tokenizer, rows, loaded.run.eval, "b").scores
+            base = evaluate.score(untuned, loaded.tokenizer, rows, loaded.run.eval, "b").scores
     told = kept.trial["scores"]
     assert tuned["loss"] == pytest.approx(told["valid/loss"], rel=1e-9)
     assert base["loss"] == pytest.approx(told["base/loss"], rel=1e-9)
@@ -81,7 +81,7 @@ def test_another_device_is_told(copied, capsys):
     facts = trial["facts"] | {"compute": trial["facts"]["compute"] | {"device": "cuda", "dtype": "bfloat16"}}
     edit(copied / "0" / "trial.json", facts=facts)
     with trained.load(trained.find(str(copied / "0"))) as loaded:
-        assert loaded.base.compute.device == "cpu"
+        assert loaded.compute.device == "cpu"
     assert "s/0 was trained on cuda in bfloat16; this is cpu in float32" in capsys.readouterr().err
 
 
@@ -100,13 +100,49 @@ def test_confirmation_is_that_of_the_winner(copied):
     assert trained.confirmed(trained.find(str(copied / "1"))) is None
 
 
-def test_a_run_that_trained_its_whole_model_is_refused_before_one_is_loaded(copied, monkeypatch):
-    monkeypatch.setattr(trained.model, "load", lambda *_: pytest.fail("loaded a model"))
-    (copied / "0" / "adapter").rename(copied / "0" / "model")
-    told, kept = "this run trained its whole model; .* model=run model.path=", trained.find("outputs/sweeps/s/0")
-    with pytest.raises(MachineError, match=told), trained.load(kept):
+def test_whole_model_scores_as_the_run_did_beside_its_base(stages):
+    with trained.load(trained.find("whole")) as loaded:
+        rows = prompts.render(data.load(loaded.run.data).valid, loaded.tokenizer, loaded.run.data)
+        tuned = evaluate.score(loaded.tuned, loaded.tokenizer, rows, loaded.run.eval, "t").scores
+        with loaded.untuned() as untuned:
+            base = evaluate.score(untuned, loaded.tokenizer, rows, loaded.run.eval, "b").scores
+    told = loaded.kept.trial["scores"]
+    assert tuned["loss"] == pytest.approx(told["valid/loss"], rel=1e-9)
+    assert base["loss"] == pytest.approx(told["base/loss"], rel=1e-9)
+    assert abs(tuned["loss"] - base["loss"]) > 1e-3
+
+
+def test_base_of_a_whole_model_must_be_the_one_it_was_trained_on(stages):
+    trial = read_json(stages / "whole" / "trial.json")
+    edit(stages / "whole" / "trial.json", facts=trial["facts"] | {"weights_sha256": "0" * 64})
+    told = "was trained on weights 000000000000"  # what it answers itself hangs on no base
+    with trained.load(trained.find("whole")) as loaded, pytest.raises(MachineError, match=told), loaded.untuned():
         pass
-    for form in export.FORMS:
-        with pytest.raises(MachineError, match=told):
-            export.export(kept, Path("to"), form)
-    assert not Path("to").exists()
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        (lambda f: shutil.rmtree(f), "neither adapter nor model is left"),
+        (lambda f: (f / "config.json").unlink(), "whole/model: no model that can be loaded"),
+        (lambda f: (f / "model.safetensors").unlink(), "whole/model: no model that can be loaded"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"torn"), "whole/model: no model that can be loaded"),
+    ],
+)
+def test_a_broken_whole_model_is_told(stages, broken, told):
+    broken(stages / "whole" / "model")
+    with pytest.raises(MachineError, match=told), trained.load(trained.find("whole")):
+        pass
+
+
+def test_a_model_in_several_files_has_one_hash(stages):
+    kept = trained.find("whole")
+    alone = kept.weights()
+    folder = kept.folder / "model"
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    assert kept.weights() == alone
+    (folder / "model-00002-of-00002.safetensors").write_bytes(b"more")
+    both = kept.weights()
+    assert both is not None and both != alone
+    (folder / "model-00002-of-00002.safetensors").write_bytes(b"less")
+    assert kept.weights() not in (alone, both)

@@ -132,23 +132,33 @@ def read(folder: Path, chosen: compute.Compute, labels: int = 0, nf4: bool = Fal
         labels: outputs of its classification head; 0 for a language model.
         nf4: whether its weights are to be packed into 4 bit while they are read.
         gguf: name of the GGUF file that holds it all, where there is one.
+
+    Raises:
+        MachineError: a file of it is missing or broken.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     kind: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
     more = {"quantization_config": _quantization(Quant(Format.nf4), chosen)} if nf4 else {}  # None hides the file's own
-    more |= {"gguf_file": gguf} if gguf else {}
-    model = kind.from_pretrained(
-        folder,
-        dtype=getattr(torch, chosen.dtype),
-        attn_implementation=chosen.attention,
-        device_map={"": 0} if chosen.device == "cuda" else None,
-        **more,
-    )
+    file = {"gguf_file": gguf} if gguf else {}
+    try:
+        model = kind.from_pretrained(
+            folder,
+            dtype=getattr(torch, chosen.dtype),
+            attn_implementation=chosen.attention,
+            device_map={"": 0} if chosen.device == "cuda" else None,
+            use_safetensors=True,
+            local_files_only=True,
+            **more,
+            **file,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **file)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise MachineError(f"{folder}: no model that can be loaded: {' '.join(str(error).split())[:300]}") from error
     model.requires_grad_(False).eval()
     made_from = Model(kind=Kind.hub, path=str(folder))
-    tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
     return Base(model, tokenizer, chosen, "", "", made_from)
