@@ -41,7 +41,7 @@ OPTIONS = {
 """Verb -> its options; each verb's own `--help` is what they are checked against."""
 CHOICES = {
     ("report", "--format"): ("csv", "json", "md"), ("sweep export", "--format"): ("csv", "json"),
-    ("export", "--form"): ("adapter", "merged", "merged4bit"),
+    ("export", "--form"): ("adapter", "merged", "gguf", "merged4bit"),
     ("show", "--split"): ("train", "valid"), ("run", "--cfg"): ("job", "hydra", "all"),
 }  # fmt: skip
 """Verb and option -> what may follow it."""

@@ -69,6 +69,10 @@ def test_options_are_those_of_the_verbs_help(verb, monkeypatch, capsys):
     hydras = {"--multirun"} if name in ("plan", "doctor") else set()
     told -= {"--outfile"}  # of llama.cpp's converter, in the help of export
     assert told | {"--help"} | hydras == set(completion.OPTIONS[verb])
+    for (of, option), words in completion.CHOICES.items():
+        if of == verb:
+            shown = re.search(rf"{option} \{{([^}}]+)\}}", out + err)
+            assert shown is not None and sorted(shown[1].split(",")) == sorted(words)
 
 
 def test_verbs_are_those_of_the_command():
