@@ -70,6 +70,7 @@ def quiet_libraries() -> None:
     import warnings
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.WARNING)  # it names the frameworks it finds
     if not sys.warnoptions:
         for library in ("transformers", "trl", "peft", "torch", "mlflow"):
             warnings.filterwarnings("ignore", module=library)

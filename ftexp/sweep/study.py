@@ -60,6 +60,10 @@ class _Lock:
         self.held.close()
 
 
+CONNECT = "10"
+"""Seconds that PostgreSQL's library waits for a server that does not answer; it would wait for minutes, or for good."""
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file for as long as the block runs."""
@@ -83,6 +87,7 @@ def storage(folder: Path, url: str | None) -> BaseStorage:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if url is not None:
+        os.environ.setdefault("PGCONNECT_TIMEOUT", CONNECT)
         try:
             return _proxy(url) if url.startswith("grpc://") else get_storage(url)
         except ImportError as error:

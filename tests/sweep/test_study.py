@@ -365,3 +365,21 @@ def test_garbage_in_the_journal_is_named_by_file_and_line(tmp_path, record, line
     path.write_bytes(b"".join([*lines[:1], line, *lines[1:]]))
     with pytest.raises(MachineError, match=rf"{study.JOURNAL}:2: must be one entry of the sweep's record"):
         study.storage(tmp_path, None)
+
+
+def test_database_that_does_not_answer_is_told_within_its_time(tmp_path, monkeypatch):
+    """A server that takes the connection and says nothing, as one that was stopped (SIGSTOP) or hangs on its disk."""
+    import socket
+
+    monkeypatch.setenv("PGCONNECT_TIMEOUT", "2")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql+psycopg://someone@127.0.0.1:{silent.getsockname()[1]}/there"
+        began = time.monotonic()
+        with pytest.raises(MachineError, match=r"sweep\.storage=postgresql.*cannot be opened: .*timeout"):
+            study.storage(tmp_path, url)
+    assert time.monotonic() - began < 30
+    monkeypatch.delenv("PGCONNECT_TIMEOUT")
+    with pytest.raises(MachineError):
+        study.storage(tmp_path, "postgresql+psycopg://someone@127.0.0.1:9/there")
+    assert os.environ["PGCONNECT_TIMEOUT"] == "10"
+    monkeypatch.delenv("PGCONNECT_TIMEOUT")
