@@ -71,6 +71,7 @@ def quiet_libraries() -> None:
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("datasets").setLevel(logging.WARNING)  # it names the frameworks it finds
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a dead server is told in a line of ours
     if not sys.warnoptions:
         for library in ("transformers", "trl", "peft", "torch", "mlflow"):
             warnings.filterwarnings("ignore", module=library)

@@ -3,10 +3,13 @@
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
+import urllib.request
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -146,3 +149,27 @@ def ray_nodes(count: int):
         yield cluster.address
     finally:
         cluster.shutdown()
+
+
+@contextmanager
+def mlflow(folder: Path, at: int):
+    """Start a tracking server on loopback that takes artifacts itself, its store in a folder; gives its address."""
+    uri = f"http://127.0.0.1:{at}"
+    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(at), "--workers", "1",
+               "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/kept"]  # fmt: skip
+    with (folder / "log").open("ab") as log:
+        server = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
+    try:
+        until = time.monotonic() + 90
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"{uri}/health", timeout=2):
+                break
+            if time.monotonic() > until or server.poll() is not None:
+                raise RuntimeError((folder / "log").read_text()[-2000:])
+            time.sleep(0.2)
+        yield uri
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
