@@ -6,7 +6,7 @@ SWEEP ?= outputs/sweeps/lora.r-8-16-64
 SCALE ?= smoke
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check hub chaos test-cluster bench ui report notebooks clean
+.PHONY: help setup demo test check hub gpu chaos test-cluster bench ui report notebooks clean
 
 help: ## show this list
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ check: $(READY) ## run the fast tests only
 
 hub: $(READY) ## run the tests that need the Hugging Face hub
 	$(BIN)/python -m pytest -m hub tests/data/test_hub.py tests/test_export.py
+
+gpu: $(READY) ## run the tests that need a CUDA device: formats and their planned memory, engines, shared devices
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 chaos: $(READY) ## measure R1 to R18: 200 kills of a training, a sweep under 300 faults, full disks, 500 trials (an hour), as one table
 	$(BIN)/python tests/chaos/table.py

@@ -46,6 +46,7 @@ POINTS = [
     )
 ]  # fmt: skip
 """Drawn once over the ranges of `sweeps/rank_alpha_lr_neftune.yaml`; the first eight are those of `work`."""
+PACKED = ("trainer.engine=packed", "sweep.pack=0")
 Kept = dict[str, Any]
 """What was measured: part -> way -> a list of {wall, cpu, ...}."""
 
@@ -156,12 +157,14 @@ def loops(kept: Kept, part: str, count: int, of: int) -> None:
 def work(kept: Kept, of: int) -> None:
     """Eight trials to their end."""
     measure(kept, "work", "ftexp", 1, lambda _: swept(POINTS[:8]))
+    measure(kept, "work", "ftexp packed", 1, lambda _: swept(POINTS[:8], *PACKED))
     loops(kept, "work", 8, min(8, of))
 
 
 def answer(kept: Kept, of: int) -> None:
     """The best of sixteen trials: raced, and all to their end to know what is best."""
     measure(kept, "answer", "ftexp raced", 1, lambda _: swept(POINTS, "sweep.pruner=race"))
+    measure(kept, "answer", "ftexp packed, raced", 1, lambda _: swept(POINTS, "sweep.pruner=race", *PACKED))
     measure(kept, "answer", "ftexp", 1, lambda _: swept(POINTS))
     loops(kept, "answer", 16, min(16, of))
 
@@ -183,7 +186,10 @@ def ratios(kept: Kept) -> list[tuple[str, float, float, float, str]]:
                 all_of = [a[clock] / b[clock] for a, b in pairs]
                 found.append((f"one trial: ftexp / {other}, {clock}", median(all_of), min(all_of), max(all_of),
                               f"median of {len(pairs)} in turn; formats {pairs[0][0]['dtype']} and {pairs[0][1]['dtype']}"))  # fmt: skip
-    for part, count, ours in (("work", 8, "ftexp"), ("answer", 16, "ftexp raced")):
+    for part, count, ours in (
+        ("work", 8, "ftexp"), ("work", 8, "ftexp packed"),
+        ("answer", 16, "ftexp raced"), ("answer", 16, "ftexp packed, raced"),
+    ):  # fmt: skip
         ways = kept.get(part, {})
         for clock in ("wall", "cpu"):
             for other in ("loop", "tuned loop"):
@@ -223,10 +229,12 @@ def show(kept: Kept) -> None:
         print(f"other work on the machine: load {min(loads):.1f} to {max(loads):.1f} where each measurement began")
     whole = kept.get("answer", {})
     if whole.get("ftexp") and whole.get("ftexp raced"):
-        best = [min(v for v in whole[way][0]["losses"] if v is not None) for way in ("ftexp", "ftexp raced")]
-        share = sum(whole["ftexp raced"][0]["steps"]) / (16 * STEPS)
-        print(f"raced: winner's loss {best[1]:.4f}, best of the full sweep {best[0]:.4f} ({best[1] - best[0]:+.4f} nats), "
-              f"{share:.0%} of the steps taken")  # fmt: skip
+        full = min(whole["ftexp"][0]["losses"])
+        for way in [way for way in ("ftexp raced", "ftexp packed, raced") if whole.get(way)]:
+            best = min(v for v in whole[way][0]["losses"] if v is not None)
+            share = sum(whole[way][0]["steps"]) / (16 * STEPS)
+            print(f"{way}: winner's loss {best:.4f}, best of the full sweep {full:.4f} ({best - full:+.4f} nats), "
+                  f"{share:.0%} of the steps taken")  # fmt: skip
     if kept.get("memory", {}).get("ftexp"):
         peaks = kept["memory"]["ftexp"][0]["memory"]
         print(
