@@ -79,12 +79,16 @@ def outage(place: Path) -> dict[str, float]:
 
 
 def many(place: Path) -> dict[str, float]:
-    """Report to SQLite, as the default does."""
+    """Report to SQLite, as the default does; that MLflow makes the tables of a new store is told beside it."""
+    how = Track(uri=f"sqlite:///{place}/many.db", experiment="x")
     began = time.perf_counter()
-    _, _, each = report(place / "many", Track(uri=f"sqlite:///{place}/many.db", experiment="x"), STEPS)
-    whole = time.perf_counter() - began
+    track.open_parent(how, "x", place)  # as a launch does before its trials
+    opened = time.perf_counter() - began
+    _, _, each = report(place / "many", how, STEPS)
+    whole = time.perf_counter() - began - opened
     return {
         "seconds": whole,
+        "new_store": opened,
         "p99_ms": 1000 * float(np.percentile(each, 99)),
         "lost": missing(place / "many", f"sqlite:///{place}/many.db"),
     }
