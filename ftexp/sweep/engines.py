@@ -7,6 +7,7 @@ nothing else passes between supervisor and worker. The sweep's folder has to be 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -268,7 +269,7 @@ def _remote(options: Options) -> Any:
     args = dict(options.engine_args)
     try:
         if not ray.is_initialized():
-            ray.init(address=args.pop("address", "auto"), log_to_driver=False, logging_level="error")
+            ray.init(address=args.pop("address", "auto"), log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise MachineError(
             "sweep.engine=ray: no Ray cluster answers; `ray start --head` starts one, or give "
@@ -302,14 +303,15 @@ class RayTask:
     def poll(self) -> int | None:
         """Return the worker's exit code."""
         import ray  # type: ignore
+        from ray.exceptions import RayError, TaskCancelledError  # type: ignore
 
         if not ray.wait([self.ref], timeout=0)[0]:
             return None
         try:
             return ray.get(self.ref)
-        except ray.exceptions.TaskCancelledError:
+        except TaskCancelledError:
             return PREEMPTED
-        except ray.exceptions.RayError:
+        except RayError:
             return 1  # its node or its process is gone
 
     def terminate(self) -> None:
