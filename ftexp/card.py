@@ -39,7 +39,7 @@ WHOLE = {
 
 def form_of(kept: Kept, form: str) -> str:
     """Say what an export in a form is."""
-    return (WHOLE if trained.whole(kept) else FORMS)[form]
+    return (WHOLE if kept.whole else FORMS)[form]
 
 
 def base_name(of: Model) -> str:
@@ -94,7 +94,7 @@ def _front(kept: Kept, run: Run, form: str) -> str:
     task = "text-classification" if trained.outputs(kept) else "text-generation"
     told: dict[str, Any] = {"base_model": base_name(run.model)} if on_hub(run.model) else {}
     told |= {"library_name": "peft" if form == "adapter" else "transformers", "license": "unknown",
-             "pipeline_tag": task, "tags": ["ftexp"] if trained.whole(kept) else ["ftexp", "lora"]}  # fmt: skip
+             "pipeline_tag": task, "tags": ["ftexp"] if kept.whole else ["ftexp", "lora"]}  # fmt: skip
     return f"---\n{yaml.safe_dump(told, sort_keys=True).strip()}\n---"
 
 

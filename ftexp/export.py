@@ -88,7 +88,7 @@ def export(kept: Kept, target: Path, form: str | None = None, dtype: str | None 
         Unfaithful: the merged model does not answer as the run.
     """
     run = kept.config()
-    form = form or ("merged" if trained.whole(kept) else "adapter")
+    form = form or ("merged" if kept.whole else "adapter")
     if dtype is not None and form == "adapter":
         raise ConfigError(f"--dtype must be left out with --form adapter, got {dtype}: it is as the run saved it")
     with whole(target) as folder:
@@ -107,7 +107,7 @@ def _adapter(kept: Kept, run: Run, folder: Path) -> None:
     """Copy the adapter, name its base as others know it, and put the tokenizer beside it."""
     from ftexp.model.saved import ADAPTER
 
-    if trained.whole(kept):
+    if kept.whole:
         raise ConfigError(f"--form must be merged, got adapter: {kept.name} trained its whole model and has none")
     if run.model.kind is Kind.run:
         raise ConfigError(
@@ -154,7 +154,7 @@ def _merged(kept: Kept, run: Run, folder: Path, form: str, dtype: str) -> Fideli
     model.forget()
     known, heads = trained.names(kept), trained.outputs(kept)
     packed = run.quant if run.lora.variant is Variant.loftq else None
-    if trained.whole(kept):
+    if kept.whole:
         made = saved.read(kept.folder / "model", replace(chosen, device="cpu", dtype="float32"), heads).model
     else:
         say("merging in float32")
@@ -249,7 +249,7 @@ def _questions(kept: Kept, run: Run) -> Callable[[Any, PreTrainedTokenizerBase, 
     splits = data.load(run.data)
     told = kept.trial["facts"]["rows"]["sha256"]
     if splits.digest() != told:
-        more = "" if trained.whole(kept) else "; --form adapter needs no rows"
+        more = "" if kept.whole else "; --form adapter needs no rows"
         raise DataError(
             f"{run.data.path or run.data.kind.value}: the rows are no longer those of {kept.name}, so that a whole "
             f"model cannot be compared with it{more}"

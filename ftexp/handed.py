@@ -73,8 +73,10 @@ def stage(key: str, target: str, kinds: tuple[Method, ...]) -> Kept:
     if kind not in kinds:
         wanted = " or ".join(k.value for k in kinds)
         raise ConfigError(f"{key}={target} must be a run with trainer.kind={wanted}, its is {kind.value}")
-    if not any((kept.folder / name).is_dir() for name in ("adapter", "model")):
-        raise MachineError(f"{key}={target}: neither adapter nor model is left in {kept.folder}")
+    try:
+        _ = kept.whole
+    except MachineError as error:
+        raise MachineError(f"{key}={target}: {error}") from error
     return kept
 
 

@@ -36,6 +36,19 @@ class Kept:
             return []
         return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
+    @property
+    def whole(self) -> bool:
+        """Whether the run trained its whole model, in `model/`, and has no adapter.
+
+        Raises:
+            MachineError: its folder holds neither.
+        """
+        if (self.folder / "adapter").is_dir():
+            return False
+        if (self.folder / "model").is_dir():
+            return True
+        raise MachineError(f"{self.folder}: must hold what was trained; neither adapter nor model is left")
+
     def weights(self) -> str | None:
         """Hash the weights that were trained: the adapter, or the whole model where there is none."""
         adapter = self.folder / "adapter" / "adapter_model.safetensors"

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from ftexp import model
 from ftexp.config import Method, Run
-from ftexp.errors import MachineError
 from ftexp.files import read_json
 from ftexp.handed import RUN_HELP as RUN_HELP
 from ftexp.handed import find as find
@@ -52,19 +51,6 @@ def outputs(kept: Kept) -> int:
     return 1 if kept.config().trainer.kind is Method.reward else len(names(kept))
 
 
-def whole(kept: Kept) -> bool:
-    """Tell whether a run trained its whole model, which has no adapter.
-
-    Raises:
-        MachineError: its folder holds neither.
-    """
-    if (kept.folder / "adapter").is_dir():
-        return False
-    if (kept.folder / "model").is_dir():
-        return True
-    raise MachineError(f"{kept.folder}: must hold what was trained; neither adapter nor model is left")
-
-
 @contextmanager
 def load(kept: Kept) -> Iterator[Trained]:
     """Load the base of a run and put its adapter on, to be taken off again; or load the whole model that it trained.
@@ -86,7 +72,7 @@ def load(kept: Kept) -> Iterator[Trained]:
     def before() -> Iterator[Any]:
         yield base().model
 
-    if whole(kept):
+    if kept.whole:
         chosen = compute.policy(run.model)
         compute.apply(chosen)
         found = saved.read(kept.folder / "model", chosen, outputs(kept))

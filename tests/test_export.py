@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from ftexp import data, evaluate, experiment, export, fidelity, model, trained
 from ftexp.data import prompts
 from ftexp.errors import Unfaithful
-from ftexp.files import read_json
+from ftexp.files import read_json, write_json
 from ftexp.model import saved, tiny
 
 
@@ -353,19 +353,24 @@ def test_whole_models_and_reward_models_answer_as_their_runs(name, stages, run, 
     assert (head.out_features if head else 0) == {"whole": 0, "sorter_whole": 20}.get(name, 1)
 
 
-def test_reward_card_gives_the_reward_of_the_run(stages, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("template", ["model", "plain"])
+def test_reward_card_gives_the_reward_of_the_run(template, stages, run, tmp_path, monkeypatch):
     """The reader's own lines, adapter and merged, print what the run says an answer is worth."""
     from ftexp.data.shapes import Row
     from ftexp.train import rewarder
 
     folder = stages.parent.parent
     monkeypatch.chdir(folder)
+    trial = read_json(stages / "judge" / "trial.json")
+    write_json(stages / "judge" / "trial.json", trial | {"config": trial["config"] | {"data.template": template}})
     at_work = rewarder._load(trained.find("judge"))
-    wanted = at_work.rewards([Row("a prompt", "an answer", "x")], ["an answer"], 1, "t")[0]
+    asked, text = ("a prompt and", "its answer") if template == "plain" else ("a prompt", "an answer")
+    asked += " " if template == "plain" else ""
+    wanted = at_work.rewards([Row(asked, text, "x")], [text], 1, "t")[0]
     for form in ("merged", "adapter"):
         code, _, err = run("judge", "--to", tmp_path / form, "--form", form)
         assert code == 0, err
-        assert at_work.run.data.template.value != "plain"
+        assert at_work.run.data.template.value == template
         monkeypatch.chdir(folder)
         printed, _ = snippet(tmp_path / form, monkeypatch, folder)
         assert float(re.search(r"-?\d+\.\d+", printed)[0]) == pytest.approx(wanted, abs=2e-4)
@@ -394,4 +399,24 @@ def test_whole_model_has_no_adapter_to_export(stages, run, tmp_path, monkeypatch
     assert code == 2 and "--form must be merged, got adapter: whole trained its whole model and has none" in err
     code, _, err = run("judge", "--to", tmp_path / "m", "--form", "gguf")
     assert code == 2 and "judge is a reward model: --form merged" in err
+    assert not (tmp_path / "m").exists()
+
+
+def test_reward_model_that_prefers_otherwise_is_refused(stages, run, tmp_path, monkeypatch):
+    """By its choices alone: the loss is let through, to see that they are compared."""
+    monkeypatch.chdir(stages.parent.parent)
+    plain = saved.read
+
+    def turned(*args, **more):
+        base = plain(*args, **more)
+        with torch.no_grad():
+            base.model.score.weight.neg_()
+        return base
+
+    monkeypatch.setattr(saved, "read", turned)
+    loose = fidelity.Limit(float("inf"), 0.999)
+    monkeypatch.setattr(fidelity, "LIMITS", dict.fromkeys(fidelity.LIMITS, loose))
+    code, _, err = run("judge", "--to", tmp_path / "m", "--form", "merged")
+    assert code == 5 and "the model as written is not the run judge" in err
+    assert " 0.00 % of the choices equal" in err
     assert not (tmp_path / "m").exists()

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from ftexp import data, evaluate, trained
 from ftexp.data import prompts
@@ -120,19 +121,46 @@ def test_base_of_a_whole_model_must_be_the_one_it_was_trained_on(stages):
         pass
 
 
+def _config(**keys):
+    return lambda folder: edit(folder / "config.json", **keys)
+
+
+def _code(folder):
+    """A config of a kind that transformers does not know, whose classes are a file of the folder."""
+    edit(folder / "config.json", model_type="evil", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
+    (folder / "evil.py").write_text(
+        "open('executed', 'w')\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M"
+    )
+
+
+def _outside(folder):
+    """An index that takes every weight from a file beside the run."""
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder.parent.parent / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../../outside.safetensors")}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
 @pytest.mark.parametrize(
     ("broken", "told"),
     [
         (lambda f: shutil.rmtree(f), "neither adapter nor model is left"),
-        (lambda f: (f / "config.json").unlink(), "whole/model: no model that can be loaded"),
-        (lambda f: (f / "model.safetensors").unlink(), "whole/model: no model that can be loaded"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"torn"), "whole/model: no model that can be loaded"),
+        (lambda f: (f / "config.json").unlink(), r"must be a folder with a config\.json"),
+        (lambda f: (f / "model.safetensors").unlink(), "whole/model cannot be loaded"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"torn"), "whole/model cannot be loaded"),
+        (_config(hidden_size=33), "whole/model cannot be loaded"),
+        (_config(intermediate_size=7), "whole/model cannot be loaded"),
+        (_config(attn_implementation="evil/kernel"), "must name an attention of transformers, not code"),
+        (_code, "whole/model cannot be loaded: .*custom code"),
+        (_outside, "weight_map must name files of its folder"),
     ],
 )
-def test_a_broken_whole_model_is_told(stages, broken, told):
+def test_a_broken_or_hostile_whole_model_is_refused(stages, broken, told, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
     broken(stages / "whole" / "model")
     with pytest.raises(MachineError, match=told), trained.load(trained.find("whole")):
         pass
+    assert not Path("executed").exists()
 
 
 def test_a_model_in_several_files_has_one_hash(stages):

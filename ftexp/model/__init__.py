@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import config, handed
 from ftexp.config import Format, Kind, Lora, Method, Model, Quant, Variant
-from ftexp.errors import ConfigError, MachineError
+from ftexp.errors import ConfigError, MachineError, out_of_memory
 from ftexp.files import read_json, write_json
 from ftexp.model import compute, embedded, loftq, tiny
 from ftexp.model.compute import Compute
@@ -62,9 +62,9 @@ def origin(model: Model) -> tuple[Model, Path | None]:
     """
     kept = handed.stage("model.path", model.path, WRITERS)
     asked: dict[str, Any] = {"dtype": model.dtype, "attention": model.attention}
-    if (kept.folder / "adapter").is_dir():
-        return replace(kept.config().model, **asked), kept.folder / "adapter"
-    return Model(Kind.hub, str(kept.folder.resolve() / "model"), **asked), None
+    if kept.whole:
+        return Model(Kind.hub, str(kept.folder.resolve() / "model"), **asked), None
+    return replace(kept.config().model, **asked), kept.folder / "adapter"
 
 
 def rooted(model: Model) -> Model:
@@ -126,7 +126,7 @@ def configuration(model: Model) -> Any:
     """Read the config beside the weights of a model."""
     from transformers import AutoConfig
 
-    with _loading(model):
+    with loading(f"model.path={source(model)}"):
         return AutoConfig.from_pretrained(source(model), revision=model.revision, trust_remote_code=False)
 
 
@@ -140,7 +140,7 @@ def tokenizer(model: Model) -> PreTrainedTokenizerBase:
         return tiny.tokenizer()
     from transformers import AutoTokenizer
 
-    with _loading(model):
+    with loading(f"model.path={source(model)}"):
         loaded = AutoTokenizer.from_pretrained(source(model), revision=model.revision, trust_remote_code=False)
     if loaded.pad_token_id is None:
         loaded.pad_token = loaded.unk_token or loaded.eos_token
@@ -148,14 +148,17 @@ def tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def _loading(model: Model) -> Iterator[None]:
-    """Say which model could not be loaded, where the library says only why."""
+def loading(where: str) -> Iterator[None]:
+    """Say which model could not be loaded, where the library says only why; memory that runs out is not that."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError) as error:
-        raise MachineError(
-            f"model.path={source(model)} cannot be loaded: {' '.join(str(error).split())[:400]}"
-        ) from error
+    except (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
+        raise MachineError(f"{where} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
 
 
 _warm: Base | None = None
@@ -299,7 +302,7 @@ def _pretrained(model: Model, quant: Quant, chosen: Compute, labels: int = 0) ->
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
-    with _loading(model), torch.random.fork_rng():
+    with loading(f"model.path={source(model)}"), torch.random.fork_rng():
         torch.manual_seed(0)  # hidden layers of a fresh head are drawn
         loaded, told = kind.from_pretrained(
             source(model),

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ftexp.config import Attention, Dtype, Format, Kind, Model, Quant, Run
 from ftexp.errors import MachineError
-from ftexp.model import Base, _greedy, _hooks, _quantization, _strip, compute, fingerprint, forget, stored
+from ftexp.model import (
+    Base,
+    _greedy,
+    _hooks,
+    _quantization,
+    _strip,
+    compute,
+    fingerprint,
+    forget,
+    loading,
+    source,
+    stored,
+)
 from ftexp.progress import say
 from ftexp.runs import Kept
 
@@ -134,10 +146,9 @@ def read(folder: Path, chosen: compute.Compute, labels: int = 0, nf4: bool = Fal
         gguf: name of the GGUF file that holds it all, where there is one.
 
     Raises:
-        MachineError: a file of it is missing or broken.
+        MachineError: a file of it is missing or broken, or names code or a file outside.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 
@@ -145,20 +156,21 @@ def read(folder: Path, chosen: compute.Compute, labels: int = 0, nf4: bool = Fal
     kind: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
     more = {"quantization_config": _quantization(Quant(Format.nf4), chosen)} if nf4 else {}  # None hides the file's own
     file = {"gguf_file": gguf} if gguf else {}
-    try:
+    made_from = Model(kind=Kind.hub, path=str(folder))
+    if gguf is None:
+        source(made_from)  # refuses what leads out of the folder
+    with loading(str(folder)):
         model = kind.from_pretrained(
             folder,
             dtype=getattr(torch, chosen.dtype),
             attn_implementation=chosen.attention,
             device_map={"": 0} if chosen.device == "cuda" else None,
+            trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
             **more,
             **file,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **file)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise MachineError(f"{folder}: no model that can be loaded: {' '.join(str(error).split())[:300]}") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **file)
     model.requires_grad_(False).eval()
-    made_from = Model(kind=Kind.hub, path=str(folder))
     return Base(model, tokenizer, chosen, "", "", made_from)

@@ -72,7 +72,7 @@ def found(run: Run) -> Kept:
     """
     kept = handed.stage("trainer.reward", run.trainer.reward, (Method.reward,))
     below = kept.config().model
-    if (kept.folder / "adapter").is_dir() and model.rooted(below).path:
+    if not kept.whole and model.rooted(below).path:
         model.source(below)
     return kept
 
@@ -99,7 +99,7 @@ def _load(kept: Kept) -> Rewarder:
     from ftexp.model import compute, saved
 
     run, same = saved.as_trained(kept, kept.config())
-    if not (kept.folder / "adapter").is_dir():
+    if kept.whole:
         base = saved.read(kept.folder / "model", compute.policy(run.model), 1)
         return Rewarder(run, base, base.model)
     base = model.fresh(run.model, run.quant, 1)
