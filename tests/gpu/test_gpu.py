@@ -13,7 +13,10 @@ from ftexp.errors import MachineError
 from ftexp.files import read_json
 from ftexp.model import embedded
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: `make gpu` where there is one"),
+]
 FORMATS = {
     "float32": ["model.dtype=float32"],
     "bfloat16": ["model.dtype=bfloat16"],
