@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from ftexp import labels, metrics, ranks
+from ftexp import labels, metrics, passes, ranks
 from ftexp.config import Eval
 from ftexp.data import tokens
 from ftexp.data.prompts import Example
@@ -145,11 +146,12 @@ def held_out(
     model.eval()
     try:
         with torch.no_grad(), progress(f"{label} loss", len(examples)) as advance:
-            for numbers in ranks.mine(list(batches([len(e.ids) for e in examples], how.batch, spread=0.75))):
-                for part in _fitting(numbers, examples, model):
-                    nats = _nats(model, [examples[n] for n in part], _pad(tokenizer))
-                    told |= zip(part, nats, strict=True)
-                    advance(len(part))
+
+            def work(part: list[int]) -> None:
+                told.update(zip(part, _nats(model, [examples[n] for n in part], _pad(tokenizer)), strict=True))
+                advance(len(part))
+
+            passes.take(ranks.mine(list(_batches(examples, how, model))), work)
     finally:
         model.train(was_training)
     whole = ranks.gathered(told)
@@ -158,23 +160,6 @@ def held_out(
          "tokens": e.supervised, "bytes": e.bytes}
         for n, e in enumerate(examples)
     ]  # fmt: skip
-
-
-def batches(lengths: list[int], size: int, spread: float) -> Iterator[list[int]]:
-    """Yield row numbers, longest rows first, so that memory peaks at once.
-
-    A batch ends after `size` rows, or where a row is shorter than `spread` times the batch's longest: in a forward
-    pass padding costs as much as text. Generation pads once and then steps through all rows together, so there 0.
-    """
-    order = sorted(range(len(lengths)), key=lambda n: (-lengths[n], n))
-    batch: list[int] = []
-    for n in order:
-        if batch and (len(batch) == size or lengths[n] < spread * lengths[batch[0]]):
-            yield batch
-            batch = []
-        batch.append(n)
-    if batch:
-        yield batch
 
 
 def divergence(
@@ -201,31 +186,34 @@ def divergence(
     model.eval()
     try:
         with torch.no_grad(), progress(f"{label} divergence", len(examples)) as advance:
-            for numbers in batches([len(e.ids) for e in examples], how.batch, spread=0.75):
-                for part in _fitting(numbers, examples, model, 3):
-                    rows = [examples[n] for n in part]
-                    ours = _logits(model, rows, _pad(tokenizer))[0].float().log_softmax(-1)
-                    with reference():
-                        theirs = _logits(model, rows, _pad(tokenizer))[0].float().log_softmax(-1)
-                    nats = (ours.exp() * (ours - theirs)).double().sum(-1)
-                    for n, each in zip(part, nats.split([e.supervised for e in rows]), strict=True):
-                        told[n] = each.sum().item()
-                    advance(len(part))
+
+            def work(part: list[int]) -> None:
+                rows = [examples[n] for n in part]
+                ours = _logits(model, rows, _pad(tokenizer))[0].float().log_softmax(-1)
+                with reference():
+                    theirs = _logits(model, rows, _pad(tokenizer))[0].float().log_softmax(-1)
+                nats = (ours.exp() * (ours - theirs)).double().sum(-1)
+                for n, each in zip(part, nats.split([e.supervised for e in rows]), strict=True):
+                    told[n] = each.sum().item()
+                advance(len(part))
+
+            passes.take(_batches(examples, how, model, 3), work)
     finally:
         model.train(was_training)
     return told
 
 
-def _fitting(numbers: list[int], examples: Sequence[Example], model: AnyModel, copies: int = 1) -> Iterator[list[int]]:
-    """Split a batch whose logits, of which so many copies are held, would not fit in `LOGITS_BYTES`."""
+def _batches(examples: Sequence[Example], how: Eval, model: AnyModel, copies: int = 1) -> Iterator[list[int]]:
+    """Batch rows, and split a batch whose logits, of which so many copies are held, are above `LOGITS_BYTES`."""
     room = LOGITS_BYTES // (4 * copies * cast(int, model.config.get_text_config().vocab_size))
-    part: list[int] = []
-    for n in numbers:
-        if part and sum(examples[m].supervised for m in (*part, n)) > room:
-            yield part
-            part = []
-        part.append(n)
-    yield part
+    for numbers in passes.batches([len(e.ids) for e in examples], how.batch, spread=0.75):
+        part: list[int] = []
+        for n in numbers:
+            if part and sum(examples[m].supervised for m in (*part, n)) > room:
+                yield part
+                part = []
+            part.append(n)
+        yield part
 
 
 def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -349,27 +337,79 @@ def continued(
     """Let a model go on from prompts as `write` does, and return token ids, up to the first that ends a completion."""
     import torch
 
-    ended = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     written: dict[int, tuple[int, ...]] = {}
     was_training = model.training
     model.eval()
     shown = progress(f"{label} completions", len(asked)) if streamer is None else nullcontext(lambda _: None)
     try:
         with torch.no_grad(), shown as advance:
-            for numbers in ranks.mine(list(batches([len(ids) for ids in asked], batch, spread=0))):
-                ids, mask = _left_padded([asked[n] for n in numbers], _pad(tokenizer))
-                out = model.generate(  # type: ignore
-                    input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings,
-                    streamer=streamer,
-                )  # fmt: skip
-                for n, row in zip(numbers, out[:, ids.shape[1] :].tolist(), strict=True):
-                    last = next((at for at, token in enumerate(row) if token in ended), len(row) - 1)
-                    written[n] = tuple(row[: last + 1])
-                advance(len(numbers))
+
+            def work(part: list[int]) -> None:
+                ids, mask = (x.to(model.device) for x in _left_padded([asked[n] for n in part], _pad(tokenizer)))
+                written.update(zip(part, _continued(model, ids, mask, settings, streamer), strict=True))
+                advance(len(part))
+
+            passes.take(ranks.mine(list(passes.batches([len(ids) for ids in asked], batch, spread=0))), work)
     finally:
         model.train(was_training)
     whole = ranks.gathered(written)
     return [whole[n] for n in range(len(asked))]
+
+
+def _continued(
+    model: AnyModel, ids: torch.Tensor, mask: torch.Tensor, settings: GenerationConfig, streamer: BaseStreamer | None
+) -> list[tuple[int, ...]]:
+    """Write rows together, and let those that have ended leave: the passes of the others get smaller.
+
+    Args:
+        model: in evaluation mode.
+        ids: token ids of prompts, padded on the left, (row, position).
+        mask: 1 for tokens and 0 for padding, (row, position).
+        settings: how to choose tokens, and when to stop.
+        streamer: of a single prompt.
+
+    Returns:
+        What was written after each prompt, up to the first token that ends a completion.
+    """
+    import torch
+
+    ended: Any = settings.eos_token_id
+    ends = torch.tensor(ended if isinstance(ended, list) else [ended], device=ids.device)
+    width, rows, cache = ids.shape[1], torch.arange(len(ids), device=ids.device), _cache(model)
+    written: dict[int, tuple[int, ...]] = {}
+
+    def enough(told: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        done = torch.isin(told[:, width:], ends).any(1)
+        return torch.full_like(done, bool(2 * done.sum() >= len(done)))
+
+    while len(rows):
+        left = copy(settings)
+        left.max_new_tokens = width + cast(int, settings.max_new_tokens) - ids.shape[1]
+        more = {} if cache is None else {"past_key_values": cache, "stopping_criteria": [enough]}
+        ids = cast(Any, model).generate(
+            input_ids=ids, attention_mask=mask, generation_config=left, streamer=streamer, **more
+        )
+        over = torch.isin(ids[:, width:], ends).any(1)
+        if cache is None or ids.shape[1] - width == settings.max_new_tokens:
+            over[:] = True
+        for row, told in zip(rows[over].tolist(), ids[over][:, width:].tolist(), strict=True):
+            last = next((at for at, token in enumerate(told) if token in ends.tolist()), len(told) - 1)
+            written[row] = tuple(told[: last + 1])
+        stay = (~over).nonzero()[:, 0]
+        if cache is not None and len(stay):
+            cache.batch_select_indices(stay)
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)[stay]
+        rows, ids = rows[stay], ids[stay]
+    return [written[n] for n in range(len(written))]
+
+
+def _cache(model: AnyModel) -> Any:
+    """Make the cache of keys and values that rows can leave; None for a model with another kind of memory."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    made = DynamicCache(config=cast(Any, model.config))
+    return made if all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in made.layers) else None
 
 
 def planned_tokens(examples: Sequence[Example], how: Eval) -> int:

@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ftexp import config, data, estimate, evaluate, facts, handed, labels, metrics, model, ranks, track
+from ftexp import config, data, estimate, evaluate, facts, handed, labels, metrics, model, passes, ranks, track
 from ftexp.config import Engine, Format, Kind, Long, Loss, Method, Packing, Run, Template, Tracker
 from ftexp.data import gates, general, prompts, tokens
 from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned, out_of_memory
@@ -433,7 +433,7 @@ def _fitting(asked: Asked, trial: dict[str, Any]) -> Steps:
             if smaller is None:
                 raise
             run = smaller
-        free_memory()
+        passes.free_memory()
         shape = {"batch": run.trainer.batch, "accumulation": run.trainer.accumulation}
         trial.setdefault("out_of_memory", []).append(shape)
         say(f"{asked.label}: out of memory; again with trainer.batch={shape['batch']} "
@@ -451,17 +451,6 @@ def halved(run: Run) -> Run | None:
         return None
     trainer = replace(run.trainer, batch=batch // factor, accumulation=run.trainer.accumulation * factor)
     return replace(run, trainer=trainer)
-
-
-def free_memory() -> None:
-    """Give back what a failed attempt held."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _execute(

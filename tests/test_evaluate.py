@@ -85,11 +85,12 @@ def test_hook_is_taken_off_after_an_error(base):
 
 
 def test_completions_are_the_same_alone_and_in_a_batch(base, examples):
+    made, settings = lively(base, "keys of all tokens")
     alone, batched = (
-        evaluate.generate(base.model, base.tokenizer, examples[:8], Eval(batch=b, max_new_tokens=12), "t")
-        for b in (1, 8)
+        evaluate.write(made, base.tokenizer, [e.prompt for e in examples[:8]], settings, b, "t") for b in (1, 8)
     )
     assert alone == batched
+    assert len(set(alone)) == 8
     assert len({len(e.prompt) for e in examples[:8]}) > 1  # unequal prompts, so padding took part
 
 
@@ -121,17 +122,103 @@ def test_generation_stops_at_the_end_token(base, examples, monkeypatch):
         hook.remove()
 
 
-def test_planned_length_is_a_quarter_beyond_the_longest_reference(base, examples, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(
-        base.model,
-        "generate",
-        lambda **k: seen.update(k) or torch.zeros(len(k["input_ids"]), k["input_ids"].shape[1] + 1).long(),
-    )
-    evaluate.generate(base.model, base.tokenizer, examples, Eval(), "t")
+def test_planned_length_is_a_quarter_beyond_the_longest_reference(base, examples):
     longest = max(len(e.completion) for e in examples)
-    assert seen["generation_config"].max_new_tokens == longest + longest // 4 + 8
-    assert not seen["generation_config"].do_sample
+    settings = evaluate.greedy(base.model, base.tokenizer, examples, Eval())
+    assert settings.max_new_tokens == longest + longest // 4 + 8
+    assert not settings.do_sample
+    (written,) = evaluate.continued(base.model, base.tokenizer, [examples[0].prompt], settings, 1, "t")
+    assert len(written) == settings.max_new_tokens  # the untrained model never ends
+
+
+KINDS = {
+    "keys of all tokens": ("LlamaConfig", {}, True),
+    "keys of a window": ("MistralConfig", {"sliding_window": 6}, True),
+    "keys of a window in every other layer": (
+        "Gemma2Config",
+        {"sliding_window": 6, "head_dim": 8, "query_pre_attn_scalar": 8, "initializer_range": 0.3},
+        True,
+    ),
+    "a state in place of keys": ("MambaConfig", {"state_size": 4}, False),
+    "a state in every other layer": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}, False),
+}
+"""What a model keeps of the tokens before: its class, and whether rows can leave it."""
+
+
+def lively(base, kind):
+    """Make a model of random weights so large that every prompt is continued otherwise."""
+    import transformers
+
+    name, more, _ = KINDS[kind]
+    size = {"vocab_size": len(base.tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 1.0, "pad_token_id": 0,
+            "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+    torch.manual_seed(2)
+    config = getattr(transformers, name)(**{**size, **more})
+    made = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    ends = list(range(0, len(base.tokenizer), 6))  # one token of six ends a completion
+    settings = transformers.GenerationConfig(max_new_tokens=14, do_sample=False, pad_token_id=0, eos_token_id=ends)
+    return made.eval(), settings
+
+
+def plainly(made, asked, settings):
+    """Continue each prompt alone, by transformers' own loop."""
+    told = []
+    for prompt in asked:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            out = made.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        told.append(tuple(out[0, len(prompt) :].tolist()))
+    return told
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_end_leave_the_others_as_they_were(kind, base, examples, monkeypatch):
+    made, settings = lively(base, kind)
+    asked, sizes, real = [e.ids[: 12 + n % 9] for n, e in enumerate(examples)], [], made.generate
+    expected = plainly(made, asked, settings)
+    assert len({len(told) for told in expected}) > 5  # they end at many places
+    assert any(len(told) == 14 for told in expected)  # and some do not
+    monkeypatch.setattr(made, "generate", lambda **k: sizes.append(len(k["input_ids"])) or real(**k))
+    leaves, batch = KINDS[kind][2], 37 if KINDS[kind][2] else 1  # transformers pads no states
+    assert evaluate.continued(made, base.tokenizer, asked, settings, batch, "t") == expected
+    assert (sizes[0] == 37 and sizes[-1] < 37) if leaves else sizes == [1] * 37
+
+
+def test_sabotage_keys_of_other_rows_change_completions(base, examples, monkeypatch):
+    from transformers import DynamicCache
+
+    made, settings = lively(base, "keys of all tokens")
+    asked, real = [e.prompt for e in examples], DynamicCache.batch_select_indices
+    good = evaluate.continued(made, base.tokenizer, asked, settings, 37, "t")
+    monkeypatch.setattr(DynamicCache, "batch_select_indices", lambda self, rows: real(self, rows.roll(1)))
+    assert evaluate.continued(made, base.tokenizer, asked, settings, 37, "t") != good
+
+
+@pytest.fixture
+def narrow(base, monkeypatch):
+    """A machine whose memory holds three rows."""
+    asked = []
+
+    def look(module, args, kwargs):
+        asked.append(len(kwargs["input_ids"]))
+        if asked[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = base.model.register_forward_pre_hook(look, with_kwargs=True)
+    yield asked
+    hook.remove()
+
+
+def test_where_memory_runs_out_fewer_rows_are_scored_at_a_time(base, examples, request, capfd):
+    how = Eval(max_new_tokens=6, batch=37)
+    whole = evaluate.score(base.model, base.tokenizer, examples, how, "t")
+    asked = request.getfixturevalue("narrow")
+    cut = evaluate.score(base.model, base.tokenizer, examples, how, "t")
+    assert [e["prediction"] for e in cut.table] == [e["prediction"] for e in whole.table]
+    assert [e["nats"] for e in cut.table] == pytest.approx([e["nats"] for e in whole.table], rel=1e-6)
+    assert max(asked) > 3  # it did run out
+    assert "out of memory: at most 2 rows are scored at a time" in capfd.readouterr().err
 
 
 def test_scoring_leaves_the_mode_as_it_was(base, examples):

@@ -12,7 +12,7 @@ import ftexp
 
 PACKAGE = Path(ftexp.__file__).parent
 ORDER = ["errors", "files", "progress", "ranks", "verb", "config", "overrides", "data", "metrics", "runs", "board",
-         "handed", "model", "labels", "evaluate", "train", "estimate", "facts", "track", "registry", "experiment", "sync",
+         "handed", "model", "labels", "passes", "evaluate", "train", "estimate", "facts", "track", "registry", "experiment", "sync",
          "probe", "stats", "sweep", "compare", "examples", "sealed", "page", "report", "confirm", "notebooks", "power",
          "diff",
          "reproduce", "trained", "generate", "fidelity", "card", "export", "run", "api", "show", "plan", "doctor", "ui",

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from ftexp import evaluate, labels, metrics
+from ftexp import labels, metrics, passes
 from ftexp.config import Eval, Run
 from ftexp.data.rows import Row
 from ftexp.errors import DataError
@@ -202,12 +202,15 @@ def logits(
     model.eval()
     try:
         with torch.no_grad(), progress(f"{label} labels", len(rows)) as advance:
-            for numbers in evaluate.batches([len(e.ids) for e in rows], how.batch, spread=0.75):
+
+            def work(numbers: list[int]) -> None:
                 ids, mask = _padded([rows[n].ids for n in numbers], cast(int, tokenizer.pad_token_id))
                 out = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
                 for n, line in zip(numbers, out.double().cpu(), strict=True):
                     told[n] = line
                 advance(len(numbers))
+
+            passes.take(passes.batches([len(e.ids) for e in rows], how.batch, spread=0.75), work)
     finally:
         model.train(was_training)
     return torch.stack(told)

@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 
-from ftexp import evaluate, metrics
+from ftexp import metrics, passes
 from ftexp.config import Run, Trainer
 from ftexp.data.prompts import Example
 from ftexp.errors import Diverged, OutOfTime, Preempted, Pruned, out_of_memory
@@ -417,23 +417,29 @@ def _rungs(base: Base, pack: Pack, trials: list[_Trial], together: int) -> int:
 def _curve(base: Base, pack: Pack, trials: list[_Trial], together: int) -> int:
     """Take the held-out loss of each member."""
     told = {t: [0.0] * len(t.member.valid) for t in trials}
-    parts = {t: list(evaluate.batches([len(e.ids) for e in t.member.valid], t.member.run.eval.batch, 0.75))
+    parts = {t: list(passes.batches([len(e.ids) for e in t.member.valid], t.member.run.eval.batch, 0.75))
              for t in trials}  # fmt: skip
 
-    def score(number: int, some: list[_Trial]) -> None:
-        rows = [[t.member.valid[n] for n in parts[t][number]] for t in some]
+    def batch(number: int, some: list[_Trial]) -> None:
+        if len(some) == 1:
+            passes.take([parts[some[0]][number]], lambda numbers: score(some, [numbers]))
+        else:
+            score(some, [parts[t][number] for t in some])
+
+    def score(some: list[_Trial], numbers: list[list[int]]) -> None:
+        rows = [[t.member.valid[n] for n in mine] for t, mine in zip(some, numbers, strict=True)]
         given = [(t.adapter, [e.ids for e in mine]) for t, mine in zip(some, rows, strict=True)]
         layout = lay_out(given, _pad(base), base.model.device, False)
         with torch.no_grad():
             hidden = pack.hidden(layout, {})
-            for trial, mine, begins in zip(some, rows, layout.begins, strict=True):
+            for trial, their, mine, begins in zip(some, numbers, rows, layout.begins, strict=True):
                 where, targets = _supervised(mine, begins, hidden.device)
                 each = nats(base.model, hidden[0, where], targets).split([e.supervised for e in mine])
-                for n, part in zip(parts[trial][number], each, strict=True):
+                for n, part in zip(their, each, strict=True):
                     told[trial][n] = part.sum().item()
 
     for number in range(max(map(len, parts.values()), default=0)):
-        together = _in_turn([t for t in trials if number < len(parts[t])], together, partial(score, number))
+        together = _in_turn([t for t in trials if number < len(parts[t])], together, partial(batch, number))
     for trial in trials:
         tokens = [e.supervised for e in trial.member.valid]
         trial.held_out = Rung(metrics.loss(told[trial], tokens), told[trial], tokens)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from ftexp import evaluate, metrics
+from ftexp import metrics, passes
 from ftexp.config import Eval, Run
 from ftexp.data.prompts import Example
 from ftexp.evaluate import Scored
@@ -91,7 +91,8 @@ def rewards(
     model.eval()
     try:
         with torch.no_grad(), progress(f"{label} rewards", len(rows)) as advance:
-            for numbers in evaluate.batches([len(row) for row in ids], how.batch, spread=0.75):
+
+            def work(numbers: list[int]) -> None:
                 some = [ids[n] for n in numbers]
                 mask = answers.padded([[1] * len(row) for row in some], 0)
                 out = model(
@@ -100,6 +101,8 @@ def rewards(
                 for n, value in zip(numbers, out.double().tolist(), strict=True):
                     told[n] = value
                 advance(len(numbers))
+
+            passes.take(passes.batches([len(row) for row in ids], how.batch, spread=0.75), work)
     finally:
         model.train(was_training)
     return told

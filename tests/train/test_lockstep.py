@@ -243,6 +243,27 @@ def test_a_trial_that_does_not_fit_alone_ends_alone(point, tmp_path, monkeypatch
     assert isinstance(told[1].ended, torch.OutOfMemoryError)
 
 
+def test_where_memory_runs_out_in_the_curve_fewer_rows_share_a_pass(point, tmp_path, monkeypatch, capfd):
+    run, told, real = point("lora.r=4", "trainer.report_steps=2"), {}, passes.Pack.hidden
+
+    def curve(kind):
+        told[kind] = []
+        mine = ended([member(run, tmp_path / "x", told[kind])])[0]
+        return mine, [(step, v["valid/loss"]) for step, v in told[kind] if "valid/loss" in v]
+
+    whole = curve("whole")
+
+    def narrow(self, layout, noise):
+        if not layout.training and len(layout.begins[0]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, layout, noise)
+
+    monkeypatch.setattr(passes.Pack, "hidden", narrow)
+    assert curve("cut") == whole
+    assert whole[1]
+    assert "rows are scored at a time" in capfd.readouterr().err
+
+
 def test_an_error_in_what_a_member_does_alone_is_its_own(point, tmp_path):
     runs = [point("lora.r=4"), point("lora.r=8")]
     alone = ended([member(runs[0], tmp_path / "x")])[0][0]
