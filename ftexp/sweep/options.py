@@ -113,7 +113,8 @@ class Options:
     usd_per_hour: float | None = None
     """Price of the machine; gives dollars."""
     workers: int = 0
-    """Processes; 0 takes one for each visible GPU, and none (in this process) without a GPU."""
+    """Processes; 0 takes one for each visible GPU. Without a GPU trials then run in this process, or, in a sweep of
+    minutes over a small model whose sampler looks at no results, in as many as a probe finds to be done sooner."""
     pack: int = 1
     """Trials that a worker trains in one pass, with `trainer.engine=packed`; their results are those they have one by
     one. 0 takes as many as memory allows, where a probe of some steps shows a gain."""

@@ -6,6 +6,7 @@ A trial's result is the same in a pack of any size, so this decides about time a
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ def size(sweep: Frozen, record: Study) -> int:
 
     if sweep.options.pack == 1:
         return 1
-    workers = max(1, supervisor.workers(sweep.options))
+    workers = int(os.environ.get(supervisor.COUNT, "0")) or max(1, supervisor.workers(sweep.options))
     waiting = sum(t.state.name == "WAITING" for t in study.counted(record))
     most = max(1, min(sweep.options.pack or SIZES[0], math.ceil(waiting / workers)))
     if sweep.options.pack or most == 1:

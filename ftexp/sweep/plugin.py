@@ -259,7 +259,7 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
         TrialsFailed: trials failed; the others are complete.
         Preempted: the sweep was told to stop before its end.
     """
-    from ftexp.sweep import screen, study, supervisor, worker
+    from ftexp.sweep import layout, screen, study, worker
 
     options, record = sweep.options, worker.open_study(sweep)
     grid = [] if options.sampler is not Sampler.grid else sweep.space.grid() or [{}]
@@ -278,7 +278,7 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
     left = sum(not t.state.is_finished() for t in study.counted(record))
     if left:
         probe.refuse(probe.quick(run, sweep.folder))  # of a sweep that goes on: elsewhere, or with other versions
-    count = supervisor.workers(options)
+    count = layout.workers(sweep, record, left)
     where = f"{min(count, left)} workers" if count else "in this process"
     where += "" if options.engine is Engine.local else f" on {options.engine.value}"
     say(
@@ -287,7 +287,7 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
     )
     if started is not None:
         started(sweep.folder)
-    _run_left(sweep, record, left)
+    _run_left(sweep, record, left, count)
     if left:
         say(screen.line(sweep, record))
     _finish(sweep, record, run)
@@ -320,11 +320,10 @@ def go_on(sweep: Frozen, workers: int | None) -> None:
     carry_out(sweep, runs[0])
 
 
-def _run_left(sweep: Frozen, record: Any, left: int) -> None:
-    """Run waiting tickets, in this process or with workers."""
+def _run_left(sweep: Frozen, record: Any, left: int, count: int) -> None:
+    """Run waiting tickets with so many workers, with none in this process."""
     from ftexp.sweep import study, supervisor, worker
 
-    count = supervisor.workers(sweep.options)
     if left and count:
         supervisor.supervise(sweep, record, count, left)
         return
@@ -342,7 +341,7 @@ def help_out(folder: Path, searched: Space, options: Options, runs: list[Run]) -
     Raises:
         ConfigError: it has another search space.
     """
-    from ftexp.sweep import study, worker
+    from ftexp.sweep import study, supervisor, worker
 
     while not (folder / "identity.json").exists():  # the launch is still freezing it
         if running(folder) is None:
@@ -357,7 +356,7 @@ def help_out(folder: Path, searched: Space, options: Options, runs: list[Run]) -
     record = worker.open_study(sweep)
     waiting = sum(t.state.name == "WAITING" for t in study.counted(record))
     say(f"sweep {sweep.name}: helping process {_holder(folder)}; {waiting} trials wait")
-    _run_left(sweep, record, waiting)
+    _run_left(sweep, record, waiting, supervisor.workers(options))
 
 
 def _params(params: dict[str, Any], arguments: list[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:

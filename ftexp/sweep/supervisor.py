@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.2
 
 
+COUNT = "FTEXP_WORKERS"
+"""Environment variable: workers of the sweep on this machine, which one that sees its own GPU alone cannot count."""
+
+
 @dataclass
 class Slot:
     """A place for one worker: a GPU, or a share of the CPU's cores."""
@@ -94,9 +98,9 @@ def slots(count: int, each: int = 1, sharing: int = 1) -> list[Slot]:
         each: GPUs of a trial, or processes that share the slot's cores.
         sharing: workers of a GPU, who are told their part of its memory.
     """
-    devices = grouped(gpus(), each, sharing)
+    devices, more = grouped(gpus(), each, sharing), {COUNT: str(count)}
     if devices:
-        more = {} if sharing == 1 else {facts.SHARE: str(sharing)}
+        more |= {} if sharing == 1 else {facts.SHARE: str(sharing)}
         return [Slot(n, {"CUDA_VISIBLE_DEVICES": devices[n % len(devices)], **more}) for n in range(count)]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     share = max(1, len(cores) // count)
@@ -104,7 +108,7 @@ def slots(count: int, each: int = 1, sharing: int = 1) -> list[Slot]:
     for n in range(count):
         mine = {cores[(n * share + k) % len(cores)] for k in range(share)}
         threads = str(max(1, share // each))
-        made.append(Slot(n, {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}, mine))
+        made.append(Slot(n, {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **more}, mine))
     return made
 
 

@@ -492,7 +492,7 @@ def test_launch_waits_for_the_trials_of_its_helpers(tmp_path, composed, monkeypa
 
     helper = threading.Thread(target=leave)
     helper.start()
-    plugin._run_left(made, record, 2)
+    plugin._run_left(made, record, 2, 0)
     helper.join()
     assert [t.state.name for t in study.counted(record)] == ["COMPLETE", "COMPLETE"]
 

@@ -1,0 +1,185 @@
+"""How a CPU is shared out: in one process with all threads, or as workers with some each, whichever is done sooner.
+
+Threads share out a product of large matrices well, small ones and what lies between them badly: two trials beside each
+other with a thread each finish more than two behind each other with both. A probe of some seconds says by how much.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ftexp import config, data, estimate, experiment
+from ftexp.config import Kind, Loss, Method, Run
+from ftexp.model import compute
+from ftexp.progress import say
+from ftexp.sweep import frozen, packs, study, supervisor
+from ftexp.sweep.frozen import Frozen
+from ftexp.sweep.options import Engine, Sampler
+
+if TYPE_CHECKING:
+    from optuna import Study
+
+CHOSEN = "ftexp:layout"
+"""Study attribute, by host: what was measured and chosen. A sweep that goes on keeps it, and with it every bit."""
+DRAWN = (Sampler.grid, Sampler.random, Sampler.qmc)
+"""Samplers that look at no result; the points of others would depend on how many trials run at a time."""
+WORTH_SECONDS = 100.0
+"""Sweeps that take less are not worth a probe."""
+CORE = 1.5e11
+"""Operations a second of a core, rather more than it has: what is short by this is short."""
+STARTUP_SECONDS = 15.0
+"""Until a worker's first trial begins."""
+BESIDE = 1.1
+"""What a trial takes longer beside others (measured on two cores: 1.05)."""
+GAIN = 1.1
+"""Workers must finish the sweep this many times as soon."""
+LARGEST = 4 * estimate.GIB
+"""Bytes of weights above which a probe with a small model says nothing."""
+PROCESS = int(0.8 * estimate.GIB)
+"""Bytes of a worker without its model."""
+TOKENS = 1024
+"""Most tokens of a probe's step."""
+
+
+def workers(sweep: Frozen, record: Study, left: int) -> int:
+    """Count the workers of a sweep on this machine; 0 where its trials run in the process of the launch.
+
+    Raises:
+        ConfigError: as of `supervisor.workers`.
+    """
+    count = supervisor.workers(sweep.options)
+    if count or not left or sweep.options.engine is not Engine.local:
+        return count
+    key = f"{CHOSEN} {study.HOST}"
+    kept = record.user_attrs.get(key)
+    if kept is None:
+        kept = choice(sweep, left)
+        record.set_user_attr(key, kept)
+    if kept["workers"]:
+        say(f"trials {kept['why']}")
+    return kept["workers"]
+
+
+def choice(sweep: Frozen, left: int) -> dict[str, Any]:
+    """Choose by what the trials will take, the memory, and a probe where it is worth one."""
+    points = [{}] if not sweep.space.axes else frozen.corners(sweep.space)
+    runs = [sweep.run(point, 0) for point in points]
+    if (reason := _never(sweep, runs, left)) is not None:
+        return {"workers": 0, "why": reason}
+    run = max(runs, key=lambda r: (r.lora.r, r.trainer.batch))  # the largest stands for all
+    given = estimate.rows(experiment.tokenised(run, data.load(run.data))[0], run)
+    chosen = compute.policy(run.model, given.longest)
+    plan = estimate.trial(run, given, chosen)
+    operations = flops(run, plan, given)
+    if left * operations / (CORE * cores()) < WORTH_SECONDS:
+        return {"workers": 0, "why": "a short sweep"}
+    if plan.activations is None or plan.optimizer is None or plan.weights > LARGEST:
+        return {"workers": 0, "why": "a model that is large, or whose memory is not known"}
+    most = min(left, cores(), room(plan))
+    if most < 2:
+        return {"workers": 0, "why": "no memory for two workers"}
+    length = max(1, sum(given.lengths) // len(given.lengths))
+    return fastest(left, operations, cores(), most, probe(min(run.trainer.batch, max(1, TOKENS // length)), length))
+
+
+def _never(sweep: Frozen, runs: list[Run], left: int) -> str | None:
+    """Tell why trials stay in this process whatever a probe would say."""
+    options = sweep.options
+    rules = (
+        (left < 2 or cores() < 2, "one trial, or one core"),
+        (options.sampler not in DRAWN, f"sweep.sampler={options.sampler.value} looks at the trials before"),
+        (bool(options.storage), "sweep.storage is given"),
+        (any(run.model.kind is Kind.tiny for run in runs), "a tiny model"),
+        (len({config.digest(run.model, run.quant, run.data) for run in runs}) > 1, "trials differ in model or rows"),
+        (any(run.trainer.kind is not Method.sft for run in runs), "measured for trainer.kind=sft"),
+        (any(run.trainer.loss is Loss.own for run in runs), "trainer.loss=own lives in this process"),
+    )
+    return next((why for applies, why in rules if applies), None)
+
+
+def cores() -> int:
+    """Count the cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def room(plan: estimate.Plan) -> int:
+    """Count the workers that fit into the free memory, each with its base and a trial."""
+    import psutil
+
+    each = PROCESS + plan.weights + packs.GROWTH * (plan.memory - plan.weights)
+    return int(packs.ROOM * psutil.virtual_memory().available / each)
+
+
+def flops(run: Run, plan: estimate.Plan, given: estimate.Rows) -> float:
+    """Operations of a trial: its training over a frozen base, its rungs and scores, and what it writes."""
+    weights = plan.flops / (6 * plan.padded)
+    held_out = len(data.load(run.data).valid)
+    tokens = held_out * sum(given.lengths) / len(given.lengths)
+    every = run.trainer.report_steps
+    passes = 1 + ((plan.steps - 1) // every if every else 0) + run.eval.generate
+    return 4 / 6 * plan.flops + 2 * weights * tokens * passes
+
+
+def fastest(
+    left: int, operations: float, all_cores: int, most: int, took: Callable[[int], tuple[float, float]]
+) -> dict[str, Any]:
+    """Choose how many workers finish soonest.
+
+    Args:
+        left: trials to do.
+        operations: of a trial.
+        all_cores: of the machine, shared out among workers.
+        most: workers that fit.
+        took: takes a number of threads, and returns seconds of a step of the probe and its operations.
+    """
+    counts = sorted({most, *(2**n for n in range(1, most.bit_length()) if 2**n <= most)})
+    whole, work = took(all_cores)
+    trial = whole * operations / work
+    told: dict[str, Any] = {"seconds": {"0": round(left * trial, 1)}}
+    for count in counts:
+        share = took(max(1, all_cores // count))[0] / whole * BESIDE
+        told["seconds"][str(count)] = round(STARTUP_SECONDS + math.ceil(left / count) * share * trial, 1)
+    best = min(counts, key=lambda n: (told["seconds"][str(n)], n))
+    gain = told["seconds"]["0"] / told["seconds"][str(best)]
+    told["workers"] = best if gain >= GAIN else 0
+    threads = max(1, all_cores // best)
+    how = f"{best} at a time with {threads} thread{'s' if threads > 1 else ''} each"
+    return told | {"why": f"{how} take {1 / gain:.0%} of the time of one by one (probe)"}
+
+
+def probe(rows: int, length: int) -> Callable[[int], tuple[float, float]]:
+    """Make a small model with an adapter; the function that is returned times its step with so many threads."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 9,
+            "num_key_value_heads": 3, "vocab_size": 4096}  # fmt: skip
+    with torch.random.fork_rng():
+        made: Any = get_peft_model(
+            LlamaForCausalLM._from_config(LlamaConfig(**size), attn_implementation="eager"),  # type: ignore
+            LoraConfig(r=16, target_modules="all-linear"),
+        )
+        ids = torch.randint(0, 4096, (rows, length))
+    frozen_weights = sum(
+        p.numel() for name, p in made.named_parameters() if not p.requires_grad and "embed" not in name
+    )
+
+    def took(threads: int) -> tuple[float, float]:
+        before, times = torch.get_num_threads(), []
+        torch.set_num_threads(threads)
+        try:
+            for _ in range(4):
+                began = time.perf_counter()
+                made(input_ids=ids, labels=ids).loss.backward()
+                made.zero_grad()
+                times.append(time.perf_counter() - began)
+        finally:
+            torch.set_num_threads(before)
+        return min(times[1:]), 4.0 * frozen_weights * ids.numel()
+
+    return took
