@@ -146,19 +146,19 @@ def one(kept: Kept, rounds: int) -> None:
         measure(kept, "one", "loop", turn, lambda _: scripted(POINTS[0]))
 
 
-def loops(kept: Kept, part: str, count: int, of: int) -> None:
-    """Measure some of a loop's trials, evenly chosen, as it comes and tuned in turn."""
-    chosen = [POINTS[n * count // of] for n in range(of)]
+def loops(kept: Kept, of: int) -> None:
+    """Measure some trials of the loop, evenly chosen, as it comes and tuned in turn: for `work` and `answer` alike."""
+    chosen = [POINTS[n * len(POINTS) // of] for n in range(of)]
     for turn in range(1, of + 1):
-        measure(kept, part, "tuned loop", turn, lambda n: scripted(chosen[n], "tuned"))
-        measure(kept, part, "loop", turn, lambda n: scripted(chosen[n]))
+        measure(kept, "loops", "tuned loop", turn, lambda n: scripted(chosen[n], "tuned"))
+        measure(kept, "loops", "loop", turn, lambda n: scripted(chosen[n]))
 
 
 def work(kept: Kept, of: int) -> None:
     """Eight trials to their end."""
     measure(kept, "work", "ftexp", 1, lambda _: swept(POINTS[:8]))
     measure(kept, "work", "ftexp packed", 1, lambda _: swept(POINTS[:8], *PACKED))
-    loops(kept, "work", 8, min(8, of))
+    loops(kept, of)
 
 
 def answer(kept: Kept, of: int) -> None:
@@ -166,7 +166,7 @@ def answer(kept: Kept, of: int) -> None:
     measure(kept, "answer", "ftexp raced", 1, lambda _: swept(POINTS, "sweep.pruner=race"))
     measure(kept, "answer", "ftexp packed, raced", 1, lambda _: swept(POINTS, "sweep.pruner=race", *PACKED))
     measure(kept, "answer", "ftexp", 1, lambda _: swept(POINTS))
-    loops(kept, "answer", 16, min(16, of))
+    loops(kept, of)
 
 
 def memory(kept: Kept) -> None:
@@ -190,7 +190,7 @@ def ratios(kept: Kept) -> list[tuple[str, float, float, float, str]]:
         ("work", 8, "ftexp"), ("work", 8, "ftexp packed"),
         ("answer", 16, "ftexp raced"), ("answer", 16, "ftexp packed, raced"),
     ):  # fmt: skip
-        ways = kept.get(part, {})
+        ways = kept.get(part, {}) | kept.get("loops", {})
         for clock in ("wall", "cpu"):
             for other in ("loop", "tuned loop"):
                 if ways.get(ours) and ways.get(other):
@@ -198,9 +198,9 @@ def ratios(kept: Kept) -> list[tuple[str, float, float, float, str]]:
                     how = f"{len(single)} of {count} trials of the loop measured, their mean taken for the others"
                     spread = [count * s / base for s in (mean(single), min(single), max(single))]
                     found.append((f"{count} trials: {other} / {ours}, {clock}", *spread, how))
-    raced = kept.get("answer", {}).get("ftexp raced")
-    if raced and kept["answer"].get("tuned loop"):
-        found.append(_same_pruner(raced[0], kept["answer"]["tuned loop"]))
+    raced, tuned = kept.get("answer", {}).get("ftexp raced"), kept.get("loops", {}).get("tuned loop")
+    if raced and tuned:
+        found.append(_same_pruner(raced[0], tuned))
     return found
 
 
