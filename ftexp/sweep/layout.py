@@ -31,11 +31,11 @@ WORTH_SECONDS = 100.0
 """Sweeps that take less are not worth a probe."""
 CORE = 1.5e11
 """Operations a second of a core, rather more than it has: what is short by this is short."""
-STARTUP_SECONDS = 15.0
-"""Until a worker's first trial begins."""
-BESIDE = 1.1
-"""What a trial takes longer beside others (measured on two cores: 1.05)."""
-GAIN = 1.1
+STARTUP_SECONDS = 30.0
+"""What workers take longer than one process until their first trials train: each loads and scores the base itself."""
+BESIDE = 1.05
+"""What a trial takes longer beside others (measured with two on two cores)."""
+GAIN = 1.15
 """Workers must finish the sweep this many times as soon."""
 LARGEST = 4 * estimate.GIB
 """Bytes of weights above which a probe with a small model says nothing."""
