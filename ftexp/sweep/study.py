@@ -256,8 +256,11 @@ def ticket(trial: FrozenTrial) -> int:
 
 def counted(study: Study) -> list[FrozenTrial]:
     """List the attempts that count, by ticket: the last of each, and none that was lost with its worker."""
-    trials = [t for t in study.get_trials(deepcopy=False) if "ftexp:ticket" in t.user_attrs]
-    last = {ticket(t): t for t in trials if not t.user_attrs.get("ftexp:lost")}
+    last: dict[int, FrozenTrial] = {}
+    for trial in study.get_trials(deepcopy=False):
+        attrs = trial.user_attrs
+        if "ftexp:ticket" in attrs and not attrs.get("ftexp:lost"):
+            last[attrs["ftexp:ticket"]] = trial
     return [last[number] for number in sorted(last)]
 
 
@@ -474,7 +477,11 @@ _copies: dict[int, tuple[FrozenTrial, FrozenTrial]] = {}
 
 
 def _copied(history: list[FrozenTrial]) -> list[FrozenTrial]:
-    """Copy attempts without their queued points; what has ended never changes, and is copied once in a process."""
+    """Copy attempts for a sampler, which reads through all attributes of each at every proposal.
+
+    Queued points and rungs, which are the pruner's, are left out. What has ended never changes, and is copied once in a
+    process.
+    """
     global _copies
     import copy
 
@@ -484,7 +491,11 @@ def _copied(history: list[FrozenTrial]) -> list[FrozenTrial]:
         kept, trial = before.get(id(known), (None, None))
         if trial is None or kept is not known or not known.state.is_finished():
             trial = copy.copy(known)
-            trial.system_attrs = {k: v for k, v in known.system_attrs.items() if k != "fixed_params"}
+            trial.system_attrs = {
+                k: v
+                for k, v in known.system_attrs.items()
+                if k != "fixed_params" and not k.startswith("completed_rung")
+            }
         _copies[id(known)] = known, trial
         made.append(trial)
     return made
