@@ -373,8 +373,9 @@ def _continued(
     """
     import torch
 
-    ended: Any = settings.eos_token_id
-    ends = torch.tensor(ended if isinstance(ended, list) else [ended], device=ids.device)
+    given: Any = settings.eos_token_id
+    ended = {given} if isinstance(given, int) else set(given or ())
+    ends = torch.tensor(sorted(ended), dtype=torch.long, device=ids.device)
     width, rows, cache = ids.shape[1], torch.arange(len(ids), device=ids.device), _cache(model)
     written: dict[int, tuple[int, ...]] = {}
 
@@ -393,7 +394,7 @@ def _continued(
         if cache is None or ids.shape[1] - width == settings.max_new_tokens:
             over[:] = True
         for row, told in zip(rows[over].tolist(), ids[over][:, width:].tolist(), strict=True):
-            last = next((at for at, token in enumerate(told) if token in ends.tolist()), len(told) - 1)
+            last = next((at for at, token in enumerate(told) if token in ended), len(told) - 1)
             written[row] = tuple(told[: last + 1])
         stay = (~over).nonzero()[:, 0]
         if cache is not None and len(stay):
@@ -408,7 +409,10 @@ def _cache(model: AnyModel) -> Any:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    made = DynamicCache(config=cast(Any, model.config))
+    asked = cast(Any, model)
+    if asked._is_stateful or not asked._supports_default_dynamic_cache():
+        return None
+    made = DynamicCache(config=asked.config)
     return made if all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in made.layers) else None
 
 

@@ -140,6 +140,12 @@ KINDS = {
         True,
     ),
     "a state in place of keys": ("MambaConfig", {"state_size": 4}, False),
+    "a state inside of its layers": (
+        "RecurrentGemmaConfig",
+        {"lru_width": 16, "head_dim": 8, "num_hidden_layers": 3},
+        False,
+    ),
+    "a state that is no cache": ("RwkvConfig", {"attention_hidden_size": 16}, False),
     "a state in every other layer": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}, False),
 }
 """What a model keeps of the tokens before: its class, and whether rows can leave it."""
@@ -180,6 +186,7 @@ def test_rows_that_end_leave_the_others_as_they_were(kind, base, examples, monke
     assert len({len(told) for told in expected}) > 5  # they end at many places
     assert any(len(told) == 14 for told in expected)  # and some do not
     monkeypatch.setattr(made, "generate", lambda **k: sizes.append(len(k["input_ids"])) or real(**k))
+    assert (evaluate._cache(made) is not None) == KINDS[kind][2]
     leaves, batch = KINDS[kind][2], 37 if KINDS[kind][2] else 1  # transformers pads no states
     assert evaluate.continued(made, base.tokenizer, asked, settings, batch, "t") == expected
     assert (sizes[0] == 37 and sizes[-1] < 37) if leaves else sizes == [1] * 37
