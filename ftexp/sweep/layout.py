@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftexp import config, data, estimate, experiment
 from ftexp.config import Kind, Loss, Method, Run
+from ftexp.errors import FtexpError
 from ftexp.model import compute
 from ftexp.progress import say
 from ftexp.sweep import frozen, packs, study, supervisor
@@ -57,7 +58,10 @@ def workers(sweep: Frozen, record: Study, left: int) -> int:
     key = f"{CHOSEN} {study.HOST}"
     kept = record.user_attrs.get(key)
     if kept is None:
-        kept = choice(sweep, left)
+        try:
+            kept = choice(sweep, left)
+        except FtexpError as error:  # the trials will tell it, or do without a plan
+            kept = {"workers": 0, "why": f"no plan: {error}"}
         record.set_user_attr(key, kept)
     if kept["workers"]:
         say(f"trials {kept['why']}")

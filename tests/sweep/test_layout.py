@@ -159,6 +159,21 @@ def test_who_says_how_many_is_not_asked(monkeypatch, given):
     assert layout.workers(SimpleNamespace(options=options), SimpleNamespace(user_attrs={}), 8) == given["workers"]
 
 
+def test_a_sweep_that_cannot_be_planned_runs_as_it_is(monkeypatch):
+    from ftexp.errors import MachineError
+
+    def broken(*_):
+        raise MachineError("the config of the model cannot be read")
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(layout, "choice", broken)
+    told = {}
+    record = SimpleNamespace(user_attrs={}, set_user_attr=lambda key, value: told.update({key: value}))
+    assert layout.workers(SimpleNamespace(options=TWO), record, 8) == 0
+    [kept] = told.values()
+    assert kept == {"workers": 0, "why": "no plan: the config of the model cannot be read"}
+
+
 def test_a_gpu_each_needs_no_choice(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     monkeypatch.setattr(layout, "choice", lambda *_: pytest.fail("nothing was to be chosen"))
