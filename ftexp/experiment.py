@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 from ftexp import config, data, estimate, evaluate, facts, handed, labels, metrics, model, passes, ranks, track
 from ftexp.config import Engine, Format, Kind, Long, Loss, Method, Packing, Run, Template, Tracker
 from ftexp.data import gates, general, prompts, tokens
-from ftexp.errors import ConfigError, DataError, FtexpError, Preempted, Pruned, out_of_memory
-from ftexp.files import naming, no_room, read_json, write_json
+from ftexp.errors import ConfigError, DataError, FtexpError, MachineError, Preempted, Pruned, out_of_memory
+from ftexp.files import cache, naming, no_room, read_json, write_json
 from ftexp.model import Base
 from ftexp.model.compute import Compute
 from ftexp.overrides import ROOT
@@ -902,11 +902,38 @@ _base_scores: dict[str, evaluate.Scored] = {}
 def base_scores(
     run: Run, base: Base, valid: Sequence[prompts.Example], rows: str, known: evaluate.Seen
 ) -> evaluate.Scored:
-    """Score the model before training: once for a model, its rows and the way of scoring, not once a trial."""
+    """Score the model before training: once for a model, its rows and the way of scoring, not once a trial.
+
+    What took some seconds is kept in the cache for other processes and later runs, under all that decides it: bytes of
+    the weights, rows, scoring, how the machine computes, our code and the versions of libraries.
+    """
     key = f"{base.weights} {base.key} {rows} {config.digest(run.data, run.eval)}"
     if key not in _base_scores:
+        decides = f"{key} {sorted(asdict(base.compute).items())} {facts.code()} {sorted(facts.versions().items())}"
+        path = cache() / "base" / f"{sha256(decides.encode()).hexdigest()[:32]}.json"
+        kept = ranks.agreed(_read(path))
+        began = time.monotonic()
+        if kept is not None:
+            say(f"scores of the base: kept from an earlier run, {path}")
+            _base_scores[key] = evaluate.Scored(**kept)
+            return _base_scores[key]
         _base_scores[key] = evaluate.score(base.model, base.tokenizer, valid, run.eval, "base", known)
+        if time.monotonic() - began >= KEPT_SECONDS and ranks.rank() == 0:
+            with suppress(OSError, MachineError):  # nothing is lost where the cache cannot be written
+                write_json(path, asdict(_base_scores[key]))
     return _base_scores[key]
+
+
+KEPT_SECONDS = 3.0
+"""Scores of a base that took less are not worth a file."""
+
+
+def _read(path: Path) -> Any:
+    """Read what is kept; a damaged file is as none, and is written again."""
+    try:
+        return read_json(path)
+    except MachineError:
+        return None
 
 
 def general_text(run: Run, tokenizer: Any) -> list[prompts.Example]:

@@ -145,6 +145,64 @@ def test_base_is_scored_once_for_several_trials(tiny, tmp_path, monkeypatch):
     assert labels == ["base", "valid", "valid"]
 
 
+@pytest.fixture
+def scoring(tiny, tmp_path, monkeypatch):
+    """A run in what is a process of its own each time; tells what was scored, and the scores of the base."""
+    labels, honest = [], experiment.evaluate.score
+    monkeypatch.setenv("FTEXP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(experiment, "KEPT_SECONDS", 0.0)
+    monkeypatch.setattr(experiment.evaluate, "score", lambda *a: labels.append(a[4]) or honest(*a))
+
+    def run(name, *given):
+        experiment._base_scores.clear()
+        labels.clear()
+        scores = experiment.execute(tiny(*given), tmp_path / name, "x")
+        table = pyarrow.parquet.read_table(tmp_path / name / "examples.parquet").to_pylist()
+        return list(labels), {k: v for k, v in scores.items() if k.startswith("base/")}, table
+
+    yield run
+    experiment._base_scores.clear()
+
+
+def test_scores_of_the_base_are_kept_for_later_runs(scoring, tmp_path, capfd):
+    labels, scores, table = scoring("a")
+    assert labels == ["base", "valid"]
+    [kept] = (tmp_path / "cache" / "base").glob("*.json")
+    capfd.readouterr()
+    assert scoring("b") == (["valid"], scores, table)  # each number and text as it was
+    assert f"scores of the base: kept from an earlier run, {kept}" in capfd.readouterr().err
+    assert scoring("c", "lora.r=2")[0] == ["valid"]
+    kept.write_text(kept.read_text()[:100])
+    assert scoring("d") == (["base", "valid"], scores, table)  # a damaged file is written again
+    assert scoring("e")[0] == ["valid"]
+
+
+@pytest.mark.parametrize(
+    "given", [("eval.max_new_tokens=3",), ("data.valid=5",), ("data.seed=3",), ("model.attention=sdpa",), ("seed=1",)]
+)
+def test_what_decides_the_scores_of_a_base_is_in_their_name(scoring, given):
+    scoring("a")
+    assert scoring("b", *given)[0] == (["valid"] if given == ("seed=1",) else ["base", "valid"])
+
+
+@pytest.mark.parametrize("what", ["code", "versions"])
+def test_other_code_or_libraries_score_the_base_again(scoring, monkeypatch, what):
+    scoring("a")
+    monkeypatch.setattr(experiment.facts, what, lambda: {"torch": "0"} if what == "versions" else "other")
+    assert scoring("b")[0] == ["base", "valid"]
+
+
+def test_a_base_that_is_scored_at_once_is_not_kept(scoring, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "KEPT_SECONDS", 3600.0)
+    scoring("a")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_cannot_be_written_loses_nothing(scoring, tmp_path):
+    (tmp_path / "cache").write_text("a file in the way")
+    assert scoring("a")[0] == ["base", "valid"]
+
+
 def test_failure_is_recorded_and_raised(tiny, tmp_path, monkeypatch):
     def diverge(*_):
         raise Diverged("diverged at step 3: train/loss is nan")
