@@ -79,5 +79,6 @@ def out_of_memory(error: BaseException) -> bool:
     """Tell whether an error means that memory ran out, on the host or a GPU."""
     import torch
 
-    told = isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+    texts = ("out of memory", "can't allocate memory", "alloc_failed")  # CUDA and MPS, PyTorch on a host, cuBLAS
+    told = isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
     return told or isinstance(error, MemoryError | torch.OutOfMemoryError)

@@ -5,6 +5,7 @@ Batch size, padding and order change speed and memory, never a score.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
@@ -386,18 +387,22 @@ def _continued(
     while len(rows):
         left = copy(settings)
         left.max_new_tokens = width + cast(int, settings.max_new_tokens) - ids.shape[1]
+        left.return_dict_in_generate = True
         more = {} if cache is None else {"past_key_values": cache, "stopping_criteria": [enough]}
-        ids = cast(Any, model).generate(
+        told = cast(Any, model).generate(
             input_ids=ids, attention_mask=mask, generation_config=left, streamer=streamer, **more
         )
+        ids = told.sequences
         over = torch.isin(ids[:, width:], ends).any(1)
         if cache is None or ids.shape[1] - width == settings.max_new_tokens:
             over[:] = True
-        for row, told in zip(rows[over].tolist(), ids[over][:, width:].tolist(), strict=True):
-            last = next((at for at, token in enumerate(told) if token in ended), len(told) - 1)
-            written[row] = tuple(told[: last + 1])
+        for row, text in zip(rows[over].tolist(), ids[over][:, width:].tolist(), strict=True):
+            last = next((at for at, token in enumerate(text) if token in ended), len(text) - 1)
+            written[row] = tuple(text[: last + 1])
         stay = (~over).nonzero()[:, 0]
-        if cache is not None and len(stay):
+        if told.past_key_values is not cache:
+            cache = None  # the model took another one in its place: those that stay are read anew
+        elif cache is not None and len(stay):
             cache.batch_select_indices(stay)
         mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)[stay]
         rows, ids = rows[stay], ids[stay]
@@ -410,7 +415,9 @@ def _cache(model: AnyModel) -> Any:
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     asked = cast(Any, model)
-    if asked._is_stateful or not asked._supports_default_dynamic_cache():
+    asked = asked.get_base_model() if hasattr(asked, "get_base_model") else asked
+    takes = "past_key_values" in inspect.signature(asked.forward).parameters
+    if not takes or asked._is_stateful or not asked._supports_default_dynamic_cache():
         return None
     made = DynamicCache(config=asked.config)
     return made if all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in made.layers) else None

@@ -905,11 +905,16 @@ def base_scores(
     """Score the model before training: once for a model, its rows and the way of scoring, not once a trial.
 
     What took some seconds is kept in the cache for other processes and later runs, under all that decides it: bytes of
-    the weights, rows, scoring, how the machine computes, our code and the versions of libraries.
+    the weights, the model's config, tokenizer, template and end tokens, rows, scoring, how the machine computes, our
+    code and the versions of libraries.
     """
     key = f"{base.weights} {base.key} {rows} {config.digest(run.data, run.eval)}"
     if key not in _base_scores:
-        decides = f"{key} {sorted(asdict(base.compute).items())} {facts.code()} {sorted(facts.versions().items())}"
+        own = {k: v for k, v in base.model.config.to_dict().items() if k != "use_cache"}  # a Trainer switches it off
+        texts = (prompts.template_digest(base.tokenizer, run.data), prompts.tokenizer_digest(base.tokenizer),
+                 evaluate.ends(base.model, base.tokenizer), sorted(own.items()))  # fmt: skip
+        machine = (sorted(asdict(base.compute).items()), facts.code(), sorted(facts.versions().items()))
+        decides = f"{key} {texts} {machine}"
         path = cache() / "base" / f"{sha256(decides.encode()).hexdigest()[:32]}.json"
         kept = ranks.agreed(_read(path))
         began = time.monotonic()
@@ -929,10 +934,10 @@ KEPT_SECONDS = 3.0
 
 
 def _read(path: Path) -> Any:
-    """Read what is kept; a damaged file is as none, and is written again."""
+    """Read what is kept; a file that is damaged or closed to us is as none."""
     try:
         return read_json(path)
-    except MachineError:
+    except (MachineError, OSError):
         return None
 
 

@@ -64,6 +64,27 @@ def code() -> str:
     return digest.hexdigest()
 
 
+CGROUP = Path("/sys/fs/cgroup")
+"""Where the limits of a container are."""
+
+
+def limit(name: str) -> str:
+    """Read a limit of the container; empty where there is none."""
+    try:
+        return (CGROUP / name).read_text().strip()
+    except OSError:
+        return ""
+
+
+def cores() -> int:
+    """Count the cores this process may use, where a container has a quota of their time no more than that."""
+    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for told in (limit("cpu.max").split(), [limit("cpu/cpu.cfs_quota_us"), limit("cpu/cpu.cfs_period_us")]):
+        if len(told) == 2 and all(value.isdecimal() for value in told):
+            return max(1, min(seen, int(told[0]) // int(told[1])))
+    return seen
+
+
 SHARE = "FTEXP_SLOTS_PER_GPU"
 """Environment variable: workers that share this one's GPU."""
 

@@ -28,18 +28,21 @@ def batches(lengths: list[int], size: int, spread: float) -> Iterator[list[int]]
         yield batch
 
 
-def take(given: Iterable[list[int]], work: Callable[[list[int]], None]) -> None:
+def take(given: Iterable[list[int]], work: Callable[[list[int]], None], most: int | None = None) -> int | None:
     """Work on batches of rows; where memory runs out, on half of them, and on no more from then on.
 
     Args:
         given: row numbers of each batch.
         work: takes some of a batch. It is called again with fewer after it ran out of memory, so all that it leaves
             behind must be results by row.
+        most: rows that are known to fit; None where all of a batch may.
+
+    Returns:
+        `most` as it is now.
 
     Raises:
         Exception: what work raised, unless memory ran out for more than one row.
     """
-    most: int | None = None
     for batch in given:
         left = batch
         while left:
@@ -50,6 +53,7 @@ def take(given: Iterable[list[int]], work: Callable[[list[int]], None]) -> None:
             free_memory()
             most = len(part) // 2
             say(f"out of memory: at most {most} rows are scored at a time from now on", always=True)
+    return most
 
 
 def _fits(work: Callable[[list[int]], None], rows: list[int]) -> bool:

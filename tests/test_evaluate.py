@@ -192,6 +192,36 @@ def test_rows_that_end_leave_the_others_as_they_were(kind, base, examples, monke
     assert (sizes[0] == 37 and sizes[-1] < 37) if leaves else sizes == [1] * 37
 
 
+def test_a_model_that_takes_no_cache_writes_as_it_does(base, examples):
+    import transformers
+
+    config = transformers.OpenAIGPTConfig(
+        vocab_size=len(base.tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2, initializer_range=1.0
+    )
+    made, settings = transformers.OpenAIGPTLMHeadModel(config).eval(), lively(base, "keys of all tokens")[1]
+    asked = [e.ids[:12] for e in examples[:4]]
+    assert evaluate._cache(made) is None
+    assert evaluate.continued(made, base.tokenizer, asked, settings, 4, "t") == plainly(made, asked, settings)
+
+
+def test_a_model_that_takes_another_cache_in_place_of_ours_reads_its_rows_anew(base, examples, monkeypatch):
+    from transformers import DynamicCache
+
+    made, settings = lively(base, "keys of all tokens")
+    asked, calls, real = [e.prompt for e in examples], [], made.generate
+    expected = plainly(made, asked, settings)
+
+    def swapped(**given):
+        calls.append("past_key_values" in given)
+        told = real(**given)
+        told.past_key_values = DynamicCache()
+        return told
+
+    monkeypatch.setattr(made, "generate", swapped)
+    assert evaluate.continued(made, base.tokenizer, asked, settings, 37, "t") == expected
+    assert calls == [True, False]
+
+
 def test_sabotage_keys_of_other_rows_change_completions(base, examples, monkeypatch):
     from transformers import DynamicCache
 

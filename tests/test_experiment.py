@@ -175,14 +175,36 @@ def test_scores_of_the_base_are_kept_for_later_runs(scoring, tmp_path, capfd):
     kept.write_text(kept.read_text()[:100])
     assert scoring("d") == (["base", "valid"], scores, table)  # a damaged file is written again
     assert scoring("e")[0] == ["valid"]
+    kept.unlink()
+    kept.mkdir()  # cannot be read
+    assert scoring("f") == (["base", "valid"], scores, table)
 
 
 @pytest.mark.parametrize(
-    "given", [("eval.max_new_tokens=3",), ("data.valid=5",), ("data.seed=3",), ("model.attention=sdpa",), ("seed=1",)]
+    "given",
+    [("eval.max_new_tokens=3",), ("data.valid=5",), ("data.seed=3",), ("model.attention=sdpa",), ("trainer.lr=1e-3",)],
 )
 def test_what_decides_the_scores_of_a_base_is_in_their_name(scoring, given):
     scoring("a")
-    assert scoring("b", *given)[0] == (["valid"] if given == ("seed=1",) else ["base", "valid"])
+    assert scoring("b", *given)[0] == (["valid"] if given == ("trainer.lr=1e-3",) else ["base", "valid"])
+
+
+@pytest.mark.parametrize("what", ["template_digest", "tokenizer_digest"])
+def test_another_template_or_tokenizer_of_the_same_weights_scores_the_base_again(scoring, monkeypatch, what):
+    scoring("a")
+    real = getattr(experiment.prompts, what)
+    monkeypatch.setattr(experiment.prompts, what, lambda *given: real(*given)[::-1])
+    assert scoring("b")[0] == ["base", "valid"]
+
+
+def test_another_config_or_end_token_of_the_same_weights_scores_the_base_again(scoring, tiny, monkeypatch):
+    scoring("a")
+    base = model.load(tiny().model, tiny().quant)
+    monkeypatch.setattr(base.model.config, "rope_note", "changed", raising=False)
+    assert scoring("b")[0] == ["base", "valid"]
+    assert scoring("c")[0] == ["valid"]
+    monkeypatch.setattr(base.model.generation_config, "eos_token_id", [2, 7])
+    assert scoring("d")[0] == ["base", "valid"]
 
 
 @pytest.mark.parametrize("what", ["code", "versions"])

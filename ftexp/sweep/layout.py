@@ -7,19 +7,18 @@ other with a thread each finish more than two behind each other with both. A pro
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ftexp import config, data, estimate, experiment
+from ftexp import config, data, estimate, experiment, facts
 from ftexp.config import Kind, Loss, Method, Run
 from ftexp.errors import FtexpError
 from ftexp.model import compute
 from ftexp.progress import say
 from ftexp.sweep import frozen, packs, study, supervisor
 from ftexp.sweep.frozen import Frozen
-from ftexp.sweep.options import Engine, Sampler
+from ftexp.sweep.options import Engine, Pruner, Sampler
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -44,6 +43,10 @@ PROCESS = int(0.8 * estimate.GIB)
 """Bytes of a worker without its model."""
 TOKENS = 1024
 """Most tokens of a probe's step."""
+MOST = 8
+"""Most workers that are taken unasked: `BESIDE` was measured with few."""
+COSTS = {"cost/seconds", *packs.SHARED}
+"""Metrics that a trial beside others has otherwise."""
 
 
 def workers(sweep: Frozen, record: Study, left: int) -> int:
@@ -60,9 +63,10 @@ def workers(sweep: Frozen, record: Study, left: int) -> int:
     if kept is None:
         try:
             kept = choice(sweep, left)
-        except FtexpError as error:  # the trials will tell it, or do without a plan
+        except (FtexpError, RuntimeError, MemoryError) as error:  # the trials will tell it, or do without a plan
             kept = {"workers": 0, "why": f"no plan: {error}"}
-        record.set_user_attr(key, kept)
+        if "seconds" in kept:  # what was measured is not measured again; the rest may change with what is left
+            record.set_user_attr(key, kept)
     if kept["workers"]:
         say(f"trials {kept['why']}")
     return kept["workers"]
@@ -77,25 +81,47 @@ def choice(sweep: Frozen, left: int) -> dict[str, Any]:
     run = max(runs, key=lambda r: (r.lora.r, r.trainer.batch))  # the largest stands for all
     given = estimate.rows(experiment.tokenised(run, data.load(run.data))[0], run)
     chosen = compute.policy(run.model, given.longest)
+    if chosen.device != "cpu":
+        return {"workers": 0, "why": "a GPU that nvidia-smi does not list"}
     plan = estimate.trial(run, given, chosen)
     operations = flops(run, plan, given)
-    if left * operations / (CORE * cores()) < WORTH_SECONDS:
+    if left * operations / (CORE * facts.cores()) < WORTH_SECONDS:
         return {"workers": 0, "why": "a short sweep"}
     if plan.activations is None or plan.optimizer is None or plan.weights > LARGEST:
         return {"workers": 0, "why": "a model that is large, or whose memory is not known"}
-    most = min(left, cores(), room(plan))
+    most = min(left, facts.cores(), room(plan), MOST)
     if most < 2:
         return {"workers": 0, "why": "no memory for two workers"}
-    length = max(1, sum(given.lengths) // len(given.lengths))
-    return fastest(left, operations, cores(), most, probe(min(run.trainer.batch, max(1, TOKENS // length)), length))
+    length = min(TOKENS, max(1, sum(given.lengths) // len(given.lengths)))
+    rows = min(run.trainer.batch, max(1, TOKENS // length))
+    made = fastest(left, operations, facts.cores(), most, probe(rows, length, chosen.attention))
+    if made["workers"]:
+        _settle(run, given.longest, facts.cores() // made["workers"])
+    return made
+
+
+def _settle(run: Run, longest: int, threads: int) -> None:
+    """Choose how workers compute before they start: side by side each would measure it, disturbed, for itself."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        compute.policy(run.model, longest)
+    finally:
+        torch.set_num_threads(before)
 
 
 def _never(sweep: Frozen, runs: list[Run], left: int) -> str | None:
     """Tell why trials stay in this process whatever a probe would say."""
     options = sweep.options
     rules = (
-        (left < 2 or cores() < 2, "one trial, or one core"),
+        (left < 2 or facts.cores() < 2, "one trial, or one core"),
         (options.sampler not in DRAWN, f"sweep.sampler={options.sampler.value} looks at the trials before"),
+        (options.pruner is not Pruner.none, f"sweep.pruner={options.pruner.value} looks at the trials beside"),
+        (options.pack != 1, "sweep.pack shares one process out"),
+        (options.timeout_minutes is not None, "sweep.timeout_minutes is the time of a trial alone"),
+        (bool({*runs[0].objectives, *options.at_most} & COSTS), "costs are compared"),
         (bool(options.storage), "sweep.storage is given"),
         (any(run.model.kind is Kind.tiny for run in runs), "a tiny model"),
         (len({config.digest(run.model, run.quant, run.data) for run in runs}) > 1, "trials differ in model or rows"),
@@ -105,17 +131,17 @@ def _never(sweep: Frozen, runs: list[Run], left: int) -> str | None:
     return next((why for applies, why in rules if applies), None)
 
 
-def cores() -> int:
-    """Count the cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def room(plan: estimate.Plan) -> int:
     """Count the workers that fit into the free memory, each with its base and a trial."""
     import psutil
 
+    free = psutil.virtual_memory().available
+    for most, used in (("memory.max", "memory.current"),
+                       ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):  # fmt: skip
+        if facts.limit(most).isdecimal() and facts.limit(used).isdecimal():
+            free = min(free, int(facts.limit(most)) - int(facts.limit(used)))
     each = PROCESS + plan.weights + packs.GROWTH * (plan.memory - plan.weights)
-    return int(packs.ROOM * psutil.virtual_memory().available / each)
+    return max(0, int(packs.ROOM * free / each))
 
 
 def flops(run: Run, plan: estimate.Plan, given: estimate.Rows) -> float:
@@ -155,7 +181,7 @@ def fastest(
     return told | {"why": f"{how} take {1 / gain:.0%} of the time of one by one (probe)"}
 
 
-def probe(rows: int, length: int) -> Callable[[int], tuple[float, float]]:
+def probe(rows: int, length: int, attention: str) -> Callable[[int], tuple[float, float]]:
     """Make a small model with an adapter; the function that is returned times its step with so many threads."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -165,7 +191,7 @@ def probe(rows: int, length: int) -> Callable[[int], tuple[float, float]]:
             "num_key_value_heads": 3, "vocab_size": 4096}  # fmt: skip
     with torch.random.fork_rng():
         made: Any = get_peft_model(
-            LlamaForCausalLM._from_config(LlamaConfig(**size), attn_implementation="eager"),  # type: ignore
+            LlamaForCausalLM._from_config(LlamaConfig(**size), attn_implementation=attention),  # type: ignore
             LoraConfig(r=16, target_modules="all-linear"),
         )
         ids = torch.randint(0, 4096, (rows, length))

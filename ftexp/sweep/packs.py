@@ -69,7 +69,8 @@ def size(sweep: Frozen, record: Study) -> int:
 
     if sweep.options.pack == 1:
         return 1
-    workers = int(os.environ.get(supervisor.COUNT, "0")) or max(1, supervisor.workers(sweep.options))
+    beside = os.environ.get(supervisor.COUNT, "")
+    workers = int(beside) if beside.isdecimal() and int(beside) else max(1, supervisor.workers(sweep.options))
     waiting = sum(t.state.name == "WAITING" for t in study.counted(record))
     most = max(1, min(sweep.options.pack or SIZES[0], math.ceil(waiting / workers)))
     if sweep.options.pack or most == 1:

@@ -107,7 +107,7 @@ def slots(count: int, each: int = 1, sharing: int = 1) -> list[Slot]:
     made = []
     for n in range(count):
         mine = {cores[(n * share + k) % len(cores)] for k in range(share)}
-        threads = str(max(1, share // each))
+        threads = str(max(1, min(share, facts.cores() // count) // each))
         made.append(Slot(n, {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **more}, mine))
     return made
 

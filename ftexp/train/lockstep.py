@@ -96,6 +96,8 @@ class _Trial:
     pack: int = 1
     dead: int = 0
     """Steps in a row without any gradient."""
+    fit: int | None = None
+    """Held-out rows that fit into a pass; None where all of a batch do."""
     saved: float = field(default_factory=time.monotonic)
     now: list[list[Example]] = field(default_factory=list)
     """Forward passes of the step under way."""
@@ -422,7 +424,8 @@ def _curve(base: Base, pack: Pack, trials: list[_Trial], together: int) -> int:
 
     def batch(number: int, some: list[_Trial]) -> None:
         if len(some) == 1:
-            passes.take([parts[some[0]][number]], lambda numbers: score(some, [numbers]))
+            trial = some[0]
+            trial.fit = passes.take([parts[trial][number]], lambda numbers: score(some, [numbers]), trial.fit)
         else:
             score(some, [parts[t][number] for t in some])
 

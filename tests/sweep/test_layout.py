@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import TINY
 
-from ftexp import estimate
+from ftexp import estimate, facts
 from ftexp.config import Data, Eval, Kind, Lora, Loss, Method, Model, Run, Trainer
 from ftexp.files import read_json
 from ftexp.sweep import frozen, layout, packs, study, supervisor, worker
-from ftexp.sweep.options import Engine, Options, Sampler
+from ftexp.sweep.options import Engine, Options, Pruner, Sampler
 
 TWO = Options(sampler=Sampler.random, n_trials=8)
 
@@ -53,7 +53,7 @@ def test_workers_that_save_little_are_not_taken():
 
 @pytest.fixture
 def calm(monkeypatch):
-    monkeypatch.setattr(layout, "cores", lambda: 2)
+    monkeypatch.setattr(layout.facts, "cores", lambda: 2)
 
 
 RUN = Run()
@@ -66,6 +66,11 @@ RUN = Run()
         (TWO, [RUN], 1, "one trial"),
         (Options(sampler=Sampler.tpe, n_trials=8), [RUN], 8, "sweep.sampler=tpe looks at the trials before"),
         (Options(sampler=Sampler.random, n_trials=8, storage="sqlite:///x.db"), [RUN], 8, "sweep.storage"),
+        (Options(sampler=Sampler.random, n_trials=8, pruner=Pruner.asha), [RUN], 8, "sweep.pruner=asha"),
+        (Options(sampler=Sampler.random, n_trials=8, pack=4), [RUN], 8, "sweep.pack"),
+        (Options(sampler=Sampler.random, n_trials=8, timeout_minutes=9.0), [RUN], 8, "sweep.timeout_minutes"),
+        (Options(sampler=Sampler.random, n_trials=8, at_most={"cost/seconds": 9.0}), [RUN], 8, "costs"),
+        (TWO, [Run(objectives=["valid/loss", "cost/memory_gib"])], 8, "costs"),
         (TWO, [Run(model=Model(kind=Kind.tiny))], 8, "a tiny model"),
         (TWO, [RUN, Run(data=Data(valid=7))], 8, "differ in model or rows"),
         (TWO, [RUN, Run(lora=Lora(r=4))], 8, None),
@@ -79,14 +84,22 @@ def test_what_keeps_trials_in_this_process(calm, options, runs, left, told):
 
 
 def test_one_core_has_nothing_to_share_out(monkeypatch):
-    monkeypatch.setattr(layout, "cores", lambda: 1)
+    monkeypatch.setattr(layout.facts, "cores", lambda: 1)
     assert layout._never(SimpleNamespace(options=TWO), [RUN], 8) == "one trial, or one core"
 
 
 def test_room_by_hand(monkeypatch):
     """10 GiB free, of which 8 may be taken; a worker takes 0.8 + 1 + 1.6 * 0.5 = 2.6 GiB."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10 * estimate.GIB))
-    assert layout.room(SimpleNamespace(weights=estimate.GIB, memory=1.5 * estimate.GIB)) == 3
+    plan = SimpleNamespace(weights=estimate.GIB, memory=1.5 * estimate.GIB)
+    assert layout.room(plan) == 3
+    for most, used in (("memory.max", "memory.current"),
+                       ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):  # fmt: skip
+        limits = {most: str(8 * estimate.GIB), used: str(estimate.GIB)}
+        monkeypatch.setattr(facts, "limit", lambda name, told=limits: told.get(name, ""))
+        assert layout.room(plan) == 2  # 7 GiB are left of a container's 8
+    monkeypatch.setattr(facts, "limit", lambda name: "max")
+    assert layout.room(plan) == 3
 
 
 def test_operations_by_hand(tiny, monkeypatch):
@@ -102,7 +115,7 @@ def test_operations_by_hand(tiny, monkeypatch):
 
 def test_the_probe_times_a_step_and_leaves_everything_as_it_was():
     threads, state = torch.get_num_threads(), torch.random.get_rng_state()
-    seconds, operations = layout.probe(2, 8)(1)
+    seconds, operations = layout.probe(2, 8, "eager")(1)
     linear = 4 * (576 * (576 + 2 * 192 + 576) + 3 * 576 * 1536) + 4096 * 576
     norms = 576 * (2 * 4 + 1)
     assert operations == 4 * (linear + norms) * 16
@@ -122,12 +135,33 @@ def test_a_sweep_of_minutes_is_probed_and_a_short_one_is_not(calm, tiny, tmp_pat
     monkeypatch.setattr(layout, "CORE", 1.0)
     monkeypatch.setattr(layout, "probe", lambda *given: asked.append(given) or steps({2: 1e9, 1: 1e9}))
     assert layout.choice(sweep, 8)["workers"] == 2
-    [(rows, length)] = asked
-    assert (rows, 0 < length < 256) == (run.trainer.batch, True)
+    [(rows, length, attention)] = asked
+    assert (rows, 0 < length < 256, attention) == (run.trainer.batch, True, "eager")
+    monkeypatch.setattr(layout, "TOKENS", 5)
+    asked.clear()
+    layout.choice(sweep, 8)
+    assert asked == [(1, 5, "eager")]  # long rows are cut: attention grows with their square
     monkeypatch.setattr(layout, "room", lambda _: 1)
     assert layout.choice(sweep, 8) == {"workers": 0, "why": "no memory for two workers"}
     monkeypatch.setattr(layout, "LARGEST", 0)
     assert "large" in layout.choice(sweep, 8)["why"]
+
+
+def test_a_gpu_that_is_not_listed_is_not_taken_for_a_cpu(calm, tiny, monkeypatch):
+    """As of ROCm, or of a container without nvidia-smi."""
+    run = tiny()
+    sweep = SimpleNamespace(options=TWO, space=SimpleNamespace(axes=()), run=lambda *_: run)
+    monkeypatch.setattr(layout, "_never", lambda *_: None)
+    monkeypatch.setattr(layout.compute, "policy", lambda *_: SimpleNamespace(device="cuda"))
+    assert layout.choice(sweep, 8) == {"workers": 0, "why": "a GPU that nvidia-smi does not list"}
+
+
+def test_how_workers_compute_is_chosen_before_they_start(tiny, monkeypatch):
+    seen, before = [], torch.get_num_threads()
+    monkeypatch.setattr(layout.compute, "policy", lambda *given: seen.append((torch.get_num_threads(), given[1])))
+    layout._settle(tiny(), 77, 1)
+    assert seen == [(1, 77)]
+    assert torch.get_num_threads() == before
 
 
 SWEEP = [*TINY, "track=none", "eval=loss", "lora.r=2,4", "name=s", "-m"]
@@ -136,7 +170,9 @@ SWEEP = [*TINY, "track=none", "eval=loss", "lora.r=2,4", "name=s", "-m"]
 def test_a_choice_is_made_once_told_and_kept(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     asked = []
-    monkeypatch.setattr(layout, "choice", lambda sweep, left: asked.append(left) or {"workers": 2, "why": "take less"})
+    monkeypatch.setattr(
+        layout, "choice", lambda sweep, left: asked.append(left) or {"workers": 2, "why": "take less", "seconds": {}}
+    )
     code, _, err = cli(*SWEEP)
     assert (code, asked) == (0, [2]), err
     assert "trials take less" in err
@@ -144,9 +180,9 @@ def test_a_choice_is_made_once_told_and_kept(cli, tmp_path, monkeypatch):
     folder = tmp_path / "outputs" / "sweeps" / "s"
     assert len(list((folder / "workers").glob("*.log"))) == 2
     threads = {(read_json(p) or {})["facts"]["compute"]["threads"] for p in folder.glob("*/trial.json")}
-    assert threads == {max(1, layout.cores() // 2)}
+    assert threads == {max(1, facts.cores() // 2)}
     record = worker.open_study(frozen.load(folder))
-    assert record.user_attrs[f"{layout.CHOSEN} {study.HOST}"] == {"workers": 2, "why": "take less"}
+    assert record.user_attrs[f"{layout.CHOSEN} {study.HOST}"] == {"workers": 2, "why": "take less", "seconds": {}}
     assert layout.workers(frozen.load(folder), record, 1) == 2
     assert asked == [2]
 
@@ -170,8 +206,7 @@ def test_a_sweep_that_cannot_be_planned_runs_as_it_is(monkeypatch):
     told = {}
     record = SimpleNamespace(user_attrs={}, set_user_attr=lambda key, value: told.update({key: value}))
     assert layout.workers(SimpleNamespace(options=TWO), record, 8) == 0
-    [kept] = told.values()
-    assert kept == {"workers": 0, "why": "no plan: the config of the model cannot be read"}
+    assert not told  # nothing was measured: the next launch looks again
 
 
 def test_a_gpu_each_needs_no_choice(monkeypatch):

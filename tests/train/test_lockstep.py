@@ -244,7 +244,7 @@ def test_a_trial_that_does_not_fit_alone_ends_alone(point, tmp_path, monkeypatch
 
 
 def test_where_memory_runs_out_in_the_curve_fewer_rows_share_a_pass(point, tmp_path, monkeypatch, capfd):
-    run, told, real = point("lora.r=4", "trainer.report_steps=2"), {}, passes.Pack.hidden
+    run, told, real = point("lora.r=4", "trainer.report_steps=1"), {}, passes.Pack.hidden
 
     def curve(kind):
         told[kind] = []
@@ -260,8 +260,8 @@ def test_where_memory_runs_out_in_the_curve_fewer_rows_share_a_pass(point, tmp_p
 
     monkeypatch.setattr(passes.Pack, "hidden", narrow)
     assert curve("cut") == whole
-    assert whole[1]
-    assert "rows are scored at a time" in capfd.readouterr().err
+    assert len(whole[1]) > 1
+    assert capfd.readouterr().err.count("at most 2 rows are scored at a time") == 1  # found out once, not at each rung
 
 
 def test_an_error_in_what_a_member_does_alone_is_its_own(point, tmp_path):
