@@ -114,7 +114,8 @@ class Options:
     """Price of the machine; gives dollars."""
     workers: int = 0
     """Processes; 0 takes one for each visible GPU. Without a GPU trials then run in this process, or, in a sweep of
-    minutes over a small model whose sampler looks at no results, in as many as a probe finds to be done sooner."""
+    minutes over a small model whose sampler and pruner look at no other trial, in up to 8 where a probe says that they
+    are done sooner. 1 is one process always."""
     pack: int = 1
     """Trials that a worker trains in one pass, with `trainer.engine=packed`; their results are those they have one by
     one. 0 takes as many as memory allows, where a probe of some steps shows a gain."""
