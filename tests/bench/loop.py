@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from typing import Any
 from ftexp import config, data
 from ftexp.config import Data, Source, Template
 from ftexp.facts import versions
-from ftexp.files import read_json, write_json
+from ftexp.files import cache, read_json, write_json
 from ftexp.model import embedded
 from ftexp.page import style, svg
 
@@ -96,8 +97,14 @@ def scripted(point: dict[str, Any], *more: str) -> dict[str, Any]:
     return {**took, "loss": found["loss"], "dtype": found["dtype"].removeprefix("torch."), "seconds": found["seconds"]}
 
 
+def forget() -> None:
+    """Remove what earlier runs kept of the base's scores: the loop scores it each time."""
+    shutil.rmtree(cache() / "base", ignore_errors=True)
+
+
 def single(point: dict[str, Any]) -> dict[str, Any]:
     """Run one trial as a run of ftexp."""
+    forget()
     with tempfile.TemporaryDirectory(prefix="bench") as work:
         given = [f"{KEYS[k]}={v}" for k, v in point.items()]
         took = timed([sys.executable, "-m", "ftexp.run", *given, "track=none", "name=bench", f"trainer.steps={STEPS}",
@@ -109,6 +116,7 @@ def single(point: dict[str, Any]) -> dict[str, Any]:
 def swept(points: list[dict[str, Any]], *more: str, steps: int = STEPS, every: int = EVERY) -> dict[str, Any]:
     """Run points as one sweep of ftexp; return its time, and the loss and last step of each trial."""
     baselines = ",".join("{" + ",".join(f"{KEYS[k]}:{v}" for k, v in p.items()) + "}" for p in points)
+    forget()
     params = [f"{KEYS[k]}={','.join(str(v) for v in sorted({p[k] for p in points}))}" for k in KEYS]
     with tempfile.TemporaryDirectory(prefix="bench") as work:
         took = timed([sys.executable, "-m", "ftexp.run", *params, "track=none", "name=bench", f"trainer.steps={steps}",
