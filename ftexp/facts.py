@@ -85,6 +85,18 @@ def cores() -> int:
     return seen
 
 
+def free_memory() -> int:
+    """Bytes of the host's memory that are free, where a container has a limit what is left of it."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    for most, used in (("memory.max", "memory.current"),
+                       ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):  # fmt: skip
+        if limit(most).isdecimal() and limit(used).isdecimal():
+            free = min(free, int(limit(most)) - int(limit(used)))
+    return max(0, free)
+
+
 SHARE = "FTEXP_SLOTS_PER_GPU"
 """Environment variable: workers that share this one's GPU."""
 

@@ -65,3 +65,33 @@ def test_what_a_failed_attempt_held_is_free_when_the_next_begins():
 
     passes.take([[0, 1]], work)
     assert len(held) == 3
+
+
+@pytest.mark.parametrize("kind", ["classifier", "reward model"])
+def test_models_with_a_head_are_scored_with_fewer_rows_where_memory_runs_out(kind, capfd):
+    from ftexp import model
+    from ftexp.config import Data, Eval, Kind, Model, Quant
+    from ftexp.data import load, prompts
+    from ftexp.train import classify, reward
+
+    base = model.load(Model(kind=Kind.tiny), Quant(), 1)
+    rows = prompts.render(load(Data(rows=60, valid=9)).valid, base.tokenizer, Data(max_length=256))
+    score = classify.logits if kind == "classifier" else reward.rewards
+
+    def asked():
+        return torch.as_tensor(score(base.model, base.tokenizer, rows, Eval(batch=9), "t")).flatten()
+
+    whole, seen = asked(), []
+
+    def narrow(module, args, kwargs):
+        seen.append(len(kwargs["input_ids"]))
+        if seen[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = base.model.register_forward_pre_hook(narrow, with_kwargs=True)
+    try:
+        assert asked().tolist() == pytest.approx(whole.tolist(), rel=1e-4, abs=1e-6)
+    finally:
+        hook.remove()
+    assert max(seen) > 3
+    assert "rows are scored at a time" in capfd.readouterr().err

@@ -65,8 +65,7 @@ def workers(sweep: Frozen, record: Study, left: int) -> int:
             kept = choice(sweep, left)
         except (FtexpError, RuntimeError, MemoryError) as error:  # the trials will tell it, or do without a plan
             kept = {"workers": 0, "why": f"no plan: {error}"}
-        if "seconds" in kept:  # what was measured is not measured again; the rest may change with what is left
-            record.set_user_attr(key, kept)
+        record.set_user_attr(key, kept)
     if kept["workers"]:
         say(f"trials {kept['why']}")
     return kept["workers"]
@@ -133,15 +132,8 @@ def _never(sweep: Frozen, runs: list[Run], left: int) -> str | None:
 
 def room(plan: estimate.Plan) -> int:
     """Count the workers that fit into the free memory, each with its base and a trial."""
-    import psutil
-
-    free = psutil.virtual_memory().available
-    for most, used in (("memory.max", "memory.current"),
-                       ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):  # fmt: skip
-        if facts.limit(most).isdecimal() and facts.limit(used).isdecimal():
-            free = min(free, int(facts.limit(most)) - int(facts.limit(used)))
     each = PROCESS + plan.weights + packs.GROWTH * (plan.memory - plan.weights)
-    return max(0, int(packs.ROOM * free / each))
+    return max(0, int(packs.ROOM * facts.free_memory() / each))
 
 
 def flops(run: Run, plan: estimate.Plan, given: estimate.Rows) -> float:

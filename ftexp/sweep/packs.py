@@ -135,6 +135,4 @@ def free_bytes(base: Base, workers: int) -> float:
 
         free, share = torch.cuda.mem_get_info()[0], facts.shared_gpu_gib()
         return free if share is None else min(free, share * estimate.GIB)
-    import psutil
-
-    return psutil.virtual_memory().available / workers
+    return facts.free_memory() / workers

@@ -134,7 +134,10 @@ def test_a_sweep_of_minutes_is_probed_and_a_short_one_is_not(calm, tiny, tmp_pat
     asked = []
     monkeypatch.setattr(layout, "CORE", 1.0)
     monkeypatch.setattr(layout, "probe", lambda *given: asked.append(given) or steps({2: 1e9, 1: 1e9}))
+    settled = []
+    monkeypatch.setattr(layout, "_settle", lambda *given: settled.append(given[2]))
     assert layout.choice(sweep, 8)["workers"] == 2
+    assert settled == [1]
     [(rows, length, attention)] = asked
     assert (rows, 0 < length < 256, attention) == (run.trainer.batch, True, "eager")
     monkeypatch.setattr(layout, "TOKENS", 5)
@@ -170,9 +173,7 @@ SWEEP = [*TINY, "track=none", "eval=loss", "lora.r=2,4", "name=s", "-m"]
 def test_a_choice_is_made_once_told_and_kept(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     asked = []
-    monkeypatch.setattr(
-        layout, "choice", lambda sweep, left: asked.append(left) or {"workers": 2, "why": "take less", "seconds": {}}
-    )
+    monkeypatch.setattr(layout, "choice", lambda sweep, left: asked.append(left) or {"workers": 2, "why": "take less"})
     code, _, err = cli(*SWEEP)
     assert (code, asked) == (0, [2]), err
     assert "trials take less" in err
@@ -182,7 +183,7 @@ def test_a_choice_is_made_once_told_and_kept(cli, tmp_path, monkeypatch):
     threads = {(read_json(p) or {})["facts"]["compute"]["threads"] for p in folder.glob("*/trial.json")}
     assert threads == {max(1, facts.cores() // 2)}
     record = worker.open_study(frozen.load(folder))
-    assert record.user_attrs[f"{layout.CHOSEN} {study.HOST}"] == {"workers": 2, "why": "take less", "seconds": {}}
+    assert record.user_attrs[f"{layout.CHOSEN} {study.HOST}"] == {"workers": 2, "why": "take less"}
     assert layout.workers(frozen.load(folder), record, 1) == 2
     assert asked == [2]
 
@@ -206,7 +207,8 @@ def test_a_sweep_that_cannot_be_planned_runs_as_it_is(monkeypatch):
     told = {}
     record = SimpleNamespace(user_attrs={}, set_user_attr=lambda key, value: told.update({key: value}))
     assert layout.workers(SimpleNamespace(options=TWO), record, 8) == 0
-    assert not told  # nothing was measured: the next launch looks again
+    [kept] = told.values()  # a launch that goes on keeps to it, and so to the threads of its trials
+    assert kept == {"workers": 0, "why": "no plan: the config of the model cannot be read"}
 
 
 def test_a_gpu_each_needs_no_choice(monkeypatch):
