@@ -35,6 +35,15 @@ def test_cores_are_shared_out(monkeypatch):
     assert supervisor.slots(2)[0].env["OMP_NUM_THREADS"] == "2"
 
 
+def test_threads_keep_to_the_quota_of_a_container(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(supervisor.facts, "cores", lambda: 4)
+    assert [p.env["OMP_NUM_THREADS"] for p in supervisor.slots(2)] == ["2", "2"]
+    assert supervisor.slots(2, each=2)[0].env["OMP_NUM_THREADS"] == "1"
+    assert supervisor.slots(8)[0].env["OMP_NUM_THREADS"] == "1"
+
+
 def test_last_trials_get_the_threads_of_the_first(monkeypatch, tmp_path):
     """One ticket left of a sweep with two workers: its worker gets half the machine, as it would have had before."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
