@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftexp import evaluate, model
 from ftexp.config import Data, Eval, Kind, Lora, Model, Quant
@@ -68,6 +69,7 @@ def test_uniform_model_has_perplexity_of_its_vocabulary(base, examples):
 
 
 def test_supervised_logits_equal_the_full_forward_pass(base):
+    hooks = model._hooks(base.model)
     ids, labels = torch.randint(3, 200, (3, 9)), torch.full((3, 9), -100)
     labels[0, 4:8], labels[1, 1:3], labels[2, 0] = ids[0, 4:8], ids[1, 1:3], ids[2, 0]
     logits, targets = evaluate.supervised_logits(base.model, ids, torch.ones_like(ids), labels)
@@ -75,13 +77,14 @@ def test_supervised_logits_equal_the_full_forward_pass(base):
     expected = torch.cat([full[0, 3:7], full[1, 0:2]])  # position 0 predicts nothing
     torch.testing.assert_close(logits, expected)
     assert torch.equal(targets, torch.cat([ids[0, 4:8], ids[1, 1:3]]))
-    assert not base.model.get_output_embeddings()._forward_pre_hooks
+    assert model._hooks(base.model) == hooks
 
 
 def test_hook_is_taken_off_after_an_error(base):
+    hooks = model._hooks(base.model)
     with pytest.raises(IndexError):
         evaluate.supervised_logits(base.model, torch.tensor([[10**6, 1]]), torch.ones(1, 2), torch.ones(1, 2).long())
-    assert not base.model.get_output_embeddings()._forward_pre_hooks
+    assert model._hooks(base.model) == hooks
 
 
 def test_completions_are_the_same_alone_and_in_a_batch(base, examples):
@@ -120,6 +123,34 @@ def test_generation_stops_at_the_end_token(base, examples, monkeypatch):
         assert evaluate.generate(base.model, base.tokenizer, examples[:3], Eval(), "t") == [""] * 3
     finally:
         hook.remove()
+
+
+class Copied(TorchDispatchMode):
+    """Products in which the weights of the head stand once for each row."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.found = vocabulary, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found += "bmm" in str(func) and self.vocabulary in args[1].shape
+        return func(*args, **(kwargs or {}))
+
+
+def test_reading_prompts_copies_no_weights_of_the_head(base, examples):
+    vocabulary = base.model.config.vocab_size
+    with Copied(vocabulary) as ours:
+        evaluate.generate(base.model, base.tokenizer, examples[:8], Eval(batch=8, max_new_tokens=2), "t")
+    assert ours.found == 0
+    head = base.model.get_output_embeddings()
+    kept = dict(head._forward_pre_hooks)
+    head._forward_pre_hooks.clear()
+    try:
+        with Copied(vocabulary) as plain:  # PyTorch does it, so the test can fail
+            evaluate.generate(base.model, base.tokenizer, examples[:8], Eval(batch=8, max_new_tokens=2), "t")
+    finally:
+        head._forward_pre_hooks.update(kept)
+    assert plain.found == 1
 
 
 def test_planned_length_is_a_quarter_beyond_the_longest_reference(base, examples):

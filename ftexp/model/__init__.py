@@ -221,6 +221,7 @@ def _load(model: Model, quant: Quant, key: str, labels: int = 0, longest: int = 
     loaded.requires_grad_(False).eval()
     if not labels:
         loaded.generation_config = _greedy(loaded)
+        keep_head_whole(loaded)
     return Base(loaded, text, chosen, fingerprint(loaded), key, model, head)
 
 
@@ -233,6 +234,17 @@ def keep_gradients(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             cast(Any, module).support_avx512bf16_for_cpu = False
+
+
+def keep_head_whole(model: PreTrainedModel) -> None:
+    """Hand the output head states that lie together in memory.
+
+    When prompts are read, transformers projects the last position of each row, and those lie apart. PyTorch multiplies
+    such states row by row, with a copy of the weights for each: 2.7 GB for 48 rows of SmolLM2, and more time than all
+    else in reading 48 prompts of 24 tokens.
+    """
+    if (head := model.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
 
 
 def fresh_head(model: PreTrainedModel, fresh: set[str], labels: int) -> tuple[str, ...]:
