@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from ftexp.errors import out_of_memory
+from ftexp.model import compute
 from ftexp.progress import say
 
 
@@ -73,5 +74,6 @@ def free_memory() -> None:
     import torch
 
     gc.collect()
+    compute.give_back_pages()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

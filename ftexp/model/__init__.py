@@ -185,7 +185,10 @@ def load(model: Model, quant: Quant, labels: int = 0, longest: int = 0) -> Base:
         key += str(handed.identity(handed.find(model.path, aloud=False)))
     if _warm is None or _warm.key != key:
         gc.unfreeze()
-        _warm = None  # frees the other model before this one is loaded
+        if _warm is not None:
+            _warm = None  # frees the other model before this one is loaded
+            gc.collect()
+            compute.give_back_pages()
         _warm = _load(model, quant, key, labels, longest)
     elif not gc.get_freeze_count():
         # A second trial: libraries and base are there to stay. Each trial has garbage collected twice, by accelerate

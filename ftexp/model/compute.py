@@ -6,12 +6,14 @@ same choice and gives the same bits. Everything chosen is recorded with the run.
 
 from __future__ import annotations
 
+import ctypes
+import os
 import platform
 import time
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ftexp.config import Attention, Dtype, Model
 from ftexp.files import cache, read_json, write_json
@@ -81,6 +83,34 @@ def apply(compute: Compute) -> None:
         # Sends float32 products to oneDNN. On chips with bfloat16 units this flag would also round; the probe
         # has measured that it does not here.
         torch.backends.mkldnn.matmul.fp32_precision = "bf16" if compute.kernel == "onednn" else "none"  # type: ignore
+        keep_pages()
+
+
+MMAP_THRESHOLD, TRIM_THRESHOLD, LARGE = -3, -1, 2**30
+"""Parameters of glibc's `mallopt`, and the size in bytes from which memory goes back to the system when it is freed."""
+
+
+def keep_pages() -> None:
+    """Have freed memory used again, instead of handed to the system and taken anew, page by page and zeroed.
+
+    By itself glibc hands back blocks of 32 MiB and more, and what is free at the end of its heap. A pass over a model
+    allocates and frees some GB, and a fault of a page costs up to 3 microseconds on a virtual machine. Measured on two
+    Zen 4 cores: 8 to 12 % of a training step. The peak stays as it is. Settings of a person (`MALLOC_*_`) stay.
+    """
+    libc = _libc()
+    if libc is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+        libc.mallopt(MMAP_THRESHOLD, LARGE)
+        libc.mallopt(TRIM_THRESHOLD, -1)
+
+
+def give_back_pages() -> None:
+    """Hand free memory to the system, as after a model was dropped."""
+    if (libc := _libc()) is not None:
+        libc.malloc_trim(0)
+
+
+def _libc() -> Any:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def _chip() -> str:

@@ -446,11 +446,16 @@ def _cap(model: PreTrainedModel) -> float | None:
 
 def nats(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood of targets (token,) after hidden states (token, width), in nats, float64."""
-    found = [
-        functional.cross_entropy(head(model, h), t, reduction="none").double()
-        for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-    ]
-    return torch.cat(found)
+    parts = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    return torch.cat([_nats(head(model, h), t)[0] for h, t in parts])
+
+
+def _nats(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nats of targets (token,), float64; of logits (token, vocabulary) remain exp(logit - largest) and its sums."""
+    logits.sub_(logits.amax(-1, keepdim=True))
+    told = logits.gather(-1, targets[:, None])[:, 0].double()
+    sums = logits.exp_().sum(-1)
+    return sums.double().log() - told, sums
 
 
 def learned(
@@ -465,12 +470,14 @@ def learned(
     found, gradient = [], torch.empty_like(hidden)
     for begin in range(0, len(hidden), CHUNK):
         part, goal = hidden[begin : begin + CHUNK], targets[begin : begin + CHUNK]
-        logits = head(model, part)
-        found.append(functional.cross_entropy(logits, goal, reduction="none").double())
-        slope = torch.softmax(logits, -1)
+        slope = head(model, part)
+        bent = None if cap is None else 1 - (slope / cap).square()
+        told, sums = _nats(slope, goal)
+        found.append(told)
+        slope.div_(sums[:, None])
         slope[torch.arange(len(goal), device=goal.device), goal] -= 1
-        if cap is not None:
-            slope *= 1 - (logits / cap).square()
+        if bent is not None:
+            slope *= bent
         gradient[begin : begin + CHUNK] = slope.div_(tokens).to(hidden.dtype) @ layer.weight
     return torch.cat(found), gradient
 
