@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,6 +38,8 @@ FEWEST = 16
 """A member's tokens in a forward pass are filled up to so many."""
 SMALL = 16**3
 """Multiplications up to which oneDNN leaves a product to another kernel (PyTorch's `mkldnn_gemm` rule)."""
+ALIKE_LENGTH = 0.75
+"""Rows of at least this share of another's length are filled up to it in attention: fewer and larger products."""
 CHUNK = 512
 """Rows of logits that are in memory at once."""
 ALIKE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -93,6 +95,37 @@ def put(tuned: PeftModel | PreTrainedModel, weights: Weights) -> None:
 
 
 @dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows that attention takes as rows of one length, the shorter ones filled up at their ends."""
+
+    length: int
+    """Tokens of a row, filled up."""
+    where: Any
+    """Token at each place, (row * length): a slice of one row, else an index; filling repeats the row's last one."""
+    inside: torch.Tensor | None
+    """Places that are no filling, (token); None where all are."""
+    outside: torch.Tensor | None
+    """The others, (place); None where there are none."""
+    tokens: Any
+    """Tokens of the rows, as `inside` has them."""
+
+
+def batch(length: int, rows: list[tuple[int, int]], device: Any) -> Batch:
+    """Index rows, each of them begin and length, filled up to a length."""
+    if len(rows) == 1:
+        begin = rows[0][0]
+        return Batch(length, slice(begin, begin + length), None, None, slice(begin, begin + length))
+    begins, lengths = (torch.tensor(numbers, device=device)[:, None] for numbers in zip(*rows, strict=True))
+    places = torch.arange(length, device=device)
+    where = (begins + torch.minimum(places, lengths - 1)).view(-1)
+    if all(size == length for _, size in rows):
+        return Batch(length, where, None, None, where)
+    full = (places < lengths).view(-1)
+    inside = full.nonzero()[:, 0]
+    return Batch(length, where, inside, (~full).nonzero()[:, 0], where[inside])
+
+
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Where the rows of each member lie in the one sequence of a forward pass."""
 
@@ -102,11 +135,27 @@ class Layout:
     """Place of each token in its row, (1, position)."""
     members: tuple[tuple[Adapter, int, int], ...]
     """Adapter, begin and end of each member's stretch."""
-    rows: dict[int, list[int]]
-    """Length -> begins of the rows of this length."""
+    rows: tuple[tuple[int, int, int], ...]
+    """Begin, length, and length of the attention that it shares, of each row."""
     begins: tuple[tuple[int, ...], ...]
     """Begins of the rows of each member, without what fills up."""
     training: bool
+    batches: dict[bool, list[Batch]] = field(default_factory=dict)
+    """Rows that attention takes together, made once: with others of a length, or one by one."""
+
+    def attended(self, heads: int, width: int, alone: bool) -> list[Batch]:
+        """Group rows for attention, of which each has so many heads of a width."""
+        if alone not in self.batches:
+            grouped: dict[int, list[tuple[int, int]]] = {}
+            single: list[tuple[int, int]] = []
+            for begin, length, shared in self.rows:
+                if alone or heads * shared * shared * width <= SMALL:
+                    single.append((begin, length))
+                else:
+                    grouped.setdefault(shared, []).append((begin, length))
+            made = [batch(n, rows, self.ids.device) for n, rows in grouped.items()]
+            self.batches[alone] = made + [batch(n, [(begin, n)], self.ids.device) for begin, n in single]
+        return self.batches[alone]
 
     @property
     def sizes(self) -> list[int]:
@@ -125,19 +174,33 @@ def lay_out(given: Sequence[tuple[Adapter, Sequence[list[int]]]], pad: int, devi
     """
     ids: list[int] = []
     positions: list[int] = []
-    members, rows, begins = [], {}, []
+    members, rows, begins = [], [], []
     for adapter, texts in given:
         begin, mine = len(ids), []
         missing = FEWEST - sum(map(len, texts))
-        for text in (*texts, [pad] * missing) if missing > 0 else texts:
+        whole = [*texts, [pad] * missing] if missing > 0 else texts
+        for text, shared in zip(whole, _shared([len(text) for text in whole]), strict=True):
             mine.append(len(ids))
-            rows.setdefault(len(text), []).append(len(ids))
+            rows.append((len(ids), len(text), shared))
             ids += text
             positions += range(len(text))
         members.append((adapter, begin, len(ids)))
         begins.append(tuple(mine[: len(texts)]))
     text, places = (torch.tensor([numbers], device=device) for numbers in (ids, positions))
-    return Layout(text, places, tuple(members), rows, tuple(begins), training)
+    return Layout(text, places, tuple(members), tuple(rows), tuple(begins), training)
+
+
+def _shared(lengths: list[int]) -> list[int]:
+    """Length that each row of a member is filled up to in attention: that of one at most a third longer.
+
+    Rows of other members have no say, or a member's bits would depend on them.
+    """
+    filled, longest = [0] * len(lengths), 0
+    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        if lengths[n] < ALIKE_LENGTH * longest or not longest:
+            longest = lengths[n]
+        filled[n] = longest
+    return filled
 
 
 class Pack:
@@ -341,16 +404,13 @@ def attend(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Attend within rows, as transformers calls it.
 
-    Takes query, key and value (1, head, position, width), and returns (1, position, head, width). Rows of equal length
-    are one product. Short rows, and soft caps, whose kernel ends otherwise, are taken one by one.
+    Takes query, key and value (1, head, position, width), and returns (1, position, head, width). Rows of about equal
+    length are one product. Short rows, and soft caps, whose kernel ends otherwise, are taken one by one.
     """
     if layout is None:
         raise ConfigError(f"trainer.engine must be trl: {type(module).__name__} does not pass on where rows begin")
     heads, width = query.shape[1], query.shape[3]
-    groups = []
-    for length, begins in layout.rows.items():
-        alone = softcap is not None or heads * length * length * width <= SMALL
-        groups += [(length, [begin]) for begin in begins] if alone else [(length, begins)]
+    groups = layout.attended(heads, width, softcap is not None)
     scale = width**-0.5 if scaling is None else scaling
     return _Attention.apply(query, key, value, groups, scale, softcap, sliding_window), None  # type: ignore
 
@@ -362,9 +422,9 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query, key, value, groups, scale, softcap, window):
         out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
         kept = []
-        for length, begins in groups:
-            where = _where(length, begins, query.device)
-            q, k, v = (_gathered(x, where, key.shape[1], length) for x in (query, key, value))
+        for rows in groups:
+            length = rows.length
+            q, k, v = (_gathered(x, rows, key.shape[1]) for x in (query, key, value))
             scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
             bent = None
             if softcap is not None:
@@ -374,7 +434,7 @@ class _Attention(torch.autograd.Function):
             scores = scores.view(len(k), -1, length, length).masked_fill_(hide, -torch.inf)
             precise = torch.promote_types(query.dtype, torch.float32)
             p = torch.softmax(scores, -1, dtype=precise).to(query.dtype).view(len(k), -1, length)
-            _scatter(out, where, torch.bmm(p, v), length)
+            _scatter(out, rows, torch.bmm(p, v))
             kept += [p] if bent is None else [p, bent]
         ctx.save_for_backward(query, key, value, *kept)
         ctx.groups, ctx.scale, ctx.softcap = groups, scale, softcap
@@ -386,10 +446,9 @@ class _Attention(torch.autograd.Function):
         found = [x.new_empty(x.shape[2], x.shape[1], x.shape[3]) for x in (query, key, value)]
         kept = iter(kept)
         precise = torch.promote_types(query.dtype, torch.float32)
-        for length, begins in ctx.groups:
-            where = _where(length, begins, query.device)
-            q, k, v = (_gathered(x, where, key.shape[1], length) for x in (query, key, value))
-            go = _gathered(g.transpose(1, 2), where, key.shape[1], length)
+        for rows in ctx.groups:
+            q, k, v = (_gathered(x, rows, key.shape[1]) for x in (query, key, value))
+            go = _gathered(g.transpose(1, 2), rows, key.shape[1], bare=True)
             p = next(kept)
             gv = torch.bmm(p.transpose(1, 2), go)
             weight = p.to(precise)
@@ -398,30 +457,29 @@ class _Attention(torch.autograd.Function):
             if ctx.softcap is not None:
                 gs = gs * (1 - next(kept).to(precise).square())
             gs = gs.mul_(ctx.scale).to(query.dtype)
-            _scatter(found[0], where, torch.bmm(gs, k), length)
-            _scatter(found[1], where, torch.bmm(gs.transpose(1, 2), q), length)
-            _scatter(found[2], where, gv, length)
+            _scatter(found[0], rows, torch.bmm(gs, k))
+            _scatter(found[1], rows, torch.bmm(gs.transpose(1, 2), q))
+            _scatter(found[2], rows, gv)
         return *(x.transpose(0, 1)[None] for x in found), None, None, None, None
 
 
-def _where(length: int, begins: list[int], device: Any) -> Any:
-    """Tokens of rows of one length: a slice of one row, an index of several."""
-    if len(begins) == 1:
-        return slice(begins[0], begins[0] + length)
-    return (torch.tensor(begins, device=device)[:, None] + torch.arange(length, device=device)).view(-1)
+def _gathered(x: torch.Tensor, rows: Batch, shared: int, bare: bool = False) -> torch.Tensor:
+    """Take rows out of (1, head, position, width), as (row * shared, heads that share * position, width).
+
+    What fills up is the row's last token, which no query within the row sees, or zero where `bare`.
+    """
+    taken = x[0].transpose(0, 1)[rows.where]  # (row * position, head, width)
+    if bare and rows.outside is not None:
+        taken[rows.outside] = 0
+    taken = taken.unflatten(0, (-1, rows.length)).transpose(1, 2)  # (row, head, position, width)
+    return taken.reshape(len(taken) * shared, -1, x.shape[3])
 
 
-def _gathered(x: torch.Tensor, where: Any, shared: int, length: int) -> torch.Tensor:
-    """Take rows out of (1, head, position, width), as (row * shared, heads that share * position, width)."""
-    rows = x[0].transpose(0, 1)[where]  # (row * position, head, width)
-    rows = rows.unflatten(0, (-1, length)).transpose(1, 2)  # (row, head, position, width)
-    return rows.reshape(len(rows) * shared, -1, x.shape[3])
-
-
-def _scatter(out: torch.Tensor, where: Any, rows: torch.Tensor, length: int) -> None:
-    """Put rows back into (position, head, width)."""
-    apart = rows.view(-1, out.shape[1], length, rows.shape[-1]).transpose(1, 2)
-    out[where] = apart.reshape(-1, out.shape[1], rows.shape[-1])
+def _scatter(out: torch.Tensor, rows: Batch, made: torch.Tensor) -> None:
+    """Put rows back into (position, head, width), without what filled them up."""
+    apart = made.view(-1, out.shape[1], rows.length, made.shape[-1]).transpose(1, 2)
+    apart = apart.reshape(-1, out.shape[1], made.shape[-1])
+    out[rows.tokens] = apart if rows.inside is None else apart[rows.inside]
 
 
 @cache

@@ -97,6 +97,31 @@ def gradients(model, members, texts, training=True):
     return told, [{k: (a.grad.clone(), b.grad.clone()) for k, (a, b) in m.weights.items()} for m in members]
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_attention_equals_that_of_each_row_alone(window):
+    """Rows of 9, 7, 8 and 3 tokens, of which the first three are filled up to one length; all tokens have gradients."""
+    torch.manual_seed(0)
+    lengths, module = [9, 7, 8, 3], torch.nn.Module()
+    layout = packed.lay_out([(Adapter({}, {}, 0.0, torch.Generator()), [[1] * n for n in lengths])], 0, "cpu", True)
+    assert [(length, shared) for _, length, shared in layout.rows] == [(9, 9), (7, 9), (8, 9), (3, 3)]
+    q, k, v = (torch.randn(1, h, 27, 16, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+    out, _ = packed.attend(module, q, k, v, None, sliding_window=window, layout=layout)
+    g = torch.randn_like(out)
+    found = torch.autograd.grad(out, (q, k, v), g)
+    assert [b.length for b in layout.attended(4, 16, False)] == [9, 3]
+    begin, parts = 0, []
+    for n in lengths:
+        mine = slice(begin, begin := begin + n)
+        seen = torch.ones(n, n, dtype=torch.bool).tril()
+        seen = seen if window is None else seen.triu(1 - window)
+        parts.append(torch.nn.functional.scaled_dot_product_attention(
+            q[:, :, mine], k[:, :, mine], v[:, :, mine], attn_mask=seen, enable_gqa=True))  # fmt: skip
+    whole = torch.cat(parts, 2).transpose(1, 2)
+    torch.testing.assert_close(out, whole, rtol=1e-12, atol=1e-12)
+    for mine, wanted in zip(found, torch.autograd.grad(whole, (q, k, v), g), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradients_equal_those_of_separate_peft_models(name):
     base = made(name, torch.float64)
