@@ -118,7 +118,7 @@ def _never(sweep: Frozen, runs: list[Run], left: int) -> str | None:
         (left < 2 or facts.cores() < 2, "one trial, or one core"),
         (options.sampler not in DRAWN, f"sweep.sampler={options.sampler.value} looks at the trials before"),
         (options.pruner is not Pruner.none, f"sweep.pruner={options.pruner.value} looks at the trials beside"),
-        (options.pack != 1, "sweep.pack shares one process out"),
+        (options.pack > 1, "sweep.pack shares one process out"),
         (options.timeout_minutes is not None, "sweep.timeout_minutes is the time of a trial alone"),
         (bool({*runs[0].objectives, *options.at_most} & COSTS), "costs are compared"),
         (bool(options.storage), "sweep.storage is given"),

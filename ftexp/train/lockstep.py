@@ -150,16 +150,16 @@ def train(members: Sequence[Member]) -> Iterator[tuple[int, Learned]]:
                 trial.member.kept.began += time.monotonic() - waiting
 
 
-def seconds(members: Sequence[Member], steps: int = 3) -> float:
-    """Time an optimizer step of members: seconds of the fastest of some, after one that warms up."""
+def seconds(members: Sequence[Member], steps: int, budget: float) -> list[float]:
+    """Time optimizer steps of members, after one that warms up: at most `steps`, and none after `budget` seconds."""
     base, trials, took = members[0].base, [_begun(member) for member in members], []
     pack = Pack(base.model)
     with pack.on({name for t in trials for name in t.weights}):
-        for _ in range(steps + 1):
+        while len(took) <= steps and sum(took[1:]) < budget:
             began = time.perf_counter()
             _step(base, pack, trials, len(trials))
             took.append(time.perf_counter() - began)
-    return min(took[1:])
+    return took[1:]
 
 
 _alike: set[str] = set()

@@ -68,6 +68,7 @@ RUN = Run()
         (Options(sampler=Sampler.random, n_trials=8, storage="sqlite:///x.db"), [RUN], 8, "sweep.storage"),
         (Options(sampler=Sampler.random, n_trials=8, pruner=Pruner.asha), [RUN], 8, "sweep.pruner=asha"),
         (Options(sampler=Sampler.random, n_trials=8, pack=4), [RUN], 8, "sweep.pack"),
+        (Options(sampler=Sampler.random, n_trials=8, pack=0), [RUN], 8, None),
         (Options(sampler=Sampler.random, n_trials=8, timeout_minutes=9.0), [RUN], 8, "sweep.timeout_minutes"),
         (Options(sampler=Sampler.random, n_trials=8, at_most={"cost/seconds": 9.0}), [RUN], 8, "costs"),
         (TWO, [Run(objectives=["valid/loss", "cost/memory_gib"])], 8, "costs"),

@@ -1,13 +1,16 @@
 """Packs in a sweep: the same trials, bytes and ends as one by one, whatever the size and whoever is killed."""
 
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 from conftest import TINY
 
+from ftexp import data, experiment, model
 from ftexp.config import Run
 from ftexp.errors import ConfigError
 from ftexp.files import read_json, sha256
@@ -157,6 +160,7 @@ def test_what_does_not_go_into_a_pack_is_refused(tiny):
 @pytest.fixture
 def measured(tiny, monkeypatch, tmp_path):
     """Return a function that chooses a size for figures of a probe and free bytes."""
+    monkeypatch.setattr(packs, "FULL", 10**9)
 
     class Sweep:
         options = Options(pack=0)
@@ -169,8 +173,9 @@ def measured(tiny, monkeypatch, tmp_path):
 
     def choose(alone, together, free, most=16):
         counts = []
-        monkeypatch.setattr(packs, "seconds", lambda *given: counts.append(given[-1]) or (
-            alone if given[-1] == 1 else together))  # fmt: skip
+        together = together if isinstance(together, list) else [together]
+        monkeypatch.setattr(packs, "seconds", lambda *given: counts.append(given[-2]) or (
+            [alone] * given[-1] if given[-2] == 1 else together))  # fmt: skip
         monkeypatch.setattr(packs, "free_bytes", lambda base, workers: free)
         return packs._measured(Sweep, most, 1), counts  # type: ignore
 
@@ -179,10 +184,30 @@ def measured(tiny, monkeypatch, tmp_path):
 
 def test_auto_takes_what_pays(measured):
     found, counts = measured(alone=1.0, together=4.0, free=1e12)
-    assert (found["size"], found["gain"], counts) == (16, 4.0, [1, 16])
+    assert (found["size"], found["gain"], counts) == (16, 4.0, [16, 1])
     assert found["why"] == "16 trials in one pass are 4.00 times as fast as one by one"
     found, _ = measured(alone=1.0, together=15.0, free=1e12)
     assert (found["size"], found["tried"]) == (1, 16)
+    found, _ = measured(alone=1.0, together=[4.0, 90.0, 4.0], free=1e12)  # a step that something else disturbed
+    assert (found["size"], found["gain"]) == (16, 4.0)
+
+
+def test_auto_tries_nothing_where_a_trial_fills_the_cores(measured, monkeypatch):
+    monkeypatch.setattr(packs, "FULL", 1)
+    found, counts = measured(alone=1.0, together=1.0, free=1e12)
+    assert (found["size"], counts) == (1, [])
+    assert re.fullmatch(r"a trial's step has \d+ tokens, enough for \d+ cores", found["why"])
+
+
+def test_a_probe_ends_in_time(measured, tiny, monkeypatch):
+    """Steps of 1.5 s by the clock: with 2 s to spend two are taken behind the one that warms up, of 3 at most."""
+    run = tiny("trainer.engine=packed")
+    train, valid = experiment.tokenised(run, data.load(run.data))
+    base = model.load(run.model, run.quant)
+    clock = iter(x for n in range(99) for x in (2.0 * n, 2.0 * n + 1.5))
+    monkeypatch.setattr(lockstep.time, "perf_counter", lambda: next(clock))
+    assert packs.seconds(run, base, train, valid, 2, 3) == [1.5, 1.5]
+    assert packs.seconds(run, base, train, valid, 1, 3) == [1.5, 1.5, 1.5]
 
 
 def test_auto_takes_what_fits(measured):
@@ -190,7 +215,7 @@ def test_auto_takes_what_fits(measured):
     assert found["size"] == 4
     gib = found["trial_gib"]
     found, counts = measured(alone=1.0, together=1.0, free=2.6 * gib * 2**30 / packs.ROOM)
-    assert (found["size"], counts) == (2, [1, 2])
+    assert (found["size"], counts) == (2, [2, 1])
     found, counts = measured(alone=1.0, together=1.0, free=1.5 * gib * 2**30 / packs.ROOM)
     assert (found["size"], counts) == (1, [])
     assert found["why"].startswith("1 trials of ")
@@ -200,6 +225,7 @@ def test_auto_measures_once_and_puts_it_on_record(swept, tmp_path, monkeypatch):
     from ftexp.sweep import frozen
 
     alone = swept("name=alone")
+    monkeypatch.setattr(packs, "FULL", 10**9)
     calls, real = [], packs._measured
     monkeypatch.setattr(packs, "_measured", lambda *given: calls.append(given) or real(*given))
     assert swept("name=auto", "sweep.pack=0") == alone
@@ -207,4 +233,5 @@ def test_auto_measures_once_and_puts_it_on_record(swept, tmp_path, monkeypatch):
     record = worker.open_study(frozen.load(tmp_path / "outputs" / "sweeps" / "auto"))
     found = record.user_attrs[f"{packs.CHOSEN} {study.HOST}"]
     assert found["tried"] == 4
-    assert found["gain"] == pytest.approx(4 * found["alone_seconds"] / found["together_seconds"])
+    shares = zip(found["alone_seconds"], found["together_seconds"], strict=True)
+    assert found["gain"] == pytest.approx(median(4 * alone / together for alone, together in shares))
