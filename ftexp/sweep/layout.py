@@ -31,8 +31,11 @@ WORTH_SECONDS = 100.0
 """Sweeps that take less are not worth a probe."""
 CORE = 1.5e11
 """Operations a second of a core, rather more than it has: what is short by this is short."""
-STARTUP_SECONDS = 30.0
-"""What workers take longer than one process until their first trials train: each loads and scores the base itself."""
+STARTUP_SECONDS = 20.0
+"""What workers take longer than one process until their first trials train: each loads and scores the base itself (11 s
+with two on a Zen 4, 30 on a Zen 2)."""
+ROUNDS = 3
+"""Times that each way is tried, in turn; the fastest counts, whatever else the machine does only ever adds time."""
 BESIDE = 1.05
 """What a trial takes longer beside others (measured with two on two cores)."""
 GAIN = 1.15
@@ -93,7 +96,7 @@ def choice(sweep: Frozen, left: int) -> dict[str, Any]:
         return {"workers": 0, "why": "no memory for two workers"}
     length = min(TOKENS, max(1, sum(given.lengths) // len(given.lengths)))
     rows = min(run.trainer.batch, max(1, TOKENS // length))
-    made = fastest(left, operations, facts.cores(), most, probe(rows, length, chosen.attention))
+    made = fastest(left, operations, facts.cores(), most, probe(rows, length, chosen.attention, chosen.dtype))
     if made["workers"]:
         _settle(run, given.longest, facts.cores() // made["workers"])
     return made
@@ -159,21 +162,22 @@ def fastest(
         took: takes a number of threads, and returns seconds of a step of the probe and its operations.
     """
     counts = sorted({most, *(2**n for n in range(1, most.bit_length()) if 2**n <= most)})
-    whole, work = took(all_cores)
-    trial = whole * operations / work
+    threads = {1: all_cores, **{count: max(1, all_cores // count) for count in counts}}
+    tried = [{count: took(n) for count, n in threads.items()} for _ in range(ROUNDS)]
+    steps = {count: min(turn[count][0] for turn in tried) for count in threads}
+    trial = steps[1] * operations / tried[0][1][1]
     told: dict[str, Any] = {"seconds": {"0": round(left * trial, 1)}}
     for count in counts:
-        share = took(max(1, all_cores // count))[0] / whole * BESIDE
+        share = steps[count] / steps[1] * BESIDE
         told["seconds"][str(count)] = round(STARTUP_SECONDS + math.ceil(left / count) * share * trial, 1)
     best = min(counts, key=lambda n: (told["seconds"][str(n)], n))
     gain = told["seconds"]["0"] / told["seconds"][str(best)]
     told["workers"] = best if gain >= GAIN else 0
-    threads = max(1, all_cores // best)
-    how = f"{best} at a time with {threads} thread{'s' if threads > 1 else ''} each"
+    how = f"{best} at a time with {threads[best]} thread{'s' if threads[best] > 1 else ''} each"
     return told | {"why": f"{how} take {1 / gain:.0%} of the time of one by one (probe)"}
 
 
-def probe(rows: int, length: int, attention: str) -> Callable[[int], tuple[float, float]]:
+def probe(rows: int, length: int, attention: str, dtype: str) -> Callable[[int], tuple[float, float]]:
     """Make a small model with an adapter; the function that is returned times its step with so many threads."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -183,7 +187,9 @@ def probe(rows: int, length: int, attention: str) -> Callable[[int], tuple[float
             "num_key_value_heads": 3, "vocab_size": 4096}  # fmt: skip
     with torch.random.fork_rng():
         made: Any = get_peft_model(
-            LlamaForCausalLM._from_config(LlamaConfig(**size), attn_implementation=attention),  # type: ignore
+            LlamaForCausalLM._from_config(  # type: ignore
+                LlamaConfig(**size), attn_implementation=attention, dtype=getattr(torch, dtype)
+            ),
             LoraConfig(r=16, target_modules="all-linear"),
         )
         ids = torch.randint(0, 4096, (rows, length))

@@ -11,6 +11,7 @@ from conftest import TINY
 from ftexp import estimate, facts
 from ftexp.config import Data, Eval, Kind, Lora, Loss, Method, Model, Run, Trainer
 from ftexp.files import read_json
+from ftexp.model import compute
 from ftexp.sweep import frozen, layout, packs, study, supervisor, worker
 from ftexp.sweep.options import Engine, Options, Pruner, Sampler
 
@@ -23,11 +24,16 @@ def steps(scaling):
 
 
 def test_the_soonest_by_hand():
-    """Twenty trials of 10 s with both cores and 12 s with one: 200 s, or 30 s of startup and ten rounds of 12.6 s."""
+    """Twenty trials of 10 s with both cores and 12 s with one: 200 s, or 20 s of startup and ten rounds of 12.6 s."""
     told = layout.fastest(20, 1e12, 2, 2, steps({2: 10.0, 1: 12.0}))
-    assert told["seconds"] == {"0": 200.0, "2": 156.0}
+    assert told["seconds"] == {"0": 200.0, "2": 146.0}
     assert told["workers"] == 2
-    assert told["why"] == "2 at a time with 1 thread each take 78% of the time of one by one (probe)"
+    assert told["why"] == "2 at a time with 1 thread each take 73% of the time of one by one (probe)"
+
+
+def test_what_disturbs_one_turn_of_the_probe_decides_nothing():
+    clock = iter([10.0, 40.0, 30.0, 12.0, 10.0, 12.0])  # both cores, one core, and so on
+    assert layout.fastest(20, 1e12, 2, 2, lambda _: (next(clock), 1e12))["seconds"] == {"0": 200.0, "2": 146.0}
 
 
 @pytest.mark.parametrize(
@@ -37,7 +43,7 @@ def test_the_soonest_by_hand():
         (3, 2, 2, {2: 100.0, 1: 140.0}, 0),  # a second round for one trial
         (100, 2, 2, {2: 10.0, 1: 14.0}, 2),
         (2, 2, 2, {2: 1.0, 1: 1.0}, 0),  # the startup is longer than the trials
-        (64, 16, 16, {16: 10.0, 8: 10.0, 4: 11.0, 2: 24.0, 1: 48.0}, 4),  # 215 s, of eight 232 s
+        (64, 16, 16, {16: 10.0, 8: 10.0, 4: 11.0, 2: 24.0, 1: 48.0}, 4),  # 205 s, of eight 222 s
         (64, 16, 3, {16: 10.0, 8: 10.0, 5: 11.0}, 3),  # memory for three
         (6, 16, 6, {16: 30.0, 8: 30.0, 4: 33.0, 2: 33.0}, 6),
     ],
@@ -47,8 +53,8 @@ def test_as_many_as_finish_soonest(left, cores, most, scaling, found):
 
 
 def test_workers_that_save_little_are_not_taken():
-    assert layout.fastest(100, 1e12, 2, 2, steps({2: 10.0, 1: 16.2}))["workers"] == 0  # 880 s of 1000
-    assert layout.fastest(100, 1e12, 2, 2, steps({2: 10.0, 1: 15.8}))["workers"] == 2  # 860 s
+    assert layout.fastest(100, 1e12, 2, 2, steps({2: 10.0, 1: 16.2}))["workers"] == 0  # 870 s of 1000
+    assert layout.fastest(100, 1e12, 2, 2, steps({2: 10.0, 1: 15.8}))["workers"] == 2  # 850 s
 
 
 @pytest.fixture
@@ -116,7 +122,7 @@ def test_operations_by_hand(tiny, monkeypatch):
 
 def test_the_probe_times_a_step_and_leaves_everything_as_it_was():
     threads, state = torch.get_num_threads(), torch.random.get_rng_state()
-    seconds, operations = layout.probe(2, 8, "eager")(1)
+    seconds, operations = layout.probe(2, 8, "eager", "float32")(1)
     linear = 4 * (576 * (576 + 2 * 192 + 576) + 3 * 576 * 1536) + 4096 * 576
     norms = 576 * (2 * 4 + 1)
     assert operations == 4 * (linear + norms) * 16
@@ -139,12 +145,12 @@ def test_a_sweep_of_minutes_is_probed_and_a_short_one_is_not(calm, tiny, tmp_pat
     monkeypatch.setattr(layout, "_settle", lambda *given: settled.append(given[2]))
     assert layout.choice(sweep, 8)["workers"] == 2
     assert settled == [1]
-    [(rows, length, attention)] = asked
-    assert (rows, 0 < length < 256, attention) == (run.trainer.batch, True, "eager")
+    [(rows, length, *how)] = asked
+    assert (rows, 0 < length < 256, how) == (run.trainer.batch, True, ["eager", compute.policy(run.model).dtype])
     monkeypatch.setattr(layout, "TOKENS", 5)
     asked.clear()
     layout.choice(sweep, 8)
-    assert asked == [(1, 5, "eager")]  # long rows are cut: attention grows with their square
+    assert [given[:3] for given in asked] == [(1, 5, "eager")]  # long rows are cut: attention grows with their square
     monkeypatch.setattr(layout, "room", lambda _: 1)
     assert layout.choice(sweep, 8) == {"workers": 0, "why": "no memory for two workers"}
     monkeypatch.setattr(layout, "LARGEST", 0)
