@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 from ftexp import config, data, estimate, experiment, facts
@@ -31,15 +32,20 @@ WORTH_SECONDS = 100.0
 """Sweeps that take less are not worth a probe."""
 CORE = 1.5e11
 """Operations a second of a core, rather more than it has: what is short by this is short."""
-STARTUP_SECONDS = 20.0
-"""What workers take longer than one process until their first trials train: each loads and scores the base itself (11 s
-with two on a Zen 4, 30 on a Zen 2)."""
-ROUNDS = 3
-"""Times that each way is tried, in turn; the fastest counts, whatever else the machine does only ever adds time."""
+STARTUP_SECONDS = 10.0
+"""What a worker takes to import its libraries and to load the base, while the launch has done both."""
+WRITING = 2
+"""Passes over the held-out rows that take as long as writing a completion for each (1.4 to 2 measured)."""
+ROUNDS = 5
+"""Times that each way is tried, in turn. The median counts: a product shared out waits for the core that is disturbed,
+two trials beside each other do not, so what disturbs belongs to the figure."""
 BESIDE = 1.05
 """What a trial takes longer beside others (measured with two on two cores)."""
-GAIN = 1.15
-"""Workers must finish the sweep this many times as soon."""
+TRIAL_SECONDS = 2.0
+"""What a trial takes beside its operations, on one core: adapter on and off, hashes of the base, tables, files."""
+GAIN = 1.1
+"""Workers must finish the sweep this many times as soon (8 trials of 20 steps on two Zen 4 cores: 1.1 to 1.2 foretold,
+194 s against 245 measured)."""
 LARGEST = 4 * estimate.GIB
 """Bytes of weights above which a probe with a small model says nothing."""
 PROCESS = int(0.8 * estimate.GIB)
@@ -86,7 +92,7 @@ def choice(sweep: Frozen, left: int) -> dict[str, Any]:
     if chosen.device != "cpu":
         return {"workers": 0, "why": "a GPU that nvidia-smi does not list"}
     plan = estimate.trial(run, given, chosen)
-    operations = flops(run, plan, given)
+    operations, before = flops(run, plan, given)
     if left * operations / (CORE * facts.cores()) < WORTH_SECONDS:
         return {"workers": 0, "why": "a short sweep"}
     if plan.activations is None or plan.optimizer is None or plan.weights > LARGEST:
@@ -94,9 +100,10 @@ def choice(sweep: Frozen, left: int) -> dict[str, Any]:
     most = min(left, facts.cores(), room(plan), MOST)
     if most < 2:
         return {"workers": 0, "why": "no memory for two workers"}
+    compute.apply(chosen)  # the probe computes as trials do
     length = min(TOKENS, max(1, sum(given.lengths) // len(given.lengths)))
     rows = min(run.trainer.batch, max(1, TOKENS // length))
-    made = fastest(left, operations, facts.cores(), most, probe(rows, length, chosen.attention, chosen.dtype))
+    made = fastest(left, operations, before, facts.cores(), most, probe(rows, length, chosen.attention, chosen.dtype))
     if made["workers"]:
         _settle(run, given.longest, facts.cores() // made["workers"])
     return made
@@ -139,24 +146,26 @@ def room(plan: estimate.Plan) -> int:
     return max(0, int(packs.ROOM * facts.free_memory() / each))
 
 
-def flops(run: Run, plan: estimate.Plan, given: estimate.Rows) -> float:
-    """Operations of a trial: its training over a frozen base, its rungs and scores, and what it writes."""
+def flops(run: Run, plan: estimate.Plan, given: estimate.Rows) -> tuple[float, float]:
+    """Operations of a trial (training over a frozen base, rungs, scores, completions), and of scoring its base."""
     weights = plan.flops / (6 * plan.padded)
     held_out = len(data.load(run.data).valid)
     tokens = held_out * sum(given.lengths) / len(given.lengths)
     every = run.trainer.report_steps
-    passes = 1 + ((plan.steps - 1) // every if every else 0) + run.eval.generate
-    return 4 / 6 * plan.flops + 2 * weights * tokens * passes
+    one, score = 2 * weights * tokens, 1 + WRITING * run.eval.generate
+    rungs = (plan.steps - 1) // every if every else 0
+    return 4 / 6 * plan.flops + (rungs + score) * one, score * one
 
 
 def fastest(
-    left: int, operations: float, all_cores: int, most: int, took: Callable[[int], tuple[float, float]]
-) -> dict[str, Any]:
+    left: int, operations: float, before: float, all_cores: int, most: int, took: Callable[[int], tuple[float, float]]
+) -> dict[str, Any]:  # fmt: skip
     """Choose how many workers finish soonest.
 
     Args:
         left: trials to do.
         operations: of a trial.
+        before: operations of scoring the base, once in this process, and once in each worker.
         all_cores: of the machine, shared out among workers.
         most: workers that fit.
         took: takes a number of threads, and returns seconds of a step of the probe and its operations.
@@ -164,12 +173,15 @@ def fastest(
     counts = sorted({most, *(2**n for n in range(1, most.bit_length()) if 2**n <= most)})
     threads = {1: all_cores, **{count: max(1, all_cores // count) for count in counts}}
     tried = [{count: took(n) for count, n in threads.items()} for _ in range(ROUNDS)]
-    steps = {count: min(turn[count][0] for turn in tried) for count in threads}
-    trial = steps[1] * operations / tried[0][1][1]
-    told: dict[str, Any] = {"seconds": {"0": round(left * trial, 1)}}
+    steps = {count: median(turn[count][0] for turn in tried) for count in threads}
+    rate = steps[1] / tried[0][1][1]
+    alone = left * TRIAL_SECONDS + rate * (before + left * operations)
+    told: dict[str, Any] = {"seconds": {"0": round(alone, 1)}}
     for count in counts:
         share = steps[count] / steps[1] * BESIDE
-        told["seconds"][str(count)] = round(STARTUP_SECONDS + math.ceil(left / count) * share * trial, 1)
+        turns = math.ceil(left / count)
+        work = rate * share * (before + turns * operations)
+        told["seconds"][str(count)] = round(STARTUP_SECONDS + turns * TRIAL_SECONDS + work, 1)
     best = min(counts, key=lambda n: (told["seconds"][str(n)], n))
     gain = told["seconds"]["0"] / told["seconds"][str(best)]
     told["workers"] = best if gain >= GAIN else 0
@@ -183,8 +195,8 @@ def probe(rows: int, length: int, attention: str, dtype: str) -> Callable[[int],
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    size = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 9,
-            "num_key_value_heads": 3, "vocab_size": 4096}  # fmt: skip
+    size: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 4,
+                            "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 4096}  # fmt: skip
     with torch.random.fork_rng():
         made: Any = get_peft_model(
             LlamaForCausalLM._from_config(  # type: ignore
@@ -201,13 +213,13 @@ def probe(rows: int, length: int, attention: str, dtype: str) -> Callable[[int],
         before, times = torch.get_num_threads(), []
         torch.set_num_threads(threads)
         try:
-            for _ in range(4):
+            for _ in range(3):
                 began = time.perf_counter()
                 made(input_ids=ids, labels=ids).loss.backward()
                 made.zero_grad()
                 times.append(time.perf_counter() - began)
         finally:
             torch.set_num_threads(before)
-        return min(times[1:]), 4.0 * frozen_weights * ids.numel()
+        return mean(times[1:]), 4.0 * frozen_weights * ids.numel()
 
     return took
