@@ -12,6 +12,8 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+from ftexp.model import compute
+
 LIBRARIES = (
     "torch",
     "transformers",
@@ -112,7 +114,8 @@ def shared_gpu_gib() -> float | None:
 
 
 def reset_peak_memory() -> None:
-    """Start a new high-water mark, so that a trial does not inherit the one before it."""
+    """Start a new high-water mark at what is in use, so that a trial does not inherit the one before it."""
+    compute.give_back_pages()  # glibc keeps what an earlier trial freed
     if sys.modules.get("torch") and sys.modules["torch"].cuda.is_available():
         sys.modules["torch"].cuda.reset_peak_memory_stats()
     clear = Path("/proc/self/clear_refs")
@@ -122,12 +125,10 @@ def reset_peak_memory() -> None:
 
 def resident_gib() -> float:
     """Resident memory of the process now, what it freed given back first; its peak outside Linux."""
-    import ctypes
     import gc
 
     gc.collect()
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # glibc keeps what an earlier trial freed
-        trim(0)
+    compute.give_back_pages()
     status = Path("/proc/self/status")
     if not status.exists():
         return peak_memory_gib()["memory_gib"]

@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ftexp.config import Attention, Dtype, Model
 from ftexp.files import cache, read_json, write_json
@@ -97,20 +97,16 @@ def keep_pages() -> None:
     allocates and frees some GB, and a fault of a page costs up to 3 microseconds on a virtual machine. Measured on two
     Zen 4 cores: 8 to 12 % of a training step. The peak stays as it is. Settings of a person (`MALLOC_*_`) stay.
     """
-    libc = _libc()
-    if libc is not None and not any(name.startswith("MALLOC_") for name in os.environ):
-        libc.mallopt(MMAP_THRESHOLD, LARGE)
-        libc.mallopt(TRIM_THRESHOLD, -1)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+        mallopt(MMAP_THRESHOLD, LARGE)
+        mallopt(TRIM_THRESHOLD, -1)
 
 
 def give_back_pages() -> None:
-    """Hand free memory to the system, as after a model was dropped."""
-    if (libc := _libc()) is not None:
-        libc.malloc_trim(0)
-
-
-def _libc() -> Any:
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+    """Hand free memory to the system: a model was dropped, or memory is to be measured."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def _chip() -> str:

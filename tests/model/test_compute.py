@@ -1,3 +1,8 @@
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 
 from ftexp.config import Attention, Dtype, Model
@@ -69,3 +74,32 @@ def test_both_attentions_give_the_same_loss_and_the_base_is_another():
         keys.append(base.key)
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert keys[0] != keys[1]
+
+
+FAULTS = """
+import resource, sys, torch
+from ftexp.model import compute
+if "keep" in sys.argv:
+    compute.keep_pages()
+for _ in range(3):
+    torch.ones(2**24)  # 64 MiB; aligned blocks take two rounds until one fits into what is free
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory of glibc; run it where Python is linked with it")
+@pytest.mark.parametrize(
+    ("given", "env", "most"),
+    [("keep", {}, 4000), ("", {}, None), ("keep", {"MALLOC_TRIM_THRESHOLD_": "131072"}, None)],
+    ids=["kept", "sabotage: not asked", "a person's own setting"],
+)
+def test_freed_memory_is_used_again(given, env, most):
+    """Five times 64 MiB are 82,000 pages of 4 KiB, of which none is new."""
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    done = subprocess.run([sys.executable, "-c", FAULTS, given], env=own | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = int(done.stdout)
+    assert pages > 50_000 if most is None else pages < most
