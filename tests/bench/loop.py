@@ -115,7 +115,8 @@ def single(point: dict[str, Any]) -> dict[str, Any]:
 
 def swept(points: list[dict[str, Any]], *more: str, steps: int = STEPS, every: int = EVERY) -> dict[str, Any]:
     """Run points as one sweep of ftexp; return its time, and the loss and last step of each trial."""
-    baselines = ",".join("{" + ",".join(f"{KEYS[k]}:{v}" for k, v in p.items()) + "}" for p in points)
+    searched = [k for k in KEYS if len({p[k] for p in points}) > 1]
+    baselines = ",".join("{" + ",".join(f"{KEYS[k]}:{p[k]}" for k in searched) + "}" for p in points)
     forget()
     params = [f"{KEYS[k]}={','.join(str(v) for v in sorted({p[k] for p in points}))}" for k in KEYS]
     with tempfile.TemporaryDirectory(prefix="bench") as work:
