@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import platform
 import subprocess
@@ -5,7 +6,8 @@ import sys
 
 import pytest
 
-from ftexp.config import Attention, Dtype, Model
+from ftexp import model, passes
+from ftexp.config import Attention, Dtype, Kind, Model, Quant
 from ftexp.model import compute
 
 
@@ -103,3 +105,24 @@ def test_freed_memory_is_used_again(given, env, most):
     assert done.returncode == 0, done.stderr
     pages = int(done.stdout)
     assert pages > 50_000 if most is None else pages < most
+
+
+def test_pages_are_kept_where_the_cpu_computes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(compute, "keep_pages", lambda: asked.append(1))
+    chosen = compute.policy(Model())
+    compute.apply(dataclasses.replace(chosen, device="cuda"))
+    assert asked == []
+    compute.apply(dataclasses.replace(chosen, device="cpu"))
+    assert asked == [1]
+
+
+def test_memory_is_given_back_before_another_model_is_loaded_and_after_it_ran_out(monkeypatch):
+    asked = []
+    monkeypatch.setattr(compute, "give_back_pages", lambda: asked.append(1))
+    model.forget()
+    for dtype in (Dtype.float32, Dtype.float32, Dtype.bfloat16):
+        model.load(Model(kind=Kind.tiny, dtype=dtype), Quant())
+    assert asked == [1]
+    passes.free_memory()
+    assert asked == [1, 1]

@@ -135,6 +135,14 @@ def test_the_probe_times_a_step_and_leaves_everything_as_it_was():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_probe_computes_in_the_format_of_the_trials(dtype, monkeypatch):
+    seen, usual = set(), torch.nn.functional.silu
+    monkeypatch.setattr(torch.nn.functional, "silu", lambda x, *given: seen.add(x.dtype) or usual(x, *given))
+    layout.probe(1, 2, "eager", dtype)(1)
+    assert seen == {getattr(torch, dtype)}
+
+
 def test_a_sweep_of_minutes_is_probed_and_a_short_one_is_not(calm, tiny, tmp_path, monkeypatch):
     """From the config to the choice, with the rule about tiny models taken out."""
     run = tiny("trainer.steps=3")
@@ -145,10 +153,12 @@ def test_a_sweep_of_minutes_is_probed_and_a_short_one_is_not(calm, tiny, tmp_pat
     asked = []
     monkeypatch.setattr(layout, "CORE", 1.0)
     monkeypatch.setattr(layout, "probe", lambda *given: asked.append(given) or steps({2: 1e9, 1: 1e9}))
-    settled = []
+    settled, applied = [], []
+    monkeypatch.setattr(layout.compute, "apply", applied.append)
     monkeypatch.setattr(layout, "_settle", lambda *given: settled.append(given[2]))
     assert layout.choice(sweep, 8)["workers"] == 2
     assert settled == [1]
+    assert len(applied) == 1  # before the probe, which computes as trials do
     [(rows, length, *how)] = asked
     assert (rows, 0 < length < 256, how) == (run.trainer.batch, True, ["eager", compute.policy(run.model).dtype])
     monkeypatch.setattr(layout, "TOKENS", 5)
