@@ -379,8 +379,8 @@ class Elementwise(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Take values (1, position, width) to as many."""
-        layout = cast(Layout, self._pack[0].layout)
-        return torch.cat([self.base(part) for part in x.split(layout.sizes, 1)], 1)
+        sizes = cast(Layout, self._pack[0].layout).sizes
+        return self.base(x) if len(sizes) == 1 else torch.cat([self.base(part) for part in x.split(sizes, 1)], 1)
 
 
 class Rotary(nn.Module):

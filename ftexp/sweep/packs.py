@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -34,10 +35,17 @@ SIZES = (16, 8, 4, 2)
 GAIN = 1.1
 """A pack must be this many times faster than its trials one by one."""
 FULL = 128
-"""Tokens of a trial's step for each core of a CPU from which no pack is tried: on one core packs were measured to gain
-1.5 times at 28 tokens, 1.07 at 109 (Zen 2) and nothing at 221 (Zen 4)."""
+"""Tokens of a trial's step for each core of a CPU from which no pack is tried, unless `FASTER` holds: on one core packs
+were measured to gain 1.5 times at 28 tokens, 1.07 at 109 (Zen 2) and nothing at 221 (Zen 4)."""
+FASTER = 1.25
+"""How many times as fast the rows of a product must go in a pack for more tokens to be tried. On one core, of 228 rows
+and of 912: 1.0 on a Zen 4, 1.5 to 1.9 on an Intel chip with AMX, where packs gain 1.3 times."""
+TRIED = 4
+"""Trials that a probe puts into one pass at most; larger packs are measured to gain what four do, and more."""
 STEPS, BUDGET_SECONDS = 3, 2.0
 """Steps of a probe, of which none begins after so many seconds."""
+ROUNDS, LAYERS = 3, 28
+"""Times that products are timed, and of how many layers."""
 ROOM = 0.8
 """Share of the free memory that a pack may take."""
 GROWTH = 1.6
@@ -69,16 +77,21 @@ def check(options: Options, axes: tuple[Axis, ...], runs: list[config.Run]) -> N
             raise ConfigError(f"sweep.pack must be 1 where {name} is compared, got {options.pack}: a pack has one peak")
 
 
-def size(sweep: Frozen, record: Study) -> int:
-    """Return how many tickets a worker takes at once: never more than its share of those that wait."""
+def size(sweep: Frozen, record: Study, first: bool) -> int:
+    """Return how many tickets a worker takes at once: never more than its share of those that wait.
+
+    The `first` time those that others have taken count too: workers start beside each other, and the second would
+    otherwise take half of what the first left.
+    """
     from ftexp.sweep import supervisor
 
     if sweep.options.pack == 1:
         return 1
     beside = os.environ.get(supervisor.COUNT, "")
     workers = int(beside) if beside.isdecimal() and int(beside) else max(1, supervisor.workers(sweep.options))
-    waiting = sum(t.state.name == "WAITING" for t in study.counted(record))
-    most = max(1, min(sweep.options.pack or SIZES[0], math.ceil(waiting / workers)))
+    states = [t.state.name for t in study.counted(record)]
+    waiting, shared = states.count("WAITING"), states.count("RUNNING") if first else 0
+    most = max(1, min(sweep.options.pack or SIZES[0], waiting, math.ceil((waiting + shared) / workers)))
     if sweep.options.pack or most == 1:
         return most
     return min(most, _chosen(sweep, record, most, workers)["size"])
@@ -109,15 +122,36 @@ def _measured(sweep: Frozen, most: int, workers: int) -> dict[str, Any]:
     chosen = next((n for n in SIZES if n <= min(most, fits)), 1)
     if chosen == 1:
         return {"size": 1, "why": f"{fits} trials of {each / 2**30:.2f} GiB fit into the free memory"}
-    tokens, threads = run.trainer.batch * sum(given.lengths) / len(given.lengths), base.compute.threads
-    if base.compute.device == "cpu" and tokens >= FULL * threads:
-        return {"size": 1, "why": f"a trial's step has {tokens:.0f} tokens, enough for {threads} cores"}
-    together = seconds(run, base, train, valid, chosen, STEPS)
+    tokens, threads, tried = run.trainer.batch * sum(given.lengths) // len(given.lengths), base.compute.threads, min(TRIED, chosen)
+    if base.compute.device == "cpu" and tokens >= FULL * threads and faster(base, tokens, tried) < FASTER:
+        return {"size": 1, "why": f"a trial's step has {tokens} tokens, enough for {threads} cores"}
+    together = seconds(run, base, train, valid, tried, STEPS)
     alone = seconds(run, base, train, valid, 1, len(together))  # of the same rows
-    gain = median(chosen * a / t for a, t in zip(alone, together, strict=True))
-    told = {"size": chosen if gain >= GAIN else 1, "tried": chosen, "gain": gain, "alone_seconds": alone,
+    gain = median(tried * a / t for a, t in zip(alone, together, strict=True))
+    told = {"size": chosen if gain >= GAIN else 1, "tried": tried, "gain": gain, "alone_seconds": alone,
             "together_seconds": together, "trial_gib": each / 2**30}  # fmt: skip
-    return told | {"why": f"{chosen} trials in one pass are {gain:.2f} times as fast as one by one"}
+    return told | {"why": f"{tried} trials in one pass are {gain:.2f} times as fast as one by one"}
+
+
+def faster(base: Base, rows: int, count: int) -> float:
+    """Measure how many times as fast each of so many rows goes through the layers of a base where `count` times as many
+    go together."""
+    import torch
+
+    layers = [m for m in base.model.base_model.modules() if isinstance(m, torch.nn.Linear)]  # 4-bit ones are such, too
+
+    def took(many: int) -> float:
+        given = {n: torch.ones(many, n, dtype=base.model.dtype) for n in {layer.in_features for layer in layers}}
+        times = []
+        for _ in range(ROUNDS):
+            began = time.perf_counter()
+            for layer in layers[:LAYERS]:
+                layer(given[layer.in_features])
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    with torch.no_grad():
+        return count * took(rows) / took(count * rows)
 
 
 def seconds(run: config.Run, base: Base, train: Any, valid: Any, count: int, steps: int) -> list[float]:
@@ -125,7 +159,7 @@ def seconds(run: config.Run, base: Base, train: Any, valid: Any, count: int, ste
     from ftexp.train import lockstep
 
     with tempfile.TemporaryDirectory() as folder:
-        members = [_member(run, base, train, valid, Path(folder)) for _ in range(count)]
+        members = [_member(run, base, train, valid, Path(folder))] * count  # each begins with weights of its own
         return lockstep.seconds(members, steps, BUDGET_SECONDS if count > 1 else math.inf)
 
 

@@ -84,7 +84,9 @@ LOST = Outcome("failed", "crash", "another process of the trial is gone")
 
 def work(sweep: Frozen, record: Study) -> None:
     """Take and run tickets until none waits, or the sweep is told to stop."""
-    while not record.user_attrs.get(STOP) and (trials := _claimed(record, packs.size(sweep, record))):
+    first = True
+    while not record.user_attrs.get(STOP) and (trials := _claimed(record, packs.size(sweep, record, first))):
+        first = False
         if len(trials) == 1:
             run_ticket(sweep, record, trials[0])
         else:

@@ -248,9 +248,21 @@ def test_a_worker_with_one_gpu_of_many_takes_its_share_of_the_tickets(monkeypatc
         monkeypatch.setenv(name, value)
     sweep = SimpleNamespace(options=Options(sampler=Sampler.random, n_trials=16, pack=16))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
-    assert packs.size(sweep, SimpleNamespace()) == 2
+    assert packs.size(sweep, SimpleNamespace(), True) == 2
     monkeypatch.delenv(supervisor.COUNT)
-    assert packs.size(sweep, SimpleNamespace()) == 16  # the guard above is not vacuous
+    assert packs.size(sweep, SimpleNamespace(), True) == 16  # the guard above is not vacuous
+
+
+def test_workers_that_start_together_take_equal_shares(monkeypatch):
+    """The second takes as many as the first, of which eight minus those wait; later each takes its share of the rest."""
+    states = ["RUNNING"] * 4 + ["WAITING"] * 4
+    monkeypatch.setattr(study, "counted", lambda _: [SimpleNamespace(state=SimpleNamespace(name=s)) for s in states])
+    monkeypatch.setenv(supervisor.COUNT, "2")
+    sweep = SimpleNamespace(options=Options(sampler=Sampler.random, n_trials=8, pack=16))
+    assert packs.size(sweep, SimpleNamespace(), True) == 4
+    assert packs.size(sweep, SimpleNamespace(), False) == 2
+    states[:] = ["RUNNING"] * 7 + ["WAITING"]
+    assert packs.size(sweep, SimpleNamespace(), True) == 1
 
 
 def test_every_sampler_that_looks_at_results_is_left_out():

@@ -183,20 +183,31 @@ def measured(tiny, monkeypatch, tmp_path):
 
 
 def test_auto_takes_what_pays(measured):
-    found, counts = measured(alone=1.0, together=4.0, free=1e12)
-    assert (found["size"], found["gain"], counts) == (16, 4.0, [16, 1])
-    assert found["why"] == "16 trials in one pass are 4.00 times as fast as one by one"
-    found, _ = measured(alone=1.0, together=15.0, free=1e12)
-    assert (found["size"], found["tried"]) == (1, 16)
-    found, _ = measured(alone=1.0, together=[4.0, 90.0, 4.0], free=1e12)  # a step that something else disturbed
-    assert (found["size"], found["gain"]) == (16, 4.0)
+    found, counts = measured(alone=1.0, together=2.0, free=1e12)
+    assert (found["size"], found["gain"], counts) == (16, 2.0, [4, 1])
+    assert found["why"] == "4 trials in one pass are 2.00 times as fast as one by one"
+    found, _ = measured(alone=1.0, together=3.8, free=1e12)
+    assert (found["size"], found["tried"]) == (1, 4)
+    found, _ = measured(alone=1.0, together=[2.0, 90.0, 2.0], free=1e12)  # a step that something else disturbed
+    assert (found["size"], found["gain"]) == (16, 2.0)
 
 
-def test_auto_tries_nothing_where_a_trial_fills_the_cores(measured, monkeypatch):
+@pytest.mark.parametrize(("gain", "size", "tried"), [(1.0, 1, []), (1.8, 16, [4, 1])])
+def test_of_many_tokens_auto_tries_packs_where_products_gain(measured, monkeypatch, gain, size, tried):
     monkeypatch.setattr(packs, "FULL", 1)
-    found, counts = measured(alone=1.0, together=1.0, free=1e12)
-    assert (found["size"], counts) == (1, [])
-    assert re.fullmatch(r"a trial's step has \d+ tokens, enough for \d+ cores", found["why"])
+    monkeypatch.setattr(packs, "faster", lambda *_: gain)
+    found, counts = measured(alone=1.0, together=2.0, free=1e12)
+    assert (found["size"], counts) == (size, tried)
+    if not tried:
+        assert re.fullmatch(r"a trial's step has \d+ tokens, enough for \d+ cores", found["why"])
+
+
+def test_products_of_rows_that_cost_nothing_more_gain_by_their_number(tiny, monkeypatch):
+    """By the clock each round of products takes 1 s, of some rows or of four times as many."""
+    base = model.load(tiny().model, tiny().quant)
+    clock = iter(range(99))
+    monkeypatch.setattr(packs.time, "perf_counter", lambda: float(next(clock)))
+    assert packs.faster(base, 32, 4) == 4.0
 
 
 def test_a_probe_ends_in_time(measured, tiny, monkeypatch):
