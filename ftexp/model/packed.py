@@ -2,13 +2,14 @@
 
 The rows of all members lie behind each other in one sequence without padding. Linear layers multiply all of it with
 the frozen base once, so that weights are read, and 4-bit ones unpacked, once for all; then each member's stretch with
-its own adapter. Attention takes rows of equal length together, and never two rows as one.
+its own adapter. Attention takes rows of about equal length together, and never two rows as one.
 
 On a CPU a member's numbers do not depend on who else is there. What would make them depend is done member by member:
 products of adapters, elementwise functions whose kernels end in another formula than they begin with, and rows so
 short that the matrix library takes another way for one than for many. Matrix products of PyTorch's libraries give a row
-the same bits among 16 rows and among thousands, but not always among fewer (measured for MKL and oneDNN), so a member
-brings at least `FEWEST` tokens. On a GPU kernels are chosen by size, and equality is up to rounding.
+the same bits among 16 rows and among thousands, but not always among fewer (measured for MKL and oneDNN on AVX2 and
+AVX-512 chips), so a member brings at least `FEWEST` tokens. On chips with AMX they do not: there `steady` sees it, and
+each member's rows are multiplied by themselves. On a GPU kernels are chosen by size, and equality is up to rounding.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ SMALL = 16**3
 """Multiplications up to which oneDNN leaves a product to another kernel (PyTorch's `mkldnn_gemm` rule)."""
 ALIKE_LENGTH = 0.75
 """Rows of at least this share of another's length are filled up to it in attention: fewer and larger products."""
+MANY, ROWS = 2048, (16, 17, 24, 33, 48, 65, 91, 128, 200, 231, 300, 453, 700, 912, 1386)
+"""Rows of a product whose bits are compared with those of some of them, and how many."""
 CHUNK = 512
 """Rows of logits that are in memory at once."""
 ALIKE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -206,9 +209,12 @@ def _shared(lengths: list[int]) -> list[int]:
 class Pack:
     """The base while it serves several adapters."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, count: int) -> None:
+        """Take a base for so many members at most."""
         self.model = model
         self.layout: Layout | None = None
+        self.apart = count > 1 and not steady(model)
+        """Whether each member's rows are multiplied with the base by themselves."""
 
     @contextmanager
     def on(self, names: set[str]) -> Iterator[None]:
@@ -238,7 +244,7 @@ class Pack:
 
     def _instead(self, name: str, module: nn.Module, names: set[str]) -> nn.Module | None:
         """Return what stands in for a module: for a linear layer with adapters, and for what is done by member."""
-        if name in names:
+        if name in names or (self.apart and isinstance(module, nn.Linear) and module is not self.model.get_output_embeddings()):
             return Linear(module, name, self)
         if type(module).__name__.endswith("RotaryEmbedding"):
             return Rotary(module, self)
@@ -266,6 +272,33 @@ class Pack:
             ).last_hidden_state
         finally:
             self.layout = None
+
+
+def steady(model: PreTrainedModel) -> bool:
+    """Tell whether the layers of a base give a row the same bits among few rows and among many, by trying.
+
+    Measured on an Intel chip with AMX: in bfloat16, and in float32 with two threads, the order in which a row's terms
+    are added depends on how many rows there are, and one element in some thousands is rounded otherwise.
+    """
+    if model.device.type != "cpu":
+        return True  # nothing is promised there
+    shapes = {(m.in_features, m.out_features) for m in model.base_model.modules() if isinstance(m, nn.Linear)}
+    kernel = str(getattr(torch.backends.mkldnn.matmul, "fp32_precision", ""))
+    return all(_steady(*shape, model.dtype, torch.get_num_threads(), kernel) for shape in sorted(shapes))
+
+
+@cache
+def _steady(inner: int, outer: int, dtype: torch.dtype, threads: int, kernel: str) -> bool:
+    """Compare a product's bits, and those of its way back; threads and kernel are those in force, and part of the key."""
+    draw = torch.Generator().manual_seed(0)
+    weight, x, g = (
+        torch.randn(*shape, generator=draw).to(dtype) for shape in ((outer, inner), (MANY, inner), (MANY, outer))
+    )
+    with torch.no_grad():
+        y, gx = functional.linear(x, weight), g @ weight
+        return all(
+            torch.equal(functional.linear(x[:n], weight), y[:n]) and torch.equal(g[:n] @ weight, gx[:n]) for n in ROWS
+        )
 
 
 @cache
@@ -307,7 +340,8 @@ class Linear(nn.Module):
                 dropout = adapter.dropout if layout.training else 0.0
                 parts.append((begin, end, adapter.scales[self.name], dropout, adapter.draw))
                 weights += adapter.weights[self.name]
-        return _Product.apply(x[0], self.base, parts, *weights)[None]  # type: ignore
+        sizes = layout.sizes if self._pack[0].apart else [len(x[0])]
+        return _Product.apply(x[0], self.base, sizes, parts, *weights)[None]  # type: ignore
 
 
 def dense(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
@@ -323,18 +357,38 @@ def dense(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     return layer.weight
 
 
-def _product(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _product(base: nn.Module, x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     if x.is_cuda and hasattr(base.weight, "SCB"):
         return base(x)  # LLM.int8(): inputs are quantized too; on a CPU bitsandbytes trains with unpacked weights
-    return functional.linear(x, dense(base, x.dtype), cast(Any, base).bias)
+    weight, bias = dense(base, x.dtype), cast(Any, base).bias
+    if len(sizes) == 1:
+        return functional.linear(x, weight, bias)
+    y = x.new_empty(len(x), len(weight))
+    for mine, out in zip(x.split(sizes), y.split(sizes), strict=True):
+        if bias is None:
+            torch.mm(mine, weight.t(), out=out)
+        else:
+            torch.addmm(bias, mine, weight.t(), out=out)
+    return y
+
+
+def _returned(base: nn.Module, g: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Gradient at the inputs of a frozen layer, (token, in), of that at its outputs, (token, out)."""
+    weight = dense(base, g.dtype)
+    if len(sizes) == 1:
+        return g @ weight
+    gx = g.new_empty(len(g), weight.shape[1])
+    for mine, out in zip(g.split(sizes), gx.split(sizes), strict=True):
+        torch.mm(mine, weight, out=out)
+    return gx
 
 
 class _Product(torch.autograd.Function):
     """y = x W^T + bias, and s (drop(x) A^T) B^T on each member's stretch. W is frozen and has no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x, base, parts, *weights):
-        y = _product(base, x)
+    def forward(ctx: Any, x, base, sizes, parts, *weights):
+        y = _product(base, x, sizes)
         inner, masks = [], []
         for n, (begin, end, scale, dropout, draw) in enumerate(parts):
             a, b = weights[2 * n], weights[2 * n + 1]
@@ -347,7 +401,7 @@ class _Product(torch.autograd.Function):
             y[begin:end].addmm_(h, b.t())
             inner.append(h)
         ctx.save_for_backward(x, *weights, *inner, *masks)
-        ctx.base, ctx.parts = base, parts
+        ctx.base, ctx.sizes, ctx.parts = base, sizes, parts
         return y
 
     @staticmethod
@@ -356,7 +410,7 @@ class _Product(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         weights, inner, masks = rest[: 2 * count], rest[2 * count : 3 * count], iter(rest[3 * count :])
         g = g.contiguous()
-        gx = g @ dense(ctx.base, g.dtype) if ctx.needs_input_grad[0] else None
+        gx = _returned(ctx.base, g, ctx.sizes) if ctx.needs_input_grad[0] else None
         found = []
         for n, (begin, end, scale, dropout, _) in enumerate(ctx.parts):
             a, b, mine, mask = weights[2 * n], weights[2 * n + 1], x[begin:end], next(masks) if dropout else None
@@ -367,7 +421,7 @@ class _Product(torch.autograd.Function):
                 gx[begin:end].addmm_(gh, a)
             elif gx is not None:
                 gx[begin:end] += torch.mm(gh, a).mul_(cast(torch.Tensor, mask))
-        return gx, None, None, *found
+        return gx, None, None, None, *found
 
 
 class Elementwise(nn.Module):
@@ -546,7 +600,7 @@ def check_alike(model: PreTrainedModel, texts: Sequence[list[int]], pad: int) ->
     Raises:
         ConfigError: they differ by more than rounding.
     """
-    pack = Pack(model)
+    pack = Pack(model, 1)
     draw = torch.Generator(model.device)
     with torch.no_grad():
         own = torch.cat([model(input_ids=torch.tensor([t], device=model.device)).logits[0] for t in texts])

@@ -35,11 +35,12 @@ SIZES = (16, 8, 4, 2)
 GAIN = 1.1
 """A pack must be this many times faster than its trials one by one."""
 FULL = 128
-"""Tokens of a trial's step for each core of a CPU from which no pack is tried, unless `FASTER` holds: on one core packs
-were measured to gain 1.5 times at 28 tokens, 1.07 at 109 (Zen 2) and nothing at 221 (Zen 4)."""
-FASTER = 1.25
-"""How many times as fast the rows of a product must go in a pack for more tokens to be tried. On one core, of 228 rows
-and of 912: 1.0 on a Zen 4, 1.5 to 1.9 on an Intel chip with AMX, where packs gain 1.3 times."""
+"""Tokens of a trial's step for each core of a CPU from which no pack is tried, unless its products are `SWIFT`: on one core
+packs were measured to gain 1.5 times at 28 tokens, 1.07 at 109 (Zen 2) and nothing at 221 (Zen 4)."""
+SWIFT = 4e11
+"""Operations a second of a core from which a pack is tried with more tokens, too: what lies between the products of the
+base, and is shared, is then most of a step. A Zen 4 makes 2e11 in bfloat16; an Intel core with AMX makes 6.5e11, and
+there packs were measured to gain 1.15 times at 228 tokens."""
 TRIED = 4
 """Trials that a probe puts into one pass at most; larger packs are measured to gain what four do, and more."""
 STEPS, BUDGET_SECONDS = 3, 2.0
@@ -123,7 +124,7 @@ def _measured(sweep: Frozen, most: int, workers: int) -> dict[str, Any]:
     if chosen == 1:
         return {"size": 1, "why": f"{fits} trials of {each / 2**30:.2f} GiB fit into the free memory"}
     tokens, threads, tried = run.trainer.batch * sum(given.lengths) // len(given.lengths), base.compute.threads, min(TRIED, chosen)
-    if base.compute.device == "cpu" and tokens >= FULL * threads and faster(base, tokens, tried) < FASTER:
+    if base.compute.device == "cpu" and tokens >= FULL * threads and speed(base, tokens) < SWIFT * threads:
         return {"size": 1, "why": f"a trial's step has {tokens} tokens, enough for {threads} cores"}
     together = seconds(run, base, train, valid, tried, STEPS)
     alone = seconds(run, base, train, valid, 1, len(together))  # of the same rows
@@ -133,25 +134,20 @@ def _measured(sweep: Frozen, most: int, workers: int) -> dict[str, Any]:
     return told | {"why": f"{tried} trials in one pass are {gain:.2f} times as fast as one by one"}
 
 
-def faster(base: Base, rows: int, count: int) -> float:
-    """Measure how many times as fast each of so many rows goes through the layers of a base where `count` times as many
-    go together."""
+def speed(base: Base, rows: int) -> float:
+    """Measure how many operations a second the linear layers of a base make of so many rows."""
     import torch
 
-    layers = [m for m in base.model.base_model.modules() if isinstance(m, torch.nn.Linear)]  # 4-bit ones are such, too
-
-    def took(many: int) -> float:
-        given = {n: torch.ones(many, n, dtype=base.model.dtype) for n in {layer.in_features for layer in layers}}
-        times = []
+    layers: list[Any] = [m for m in base.model.base_model.modules() if isinstance(m, torch.nn.Linear)][:LAYERS]
+    given = {n: torch.ones(rows, n, dtype=base.model.dtype) for n in {layer.in_features for layer in layers}}
+    times = []
+    with torch.no_grad():
         for _ in range(ROUNDS):
             began = time.perf_counter()
-            for layer in layers[:LAYERS]:
+            for layer in layers:
                 layer(given[layer.in_features])
             times.append(time.perf_counter() - began)
-        return min(times)
-
-    with torch.no_grad():
-        return count * took(rows) / took(count * rows)
+    return 2 * rows * sum(layer.in_features * layer.out_features for layer in layers) / min(times)
 
 
 def seconds(run: config.Run, base: Base, train: Any, valid: Any, count: int, steps: int) -> list[float]:

@@ -153,7 +153,7 @@ def train(members: Sequence[Member]) -> Iterator[tuple[int, Learned]]:
 def seconds(members: Sequence[Member], steps: int, budget: float) -> list[float]:
     """Time optimizer steps of members, after one that warms up: at most `steps`, and none after `budget` seconds."""
     base, trials, took = members[0].base, [_begun(member) for member in members], []
-    pack = Pack(base.model)
+    pack = Pack(base.model, len(trials))
     with pack.on({name for t in trials for name in t.weights}):
         while len(took) <= steps and sum(took[1:]) < budget:
             began = time.perf_counter()
@@ -222,7 +222,7 @@ def batches(rows: Sequence[Example], trainer: Trainer, seed: int) -> Iterator[li
 
 def _until_one_ends(base: Base, trials: list[_Trial], together: int) -> int:
     """Take steps until a member has none left or ends early; return how many members fit into a pass."""
-    pack = Pack(base.model)
+    pack = Pack(base.model, len(trials))
     left = max(t.steps - t.step for t in trials)
     label = f"training {left} steps" + (f" of {len(trials)} trials" if len(trials) > 1 else "")
     with pack.on({name for t in trials for name in t.weights}), at_work(), progress(label, left) as advance:

@@ -8,6 +8,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
@@ -79,7 +80,7 @@ def rows(count: int, seed: int = 0) -> list[list[list[int]]]:
 
 def gradients(model, members, texts, training=True):
     """Run one pass and return each member's nats and gradients, as the packed engine does."""
-    pack = Pack(model)
+    pack = Pack(model, len(members))
     names = {name for m in members for name in m.weights}
     for m in members:
         for weight in (w for pair in m.weights.values() for w in pair):
@@ -177,10 +178,51 @@ def changed(base, members, texts) -> bool:
     return not all(torch.equal(x, y) for k, p in alone[0].items() for x, y in zip(p, together[0][k], strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bits_are_the_same_at_the_widths_of_a_real_model(dtype, threads):
+    """Libraries choose their kernels by size: what holds for 32 columns need not hold for 576, nor on another chip."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        base = made("Llama", dtype, hidden_size=576, intermediate_size=1536, num_hidden_layers=1, head_dim=64)
+        _, members = adapters(base)
+        texts = [[list(range(1, 1 + n)) for n in lengths] for lengths in ((40, 33, 35), (31, 62), (90,), (45, 46, 47))]
+        assert not changed(base, members, texts)
+    finally:
+        torch.set_num_threads(before)
+
+
+class Unsteady(TorchDispatchMode):
+    """A matrix library whose rounding depends on how many rows there are, as on chips with AMX."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out):
+            made.mul_(1 + len(args[0]) * 1e-4)
+        return made
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], "all-linear"])
+def test_where_bits_depend_on_the_number_of_rows_each_member_is_multiplied_by_itself(monkeypatch, targets):
+    base = made("Llama", torch.float32)
+    _, members = adapters(base, targets=targets)
+    packed._steady.cache_clear()
+    try:
+        with Unsteady():
+            assert not packed.steady(base)
+            assert not changed(base, members, rows(4))
+            assert not Pack(base, 1).apart  # one alone is not asked about
+            monkeypatch.setattr(packed, "steady", lambda _: True)  # sabotage
+            assert changed(base, members, rows(4))
+    finally:
+        packed._steady.cache_clear()
+
+
 def test_functions_are_taken_of_each_member():
     """The last values of a tensor go through another formula than the others; without the stand-in this is seen."""
     torch.manual_seed(0)
-    pack, kernel = Pack(made("Llama", torch.float32)), torch.nn.SiLU()
+    pack, kernel = Pack(made("Llama", torch.float32), 4), torch.nn.SiLU()
     members = adapters(pack.model)[1]
     pack.layout = packed.lay_out(list(zip(members, [[[1] * 17]] * 4, strict=True)), 0, "cpu", True)
     x = 3 * torch.randn(1, 4 * 17, 37)
@@ -219,7 +261,7 @@ def test_dropout_is_that_of_the_formula():
     layer = torch.nn.Linear(6, 5, dtype=torch.float64).requires_grad_(False)
     x, a, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((9, 6), (2, 6), (5, 2)))
     draw = torch.Generator().manual_seed(3)
-    y = packed._Product.apply(x, layer, [(2, 7, 1.5, 0.4, draw)], a, b)
+    y = packed._Product.apply(x, layer, [9], [(2, 7, 1.5, 0.4, draw)], a, b)
     kept = torch.rand(5, 6, generator=torch.Generator().manual_seed(3)) >= 0.4
     assert 0 < kept.sum() < 30
     more = 1.5 * (x[2:7] * kept / 0.6) @ a.T @ b.T
@@ -235,7 +277,7 @@ def test_the_base_is_as_it_was_after_a_pack():
     base = made("Gemma2", torch.float32)
     _, members = adapters(base)
     before = {name: type(m) for name, m in base.named_modules()}
-    pack = Pack(base)
+    pack = Pack(base, 2)
     with pytest.raises(RuntimeError, match="stop"), pack.on(set(members[0].weights)):
         assert any(isinstance(m, packed.Linear) for m in base.modules())
         raise RuntimeError("stop")
