@@ -244,7 +244,8 @@ class Pack:
 
     def _instead(self, name: str, module: nn.Module, names: set[str]) -> nn.Module | None:
         """Return what stands in for a module: for a linear layer with adapters, and for what is done by member."""
-        if name in names or (self.apart and isinstance(module, nn.Linear) and module is not self.model.get_output_embeddings()):
+        frozen = self.apart and isinstance(module, nn.Linear) and module is not self.model.get_output_embeddings()
+        if name in names or frozen:
             return Linear(module, name, self)
         if type(module).__name__.endswith("RotaryEmbedding"):
             return Rotary(module, self)
@@ -289,7 +290,7 @@ def steady(model: PreTrainedModel) -> bool:
 
 @cache
 def _steady(inner: int, outer: int, dtype: torch.dtype, threads: int, kernel: str) -> bool:
-    """Compare a product's bits, and those of its way back; threads and kernel are those in force, and part of the key."""
+    """Compare a product's bits, and those of its way back; threads and kernel, a part of the key, are in force."""
     draw = torch.Generator().manual_seed(0)
     weight, x, g = (
         torch.randn(*shape, generator=draw).to(dtype) for shape in ((outer, inner), (MANY, inner), (MANY, outer))

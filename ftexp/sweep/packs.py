@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -35,18 +34,12 @@ SIZES = (16, 8, 4, 2)
 GAIN = 1.1
 """A pack must be this many times faster than its trials one by one."""
 FULL = 128
-"""Tokens of a trial's step for each core of a CPU from which no pack is tried, unless its products are `SWIFT`: on one core
-packs were measured to gain 1.5 times at 28 tokens, 1.07 at 109 (Zen 2) and nothing at 221 (Zen 4)."""
-SWIFT = 4e11
-"""Operations a second of a core from which a pack is tried with more tokens, too: what lies between the products of the
-base, and is shared, is then most of a step. A Zen 4 makes 2e11 in bfloat16; an Intel core with AMX makes 6.5e11, and
-there packs were measured to gain 1.15 times at 228 tokens."""
+"""Tokens of a trial's step for each core of a CPU from which no pack is tried: on one core packs were measured to gain
+1.5 times at 28 tokens, 1.07 at 109 (Zen 2), nothing at 221 (Zen 4), and 1.15 at 228 (AMX), less than a probe costs."""
 TRIED = 4
 """Trials that a probe puts into one pass at most; larger packs are measured to gain what four do, and more."""
 STEPS, BUDGET_SECONDS = 3, 2.0
 """Steps of a probe, of which none begins after so many seconds."""
-ROUNDS, LAYERS = 3, 28
-"""Times that products are timed, and of how many layers."""
 ROOM = 0.8
 """Share of the free memory that a pack may take."""
 GROWTH = 1.6
@@ -123,8 +116,9 @@ def _measured(sweep: Frozen, most: int, workers: int) -> dict[str, Any]:
     chosen = next((n for n in SIZES if n <= min(most, fits)), 1)
     if chosen == 1:
         return {"size": 1, "why": f"{fits} trials of {each / 2**30:.2f} GiB fit into the free memory"}
-    tokens, threads, tried = run.trainer.batch * sum(given.lengths) // len(given.lengths), base.compute.threads, min(TRIED, chosen)
-    if base.compute.device == "cpu" and tokens >= FULL * threads and speed(base, tokens) < SWIFT * threads:
+    tried, threads = min(TRIED, chosen), base.compute.threads
+    tokens = run.trainer.batch * sum(given.lengths) // len(given.lengths)
+    if base.compute.device == "cpu" and tokens >= FULL * threads:
         return {"size": 1, "why": f"a trial's step has {tokens} tokens, enough for {threads} cores"}
     together = seconds(run, base, train, valid, tried, STEPS)
     alone = seconds(run, base, train, valid, 1, len(together))  # of the same rows
@@ -132,22 +126,6 @@ def _measured(sweep: Frozen, most: int, workers: int) -> dict[str, Any]:
     told = {"size": chosen if gain >= GAIN else 1, "tried": tried, "gain": gain, "alone_seconds": alone,
             "together_seconds": together, "trial_gib": each / 2**30}  # fmt: skip
     return told | {"why": f"{tried} trials in one pass are {gain:.2f} times as fast as one by one"}
-
-
-def speed(base: Base, rows: int) -> float:
-    """Measure how many operations a second the linear layers of a base make of so many rows."""
-    import torch
-
-    layers: list[Any] = [m for m in base.model.base_model.modules() if isinstance(m, torch.nn.Linear)][:LAYERS]
-    given = {n: torch.ones(rows, n, dtype=base.model.dtype) for n in {layer.in_features for layer in layers}}
-    times = []
-    with torch.no_grad():
-        for _ in range(ROUNDS):
-            began = time.perf_counter()
-            for layer in layers:
-                layer(given[layer.in_features])
-            times.append(time.perf_counter() - began)
-    return 2 * rows * sum(layer.in_features * layer.out_features for layer in layers) / min(times)
 
 
 def seconds(run: config.Run, base: Base, train: Any, valid: Any, count: int, steps: int) -> list[float]:
