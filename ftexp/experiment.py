@@ -171,7 +171,7 @@ def prepare(run: Run) -> None:
         _prepare_pairs(run)
         return
     train, valid = tokenised(run, data.load(run.data))
-    general_text(run, model.tokenizer(run.model))
+    _check_general(run)
     _check_length(run, [tokens.longest(train), tokens.longest(valid)])
     if run.trainer.kind is Method.rloo:
         _check_steps(run, train)
@@ -184,6 +184,12 @@ def prepare(run: Run) -> None:
     _check_room(run, valid)
 
 
+def _check_general(run: Run) -> None:
+    """Refuse general text that cannot be read; a sweep asks for each of its adapters, so no tokenizer without need."""
+    if run.eval.forgetting is not None:
+        general_text(run, model.tokenizer(run.model))
+
+
 def _prepare_classifier(run: Run) -> None:
     train, valid, _ = classified(run, data.load(run.data))
     _check_length(run, (*train, *valid))
@@ -193,7 +199,7 @@ def _prepare_pairs(run: Run) -> None:
     train, valid = paired(run, data.load(run.data))
     _check_length(run, answers.sides([*train, *valid]))
     if run.trainer.kind is Method.dpo:
-        general_text(run, model.tokenizer(run.model))
+        _check_general(run)
         _check_room(run, [p.chosen for p in valid])
 
 

@@ -13,14 +13,16 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ftexp import config, data, estimate, evaluate, experiment, files, metrics, model, track
+from ftexp import config, data, estimate, evaluate, experiment, facts, files, metrics, model, track
 from ftexp.config import (
     Attention,
     Dtype,
@@ -347,13 +349,29 @@ def packing(run: Run, scored: Any, rows: Sequence[Example]) -> Finding:
 
 @cache
 def stack() -> tuple[Finding, ...]:
-    """Probe the libraries with the tiny model; once in a process."""
+    """Probe the libraries with the tiny model; once in a process.
+
+    That all is well is kept in the cache, under the code, the versions of libraries and the way the machine computes.
+    What is not is measured again by every launch, and `ftexp doctor` measures all each time.
+    """
+    import torch
+
+    machine = compute.policy(Model(kind=Kind.tiny))
+    decides = f"{facts.code()} {sorted(facts.versions().items())} {machine} {torch.get_num_threads()}"
+    path = files.cache() / "stack" / f"{sha256(decides.encode()).hexdigest()[:32]}.json"
+    with suppress(MachineError, OSError, TypeError):  # damaged or closed to us: as if there were none
+        if (kept := files.read_json(path)) is not None:
+            return tuple(Finding(name, State.ok, told) for name, told in kept.items())
     base, rows = toy()
     packed = replace(_recipe(), data=config.Data(packing=Packing.bfd))
-    return (
+    found = (
         accumulation(base, rows), neftune(base, rows), padding(base, base.model, rows, generates=True),
         packing(packed, base.model, rows),
     )  # fmt: skip
+    if all(one.state is State.ok for one in found):
+        with suppress(MachineError, OSError):
+            files.write_json(path, {one.name: one.told for one in found})
+    return found
 
 
 def quick(run: Run, folder: Path) -> list[Finding]:

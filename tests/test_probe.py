@@ -161,10 +161,48 @@ def test_sabotage_rows_that_teach_the_wrong_thing(tiny, broken):
 # what libraries compute
 
 
-def test_stack_is_as_it_should_be():
-    found = probe.stack()
+@pytest.fixture
+def anew(monkeypatch, tmp_path):
+    """Return `probe.stack` as the first launch of a machine calls it, and later ones with the same cache."""
+    monkeypatch.setenv("FTEXP_CACHE", str(tmp_path / "cache"))
+
+    def called():
+        probe.stack.cache_clear()
+        return probe.stack()
+
+    yield called
+    probe.stack.cache_clear()
+
+
+def test_stack_is_as_it_should_be(anew):
+    found = anew()
     assert [one.name for one in found] == ["accumulation", "neftune", "padding", "packing"]
     assert {one.state for one in found} == {State.ok}, found
+
+
+def test_a_stack_that_is_well_is_not_asked_again_until_something_changes(anew, monkeypatch, tmp_path):
+    asked, real = [], probe.accumulation
+    monkeypatch.setattr(probe, "accumulation", lambda *given: asked.append(1) or real(*given))
+    found = anew()
+    assert anew() == found
+    assert len(asked) == 1
+    (kept,) = (tmp_path / "cache" / "stack").iterdir()
+    kept.write_text("torn")
+    assert anew() == found
+    monkeypatch.setattr(probe.facts, "versions", lambda: {"trl": "0"})
+    assert anew() == found
+    monkeypatch.setattr(probe.facts, "code", lambda: "other")
+    anew()
+    assert len(asked) == 4
+
+
+def test_a_stack_that_is_broken_is_asked_each_time(anew, monkeypatch, tmp_path):
+    broken = probe.Finding("accumulation", State.fail, "weights differ by 0.5", "use the pinned versions")
+    with monkeypatch.context() as patch:
+        patch.setattr(probe, "accumulation", lambda *_: broken)
+        assert anew()[0] == anew()[0] == broken
+        assert not (tmp_path / "cache" / "stack").exists()
+    assert anew()[0].state is State.ok
 
 
 def test_sabotage_mean_over_each_piece(toy, monkeypatch):
@@ -266,12 +304,11 @@ def test_failure_refuses_a_launch_and_a_warning_does_not():
         probe.refuse([good, warned, probe.Finding("c", State.fail, "3", "do y")])
 
 
-def test_a_probe_leaves_the_model_in_memory_alone(tiny):
+def test_a_probe_leaves_the_model_in_memory_alone(tiny, anew):
     run = tiny()
     kept = model.load(run.model, run.quant)
     before = kept.weights, kept.model.training, [len(m._forward_hooks) for m in kept.model.modules()]
-    probe.stack.cache_clear()
-    probe.stack()
+    anew()
     assert model.load(run.model, run.quant) is kept
     assert (kept.weights, kept.model.training, [len(m._forward_hooks) for m in kept.model.modules()]) == before
     assert model.fingerprint(kept.model) == kept.weights

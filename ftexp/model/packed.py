@@ -284,7 +284,7 @@ def steady(model: PreTrainedModel) -> bool:
     if model.device.type != "cpu":
         return True  # nothing is promised there
     shapes = {(m.in_features, m.out_features) for m in model.base_model.modules() if isinstance(m, nn.Linear)}
-    kernel = str(getattr(torch.backends.mkldnn.matmul, "fp32_precision", ""))
+    kernel = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore
     return all(_steady(*shape, model.dtype, torch.get_num_threads(), kernel) for shape in sorted(shapes))
 
 

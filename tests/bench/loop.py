@@ -48,6 +48,8 @@ POINTS = [
 ]  # fmt: skip
 """Drawn once over the ranges of `sweeps/rank_alpha_lr_neftune.yaml`; the first eight are those of `work`."""
 PACKED = ("trainer.engine=packed", "sweep.pack=0")
+BESIDE = ("trainer.engine=packed", "sweep.workers=2")
+RACED = ("ftexp raced", "ftexp packed, raced", "ftexp two workers, raced")
 Kept = dict[str, Any]
 """What was measured: part -> way -> a list of {wall, cpu, ...}."""
 
@@ -171,10 +173,11 @@ def work(kept: Kept, of: int) -> None:
 
 
 def answer(kept: Kept, of: int) -> None:
-    """The best of sixteen trials: raced, and all to their end to know what is best."""
+    """The best of sixteen trials: raced, and all to their end by the same engine, to know what is best."""
     measure(kept, "answer", "ftexp raced", 1, lambda _: swept(POINTS, "sweep.pruner=race"))
     measure(kept, "answer", "ftexp packed, raced", 1, lambda _: swept(POINTS, "sweep.pruner=race", *PACKED))
-    measure(kept, "answer", "ftexp", 1, lambda _: swept(POINTS))
+    measure(kept, "answer", "ftexp two workers, raced", 1, lambda _: swept(POINTS, "sweep.pruner=race", *BESIDE))
+    measure(kept, "answer", "ftexp packed", 1, lambda _: swept(POINTS, *PACKED))
     loops(kept, of)
 
 
@@ -197,7 +200,7 @@ def ratios(kept: Kept) -> list[tuple[str, float, float, float, str]]:
                               f"median of {len(pairs)} in turn; formats {pairs[0][0]['dtype']} and {pairs[0][1]['dtype']}"))  # fmt: skip
     for part, count, ours in (
         ("work", 8, "ftexp"), ("work", 8, "ftexp packed"),
-        ("answer", 16, "ftexp raced"), ("answer", 16, "ftexp packed, raced"),
+        *(("answer", 16, way) for way in RACED), ("answer", 16, "ftexp packed"),
     ):  # fmt: skip
         ways = kept.get(part, {}) | kept.get("loops", {})
         for clock in ("wall", "cpu"):
@@ -237,9 +240,9 @@ def show(kept: Kept) -> None:
     if loads:
         print(f"other work on the machine: load {min(loads):.1f} to {max(loads):.1f} where each measurement began")
     whole = kept.get("answer", {})
-    if whole.get("ftexp") and whole.get("ftexp raced"):
-        full = min(whole["ftexp"][0]["losses"])
-        for way in [way for way in ("ftexp raced", "ftexp packed, raced") if whole.get(way)]:
+    if whole.get("ftexp packed"):
+        full = min(whole["ftexp packed"][0]["losses"])
+        for way in (way for way in RACED if whole.get(way)):
             best = min(v for v in whole[way][0]["losses"] if v is not None)
             share = sum(whole[way][0]["steps"]) / (16 * STEPS)
             print(f"{way}: winner's loss {best:.4f}, best of the full sweep {full:.4f} ({best - full:+.4f} nats), "
