@@ -8,9 +8,10 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+import torch
 from conftest import TINY
 
-from ftexp import data, experiment, model
+from ftexp import data, estimate, experiment, model
 from ftexp.config import Run
 from ftexp.errors import ConfigError
 from ftexp.files import read_json, sha256
@@ -161,6 +162,7 @@ def test_what_does_not_go_into_a_pack_is_refused(tiny):
 def measured(tiny, monkeypatch, tmp_path):
     """Return a function that chooses a size for figures of a probe and free bytes."""
     monkeypatch.setattr(packs, "FULL", 10**9)
+    monkeypatch.setattr(packs, "PASS", 10**9)
 
     class Sweep:
         options = Options(pack=0)
@@ -183,13 +185,24 @@ def measured(tiny, monkeypatch, tmp_path):
 
 
 def test_auto_takes_what_pays(measured):
-    found, counts = measured(alone=1.0, together=2.0, free=1e12)
-    assert (found["size"], found["gain"], counts) == (16, 2.0, [4, 1])
-    assert found["why"] == "4 trials in one pass are 2.00 times as fast as one by one"
-    found, _ = measured(alone=1.0, together=3.8, free=1e12)
-    assert (found["size"], found["tried"]) == (1, 4)
-    found, _ = measured(alone=1.0, together=[2.0, 90.0, 2.0], free=1e12)  # a step that something else disturbed
-    assert (found["size"], found["gain"]) == (16, 2.0)
+    found, counts = measured(alone=1.0, together=4.0, free=1e12)
+    assert (found["size"], found["gain"], counts) == (16, 4.0, [16, 1])
+    assert found["why"] == "16 trials in one pass are 4.00 times as fast as one by one"
+    found, _ = measured(alone=1.0, together=15.0, free=1e12)
+    assert (found["size"], found["tried"]) == (1, 16)
+    found, _ = measured(alone=1.0, together=[4.0, 90.0, 4.0], free=1e12)  # a step that something else disturbed
+    assert (found["size"], found["gain"]) == (16, 4.0)
+
+
+@pytest.mark.parametrize(("trials", "size"), [(1, 2), (3, 2), (5, 4), (99, 16)])
+def test_auto_tries_no_more_than_caches_hold(measured, tiny, monkeypatch, trials, size):
+    """A pass for so many trials of a step's tokens; two are always tried, that is what FULL is for."""
+    run = tiny("trainer.engine=packed")
+    given = estimate.rows(experiment.tokenised(run, data.load(run.data))[0], run)
+    tokens = run.trainer.batch * sum(given.lengths) / len(given.lengths)
+    monkeypatch.setattr(packs, "PASS", trials * tokens / torch.get_num_threads() + 1)
+    found, counts = measured(alone=1.0, together=1.0, free=1e12)
+    assert (found["size"], counts) == (size, [size, 1])
 
 
 def test_auto_tries_nothing_where_a_trial_fills_the_cores(measured, monkeypatch):
@@ -226,6 +239,7 @@ def test_auto_measures_once_and_puts_it_on_record(swept, tmp_path, monkeypatch):
 
     alone = swept("name=alone")
     monkeypatch.setattr(packs, "FULL", 10**9)
+    monkeypatch.setattr(packs, "PASS", 10**9)
     calls, real = [], packs._measured
     monkeypatch.setattr(packs, "_measured", lambda *given: calls.append(given) or real(*given))
     assert swept("name=auto", "sweep.pack=0") == alone
