@@ -354,12 +354,9 @@ def stack() -> tuple[Finding, ...]:
     That all is well is kept in the cache, under the code, the versions of libraries and the way the machine computes.
     What is not is measured again by every launch, and `ftexp doctor` measures all each time.
     """
-    import torch
-
-    machine = compute.policy(Model(kind=Kind.tiny))
-    decides = f"{facts.code()} {sorted(facts.versions().items())} {machine} {torch.get_num_threads()}"
+    decides = f"{facts.code()} {sorted(facts.versions().items())} {compute.policy(Model(kind=Kind.tiny))}"
     path = files.cache() / "stack" / f"{sha256(decides.encode()).hexdigest()[:32]}.json"
-    with suppress(MachineError, OSError, TypeError):  # damaged or closed to us: as if there were none
+    with suppress(MachineError, OSError, AttributeError):  # damaged or closed to us: as if there were none
         if (kept := files.read_json(path)) is not None:
             return tuple(Finding(name, State.ok, told) for name, told in kept.items())
     base, rows = toy()

@@ -595,13 +595,14 @@ def learned(
     return torch.cat(found), gradient
 
 
-def check_alike(model: PreTrainedModel, texts: Sequence[list[int]], pad: int) -> None:
+def check_alike(model: PreTrainedModel, texts: Sequence[list[int]], pad: int, count: int) -> None:
     """Refuse a model that the pass above would compute otherwise than it does itself, by its logits on a few rows.
 
     Raises:
-        ConfigError: they differ by more than rounding.
+        ConfigError: they differ by more than rounding, or a layer that `count` members must be taken through one by one
+            sees other rows than theirs.
     """
-    pack = Pack(model, 1)
+    pack = Pack(model, count)
     draw = torch.Generator(model.device)
     with torch.no_grad():
         own = torch.cat([model(input_ids=torch.tensor([t], device=model.device)).logits[0] for t in texts])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,8 @@ PASS = 1024
 Four, eight and sixteen trials of 228 tokens on two cores gained 1.41, 1.44 and 1.29 times (AMX)."""
 STEPS, BUDGET_SECONDS = 3, 2.0
 """Steps of a probe, of which none begins after so many seconds."""
+BESIDE = timedelta(minutes=1)
+"""Time within which the workers of a launch take their first tickets; of what others began earlier none is theirs."""
 ROOM = 0.8
 """Share of the free memory that a pack may take."""
 GROWTH = 1.6
@@ -75,7 +78,7 @@ def check(options: Options, axes: tuple[Axis, ...], runs: list[config.Run]) -> N
 def size(sweep: Frozen, record: Study, first: bool) -> int:
     """Return how many tickets a worker takes at once: never more than its share of those that wait.
 
-    The `first` time those that others have taken count too: workers start beside each other, and the second would
+    The `first` time those that others have just taken count too: workers start beside each other, and the second would
     otherwise take half of what the first left.
     """
     from ftexp.sweep import supervisor
@@ -84,8 +87,9 @@ def size(sweep: Frozen, record: Study, first: bool) -> int:
         return 1
     beside = os.environ.get(supervisor.COUNT, "")
     workers = int(beside) if beside.isdecimal() and int(beside) else max(1, supervisor.workers(sweep.options))
-    states = [t.state.name for t in study.counted(record)]
-    waiting, shared = states.count("WAITING"), states.count("RUNNING") if first else 0
+    trials, since = study.counted(record), datetime.now() - BESIDE
+    waiting = sum(t.state.name == "WAITING" for t in trials)
+    shared = sum(first and t.state.name == "RUNNING" and (t.datetime_start or since) > since for t in trials)
     most = max(1, min(sweep.options.pack or SIZES[0], waiting, math.ceil((waiting + shared) / workers)))
     if sweep.options.pack or most == 1:
         return most

@@ -135,7 +135,7 @@ def train(members: Sequence[Member]) -> Iterator[tuple[int, Learned]]:
         ConfigError: the base computes something that the pass does not, or draws dropout of its own.
     """
     base = members[0].base
-    _check(base, members[0].rows)  # before any adapter is there
+    _check(base, members[0].rows, len(members))  # before any adapter is there
     trials = {n: _begun(member) for n, member in enumerate(members)}
     together = len(trials)
     while trials:
@@ -162,15 +162,15 @@ def seconds(members: Sequence[Member], steps: int, budget: float) -> list[float]
     return took[1:]
 
 
-_alike: set[str] = set()
+_alike: set[tuple[str, bool]] = set()
 
 
-def _check(base: Base, rows: Sequence[Example]) -> None:
-    """Compare the pass with the model's own, once for a base."""
-    if base.weights not in _alike:
+def _check(base: Base, rows: Sequence[Example], count: int) -> None:
+    """Compare the pass with the model's own, once for a base alone and once for packs."""
+    if (key := (base.weights, count > 1)) not in _alike:
         few = sorted((rows[n].ids for n in range(min(3, len(rows)))), key=len)
-        check_alike(base.model, few, cast(int, base.tokenizer.pad_token_id))
-        _alike.add(base.weights)
+        check_alike(base.model, few, cast(int, base.tokenizer.pad_token_id), count)
+        _alike.add(key)
 
 
 def _begun(member: Member) -> _Trial:

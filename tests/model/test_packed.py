@@ -316,7 +316,7 @@ def test_an_adapter_of_the_head_is_refused():
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_architecture_that_is_computed_alike_is_taken(name):
-    packed.check_alike(made(name, torch.float32), [[3, 4, 5], [7, 8, 9, 10, 11, 12, 13]], 0)
+    packed.check_alike(made(name, torch.float32), [[3, 4, 5], [7, 8, 9, 10, 11, 12, 13]], 0, 1)
 
 
 def test_a_model_that_does_something_else_behind_its_head_is_refused():
@@ -325,10 +325,10 @@ def test_a_model_that_does_something_else_behind_its_head_is_refused():
     head = base.lm_head.forward
     base.lm_head.forward = lambda h: head(h) * 2
     with pytest.raises(ConfigError, match=r"trainer.engine must be trl: Gemma2ForCausalLM computes something"):
-        packed.check_alike(base, [[3, 4, 5], [7, 8, 9, 10]], 0)
+        packed.check_alike(base, [[3, 4, 5], [7, 8, 9, 10]], 0, 1)
 
 
 def test_a_model_with_dropout_of_its_own_is_refused():
     base = made("Phi3", torch.float32, resid_pdrop=0.1)
     with pytest.raises(ConfigError, match=r"trainer.engine must be trl: the model has dropout of its own, at model"):
-        packed.check_alike(base, [[3, 4, 5]], 0)
+        packed.check_alike(base, [[3, 4, 5]], 0, 1)

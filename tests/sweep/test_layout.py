@@ -1,6 +1,7 @@
 """How a CPU is shared out: workers where they finish sooner, chosen once and kept."""
 
 import os
+from datetime import datetime, timedelta
 from types import SimpleNamespace
 
 import psutil
@@ -254,14 +255,23 @@ def test_a_worker_with_one_gpu_of_many_takes_its_share_of_the_tickets(monkeypatc
 
 
 def test_workers_that_start_together_take_equal_shares(monkeypatch):
-    """The second takes as many as the first, of which eight minus those wait; later each takes its share of the rest."""
-    states = ["RUNNING"] * 4 + ["WAITING"] * 4
-    monkeypatch.setattr(study, "counted", lambda _: [SimpleNamespace(state=SimpleNamespace(name=s)) for s in states])
+    """The second takes as many as the first, of which eight minus those wait; later each takes its share of the rest.
+
+    A worker that comes to help does not take for its own what others have been at for a while.
+    """
+    now = datetime.now()
+    running, old = (SimpleNamespace(state=SimpleNamespace(name="RUNNING"), datetime_start=at)
+                    for at in (now, now - timedelta(minutes=5)))  # fmt: skip
+    wait = SimpleNamespace(state=SimpleNamespace(name="WAITING"), datetime_start=None)
+    trials = [running] * 4 + [wait] * 4
+    monkeypatch.setattr(study, "counted", lambda _: trials)
     monkeypatch.setenv(supervisor.COUNT, "2")
     sweep = SimpleNamespace(options=Options(sampler=Sampler.random, n_trials=8, pack=16))
     assert packs.size(sweep, SimpleNamespace(), True) == 4
     assert packs.size(sweep, SimpleNamespace(), False) == 2
-    states[:] = ["RUNNING"] * 7 + ["WAITING"]
+    trials[:] = [old] * 4 + [wait] * 4
+    assert packs.size(sweep, SimpleNamespace(), True) == 2
+    trials[:] = [running] * 7 + [wait]
     assert packs.size(sweep, SimpleNamespace(), True) == 1
 
 
