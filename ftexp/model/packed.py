@@ -342,7 +342,7 @@ class Linear(nn.Module):
                 parts.append((begin, end, adapter.scales[self.name], dropout, adapter.draw))
                 weights += adapter.weights[self.name]
         sizes = layout.sizes if self._pack[0].apart else [len(x[0])]
-        return _Product.apply(x[0], self.base, sizes, parts, *weights)[None]  # type: ignore
+        return _Product.apply(x.squeeze(0), self.base, sizes, parts, *weights)[None]  # type: ignore
 
 
 def dense(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
