@@ -229,8 +229,7 @@ def intervals(kept: Kept) -> list[tuple[str, float, Interval | None, float | Non
 
     told, content = kept.trial["scores"], compare.read_table(kept.folder / "examples.parquet")
     rival = "base" if "base/loss" in told else "tfidf"
-    prompts = [] if content is None else content["prompt"]
-    groups = prompts if len(set(prompts)) < len(prompts) and any(prompts) else None
+    groups = None if content is None else compare.units(content)
     found = []
     for name in (name for name in SCORES if f"valid/{name}" in told):
         column = None if content is None else compare.column(content, f"valid/{name}")

@@ -74,7 +74,7 @@ class Verdict:
     detectable: float
     """Smallest difference such a sweep finds in four of five cases, in the unit of `comparison`; NaN where unknown."""
     rows: int
-    """Held-out rows, or groups of rows with one prompt; 0 where nothing was tested."""
+    """Held-out rows, or groups of rows with one prompt or `data.group_by`; 0 where nothing was tested."""
     importance: dict[str, Interval]
     """Share of each searched key in what sets the best points apart; empty for few points or one key."""
     front: tuple[str, ...]
@@ -115,7 +115,7 @@ def read(folder: Path, trials: list[dict[str, Any]], objective: str) -> Verdict:
 
 
 def _tested(
-    verdict: Verdict, kept: list[list[dict[str, Any]]], table: list[list[Column]], groups: list[str] | None
+    verdict: Verdict, kept: list[list[dict[str, Any]]], table: list[list[Column]], groups: list[Any] | None
 ) -> Verdict:
     """Add what the rows of the points tell."""
     comparison = pairs.compare(table, METRICS[verdict.objective].direction, groups)
@@ -166,11 +166,11 @@ def _exp(interval: Interval) -> Interval:
 
 def _columns(
     folder: Path, points: list[list[dict[str, Any]]], objective: str, single: bool
-) -> tuple[list[list[Column]], list[str] | None] | str:
+) -> tuple[list[list[Column]], list[Any] | None] | str:
     """Read the objective row by row, with the group of each row; or say why it cannot be tested."""
     if objective.startswith("cost/"):
         return f"{objective} is one number a trial, not one a row: nothing to test"
-    table, first, rows = [], None, None
+    table, first, unit = [], None, None
     for members in points:
         table.append([])
         for trial in members:
@@ -187,13 +187,38 @@ def _columns(
                 return (
                     f"{path.name} of trial {trial['number']} gives {objective} {recomputed:.6g}, trial.json {told:.6g}"
                 )
-            here = [content["prompt"], content["reference"]]
-            first, rows = (trial["number"], here) if rows is None else (first, rows)
-            if here != rows:
-                return f"trials {first} and {trial['number']} were scored on other rows"
+            first, unit = ((trial, content), units(content)) if first is None else (first, unit)
+            if (what := unlike(*first, trial, content)) is not None:
+                return f"trials {first[0]['number']} and {trial['number']} were scored on other {what}"
             table[-1].append(found)
-    prompts = rows[0] if rows else []
-    return table, prompts if len(set(prompts)) < len(prompts) else None
+    return table, unit
+
+
+def unlike(
+    trial: dict[str, Any], content: dict[str, list[Any]], other: dict[str, Any], its: dict[str, list[Any]]
+) -> str | None:
+    """Tell what sets the rows of two trials' tables apart; None where they were scored on the same.
+
+    Text that `data.long=cut` left out counts where both have one tokenizer: another may see the first token of a text.
+    """
+    if any(content[name] != its[name] for name in ("prompt", "reference")):
+        return "rows"
+    tokenizers = [t.get("facts", {}).get("tokenizer_sha256") for t in (trial, other)]
+    if tokenizers[0] == tokenizers[1] and content.get("bytes") != its.get("bytes"):
+        return "parts of the rows: data.long=cut leaves more of them at a larger data.max_length"
+    return None
+
+
+def units(content: dict[str, list[Any]]) -> list[Any] | None:
+    """Tell the unit of each row of a table; None where each row is one of its own.
+
+    Tables of before 2026-12 do not hold it: there rows of one prompt are one, and those without a prompt stand alone.
+
+    >>> units({"unit": [0, 0, 1], "prompt": ["a", "a", "b"]}), units({"prompt": ["", ""]})
+    ([0, 0, 1], None)
+    """
+    named = content.get("unit") or [prompt or n for n, prompt in enumerate(content["prompt"])]
+    return named if len(set(named)) < len(named) else None
 
 
 def read_table(path: Path) -> dict[str, list[Any]] | None:
@@ -236,8 +261,13 @@ def _importance(points: list[list[dict[str, Any]]], sweep: dict[str, Any], objec
     keys = [axis["key"] for axis in sweep.get("axes", []) if all(axis["key"] in m[0]["config"] for m in points)]
     if len(keys) < 2 or len(points) < explain.FEWEST:
         return {}
-    params = {key: [m[0]["config"][key] for m in points] for key in keys}
+    params = {key: [_told(m[0]["config"][key]) for m in points] for key in keys}
     return explain.importance(params, [_mean(m, objective) for m in points], METRICS[objective].direction)
+
+
+def _told(value: Any) -> Any:
+    """Return a value as it is, or a list or mapping as text: a key such as `lora.targets` has these."""
+    return value if isinstance(value, int | float | str | None) else str(value)
 
 
 def _rate(points: list[list[dict[str, Any]]], sweep: dict[str, Any], objective: str) -> explain.Together | None:

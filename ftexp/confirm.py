@@ -296,19 +296,19 @@ def _result(plan: Plan, entry: dict[str, Any]) -> dict[str, Any]:
             tables[planned["member"]].append(table)
     if not ran[0]:
         raise TrialsFailed(f"{plan.members[0].label} diverged on all of the fresh seeds {entry['seeds']}")
-    rows = [[[content["prompt"], content["reference"]] for content in part] for part in tables]
-    kept = [n for n, part in enumerate(rows) if part and all(content == rows[0][0] for content in part)]
+    first = (ran[0][0], tables[0][0])
+    pairs_of = [list(zip(*both, strict=True)) for both in zip(ran, tables, strict=True)]
+    kept = [n for n, part in enumerate(pairs_of) if part and not any(compare.unlike(*first, *pair) for pair in part)]
     members, ran, tables = [plan.members[n] for n in kept], [ran[n] for n in kept], [tables[n] for n in kept]
     alone = plan.alone if len(kept) == len(plan.members) else "the cheapest diverged, or loses other rows to data.long"
-    prompts = rows[0][0][0]
-    groups = prompts if len(set(prompts)) < len(prompts) else None
+    groups = compare.units(tables[0][0])
     told = {name: _scores(name, ran, tables, groups) for name in SCORES if f"test/{name}" in ran[0][0]["scores"]}
     found, comparison = told[plan.objective]
     in_sweep = [_in_sweep(plan.verdict, member.index) for member in members]
     test = found if comparison is None else list(comparison.scores)
     direction = METRICS[plan.verdict.objective].direction
     return {
-        "objective": plan.verdict.objective, "unit": _unit(plan.verdict.objective), "rows": len(prompts),
+        "objective": plan.verdict.objective, "unit": _unit(plan.verdict.objective), "rows": len(tables[0][0]["prompt"]),
         "groups": None if groups is None else len(set(groups)),
         "expected_optimism": None if plan.verdict.comparison is None else plan.verdict.comparison.optimism,
         "points": len(plan.verdict.points), "replicates": plan.sweep.options.replicates,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import labels, metrics, passes, ranks
 from ftexp.config import Eval
-from ftexp.data import tokens
+from ftexp.data import splits, tokens
 from ftexp.data.prompts import Example
 from ftexp.data.splits import normalise
 from ftexp.progress import progress, warn
@@ -129,8 +129,8 @@ def summary(table: list[dict[str, Any]]) -> dict[str, float]:
     if "prediction" in table[0]:
         written = [e["prediction"] for e in table]
         scores |= {f"distinct_{n}": metrics.distinct(written, n) for n in (1, 2)}
-    # A row that is too long is refused when it is rendered, so no supervised token is ever cut.
-    return scores | {"rows": float(len(table)), "tokens": float(sum(tokens)), "tokens_cut": 0.0}
+    cut = sum(e["cut"] for e in table)
+    return scores | {"rows": float(len(table)), "tokens": float(sum(tokens)), "tokens_cut": float(cut)}
 
 
 def held_out(
@@ -155,10 +155,10 @@ def held_out(
             passes.take(ranks.mine(list(_batches(examples, how, model))), work)
     finally:
         model.train(was_training)
-    whole = ranks.gathered(told)
+    whole, units = ranks.gathered(told), splits.units(e.row for e in examples)
     return [
-        {"where": e.row.where, "prompt": e.row.prompt, "reference": e.row.completion, "nats": whole[n],
-         "tokens": e.supervised, "bytes": e.bytes}
+        {"where": e.row.where, "unit": units[n], "prompt": e.row.prompt, "reference": e.row.completion,
+         "nats": whole[n], "tokens": e.supervised, "cut": e.cut, "bytes": e.bytes}
         for n, e in enumerate(examples)
     ]  # fmt: skip
 
@@ -284,9 +284,30 @@ def generate(
     Prompts are padded on the left, so that each continues at its own last token; in float32 a row is then written the
     same alone and in any batch.
     """
-    return write(
-        model, tokenizer, [e.prompt for e in examples], greedy(model, tokenizer, examples, how), how.batch, label
-    )
+    asked, settings = [e.prompt for e in examples], greedy(model, tokenizer, examples, how)
+    return [
+        answer(text, opening(tokenizer, e))
+        for text, e in zip(write(model, tokenizer, asked, settings, how.batch, label), examples, strict=True)
+    ]
+
+
+def opening(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
+    """Return what the chat template writes before the answer itself, such as the empty thoughts of Qwen3; mostly "".
+
+    It is supervised, as TRL has it, so a trained model writes it too.
+    """
+    whole = cast(str, tokenizer.decode(list(example.completion), skip_special_tokens=True)).strip()
+    told = example.row.completion.strip()
+    return whole.removesuffix(told).strip() if told and whole.endswith(told) else ""
+
+
+def answer(text: str, opening: str) -> str:
+    """Take what the template writes before an answer off a completion.
+
+    >>> answer("<think> </think> Ready.", "<think> </think>"), answer(" Ready.", "")
+    ('Ready.', ' Ready.')
+    """
+    return text.strip().removeprefix(opening).lstrip() if opening and text.strip().startswith(opening) else text
 
 
 def greedy(

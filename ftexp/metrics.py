@@ -17,6 +17,8 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
+import regex
+
 from ftexp.data.splits import normalise
 from ftexp.errors import ConfigError
 
@@ -118,7 +120,7 @@ METRICS = {
 COUNTS = {
     "rows": "rows scored; all of them, so also the denominator of every share and mean over rows",
     "tokens": "supervised tokens scored; the denominator of the loss",
-    "tokens_cut": "supervised tokens left out; 0, since rows longer than `data.max_length` are refused",
+    "tokens_cut": "supervised tokens that `data.long=cut` left out of them",
     "labels": "labels that training or held-out rows name, with `eval.labels`",
     "labels_undefined": "those that no held-out row has and no completion names; left out of macro averages",
     "roc_auc_undefined": "labels that every held-out row has, or none, with `trainer.kind=classify`",
@@ -339,14 +341,14 @@ def _chrf() -> Any:
 
 
 def tokens(text: str) -> list[str]:
-    """Split a text into runs of letters and digits, in lower case.
+    """Split a text into runs of letters, their marks (Indian and Thai vowels, accents) and digits, in lower case.
 
     On ASCII the tokens of Google's rouge-score without stemmer; that one drops every other script.
 
-    >>> tokens("The pilot's 2nd map; 지도")
-    ['the', 'pilot', 's', '2nd', 'map', '지도']
+    >>> tokens("The pilot's 2nd map; 지도 की")
+    ['the', 'pilot', 's', '2nd', 'map', '지도', 'की']
     """
-    return re.findall(r"[^\W_]+", text.lower())
+    return regex.findall(r"(?:[^\W_]|[\p{M}\p{N}])+", text.lower())
 
 
 def rouge_l(prediction: str, reference: str) -> float:

@@ -22,7 +22,7 @@ def sweep(tmp_path):
     tokens = rng.integers(5, 20, len(TEXT))
     hard = tokens * rng.gamma(2, 0.2, len(TEXT))
 
-    def make(*trials, replicates=1, objectives=("valid/loss",), prompts=None, axes=(), **options):
+    def make(*trials, replicates=1, objectives=("valid/loss",), prompts=None, axes=(), columns=(), **options):
         folder = tmp_path / "sweep"
         shutil.rmtree(folder, ignore_errors=True)
         write_json(folder / "sweep.json", {"objectives": list(objectives), "axes": list(axes),
@@ -47,6 +47,7 @@ def sweep(tmp_path):
                 "bytes": [len(text.encode()) for text in TEXT],
                 "f1": right,
             }
+            rows |= columns[number] if columns else {}
             pyarrow.parquet.write_table(pyarrow.table(rows), folder / str(number) / "examples.parquet")
         return folder
 
@@ -177,6 +178,43 @@ def test_memory_that_moves_by_chance_is_no_cost(sweep):
 def test_rows_with_one_prompt_are_one_unit(sweep):
     found = read(sweep((64, 0, {}), (16, 0, {}), prompts=[f"prompt {n // 4}" for n in range(40)]))
     assert found.rows == 10
+
+
+def test_rows_of_one_document_are_one_unit(sweep):
+    units = {"unit": [n // 8 for n in range(40)]}
+    assert read(sweep((64, 0, {}), (16, 0, {}), columns=[units, units])).rows == 5
+
+
+def test_rows_without_a_prompt_are_told_apart(sweep):
+    """Text rows have no prompt: as one unit they would decide nothing."""
+    found = read(sweep((64, 0, {}), (16, 0.5, {}), prompts=[""] * 40))
+    assert found.rows == 40
+    assert found.same == (0,)
+    assert found.points[1].p < 0.001
+
+
+@pytest.mark.parametrize(("tokenizers", "told"), [("aa", True), ("ab", False)])
+def test_rows_that_were_cut_otherwise_are_not_compared(sweep, tokenizers, told):
+    """With another tokenizer another part of a text may stand first, which nothing comes before."""
+    trials = [(64, 0, {"facts": {"tokenizer_sha256": name}}) for name in tokenizers]
+    found = read(sweep(*trials, columns=[{}, {"bytes": [5] * 40}]))
+    assert (found.untested is not None) is told
+    if told:
+        assert found.untested.startswith("trials 0 and 1 were scored on other parts of the rows: data.long=cut leaves")
+
+
+def test_list_valued_keys_have_a_share(sweep):
+    targets = [["q_proj"], ["q_proj", "v_proj"]]
+    trials = [
+        (
+            8,
+            0.05 * n,
+            {"config": {"lora.r": (8, 16, 64)[n % 3], "lora.targets": targets[n // 9], "objectives": ["valid/loss"]}},
+        )
+        for n in range(18)
+    ]
+    found = read(sweep(*trials, axes=[{"key": "lora.r"}, {"key": "lora.targets"}]))
+    assert list(found.importance) == ["lora.targets", "lora.r"]
 
 
 def test_importance_of_searched_keys(sweep):

@@ -7,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftexp import evaluate, model
-from ftexp.config import Data, Eval, Kind, Lora, Model, Quant
+from ftexp.config import Data, Eval, Kind, Lora, Model, Quant, Template
 from ftexp.data import Row, load, prompts
+from ftexp.model import tiny as toy
 
 
 @pytest.fixture(scope="module")
@@ -298,10 +299,38 @@ def test_scoring_leaves_the_mode_as_it_was(base, examples):
     assert one == again  # dropout was off
 
 
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""As Qwen3's: empty thoughts stand before the answer once it is known."""
+
+
+def test_what_the_template_writes_before_an_answer_is_no_part_of_it(base, monkeypatch):
+    tokenizer = toy.tokenizer()
+    tokenizer.chat_template = THINKING
+    how = Data(rows=120, valid=9, max_length=256, template=Template.model)
+    examples = prompts.render(load(how).valid, tokenizer, how)
+    learned = [tokenizer.decode(list(e.completion), skip_special_tokens=True) for e in examples]
+    assert all(text.startswith("<think>\n\n</think>\n\n") for text in learned)  # and supervised
+    monkeypatch.setattr(evaluate, "write", lambda *_, **__: learned)
+    scored = evaluate.score(base.model, tokenizer, examples, Eval(), "t")
+    assert scored.scores["exact_match"] == 1.0
+    assert [e["prediction"].strip() for e in scored.table] == [e.row.completion.strip() for e in examples]
+
+
+def test_thoughts_of_the_row_itself_are_a_part_of_it(base):
+    row = Row("p", "<think>why</think>so", "t:1")
+    [example] = prompts.render((row,), base.tokenizer, Data(max_length=256))
+    assert evaluate.opening(base.tokenizer, example) == ""
+    assert evaluate.answer("<think>no</think>so", "") == "<think>no</think>so"
+
+
 def entry(prediction, reference, nats, tokens):
     known = evaluate.Seen(frozenset({"copied it is"}))
     size = len(reference.encode())
-    table = {"nats": nats, "tokens": tokens, "bytes": size, "reference": reference, "prediction": prediction}
+    table = {"nats": nats, "tokens": tokens, "cut": 2, "bytes": size, "reference": reference, "prediction": prediction}
     return table | evaluate.compare(prediction, reference, known, Eval())
 
 
@@ -312,7 +341,7 @@ def test_summary_by_hand():
     assert scores["bits_per_byte"] == pytest.approx(5 / 4)
     assert scores["exact_match"] == scores["chrf"] == scores["rouge_l"] == 0.5  # an empty answer is wrong, not left out
     assert (scores["unparsable"], scores["memorised"], scores["distinct_1"]) == (0.5, 0, 1)
-    assert (scores["rows"], scores["tokens"], scores["tokens_cut"]) == (2, 4, 0)
+    assert (scores["rows"], scores["tokens"], scores["tokens_cut"]) == (2, 4, 4)
 
 
 def test_copies_of_training_completions_are_counted(base, examples):

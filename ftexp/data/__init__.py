@@ -10,12 +10,12 @@ from ftexp.config import Data, Source
 from ftexp.data import gates, hub, hygiene
 from ftexp.data.objects import of
 from ftexp.data.rows import Row, read, read_file
-from ftexp.data.splits import Splits, split
+from ftexp.data.splits import Splits, split, units
 from ftexp.errors import DataError
 from ftexp.files import sha256
 from ftexp.progress import say
 
-__all__ = ["Row", "Splits", "load", "of"]
+__all__ = ["Row", "Splits", "load", "of", "units"]
 
 KEPT = 4
 """Results of `load` kept in memory; trials of a sweep ask for the same few again and again."""

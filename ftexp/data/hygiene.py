@@ -16,12 +16,13 @@ needs some 130 microseconds a row, datasketch 2.0 some 540 before anything is co
 from __future__ import annotations
 
 import hashlib
-import re
 import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+import regex
 
 from ftexp.config import Data, Dedup
 from ftexp.data import encoder
@@ -64,11 +65,11 @@ class Copy:
 def normalise(text: str) -> str:
     """Fold case, width, punctuation and spacing, so that trivially edited copies compare equal.
 
-    >>> normalise("The  Pilot, is ready!") == normalise("the pilot is ready")
-    True
+    >>> normalise("The  Pilot, is ready!") == normalise("the pilot is ready"), normalise("काला") == normalise("कील")
+    (True, False)
     """
     text = unicodedata.normalize("NFKC", text).casefold()
-    folded = re.sub(r"[\W_]+", " ", text).strip()
+    folded = regex.sub(r"(?:[^\w\p{M}\p{N}]|_)+", " ", text).strip()
     return folded or text.strip()  # a prompt of nothing but signs is its own key
 
 

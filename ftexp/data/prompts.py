@@ -47,6 +47,8 @@ class Example:
     """Begin and end of the answers of earlier turns within `prompt`; supervised too."""
     unseen: int = 0
     """Bytes of the row's text that are not supervised: nothing comes before them, or they were cut off."""
+    cut: int = 0
+    """Supervised tokens that were cut off."""
 
     @property
     def ids(self) -> list[int]:
@@ -281,4 +283,5 @@ def _cut(example: Example, tokenizer: PreTrainedTokenizerBase, most: int) -> Exa
     learned = [*(example.prompt[begin:end] for begin, end in earlier), completion]
     text = "".join(cast(str, tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in learned)
     unseen = len(example.row.supervised().encode()) - len(text.encode())
-    return replace(example, prompt=example.prompt[:most], completion=completion, earlier=earlier, unseen=max(0, unseen))
+    left = replace(example, prompt=example.prompt[:most], completion=completion, earlier=earlier, unseen=max(0, unseen))
+    return replace(left, cut=example.supervised - left.supervised)

@@ -175,6 +175,8 @@ def _value(record: dict[str, Any], name: str, where: str, hint: str = "") -> str
     texts = [str(p) if type(p) is int else _checked(p, f"column {name!r}", where) for p in parts]
     if not texts or not all(text.strip() for text in texts):
         raise DataError(f"{where}: column {name!r} must hold a label, got {value!r:.60}")
+    if isinstance(value, list) and (held := next((text for text in texts if "," in text), None)) is not None:
+        raise DataError(f"{where}: a label in a list must have no comma, which parts labels, got {held!r}")
     return ", ".join(texts)
 
 

@@ -15,6 +15,7 @@ from ftexp.config import Data, Gate
 from ftexp.data.hygiene import Copy, deduplicate, normalise
 from ftexp.data.shapes import Row
 from ftexp.errors import DataError
+from ftexp.progress import say
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ def split(rows: list[Row], data: Data, source: str, given: dict[str, list[Row]] 
     """Leave out copies, and hold out `data.valid` and `data.test` rows, drawn with `data.seed` or the last ones.
 
     Rows that are drawn stay together where their prompts are equal after `normalise`, and where `data.group_by` is
-    equal, so no held-out prompt or group is trained on; `data.allow=[leaks]` lets equal prompts be parted. With groups
-    the counts are the most that is held out.
+    equal, so no held-out prompt or group is trained on; `data.allow=[leaks]` lets equal prompts be parted. Where rows
+    stay together the counts are the most that is held out.
 
     Args:
         rows: of the source.
@@ -103,11 +104,12 @@ def split(rows: list[Row], data: Data, source: str, given: dict[str, list[Row]] 
     wanted = {name: counted(amount, len(kept["train"])) for name, amount in amounts.items()}
     parts = kept | (_drawn if data.shuffle else _last)(kept["train"], wanted, data)
     for name in wanted:
-        short = not parts[name] if data.group_by and wanted[name] else len(parts[name]) != wanted[name]
-        if short or (name == "valid" and not parts[name]):
-            grouped_by = f" in groups of equal {data.group_by}" if data.group_by else ""
-            told = f"cannot be held out of {len(kept['train'])} different rows{grouped_by}"
-            raise DataError(f"{source}: data.{name}={amounts[name]} rows {told}")
+        if len(parts[name]) != wanted[name] or (name == "valid" and not parts[name]):
+            together = _together(kept["train"], data)
+            if not parts[name] or not together:
+                told = f"cannot be held out of {len(kept['train'])} different rows{together}"
+                raise DataError(f"{source}: data.{name}={amounts[name]} rows {told}")
+            say(f"{name}: {len(parts[name])} rows of data.{name}={amounts[name]} are held out{together}")
     if not parts["train"]:
         raise DataError(
             f"{source}: no row is left to train on: {len(rows)} read, {len(copies)} copies, data.valid={data.valid}, "
@@ -118,6 +120,18 @@ def split(rows: list[Row], data: Data, source: str, given: dict[str, list[Row]] 
             raise DataError(f"{source}: no {name} row is left, all are copies of test rows")
     read = len(rows) + sum(map(len, given.values()))
     return Splits(*(tuple(parts[name]) for name in ("train", "valid", "test")), read=read, copies=tuple(copies))
+
+
+def _together(rows: list[Row], data: Data) -> str:
+    """Tell what keeps rows together when they are drawn; nothing where each stands alone."""
+    if not data.shuffle:
+        return ""
+    if data.group_by:
+        return f" in groups of equal {data.group_by}"
+    smallest = min(map(len, grouped(rows, by_prompt=Gate.leaks not in data.allow).values()), default=1)
+    if smallest == 1:
+        return ""
+    return f": rows of one prompt stay together, at least {smallest} of them; data.allow=[leaks] parts them"
 
 
 def counted(amount: int | float, rows: int) -> int:
@@ -177,6 +191,16 @@ def grouped(rows: Iterable[Row], by_prompt: bool = True) -> dict[str, list[Row]]
     for key, row in keys:
         groups.setdefault(name(key), []).append(row)
     return groups
+
+
+def units(rows: Iterable[Row]) -> list[int]:
+    """Number each row's unit for statistics, from 0: rows of one prompt or of one `group` are one.
+
+    They are hard or easy together, so that many of them tell less than as many others.
+    """
+    rows = list(rows)
+    numbers = {id(row): n for n, members in enumerate(grouped(rows).values()) for row in members}
+    return [numbers[id(row)] for row in rows]
 
 
 def _pick(picked: dict[str, str], groups: dict[str, list[Row]], order: list[str], name: str, wanted: int) -> None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from filelock import FileLock
 
-from ftexp.config import Data, Gate
+from ftexp.config import Data, Gate, Packing
 from ftexp.data import gates, prompts
 from ftexp.data.prompts import Example
 from ftexp.data.shapes import Row
@@ -65,7 +65,9 @@ class Tokens(Sequence[Example]):
         entry = self.table.slice(number, 1).to_pylist()[0]
         ids, end, flat = entry["input_ids"], entry["prompt"], entry["earlier"]
         earlier = tuple(zip(flat[::2], flat[1::2], strict=True))
-        return Example(self.all_rows[number], tuple(ids[:end]), tuple(ids[end:]), earlier, entry["unseen"])
+        return Example(
+            self.all_rows[number], tuple(ids[:end]), tuple(ids[end:]), earlier, entry["unseen"], entry["cut"]
+        )
 
     def dataset(self) -> Dataset:
         """Return ids and labels as TRL takes them, still on disk."""
@@ -136,7 +138,7 @@ def digest(tokenizer: PreTrainedTokenizerBase, data: Data, content: str) -> str:
     deciding = [
         content, backend, type(tokenizer).__name__, prompts.template_digest(tokenizer, data), data.template.value,
         tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids),
-        data.max_length, data.long.value, Gate.double_bos in data.allow,
+        data.max_length, data.long.value, Gate.double_bos in data.allow, data.packing is Packing.wrapped,
         [version(name) for name in ("transformers", "tokenizers", "jinja2")],
         [sha256(Path(module)) for module in (__file__, prompts.__file__)],
     ]  # fmt: skip
@@ -208,7 +210,7 @@ def _schema() -> Any:
     import pyarrow as pa
 
     lists = {name: pa.list_(pa.int32()) for name in ("input_ids", "labels", "earlier")}
-    numbers = {"prompt": pa.int32(), "unseen": pa.int64(), "supervised": pa.int32()}
+    numbers = {"prompt": pa.int32(), "unseen": pa.int64(), "cut": pa.int32(), "supervised": pa.int32()}
     return pa.schema(lists | numbers | {"lost": pa.bool_(), "ended": pa.bool_()})
 
 
@@ -217,12 +219,12 @@ def batch_of(made: list[Example | None], end: int) -> Any:
     import pyarrow as pa
 
     entries = [
-        {"input_ids": [], "labels": [], "prompt": 0, "earlier": [], "unseen": 0, "lost": True, "supervised": 0,
-         "ended": False}
+        {"input_ids": [], "labels": [], "prompt": 0, "earlier": [], "unseen": 0, "cut": 0, "lost": True,
+         "supervised": 0, "ended": False}
         if e is None else
         {"input_ids": e.ids, "labels": e.labels, "prompt": len(e.prompt),
-         "earlier": [place for answer in e.earlier for place in answer], "unseen": e.unseen, "lost": False,
-         "supervised": e.supervised, "ended": e.completion[-1:] == (end,)}
+         "earlier": [place for answer in e.earlier for place in answer], "unseen": e.unseen, "cut": e.cut,
+         "lost": False, "supervised": e.supervised, "ended": e.completion[-1:] == (end,)}
         for e in made
     ]  # fmt: skip
     return pa.RecordBatch.from_pylist(entries, schema=_schema())

@@ -32,6 +32,8 @@ from ftexp.stats.columns import (
 SIGNS = 9999
 """Random sign vectors of a test: the smallest p is 1 / 10000. More where many pairs ask for smaller ones."""
 MOST_SIGNS = 99_999
+NOTHING = 1e-12
+"""A difference of scores that is rounding."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +287,9 @@ def _statistics(table: _Table, couples: Array) -> tuple[Array, Array, Array]:
         scale = np.sqrt(table.seed * runs + share**2 * apart.var(axis=1) / max(1, n - 1))
     else:  # no change of signs moves the mean square, so that this orders draws and pairs as Student's t does
         scale = np.sqrt((apart**2).mean(axis=1) / n)
-    return np.where(scale > 0, apart.mean(axis=1) / np.where(scale > 0, scale, 1), 0.0), scale, share
+    middle = apart.mean(axis=1)
+    sure = np.where(np.abs(middle) > NOTHING, np.copysign(np.inf, middle), 0.0)  # the same in every row and every seed
+    return np.where(scale > 0, middle / np.where(scale > 0, scale, 1), sure), scale, share
 
 
 def _share(parts: Array, mixed: Array) -> Array:

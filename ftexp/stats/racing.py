@@ -17,10 +17,11 @@ What is not: curves may cross after a rung. Warm-up rungs are for that.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 
 from scipy.stats import t
 
-from ftexp.stats.columns import Column, contributions
+from ftexp.stats.columns import Column, contributions, grouped
 
 
 def level(alpha: float, rung: int, trials: int) -> float:
@@ -37,8 +38,8 @@ def level(alpha: float, rung: int, trials: int) -> float:
     return alpha / (rung * (rung + 1)) / max(1, trials - 1)
 
 
-def behind(mine: Column, best: Column) -> float:
-    """One-sided p of Student's paired t over rows: how likely the trial looks this much worse and is not.
+def behind(mine: Column, best: Column, groups: Sequence[Hashable] | None = None) -> float:
+    """One-sided p of Student's paired t over rows or groups: how likely the trial looks this much worse and is not.
 
     The rows' differences are those of `columns.contributions`, so that their mean is the difference of the scores. t
     and not random signs, because levels here are far below the smallest p that a few thousand draws can give; over
@@ -49,6 +50,7 @@ def behind(mine: Column, best: Column) -> float:
     Args:
         mine: nats over tokens of the judged trial.
         best: of the trial it is compared with, on the same rows.
+        groups: group of each row; rows of a group are one unit.
 
     >>> from ftexp.stats.columns import mean
     >>> round(behind(mean([1.0, 2.0, 4.0]), mean([0.5, 1.0, 2.0])), 4)
@@ -56,6 +58,7 @@ def behind(mine: Column, best: Column) -> float:
     """
     if len(mine.num) != len(best.num):
         raise ValueError(f"both must be scored on the same rows, got {len(mine.num)} and {len(best.num)}")
+    mine, best = grouped(mine, groups), grouped(best, groups)
     at = (mine.value + best.value) / 2
     apart = contributions(mine, at) - contributions(best, at)
     n, middle = len(apart), float(apart.mean())

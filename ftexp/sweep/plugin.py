@@ -167,7 +167,7 @@ class Sweeper(HydraSweeper):
                 f"sweep.pruner={options.pruner.value} needs one objective, got {', '.join(runs[0].objectives)}"
             )
         if options.pruner is Pruner.race:
-            rows = min(len(data.load(run.data).valid) for run in runs)
+            rows = min(len({*data.units(data.load(run.data).valid)}) for run in runs)
             race.check(options, [axis.key for axis in searched.axes], runs[0].objectives, rows)
         engines.check(options)
         packs.check(options, searched.axes, runs)

@@ -69,7 +69,7 @@ def check(options: Options, searched: list[str], objectives: list[str], rows: in
         options: of the sweep.
         searched: keys that differ between trials.
         objectives: of the sweep.
-        rows: held-out rows.
+        rows: held-out rows, those of one prompt or group counted once.
 
     Raises:
         ConfigError: trials are not ranked by their loss, or not scored on the same rows, or on too few.
@@ -82,7 +82,8 @@ def check(options: Options, searched: list[str], objectives: list[str], rows: in
         raise ConfigError(f"sweep.pruner=race needs the same held-out rows in all trials, so {own} must be one value")
     if rows < least:
         raise ConfigError(
-            f"sweep.pruner=race needs at least {least} held-out rows (sweep.pruner_args.min_rows), got {rows}"
+            f"sweep.pruner=race needs at least {least} independent held-out rows (sweep.pruner_args.min_rows), "
+            f"got {rows}"
         )
 
 
@@ -112,7 +113,7 @@ def judge(sweep: Frozen, trial: Trial, every: int) -> Judge:
         other, best = min(rivals, key=lambda pair: (pair[1].value, pair[0]))
         if len(best.num) != len(mine.num):
             raise DataError(f"trial {other} was scored on {len(best.num)} rows, this one on {len(mine.num)}")
-        p = racing.behind(mine, best)
+        p = racing.behind(mine, best, rung.units or None)
         if p >= racing.level(how.alpha, place, len(study.counted(trial.study))):
             return None
         return f"pruned at step {step}: valid/loss {rung.loss:.4f}, trial {other} had {best.value:.4f} (p {p:.1e})"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import labels, metrics
 from ftexp.config import Data, Method
-from ftexp.data import gates, prompts
+from ftexp.data import gates, prompts, splits
 from ftexp.data.prompts import Example
 from ftexp.data.shapes import Row
 from ftexp.evaluate import Scored
@@ -143,9 +143,10 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
 def table(rows: Sequence[Pair], margins: Sequence[float]) -> list[dict[str, Any]]:
     """Tell each pair with its margin: what the better answer is ahead by."""
     return [
-        {"where": p.row.where, "prompt": p.row.prompt, "reference": p.row.completion, "rejected": p.row.rejected,
-         "nats": metrics.pair_loss(margin), "pairs": 1, "margin": margin, "accuracy": metrics.preferred(margin)}
-        for p, margin in zip(rows, margins, strict=True)
+        {"where": p.row.where, "unit": unit, "prompt": p.row.prompt, "reference": p.row.completion,
+         "rejected": p.row.rejected, "nats": metrics.pair_loss(margin), "pairs": 1,
+         "margin": margin, "accuracy": metrics.preferred(margin)}
+        for p, unit, margin in zip(rows, splits.units(p.row for p in rows), margins, strict=True)
     ]  # fmt: skip
 
 

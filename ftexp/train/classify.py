@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import labels, metrics, passes
 from ftexp.config import Eval, Run
+from ftexp.data import splits
 from ftexp.data.rows import Row
 from ftexp.errors import DataError
 from ftexp.evaluate import Scored
@@ -96,12 +97,13 @@ def train(
     steps = sft.planned_steps(run.trainer, len(rows))
     settings = sft.arguments(run.trainer, base.compute.device, run.seed, str(kept.folder), steps)
     settings.remove_unused_columns = False
-    known = names(rows, valid)
+    known, units = names(rows, valid), splits.units(e.row for e in valid)
 
     def curve(model: Any, label: str) -> Rung:
         told, many = logits(model, base.tokenizer, valid, run.eval, label), run.trainer.multi_label
         nats = decisions(told, targets(valid, known, many), many, None).reshape(len(valid), -1)
-        return Rung(loss(told, valid, known, many), nats.sum(dim=1).tolist(), [nats.shape[1]] * len(valid))
+        rows, each = nats.sum(dim=1).tolist(), [nats.shape[1]] * len(valid)
+        return Rung(loss(told, valid, known, many), rows, each, units)
 
     def make(watching: TrainerCallback) -> Any:
         return _trainer(base, tuned, settings, rows, known, run, watching)
@@ -253,11 +255,11 @@ def score(
     scores |= {"roc_auc_macro": macro, "roc_auc_micro": labels.roc_auc_micro(truth, shares, known)}
     scores |= {"rows": float(len(rows)), "roc_auc_undefined": float(undefined)}
     table = [
-        {"where": e.row.where, "prompt": e.row.prompt, "reference": ", ".join(sorted(e.labels)),
+        {"where": e.row.where, "unit": unit, "prompt": e.row.prompt, "reference": ", ".join(sorted(e.labels)),
          "prediction": ", ".join(sorted(named)), "nats": line.sum().item(), "decisions": len(line),
          "subset_accuracy": float(named == e.labels), "f1_samples": labels.row(labels.f1, e.labels, named),
          "jaccard_samples": labels.row(labels.jaccard, e.labels, named)}
-        for e, named, line in zip(rows, chosen, nats, strict=True)
+        for e, unit, named, line in zip(rows, splits.units(e.row for e in rows), chosen, nats, strict=True)
     ]  # fmt: skip
     by_label = labels.table(truth, chosen, known)
     for n, line in enumerate(by_label):

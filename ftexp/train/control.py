@@ -26,6 +26,8 @@ class Rung:
     """Nats of each held-out row; empty where a kill has left the loss alone."""
     counts: Sequence[int] = ()
     """Tokens, decisions or pairs of each row."""
+    units: Sequence[int] = ()
+    """Unit of each row (`data.splits.units`)."""
 
 
 Judge = Callable[[Rung, int], str | None]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import evaluate, metrics
 from ftexp.config import Eval, Run, Trainer
+from ftexp.data import splits
 from ftexp.evaluate import Scored, Seen
 from ftexp.model import Base
 from ftexp.train import answers, sft
@@ -44,12 +45,14 @@ def train(
     settings = sft.arguments(run.trainer, base.compute.device, run.seed, str(kept.folder), steps)
     pad, beta = cast(int, base.tokenizer.pad_token_id), run.trainer.beta
 
+    units = splits.units(p.row for p in valid)
+
     def curve(model: Any, label: str) -> Rung:
         margins = [
             margin(now, p, beta) for now, p in zip(asked(model, base, valid, run.eval, label), valid, strict=True)
         ]
         lost, ones = [metrics.pair_loss(m) for m in margins], [1] * len(margins)
-        return Rung(metrics.loss(lost, ones), lost, ones)
+        return Rung(metrics.loss(lost, ones), lost, ones, units)
 
     def make(watching: TrainerCallback) -> Any:
         def loss(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

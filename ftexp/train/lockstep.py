@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from ftexp import metrics, passes
 from ftexp.config import Run, Trainer
+from ftexp.data import splits
 from ftexp.data.prompts import Example
 from ftexp.errors import Diverged, OutOfTime, Preempted, Pruned, out_of_memory
 from ftexp.model import Base
@@ -445,7 +446,8 @@ def _curve(base: Base, pack: Pack, trials: list[_Trial], together: int) -> int:
         together = _in_turn([t for t in trials if number < len(parts[t])], together, partial(batch, number))
     for trial in trials:
         tokens = [e.supervised for e in trial.member.valid]
-        trial.held_out = Rung(metrics.loss(told[trial], tokens), told[trial], tokens)
+        units = splits.units(e.row for e in trial.member.valid)
+        trial.held_out = Rung(metrics.loss(told[trial], tokens), told[trial], tokens, units)
     return together
 
 

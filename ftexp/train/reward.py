@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import metrics, passes
 from ftexp.config import Eval, Run
+from ftexp.data import splits
 from ftexp.data.prompts import Example
 from ftexp.evaluate import Scored
 from ftexp.model import Base
@@ -41,10 +42,12 @@ def train(
     settings = sft.arguments(run.trainer, base.compute.device, run.seed, str(kept.folder), steps)
     pad = cast(int, base.tokenizer.pad_token_id)
 
+    units = splits.units(p.row for p in valid)
+
     def curve(model: Any, label: str) -> Rung:
         margins = _margins(rewards(model, base.tokenizer, answers.sides(valid), run.eval, label))
         lost, ones = [metrics.pair_loss(m) for m in margins], [1] * len(margins)
-        return Rung(metrics.loss(lost, ones), lost, ones)
+        return Rung(metrics.loss(lost, ones), lost, ones, units)
 
     def make(watching: TrainerCallback) -> Any:
         return answers.trainer(base, tuned, settings, rows, lambda batch: tensors(batch, pad), nats, watching)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import evaluate, metrics, model
 from ftexp.config import Eval, Run
+from ftexp.data import splits
 from ftexp.data.prompts import Example
 from ftexp.errors import ConfigError
 from ftexp.evaluate import Scored, Seen
@@ -66,7 +67,8 @@ def train(
     def curve(scored: Any, label: str) -> Rung:
         found = score(scored, base, valid, run, rewarder, label)
         beside.update({f"valid/{name}": found.scores[name] for name in KEPT if name in found.scores})
-        return Rung(found.scores["loss"], [e["nats"] for e in found.table], [e["completions"] for e in found.table])
+        return Rung(found.scores["loss"], [e["nats"] for e in found.table], [e["completions"] for e in found.table],
+                    [e["unit"] for e in found.table])  # fmt: skip
 
     def told(values: dict[str, float], step: int) -> None:
         report(values | (beside if "valid/loss" in values else {}), step)
@@ -205,7 +207,8 @@ def score(
     tokenizer, batch = base.tokenizer, run.eval.batch
     settings = evaluate.greedy(scored, tokenizer, rows, run.eval)
     written = evaluate.continued(scored, tokenizer, [e.prompt for e in rows], settings, batch, label)
-    texts = tokenizer.batch_decode([list(ids) for ids in written], skip_special_tokens=True)
+    decoded = tokenizer.batch_decode([list(ids) for ids in written], skip_special_tokens=True)
+    texts = [evaluate.answer(text, evaluate.opening(tokenizer, e)) for text, e in zip(decoded, rows, strict=True)]
     gained = rewarder.rewards([e.row for e in rows], texts, batch, label)
     if scored is base.model and not base.changed:
         nats = [0.0] * len(rows)
@@ -213,10 +216,12 @@ def score(
         answered = [replace(e, completion=ids, earlier=()) for e, ids in zip(rows, written, strict=True)]
         nats = evaluate.divergence(scored, tokenizer, answered, run.eval, label, partial(model.untrained, base, scored))
     table: list[dict[str, Any]] = []
+    units = splits.units(e.row for e in rows)
     for n, (e, ids, text, worth, away) in enumerate(zip(rows, written, texts, gained, nats, strict=True)):
         table.append(
-            {"where": e.row.where, "prompt": e.row.prompt, "reference": e.row.completion, "prediction": text,
-             "nats": metrics.price(worth, away, run.trainer.beta), "completions": 1, "reward": worth, "kl_nats": away,
+            {"where": e.row.where, "unit": units[n], "prompt": e.row.prompt, "reference": e.row.completion,
+             "prediction": text, "nats": metrics.price(worth, away, run.trainer.beta), "completions": 1,
+             "reward": worth, "kl_nats": away,
              "written": len(ids), "length": float(len(ids)),
              **({} if rival is None else {"win_rate": metrics.preferred(worth - rival[n])}),
              **evaluate.compare(text, e.row.completion, known, run.eval)}

@@ -75,7 +75,7 @@ def train(
     def curve(model: Any, label: str) -> Rung:
         table = evaluate.held_out(model, base.tokenizer, valid, run.eval, label)
         nats, tokens = [e["nats"] for e in table], [e["tokens"] for e in table]
-        return Rung(metrics.loss(nats, tokens), nats, tokens)
+        return Rung(metrics.loss(nats, tokens), nats, tokens, [e["unit"] for e in table])
 
     def make(watching: TrainerCallback) -> Any:
         return _trainer(run, base, tuned, settings, packs, watching, kept)

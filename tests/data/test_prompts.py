@@ -214,6 +214,7 @@ def test_cut_conversation_keeps_the_answers_before_the_cut(tokenizer):
         cut = one(tokenizer, LONG, max_length=most, **keys)
         assert cut.ids == whole.ids[:most]
         assert cut.labels == whole.labels[:most]
+        assert cut.cut == whole.supervised - cut.supervised
         assert cut.supervised == sum(label != -100 for label in cut.labels)
 
 

@@ -95,6 +95,14 @@ def test_group_and_stratum_are_kept():
         one({"prompt": "a", "completion": "b"}, group_by="by")
 
 
+def test_label_in_a_list_that_would_be_parted_is_refused():
+    with pytest.raises(
+        DataError, match="t:1: a label in a list must have no comma, which parts labels, got 'Hong Kong, C"
+    ):
+        one({"text": "a film", "labels": ["war", "Hong Kong, China"]})
+    assert one({"text": "a film", "labels": "war, drama"}).completion == "war, drama"
+
+
 def test_every_format_gives_the_same_rows(tmp_path):
     import pyarrow
     import pyarrow.parquet

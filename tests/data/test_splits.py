@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftexp.config import Data, Gate, Source
-from ftexp.data import load
+from ftexp.data import load, units
 from ftexp.data.hygiene import normalise
 from ftexp.data.rows import Row
 from ftexp.data.splits import Splits, split
@@ -91,6 +91,29 @@ def test_too_few_rows_are_refused(count, valid, message):
 def test_one_prompt_with_many_answers_cannot_be_split():
     with pytest.raises(DataError, match="cannot be held out"):
         split(made(*["same"] * 9), Data(valid=3), "t")
+
+
+def test_prompts_with_equally_many_answers_are_held_out_whole(capfd):
+    rows = [Row(f"picture {n}", f"caption {n} {m}", f"t:{n}") for n in range(20) for m in range(5)]
+    splits = split(rows, Data(valid=48), "t")
+    assert (len(splits.valid), len(splits.train)) == (45, 55)
+    assert not {r.prompt for r in splits.valid} & {r.prompt for r in splits.train}
+    assert "valid: 45 rows of data.valid=48 are held out: rows of one prompt stay together" in capfd.readouterr().err
+    with pytest.raises(DataError, match=r"data.valid=4 rows cannot be held out of 100 different rows: rows of one prompt "
+                                        r"stay together, at least 5 of them; data.allow=\[leaks\] parts them"):  # fmt: skip
+        split(rows, Data(valid=4), "t")
+    assert len(split(rows, Data(valid=4, allow=[Gate.leaks]), "t").valid) == 4
+
+
+def test_units_are_prompts_and_groups_and_texts_stand_alone():
+    rows = [
+        Row("Same?", "a", "t:0"), Row("same", "b", "t:1"), Row("other", "c", "t:2"), Row("", "one text", "t:3"),
+        Row("", "another", "t:4"), Row("p", "d", "t:5", group="g"), Row("q", "e", "t:6", group="g"),
+    ]  # fmt: skip
+    told = units(rows)
+    assert told[0] == told[1] != told[2]
+    assert told[5] == told[6]
+    assert len(set(told)) == 5
 
 
 def test_shares_are_of_the_rows_that_are_left():

@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from ftexp import data, experiment, model
-from ftexp.config import Data, Gate, Long, Model, Template
+from ftexp.config import Data, Gate, Long, Model, Packing, Template
 from ftexp.data import prompts, tokens
 from ftexp.data.shapes import Row
 from ftexp.errors import DataError, MachineError
@@ -113,6 +113,7 @@ def test_what_decides_is_in_the_name():
         tokens.digest(retold, how, "c"), tokens.digest(tokenizer, Data(max_length=99), "c"),
         tokens.digest(tokenizer, Data(long=Long.cut), "c"), tokens.digest(tokenizer, Data(template=Template.plain), "c"),
         tokens.digest(tokenizer, Data(allow=[Gate.double_bos]), "c"),
+        tokens.digest(tokenizer, Data(packing=Packing.wrapped), "c"),
     ]  # fmt: skip
     assert len({usual, *others}) == len(others) + 1
     tokenizer(["a", "bcd"], padding=True)  # leaves a mark on the tokenizer

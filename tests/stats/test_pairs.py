@@ -337,6 +337,14 @@ def test_optimism_of_few_rows_is_the_mean_over_all_signs():
     assert found > 0
 
 
+def test_all_right_in_every_seed_beats_all_wrong():
+    """Neither rows nor seeds differ, so there is no noise at all; equal points still cannot be told apart."""
+    right, wrong = [mean(np.ones(24))] * 3, [mean(np.zeros(24))] * 3
+    found = compare([right, wrong, right], Direction.maximize)
+    assert [p.p for p in found.pairs] == [pytest.approx(1e-4, rel=0.2), 1.0, pytest.approx(1e-4, rel=0.2)]
+    assert indistinguishable(found).members == (0, 2)
+
+
 def test_two_runs_that_agree_by_chance_leave_the_rows_their_noise():
     """Each of two runs misses one row, another one: equal scores, and still 20 rows are but 20 rows."""
     one, other = np.ones(20), np.ones(20)

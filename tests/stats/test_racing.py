@@ -45,6 +45,16 @@ def test_rows_count_by_their_tokens():
     assert racing.behind(ratio([2.0, 3.0], [1, 3]), ratio([1.0, 3.0], [1, 3])) == pytest.approx(0.25)
 
 
+def test_rows_of_a_group_are_one():
+    rng = np.random.default_rng(0)
+    a = rng.gamma(1.0, 1.0, 40)
+    worse = a + np.repeat(rng.normal(0.1, 0.2, 8), 5)
+    groups = np.repeat(np.arange(8), 5).tolist()
+    by_hand = ttest_rel(worse.reshape(8, 5).mean(1), a.reshape(8, 5).mean(1), alternative="greater").pvalue
+    assert racing.behind(mean(worse), mean(a), groups) == pytest.approx(by_hand)
+    assert racing.behind(mean(worse), mean(a)) < by_hand  # as if there were 40
+
+
 def test_levels_of_all_rungs_and_rivals_add_up_to_alpha():
     spent = sum(racing.level(0.05, rung, 16) * 15 for rung in range(1, 10_000))
     assert spent == pytest.approx(0.05, rel=1e-3)

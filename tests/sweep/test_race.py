@@ -11,13 +11,13 @@ from ftexp.files import read_json
 from ftexp.stats import racing
 from ftexp.sweep import race, study, worker
 from ftexp.sweep.options import Options, Pruner
-from ftexp.train.control import Rung
+from ftexp.train.control import Control, Rung
 
 ROWS = 32
 HARD = np.random.default_rng(0).gamma(1.0, 1.0, ROWS)
 
 
-def run_trials(monkeypatch, shift, scores=None):
+def run_trials(monkeypatch, shift, scores=None, units=()):
     """Replace training by rows that are `shift[trial]` worse than those of a perfect trial, give or take."""
 
     def execute(run, folder, label, parent, control):
@@ -25,7 +25,7 @@ def run_trials(monkeypatch, shift, scores=None):
         for step in (10, 20):  # every ten, as the config says
             noise = np.random.default_rng(10 * number + step).normal(0, 0.05, ROWS)
             rows = HARD + shift[number] + noise
-            reason = control.judge(Rung(float(rows.mean()), rows.tolist(), [1] * ROWS), step)
+            reason = control.judge(Rung(float(rows.mean()), rows.tolist(), [1] * ROWS, units), step)
             if reason:
                 raise Pruned(reason)
         return {"valid/loss": float(shift[number]), **(scores or {}).get(number, {})}
@@ -80,6 +80,24 @@ def test_trial_that_breaks_a_bound_stops_nobody(race_of, monkeypatch):
     assert "trial 1 had" in study.counted(record)[2].user_attrs["ftexp:reason"]
 
 
+def test_rows_of_one_document_are_one_row_of_the_test(race_of, monkeypatch):
+    made, record = race_of("a=1,2")
+    run_trials(monkeypatch, [0.0, 0.3], units=[0] * ROWS)
+    worker.work(made, record)
+    assert states(record) == ["COMPLETE", "COMPLETE"]
+
+
+@pytest.mark.parametrize(
+    "given", [[], ["trainer.engine=packed"], ["data=genres", "trainer=classify"], ["data=preference", "trainer=reward"],
+              ["data=preference", "trainer=dpo"]],
+)  # fmt: skip
+def test_every_training_tells_the_units_of_its_rows(tiny, tmp_path, given):
+    told = []
+    run = tiny(*given, "data.rows=120", "trainer.steps=2", "trainer.report_steps=1", "eval.generate=false")
+    experiment.execute(run, tmp_path / "run", "t", control=Control(judge=lambda rung, _: told.append(rung)))
+    assert [list(rung.units) for rung in told] == [list(range(12))] * len(told) != []
+
+
 def test_rung_before_a_kill_is_not_judged_again(race_of, monkeypatch):
     """What is left of it is the loss alone; its rows lie in the folder, for the others."""
     made, record = race_of("a=1,2")
@@ -96,7 +114,7 @@ def test_rung_before_a_kill_is_not_judged_again(race_of, monkeypatch):
         ({"alpha": "x"}, [], ["valid/loss"], 99, "sweep.pruner_args must be numbers"),
         ({}, [], ["valid/jaccard"], 99, r"needs objectives=\[valid/loss\], got valid/jaccard"),
         ({}, ["data.seed"], ["valid/loss"], 99, "the same held-out rows in all trials, so data.seed must be one value"),
-        ({}, [], ["valid/loss"], 11, r"needs at least 12 held-out rows \(sweep.pruner_args.min_rows\), got 11"),
+        ({}, [], ["valid/loss"], 11, r"needs at least 12 independent held-out rows \(sweep.pruner_args.min_rows\), got 11"),
     ],
 )  # fmt: skip
 def test_sweep_that_cannot_be_raced_is_refused(args, keys, objectives, rows, told):
