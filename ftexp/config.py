@@ -918,14 +918,28 @@ def is_whole(key: str) -> bool:
     >>> is_whole("lora.r"), is_whole("trainer.lr"), is_whole("trainer.steps"), is_whole("no.such.key")
     (True, False, True, False)
     """
+    return _type(key) in ("int", "int | None")
+
+
+def is_real(key: str) -> bool:
+    """Tell whether a key takes any number, so that a range between whole ones holds all between them.
+
+    >>> is_real("trainer.weight_decay"), is_real("lora.r"), is_real("trainer.extra.adam_beta1")
+    (True, False, False)
+    """
+    return _type(key) in ("float", "float | None")
+
+
+def _type(key: str) -> Any:
+    """Return the type of a key as the schema spells it; None where it has no such key."""
     node: Any = Run
     for name in key.split("."):
         found = next((f for f in fields(node) if f.name == name), None) if is_dataclass(node) else None
         if found is None:
-            return False
+            return None
         default = found.default_factory() if callable(found.default_factory) else found.default
         node = type(default) if is_dataclass(default) else found.type
-    return node in ("int", "int | None")
+    return node
 
 
 def build(cfg: DictConfig) -> Run:

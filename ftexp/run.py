@@ -26,8 +26,9 @@ from ftexp.train import control
 def single(cfg: DictConfig) -> dict[str, float] | FtexpError:
     """Run what Hydra composed, in the folder Hydra made; an error of ours is returned, to be told in one line."""
     try:
-        run = config.build(cfg)
-        return experiment.execute(run, Path(HydraConfig.get().runtime.output_dir), run.name)
+        run, folder = config.build(cfg), Path(HydraConfig.get().runtime.output_dir)
+        with plugin.only(folder, run.name):
+            return experiment.execute(run, folder, run.name)
     except FtexpError as error:
         return error
 

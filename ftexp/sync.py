@@ -6,6 +6,7 @@ A server that was dead, slow or full costs a run one warning. What it missed is 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 LOCK = "sync.lock"
+ELSEWHERE = "mlflow.json"
+"""Holds the ids that runs were given in stores which are not their own, by the sha256 of the store's address."""
 ENDED = {"complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "preempted": "KILLED"}
 
 
@@ -65,10 +68,14 @@ def sync(folders: list[Path], uri: str | None = None) -> Brought:
 def _bring(kept: Kept, uri: str, told: Brought, parents: dict[Path, str]) -> None:
     where = Track(uri=uri, experiment=kept.trial["track"]["experiment"])
     client, _ = track.store(where)
-    run_id = _known(client, kept.trial.get("mlflow_run"))
+    own = uri == kept.trial["track"]["uri"]
+    run_id = _known(client, kept.trial.get("mlflow_run") if own else _elsewhere(kept.folder, uri))
     if run_id is None:
         run_id = track.create(where, kept.trial["label"], kept.folder, _parent(kept, where, client, parents, told))
-        write_json(kept.folder / "trial.json", kept.trial | {"mlflow_run": run_id})
+        if own:
+            write_json(kept.folder / "trial.json", kept.trial | {"mlflow_run": run_id})
+        else:
+            _keep_elsewhere(kept.folder, uri, run_id)
         told.runs += 1
     log = Log(kept.folder, client, run_id)
     _points(kept, client, log, told)
@@ -87,6 +94,19 @@ def _bring(kept: Kept, uri: str, told: Brought, parents: dict[Path, str]) -> Non
         raise MachineError(f"track.uri={uri} failed while {kept.folder} was brought; the same command goes on")
     if stored.info.status in ("RUNNING", "SCHEDULED") and kept.trial["state"] in ENDED:
         client.set_terminated(run_id, ENDED[kept.trial["state"]])
+
+
+def _elsewhere(folder: Path, uri: str) -> str | None:
+    """Return the id that a run or sweep was given in a store which is not its own."""
+    return (read_json(folder / ELSEWHERE) or {}).get(_hashed(uri))
+
+
+def _keep_elsewhere(folder: Path, uri: str, run_id: str) -> None:
+    write_json(folder / ELSEWHERE, (read_json(folder / ELSEWHERE) or {}) | {_hashed(uri): run_id})
+
+
+def _hashed(uri: str) -> str:
+    return hashlib.sha256(uri.encode()).hexdigest()  # a uri may hold a password
 
 
 def _known(client: MlflowClient, run_id: str | None) -> str | None:
@@ -114,11 +134,15 @@ def _parent(
     if sweep is None:
         return None
     if folder not in parents:
-        known = _known(client, sweep["mlflow_run"])
+        own = where.uri == kept.trial["track"]["uri"]
+        known = _known(client, sweep["mlflow_run"] if own else _elsewhere(folder, where.uri))
         parents[folder] = known or track.create(where, sweep["name"], folder, None)
         if known is None:
             client.set_terminated(parents[folder], "FINISHED")
-            write_json(folder / "sweep.json", sweep | {"mlflow_run": parents[folder]})
+            if own:
+                write_json(folder / "sweep.json", sweep | {"mlflow_run": parents[folder]})
+            else:
+                _keep_elsewhere(folder, where.uri, parents[folder])
             told.runs += 1
     return parents[folder]
 

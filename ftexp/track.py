@@ -33,7 +33,7 @@ BATCH = 900
 """Points in one call; MLflow takes at most 1000."""
 NAME, DIGEST = 500, 36
 """Letters that MLflow takes of the name and of the digest of a data set."""
-PRUNED, ERROR = "ftexp.pruned", "ftexp.error"
+PRUNED, ERROR, CHANGED = "ftexp.pruned", "ftexp.error", "ftexp.changed"
 ENDS = {PRUNED, ERROR}
 """Tags that tell how an attempt ended."""
 SQLITE = "sqlite:///"
@@ -54,6 +54,8 @@ class Log:
     """Metric -> its last step that an earlier attempt at this run brought to MLflow."""
     _single: dict[str, float] = field(default_factory=dict)
     """Metric of step 0, which is no curve -> the value an earlier attempt brought; another one is brought beside it."""
+    _params: dict[str, str] = field(default_factory=dict)
+    """Parameters that an earlier attempt brought; MLflow never changes one."""
 
     def curve(self, name: str) -> list[tuple[float, int]]:
         """Return the points of a metric that the run's file holds, as (value, step)."""
@@ -82,16 +84,24 @@ class Log:
         self._try(send)
 
     def params(self, values: dict[str, Any]) -> None:
-        """Record the config under its dotted names, as overrides spell them."""
+        """Record the config under its dotted names, as overrides spell them.
+
+        Where an earlier attempt had another value, such as the batch before memory ran out, the new one is a tag.
+        """
+        told = {name: str(value) for name, value in values.items()}
+        changed = {f"{CHANGED}.{name}": v for name, v in told.items() if self._params.get(name, v) != v}
+        told = {name: value for name, value in told.items() if name not in self._params}
 
         def send(client: MlflowClient, run_id: str) -> None:
             from mlflow.entities import Param
 
-            items = [Param(name, str(value)) for name, value in values.items()]
+            items = [Param(name, value) for name, value in told.items()]
             for start in range(0, len(items), 100):
                 client.log_batch(run_id, params=items[start : start + 100])
 
         self._try(send)
+        if changed:
+            self.tags(changed)
 
     def tags(self, values: dict[str, Any]) -> None:
         """Record facts that are not parameters."""
@@ -240,6 +250,7 @@ def _reopen(track: Track, run_id: str, log: Log) -> bool:
         if is_unanswered(error):
             raise
         return False
+    log._params = dict(known.params)
     log._last = {name: max(m.step for m in history) for name, history in points.items()}
     log._single = {name: m.value for name, history in points.items() for m in history if m.step == 0}
     log.client, log.run_id = client, run_id

@@ -237,3 +237,12 @@ def test_interruption_ends_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sync"])
     assert sync.main() == 130
     assert capsys.readouterr().err == "ftexp: interrupted; the same command goes on\n"
+
+
+def test_second_store_takes_each_run_once_and_leaves_the_first_alone(cli, verb, tmp_path):
+    own, team = (f"sqlite:///{tmp_path}/{name}.db" for name in ("own", "team"))
+    assert cli("lora.r=2,4", *TINY, "name=s", f"track.uri={own}", "-m")[0] == 0
+    told = [json.loads(verb("--json", *given)[1]) for given in (["--uri", team], [], ["--uri", team], ["--uri", own])]
+    assert [t["runs"] for t in told] == [3, 0, 0, 0]
+    assert len(histories(own)) == len(histories(team)) == 3
+    assert team not in "".join(p.read_text() for p in (tmp_path / "outputs").rglob("*.json"))

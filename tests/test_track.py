@@ -123,3 +123,20 @@ def test_four_processes_open_an_empty_store(tmp_path):
 def test_no_tracker_opens_nothing(tmp_path):
     assert track.open_parent(Track(kind=Tracker.none), "x", tmp_path) is None
     track.close_parent(Track(kind=Tracker.none), None, {}, {}, False)
+
+
+def test_parameter_that_changed_between_attempts_is_a_tag_and_nothing_is_lost(composed, tmp_path):
+    """After memory ran out the batch is another; MLflow takes no second value of a parameter."""
+    run = composed(f"track.uri=sqlite:///{tmp_path}/m.db", "trainer.batch=8")
+    with track.start(run, tmp_path / "r", "t", None) as log:
+        log.params(track.flat(run))
+        before = log.run_id
+    less = composed(f"track.uri=sqlite:///{tmp_path}/m.db", "trainer.batch=4", "trainer.accumulation=2")
+    with track.start(less, tmp_path / "r", "t", None, before) as log:
+        log.params(track.flat(less))
+        log.metrics({"valid/loss": 0.5}, 1)
+        assert (log.run_id, log.client is None) == (before, False)
+    stored = track.store(run.track)[0].get_run(before)
+    assert (stored.info.status, stored.data.params["trainer.batch"]) == ("FINISHED", "8")
+    assert stored.data.tags["ftexp.changed.trainer.batch"] == "4"
+    assert stored.data.metrics["valid/loss"] == 0.5

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import time
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ftexp.config import Attention, Dtype, Model
+from ftexp.errors import MachineError
 from ftexp.files import cache, read_json, write_json
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ class Compute:
     """Threads of a matrix product on a CPU; on some chips another number rounds otherwise."""
 
 
+GPUS = re.compile(r"\s*(\d|GPU-|MIG-)")
+"""Begins a list of GPUs; -1 and nothing mean none."""
 LONG = 1024
 """Tokens from which plain attention on a CPU is no faster than a fused one, whose memory does not grow with the square.
 
@@ -57,9 +61,18 @@ def policy(model: Model, longest: int = 0) -> Compute:
     Args:
         model: the model's config.
         longest: tokens of the longest row, or pack, that it is to train on; 0 where it only answers.
+
+    Raises:
+        MachineError: the environment names GPUs, and PyTorch sees none.
     """
     import torch
 
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if GPUS.match(named) and not torch.cuda.is_available():
+        raise MachineError(
+            f"CUDA_VISIBLE_DEVICES={named} names GPUs and PyTorch {torch.__version__} sees none: is the driver there, "
+            "and PyTorch built for CUDA? Without the variable it computes on the CPU"
+        )
     if torch.cuda.is_available():
         chip, device, kernel = torch.cuda.get_device_name(), "cuda", "default"
         dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
@@ -73,6 +86,19 @@ def policy(model: Model, longest: int = 0) -> Compute:
     if model.attention is not Attention.auto:
         attention = model.attention.value
     return Compute(device, dtype, kernel, attention, chip, torch.get_num_threads())
+
+
+def is_lost() -> bool:
+    """Whether an error on the GPU has left this process without it: CUDA answers each further call with that error."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def apply(compute: Compute) -> None:

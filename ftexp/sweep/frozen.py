@@ -153,10 +153,28 @@ def corners(space: Space) -> list[dict[str, Any]]:
     first = {key: values[0] for key, values in ends.items()}
     points = [first | {key: value} for key, values in ends.items() for value in values]
     groups = [a.key for a in space.axes if a.composes]
-    points += [first | dict(zip(groups, chosen, strict=True)) for chosen in product(*(ends[k] for k in groups))]
+    whens = {a.key: a.when for a in space.axes}
+
+    def reached(point: dict[str, Any], key: str, kept: dict[str, Any]) -> dict[str, Any]:
+        """Give a point the values under which a key is searched, those in `kept` aside."""
+        for other, wanted in whens[key]:
+            if other not in kept:
+                point = reached(
+                    point | {other: point[other] if str(point[other]) in wanted else wanted[0]}, other, kept
+                )
+        return point
+
+    for values in product(*(ends[key] for key in groups)):
+        chosen = dict(zip(groups, values, strict=True))
+        every = first | chosen
+        for key in groups:  # two may ask for different values of a third: each has its way once
+            every = reached(every, key, chosen)
+            points.append(reached(first | chosen, key, chosen))
+        points += [first | chosen, every]
     for axis in space.axes:  # at least once with what it depends on
-        points += [first | {k: wanted[0] for k, wanted in axis.when} | {axis.key: v} for v in ends[axis.key]]
-    return [space.trimmed(point) for point in points]
+        points += [reached(first | {axis.key: v}, axis.key, {axis.key: v}) for v in ends[axis.key]]
+    trimmed = [space.trimmed(point) for point in points]
+    return [point for n, point in enumerate(trimmed) if point not in trimmed[:n]]
 
 
 def _value(axis: Axis, end: float) -> Any:

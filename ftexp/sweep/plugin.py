@@ -12,7 +12,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -212,8 +212,10 @@ def launch(
     objectives = runs[0].objectives
     searching = options.sampler is not Sampler.grid
     grid: list[dict[str, Any]] = [] if searching else searched.grid() or [{}]
-    identity = study.Identity.of(searched, options, objectives, _shared(searched, runs))
     kept = read_json(folder / "identity.json")
+    identity = study.Identity.of(
+        searched, options, objectives, _shared(searched, runs), _depending(searched, runs)
+    ).known_to(kept)
     identity.check(kept, runs[0].name)
     folder.mkdir(parents=True, exist_ok=True)
     if kept is None:
@@ -227,6 +229,7 @@ def launch(
             f"name={runs[0].name} was launched with track.uri={was}, got {now}: its trials would lie in two stores; "
             "keep the first, or choose another name"
         )
+    _same_record(before, options, runs[0].name)
     parent = before.get("mlflow_run") or track.open_parent(runs[0].track, runs[0].name, folder)
     rows = {config.digest(r.data): data.load(r.data).digest() for r in runs}
     if any(before.get("rows", {}).get(key, digest) != digest for key, digest in rows.items()):
@@ -245,6 +248,20 @@ def launch(
     if kept is None:
         write_json(folder / "identity.json", identity.told)
     carry_out(sweep, runs[0], started)
+
+
+def _same_record(before: dict[str, Any], options: Options, name: str) -> None:
+    """Refuse a launch whose record would be another one than that of the trials that are there.
+
+    Raises:
+        ConfigError: `sweep.storage` changed.
+    """
+    was, now = before.get("options", {}).get("storage"), options.storage
+    if before and was != now:
+        raise ConfigError(
+            f"name={name} was launched with sweep.storage={was or 'null'}, got {now or 'null'}: its record would begin "
+            "anew, and its trials be overwritten; keep the first, or choose another name"
+        )
 
 
 def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = None) -> None:
@@ -349,9 +366,11 @@ def help_out(folder: Path, searched: Space, options: Options, runs: list[Run]) -
                 f"name={runs[0].name}: the launch to help ended before its trials began; launch it again"
             )
         time.sleep(0.2)
-    study.Identity.of(searched, options, runs[0].objectives, _shared(searched, runs)).check(
-        read_json(folder / "identity.json"), runs[0].name
-    )
+    kept = read_json(folder / "identity.json")
+    shared, depending = _shared(searched, runs), _depending(searched, runs)
+    identity = study.Identity.of(searched, options, runs[0].objectives, shared, depending).known_to(kept)
+    identity.check(kept, runs[0].name)
+    _same_record(read_json(folder / frozen.FILE) or {}, options, runs[0].name)
     sweep = replace(frozen.load(folder), options=options)
     record = worker.open_study(sweep)
     waiting = sum(t.state.name == "WAITING" for t in study.counted(record))
@@ -391,8 +410,16 @@ def tickets(grid: list[dict[str, Any]], options: Options, searched: Space) -> li
 def _shared(searched: Space, runs: list[Run]) -> dict[str, Any]:
     """Return the config values that are the same at every point, searched keys left out."""
     flat = [experiment.identity(run) for run in runs]
-    searched_keys = {axis.key for axis in searched.axes}
-    return {k: v for k, v in flat[0].items() if k not in searched_keys and all(f.get(k) == v for f in flat)}
+    fixed = flat[0].keys() - {axis.key for axis in searched.axes}
+    return {k: v for k, v in flat[0].items() if k in fixed and all(f.get(k) == v for f in flat)}
+
+
+def _depending(searched: Space, runs: list[Run]) -> dict[str, list[Any]]:
+    """Return the values of what is not searched and yet differs between the points, such as `${mul:2,${lora.r}}`."""
+    flat = [experiment.identity(run) for run in runs]
+    keys = {key for one in flat for key in one} - {axis.key for axis in searched.axes}
+    told = {key: [one.get(key) for one in flat] for key in sorted(keys)}
+    return {key: values for key, values in told.items() if any(value != values[0] for value in values)}
 
 
 def _finish(sweep: Frozen, record: Any, run: Run) -> None:
@@ -427,8 +454,8 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
 
 
 @contextmanager
-def only_supervisor(folder: Path, name: str, join: bool = False) -> Iterator[bool]:
-    """Keep a second launch of the same sweep out, or let it help.
+def only_supervisor(folder: Path, name: str, join: bool | None = False) -> Iterator[bool]:
+    """Keep a second launch of the same sweep out, or let it help; None where it is one run, and cannot.
 
     Yields:
         True to the launch that holds the sweep, False to one that joins it.
@@ -442,14 +469,24 @@ def only_supervisor(folder: Path, name: str, join: bool = False) -> Iterator[boo
             if join:
                 yield False
                 return
+            help_it = "" if join is None else ", or help it with sweep.join=true"
             raise MachineError(
-                f"name={name} is being run by process {_holder(folder)}; wait for it, choose another name, or help it "
-                "with sweep.join=true"
+                f"name={name} is being run by process {_holder(folder)}; wait for it, {'or ' * (join is None)}choose "
+                f"another name{help_it}"
             )
         held.truncate(0)
         held.write(f"{os.getpid()} on {socket.gethostname()}")
         held.flush()
         yield True
+
+
+def only(folder: Path, name: str) -> AbstractContextManager[bool]:
+    """Keep a second launch of the same run out of its folder.
+
+    Raises:
+        MachineError: as of `only_supervisor`.
+    """
+    return only_supervisor(folder, name, join=None)
 
 
 def _taken(held: Any) -> bool:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 
+WHOLE = re.compile(r"interval\(\s*-?\d+\s*,\s*-?\d+\s*\)")
+"""A range between whole numbers, as written."""
+
+
 @dataclass(frozen=True)
 class Axis:
     """One key that is searched."""
@@ -199,7 +203,5 @@ def _axis(key: str, override: Override) -> Axis:
         raise ConfigError(f"{override.input_line}: the lower end must be below the upper, got {low} and {high}")
     if log and low <= 0:
         raise ConfigError(f"{override.input_line}: a log range must be above 0, got {low}")
-    whole = (
-        config.is_whole(key) or re.search(r"interval\(\s*-?\d+\s*,\s*-?\d+\s*\)", str(override.input_line)) is not None
-    )
+    whole = config.is_whole(key) or (not config.is_real(key) and WHOLE.search(str(override.input_line)) is not None)
     return Axis(key, low=low, high=high, whole=whole, log=log)

@@ -343,42 +343,60 @@ _beats: dict[tuple[int, int, float], tuple[float | None, float]] = {}
 """Attempt on another machine -> its last heartbeat, and when this process first saw that one, on its own clock."""
 
 
-def reap(study: Study, max_retries: int, ended: Container[str] = ()) -> list[int]:
+FAULT = "ftexp:fault"
+"""Trial attribute: what was amiss with the machine that its worker left."""
+OF_ATTEMPT = ("completed_rung", "constraint")
+"""Begin the names of what an attempt's own course left in its system attributes."""
+
+
+def reap(study: Study, max_retries: int, ended: Container[str] = (), there: Container[str] = ()) -> list[int]:
     """Queue the tickets of dead workers again, each with the point it had; return their numbers.
 
-    `ended` holds the tokens of workers that are known to be gone, wherever they ran.
+    `ended` holds the tokens of workers that are known to be gone, wherever they ran, `there` those of workers that are
+    known not to be: a suspended job, or one that cannot reach the record for a while, tells no sign of life.
 
     After `max_retries` further attempts a ticket has failed: whatever kills its worker is in the trial.
     """
     from optuna.exceptions import UpdateFinishedTrialError
-    from optuna.trial import TrialState, create_trial
+    from optuna.trial import TrialState
 
     store, again = study._storage, []
     for trial in store.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.RUNNING,)):
         token = (trial.user_attrs.get("ftexp:worker") or {}).get("token", "")
-        if alive(trial) and token not in ended:
+        if token not in ended and (token in there or alive(trial)):
             continue
         retries = trial.user_attrs.get("ftexp:retries", 0) + 1
         lost = retries <= max_retries
         try:
             store.set_trial_user_attr(trial._trial_id, "ftexp:lost", lost)
-            store.set_trial_user_attr(trial._trial_id, "ftexp:reason", "crash: worker died")
+            store.set_trial_user_attr(
+                trial._trial_id, "ftexp:reason", f"crash: {trial.user_attrs.get(FAULT, 'worker died')}"
+            )
             store.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
         except UpdateFinishedTrialError:
             continue  # another process was first
         if lost:
-            point = (
-                trial.system_attrs.get("fixed_params") or trial.params or None
-            )  # a kill may have left half the params
-            study.add_trial(
-                create_trial(
-                    state=TrialState.WAITING,
-                    system_attrs={} if point is None else {"fixed_params": point},
-                    user_attrs={"ftexp:ticket": ticket(trial), "ftexp:retries": retries},
-                )
-            )
+            requeue(study, trial, retries)
             again.append(ticket(trial))
     return again
+
+
+def requeue(study: Study, trial: FrozenTrial, retries: int = 0) -> None:
+    """Queue the ticket of an attempt again, with the point it had and what the sampler keeps with that.
+
+    NSGA-II keeps the generation there: an attempt without it belongs to none, and is no parent.
+    """
+    from optuna.trial import TrialState, create_trial
+
+    point = trial.system_attrs.get("fixed_params") or trial.params or None  # a kill may have left half the params
+    kept = {k: v for k, v in trial.system_attrs.items() if not k.startswith(OF_ATTEMPT)}
+    study.add_trial(
+        create_trial(
+            state=TrialState.WAITING,
+            system_attrs={} if point is None else kept | {"fixed_params": point},
+            user_attrs={"ftexp:ticket": ticket(trial), "ftexp:retries": retries},
+        )
+    )
 
 
 def settle(
@@ -395,32 +413,22 @@ def settle(
     Returns:
         The tickets whose files are gone.
     """
-    from optuna.trial import TrialState, create_trial
+    from optuna.trial import TrialState
 
     reap(study, max_retries)
     queue(study, points)
     done = [t for t in counted(study) if t.state is TrialState.COMPLETE] if folder is not None else []
     gone = [t for t in done if folder is not None and not experiment.has_results(folder / str(ticket(t)))]
     for trial in gone:
-        study.add_trial(
-            create_trial(
-                state=TrialState.WAITING,
-                system_attrs={"fixed_params": trial.params},
-                user_attrs={"ftexp:ticket": ticket(trial)},
-            )
-        )
+        requeue(study, trial)
     return [ticket(t) for t in gone]
 
 
 def skipped_again(study: Study, mark: str) -> None:
     """Queue tickets again that were skipped under other limits than these; they are planned anew."""
-    from optuna.trial import TrialState, create_trial
-
     for trial in counted(study):
         if trial.user_attrs.get("ftexp:skipped", mark) != mark:
-            point = {"fixed_params": trial.system_attrs.get("fixed_params") or trial.params}
-            attrs = {"ftexp:ticket": ticket(trial)}
-            study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=point, user_attrs=attrs))
+            requeue(study, trial)
 
 
 def seed_of(seed: int, number: int) -> int:
@@ -530,12 +538,22 @@ def _sobol(space: Space, options: Options, number: int) -> dict[str, Any]:
         if axis.discrete:
             values[axis.key] = axis.texts[min(int(u * len(axis.texts)), len(axis.texts) - 1)]
             continue
-        low, high = (math.log(axis.low), math.log(axis.high)) if axis.log else (axis.low, axis.high)
-        width = (high - low) if not axis.whole or axis.log else high - low + 1
-        value = low + float(u) * width
+        low, high = axis.low, axis.high + axis.whole  # a whole number stands for all from it up to the next
+        low, high = (math.log(low), math.log(high)) if axis.log else (low, high)
+        value = low + float(u) * (high - low)
         value = math.exp(value) if axis.log else value
         values[axis.key] = min(int(value), int(axis.high)) if axis.whole else min(value, axis.high)
     return values
+
+
+DEPENDING = "depending"
+"""Begins the names of keys that follow from searched ones."""
+
+
+def _listed(values: list[Any]) -> str:
+    """Tell a key's values at all points; many by the first ones and a hash."""
+    told = json.dumps(values)
+    return told if len(told) <= 80 else f"{told[:60]}... ({hashlib.sha256(told.encode()).hexdigest()[:12]})"
 
 
 @dataclass(frozen=True)
@@ -546,17 +564,28 @@ class Identity:
     """Key -> value, for the comparison and for people."""
 
     @staticmethod
-    def of(space: Space, options: Options, objectives: list[str], configs: dict[str, Any]) -> Identity:
+    def of(
+        space: Space, options: Options, objectives: list[str], configs: dict[str, Any], depending: dict[str, list[Any]]
+    ) -> Identity:
         """Collect the identity of a sweep: space, fixed config, objectives, sampler and replicates.
+
+        `depending` has the values of keys that follow from searched ones, at each point that was checked.
 
         How many trials, workers and retries there are, and the pruner, may change between launches.
         """
         told = {f"space {k}": v for k, v in space.told().items()}
         told |= {f"config {k}": json.dumps(v) for k, v in configs.items()}
+        told |= {f"{DEPENDING} {k}": _listed(v) for k, v in depending.items()}
         told["objectives"] = ", ".join(objectives)
         told |= {f"sweep.{k}": str(getattr(options, k)) for k in ("seed", "replicates", "baselines")}
         told["sweep.sampler"] = options.sampler.value
         return Identity(told)
+
+    def known_to(self, kept: dict[str, str] | None) -> Identity:
+        """Leave out what a launch of before 2026-12 did not keep."""
+        if kept is None or any(k.startswith(DEPENDING) for k in kept):
+            return self
+        return Identity({k: v for k, v in self.told.items() if not k.startswith(DEPENDING)})
 
     def check(self, kept: dict[str, str] | None, name: str) -> None:
         """Refuse a launch under the name of another sweep.
@@ -566,11 +595,9 @@ class Identity:
         """
         if kept is None or kept == self.told:
             return
-        changed = [
-            f"{k}: {kept.get(k, 'absent')} -> {self.told.get(k, 'absent')}"
-            for k in sorted({*kept, *self.told})
-            if kept.get(k) != self.told.get(k)
-        ]
+        other = sorted(k for k in {*kept, *self.told} if kept.get(k) != self.told.get(k))
+        other = [k for k in other if not k.startswith(DEPENDING)] or other  # what follows from the space is other too
+        changed = [f"{k}: {kept.get(k, 'absent')} -> {self.told.get(k, 'absent')}" for k in other]
         raise ConfigError(
             f"name={name} is a sweep begun with another search space: {'; '.join(changed[:8])}; choose another name"
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ftexp import facts
-from ftexp.errors import ConfigError
+from ftexp.errors import ConfigError, MachineError
 from ftexp.progress import say
 from ftexp.sweep import engines, proxy, screen, study
 from ftexp.sweep.engines import GRACE_SECONDS, Worker
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from optuna import Study
 
 POLL_SECONDS = 0.2
+IDLE_SECONDS = 30.0
+"""After which a job of a cluster is cancelled that has no trial while none waits."""
 
 
 COUNT = "FTEXP_WORKERS"
@@ -42,7 +44,9 @@ class Slot:
     token: str = ""
     """Names the worker in the record."""
     deaths: int = 0
-    """Workers of this slot that died since one finished a trial."""
+    """Workers of this slot that died since one saw a trial to its end."""
+    shut: bool = False
+    """Whether it starts no further worker: what kills them is in the place, or in every trial."""
 
 
 def gpus() -> list[str]:
@@ -125,21 +129,28 @@ def supervise(sweep: Frozen, record: Study, count: int, left: int) -> None:
     (sweep.folder / "workers").mkdir(exist_ok=True)
     ended: set[str] = set()
     began: dict[int, float] = {}
+    idle: float | None = None
+    from optuna.exceptions import StorageInternalError
+
     with proxy.serving(sweep) as (shared, look), screen.live(sweep, record) as show:
         start = engines.starter(options, sweep.folder, shared)
         try:
             while _waiting(record) or any(s.process for s in places) or _running(record):
                 for slot in places:
-                    _tend(sweep, record, slot, start, ended)
+                    _tend(sweep, record, slot, places, start, ended)
                 look()
-                study.reap(record, options.max_retries, ended)
+                study.reap(record, options.max_retries, ended, {s.token for s in places if s.process is not None})
+                if options.engine is not Engine.local:
+                    idle = _end_idle(record, places, idle)
                 _end_overdue(sweep, record, places, began)
                 show()
                 if record.user_attrs.get(STOP) and not any(s.process for s in places):
                     return
                 time.sleep(POLL_SECONDS)
-        except BaseException:
+        except BaseException as error:
             _leave(places)
+            if isinstance(error, StorageInternalError):
+                raise MachineError(f"the record of sweep {sweep.name} cannot be reached: {error}") from error
             study.reap(record, sweep.options.max_retries)
             raise
 
@@ -156,7 +167,9 @@ def _running(record: Study) -> int:
     return len(record.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
 
 
-def _tend(sweep: Frozen, record: Study, slot: Slot, start: Callable[..., Worker], ended: set[str]) -> None:
+def _tend(
+    sweep: Frozen, record: Study, slot: Slot, places: list[Slot], start: Callable[..., Worker], ended: set[str]
+) -> None:
     """Collect a worker that ended, and start one where tickets wait."""
     if slot.process is not None:
         code = slot.process.poll()
@@ -165,16 +178,46 @@ def _tend(sweep: Frozen, record: Study, slot: Slot, start: Callable[..., Worker]
         slot.process = None
         ended.add(slot.token)
         died = code not in (0, PREEMPTED, RENEWED)
-        slot.deaths = slot.deaths + 1 if died else 0
+        slot.deaths = (0 if _saw_an_end(record, slot.token) else slot.deaths) + 1 if died else 0
         if died:
             say(f"worker {slot.number} died (exit {code}); see {sweep.folder}/workers/{slot.number}.log", always=True)
-    if record.user_attrs.get(STOP) or not _waiting(record):
+    if slot.shut or record.user_attrs.get(STOP) or not _waiting(record):
         return
     if slot.deaths > 3 + sweep.options.max_retries:
-        record.set_user_attr(STOP, f"worker {slot.number} died {slot.deaths} times in a row")
+        slot.shut = True
+        told = f"worker {slot.number} died {slot.deaths} times in a row"
+        if all(other.shut for other in places):
+            record.set_user_attr(STOP, told)
+        else:
+            say(f"{told}; the others go on without it", always=True)
         return
     slot.token = uuid.uuid4().hex
     slot.process = start(slot.number, slot.token, slot.env, slot.cores)
+
+
+def _saw_an_end(record: Study, token: str) -> bool:
+    """Whether a worker told how a trial ended before it ended itself."""
+    told = (t.user_attrs for t in record.get_trials(deepcopy=False) if t.state.is_finished())
+    return any((a.get("ftexp:worker") or {}).get("token") == token and "ftexp:lost" not in a for a in told)
+
+
+def _end_idle(record: Study, places: list[Slot], since: float | None) -> float | None:
+    """Cancel the jobs that have nothing to do any more, above all those that a cluster has not begun yet.
+
+    Workers that see their last trial off have some seconds for it. Returns since when there has been nothing to do.
+    """
+    if not record.user_attrs.get(STOP) and _waiting(record):
+        return None
+    since = time.monotonic() if since is None else since
+    if time.monotonic() - since >= IDLE_SECONDS:
+        from optuna.trial import TrialState
+
+        running = record.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        busy = {(t.user_attrs.get("ftexp:worker") or {}).get("token") for t in running}
+        for slot in places:
+            if slot.process is not None and slot.token not in busy:
+                slot.process.kill()
+    return since
 
 
 def _end_overdue(sweep: Frozen, record: Study, places: list[Slot], began: dict[int, float]) -> None:

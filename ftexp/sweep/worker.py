@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ftexp import config, data, experiment, facts, metrics, ranks
-from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, NoRoom, OutOfTime, Pruned, Skipped
+from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, MachineError, NoRoom, OutOfTime, Pruned, Skipped
 from ftexp.files import no_room
+from ftexp.model import compute
 from ftexp.progress import console, quiet_libraries, say
 from ftexp.sweep import frozen, limits, packs, race, study
 from ftexp.sweep.frozen import Frozen
@@ -92,6 +93,8 @@ def work(sweep: Frozen, record: Study) -> None:
         else:
             run_pack(sweep, record, trials)
         stop_after_failures(sweep, record)
+        if compute.is_lost():  # every further trial would fail here at once
+            raise MachineError("the GPU cannot be used by this process any more")
     ranks.agreed(None)
 
 
@@ -158,6 +161,9 @@ def run_ticket(sweep: Frozen, record: Study, trial: Trial) -> None:
         if outcome is LOST:
             raise ranks.Lost(LOST.reason) from None
         values = None
+    except MachineError as error:
+        trial.set_user_attr(study.FAULT, str(error))  # whoever starts workers queues the ticket again
+        raise
     _tell(sweep, record, trial, outcome, values)
     if not in_step:
         stop_after_failures(sweep, record)
@@ -183,7 +189,7 @@ def run_pack(sweep: Frozen, record: Study, trials: list[Trial]) -> None:
 
         try:
             outcome, values = _valued(sweep, trial, point, study.ticket(trial._cached_frozen_trial), told)
-        except (KeyboardInterrupt, NoRoom) as error:
+        except (KeyboardInterrupt, MachineError) as error:
             left.append(error)
             return
         untold.remove(trial)
@@ -208,6 +214,10 @@ def run_pack(sweep: Frozen, record: Study, trials: list[Trial]) -> None:
         for trial in untold:
             give_back(record, trial)
         raise
+    except MachineError as error:
+        for trial in untold:
+            trial.set_user_attr(study.FAULT, str(error))
+        raise
 
 
 def _tell(sweep: Frozen, record: Study, trial: Trial, outcome: Outcome, values: list[float] | None) -> None:
@@ -216,17 +226,17 @@ def _tell(sweep: Frozen, record: Study, trial: Trial, outcome: Outcome, values: 
     from optuna.trial import TrialState
 
     number = study.ticket(trial._cached_frozen_trial)
-    trial.set_user_attr("ftexp:reason", outcome.reason)
-    trial.set_user_attr("ftexp:kind", outcome.kind)
     say(f"trial {number} {outcome.state} {outcome.reason}".rstrip(), always=outcome.state in ("failed", "skipped"))
-    if outcome.state == "skipped":
-        trial.set_user_attr("ftexp:skipped", limits.mark(sweep.options))
     states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
     states |= dict.fromkeys(("pruned", "skipped"), TrialState.PRUNED)
     state = states[outcome.state]
     if outcome.kind in ("diverged", "oom"):
         state = TrialState.PRUNED  # a sampler ignores what failed and would ask there again; it avoids what was pruned
     try:
+        trial.set_user_attr("ftexp:reason", outcome.reason)
+        trial.set_user_attr("ftexp:kind", outcome.kind)
+        if outcome.state == "skipped":
+            trial.set_user_attr("ftexp:skipped", limits.mark(sweep.options))
         record.tell(trial, values if state is TrialState.COMPLETE else None, state=state)
     except optuna.exceptions.UpdateFinishedTrialError:
         say(f"trial {number}: this process was taken for dead meanwhile; its result stands in the folder")
@@ -344,12 +354,17 @@ def _ended(
 
     Raises:
         NoRoom: a disk is full, which is no trial's fault.
+        MachineError: something else of the machine is amiss, and other workers may do without it.
     """
     folder = sweep.folder / str(number)
     try:
         told = execute(sweep.run(point, number % sweep.options.replicates), folder)
     except NoRoom:
         raise
+    except MachineError as error:
+        if os.environ.get(TOKEN) and ranks.count() == 1:
+            raise
+        return Outcome("failed", "crash", str(error)), None
     except Skipped as error:
         return Outcome("skipped", "", str(error)), None
     except Pruned as error:
@@ -367,6 +382,8 @@ def _ended(
             raise full from error
         if experiment.out_of_memory(error):
             return Outcome("failed", "oom", f"out of memory: {str(error).splitlines()[0]}"), None
+        if compute.is_lost() and "device-side assert" not in str(error):  # which the trial's own numbers make
+            raise MachineError(f"the GPU failed: {str(error).splitlines()[0]}") from error
         traceback.print_exc()
         return Outcome("failed", "crash", f"{type(error).__name__}: {error}".splitlines()[0]), None
     return Outcome("complete"), told
@@ -458,20 +475,14 @@ def deadline(sweep: Frozen, pack: int = 1) -> float | None:
 
 def give_back(record: Study, trial: Trial) -> None:
     """Queue a ticket again that its worker was asked to leave; this does not count as a retry."""
-    from optuna.trial import TrialState, create_trial
+    from optuna.trial import TrialState
 
     trial.set_user_attr("ftexp:lost", True)
     trial.set_user_attr("ftexp:reason", "preempted")
     kept = trial._cached_frozen_trial
-    point = record._storage.get_trial(trial._trial_id).system_attrs.get("fixed_params")
+    told = record._storage.get_trial(trial._trial_id)
     record._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
-    record.add_trial(
-        create_trial(
-            state=TrialState.WAITING,
-            system_attrs={} if point is None else {"fixed_params": point},
-            user_attrs={"ftexp:ticket": study.ticket(kept), "ftexp:retries": kept.user_attrs.get("ftexp:retries", 0)},
-        )
-    )
+    study.requeue(record, told, kept.user_attrs.get("ftexp:retries", 0))
 
 
 def look_seconds(workers: int) -> float:
@@ -486,19 +497,18 @@ def look_seconds(workers: int) -> float:
 @contextmanager
 def _beating(record: Study, look: float, *trials: Trial) -> Iterator[None]:
     """Tell other machines once a minute that this worker is alive, and hear whether the sweep is to be left."""
-    from optuna.exceptions import UpdateFinishedTrialError
-
     done = threading.Event()
 
     def beat() -> None:
         told = time.monotonic()
         while not done.wait(look):
-            if record.user_attrs.get(LEAVE):
-                control.LEAVE.set()
+            with suppress(Exception):  # a record that cannot be reached now is asked again
+                if record.user_attrs.get(LEAVE):
+                    control.LEAVE.set()
             if time.monotonic() - told >= BEAT_SECONDS:
                 told = time.monotonic()
                 for trial in trials:
-                    with suppress(UpdateFinishedTrialError):  # of a pack some are over before the others
+                    with suppress(Exception):  # of a pack some are over before the others
                         record._storage.set_trial_user_attr(trial._trial_id, "ftexp:beat", time.time())
 
     thread = threading.Thread(target=beat, daemon=True)
@@ -585,6 +595,9 @@ def _main(sweep: Frozen) -> int:
         say(str(error), always=True)
         record.set_user_attr(FULL, True)
         record.set_user_attr(STOP, str(error))
+        return error.exit_code
+    except MachineError as error:
+        say(str(error), always=True)
         return error.exit_code
     return 0
 

@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from ftexp import model, passes
 from ftexp.config import Attention, Dtype, Kind, Model, Quant
+from ftexp.errors import MachineError
 from ftexp.model import compute
 
 
@@ -80,6 +82,7 @@ def test_both_attentions_give_the_same_loss_and_the_base_is_another():
 
 FAULTS = """
 import resource, sys, torch
+from ftexp.errors import MachineError
 from ftexp.model import compute
 if "keep" in sys.argv:
     compute.keep_pages()
@@ -126,3 +129,14 @@ def test_memory_is_given_back_before_another_model_is_loaded_and_after_it_ran_ou
     assert asked == [1]
     passes.free_memory()
     assert asked == [1, 1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is meant")
+def test_named_gpus_that_are_not_there_are_told(monkeypatch):
+    """A worker of a broken node would train on the CPU, a hundred times as slow, and nobody would know."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(MachineError, match=r"CUDA_VISIBLE_DEVICES=0,1 names GPUs and PyTorch .* sees none"):
+        compute.policy(Model())
+    for none in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert compute.policy(Model()).device == "cpu"

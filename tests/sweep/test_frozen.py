@@ -1,5 +1,8 @@
 """A sweep as it was launched: points become the configs Hydra would have composed, and edits do not reach them."""
 
+from dataclasses import replace
+from itertools import product
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -105,3 +108,21 @@ def test_frozen_files_hold_no_code(freeze, tmp_path):
     for path in (tmp_path / "frozen").glob("*.yaml"):
         assert "_target_" not in path.read_text()
         assert "hydra" not in OmegaConf.load(path)
+
+
+def test_every_combination_of_groups_that_a_search_may_draw_is_frozen(freeze):
+    """`eval` is searched under one scheduler alone: its values must be frozen with each `lora` all the same."""
+    given = ["trainer.scheduler=linear,cosine", "lora=default,rslora", "eval=loss,default"]
+    axes = space.parse(given).axes
+    axes = (*axes[:2], replace(axes[2], when=(("trainer.scheduler", ("cosine",)),)))
+    made = space.Space((), axes)
+    wanted = {frozen.variant(made, made.trimmed(dict(zip([a.key for a in axes], point, strict=True))))
+              for point in product(*(a.texts for a in axes))}  # fmt: skip
+    assert {frozen.variant(made, point) for point in frozen.corners(made)} == wanted
+
+
+def test_values_behind_a_chain_of_conditions_are_checked():
+    axes = space.parse(["lora.r=2,4", "lora.alpha=8,16", "trainer.lr=0.1,0.2"]).axes
+    chain = (axes[0], replace(axes[1], when=(("lora.r", ("4",)),)), replace(axes[2], when=(("lora.alpha", ("16",)),)))
+    points = frozen.corners(space.Space((), chain))
+    assert {"lora.r": "4", "lora.alpha": "16", "trainer.lr": "0.2"} in points

@@ -546,3 +546,30 @@ def test_same_sweep_in_another_store_is_refused(cli, tmp_path):
     assert code == 2
     assert "name=k was launched with track.uri=sqlite:///a.db, got sqlite:///b.db" in err
     assert not (tmp_path / "b.db").exists()
+
+
+def test_changed_rule_for_alpha_is_refused(cli):
+    assert cli("lora.r=2,4", *SWEEP, "-m")[0] == 0
+    code, _, err = cli("lora.r=2,4", "lora.alpha='${mul:4,${lora.r}}'", *SWEEP, "-m")
+    assert code == 2
+    assert "begun with another search space: depending lora.alpha: [4.0, 8.0] -> [8.0, 16.0]" in err
+
+
+def test_another_record_under_the_same_name_is_refused(cli, tmp_path):
+    """It would begin empty, and run all trials over those that are there."""
+    assert cli("lora.r=2,4", *SWEEP, "-m")[0] == 0
+    before = adapters(tmp_path / "outputs" / "sweeps" / "s")
+    code, _, err = cli("lora.r=2,4", *SWEEP, f"sweep.storage=sqlite:///{tmp_path}/s.db", "sweep.workers=1", "-m")
+    assert code == 2
+    assert "name=s was launched with sweep.storage=null, got sqlite:///" in err
+    assert adapters(tmp_path / "outputs" / "sweeps" / "s") == before
+
+
+def test_run_that_another_process_is_at_is_refused(cli, tmp_path):
+    folder = tmp_path / "outputs" / "runs" / "one"
+    with plugin.only(folder, "one"):
+        code, _, err = cli(*TINY, "track=none", "name=one")
+    assert code == 4
+    assert err.strip().endswith("wait for it, or choose another name")
+    assert not (folder / "trial.json").exists()
+    assert cli(*TINY, "track=none", "name=one")[0] == 0

@@ -91,3 +91,10 @@ def test_condition_on_what_is_not_searched_before_is_refused(conditions, message
 def test_endless_grid_is_refused_before_it_is_listed():
     with pytest.raises(ConfigError, match="at most 10000 points, got 1000000000 combinations"):
         space.parse([f"a{n}=range(0,1000)" for n in range(3)]).grid()
+
+
+def test_range_between_whole_numbers_of_a_key_that_takes_any_number():
+    decay, rank, extra = space.parse(
+        ["trainer.weight_decay=interval(0,1)", "lora.r=interval(4,8)", "+trainer.extra.x=interval(1,3)"]
+    ).axes
+    assert (decay.whole, rank.whole, extra.whole) == (False, True, True)

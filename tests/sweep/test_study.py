@@ -240,6 +240,23 @@ def test_killed_search_proposes_what_an_undisturbed_one_does(tmp_path, sampler):
     assert searched(tmp_path, options, 18, stop_at=13, name="killed") == calm
 
 
+@pytest.mark.parametrize("stop_at", [2, 7])
+def test_generations_are_those_of_an_undisturbed_search(tmp_path, stop_at):
+    """An attempt that is queued again keeps its generation, or it would be no parent of the next one."""
+    options = Options(sampler=Sampler.nsga2, n_trials=18, sampler_args={"population_size": 5})
+    calm = searched(tmp_path, options, 18, name="calm")
+    assert searched(tmp_path, options, 18, stop_at=stop_at, name="killed") == calm
+
+
+def test_worker_that_is_there_and_silent_is_left_alone(record):
+    """A job that a cluster has suspended, or that cannot reach the record for some minutes."""
+    study.queue(record, [{"r": 5}])
+    trial = study.claim(record)
+    trial.set_user_attr("ftexp:worker", {"host": study.HOST, "pid": 2**22 + 1, "start": 1.0, "token": "t"})
+    assert study.reap(record, 2, there={"t"}) == []
+    assert study.reap(record, 2, ended={"t"}, there={"t"}) == [0]
+
+
 def test_sabotage_one_seed_for_all_proposals_repeats_them(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "seed_of", lambda seed, number: 7)
     points = searched(tmp_path, Options(sampler=Sampler.random, n_trials=5), 5)
@@ -277,6 +294,14 @@ def test_tpe_learns_within_the_branch_of_a_dependent_axis():
     last = [t.params for t in history[-15:]]
     assert sum(p["lora"] == "dora" for p in last) >= 12
     assert sorted(p["lr"] for p in last if "lr" in p)[5] < 0.3
+
+
+def test_sobol_reaches_the_upper_end_of_whole_numbers():
+    made = space.parse(["lora.r=tag(log,interval(2,8))", "lora.alpha=interval(1,4)"])
+    drawn = [study._sobol(made, Options(sampler=Sampler.qmc), n) for n in range(64)]
+    assert {p["lora.r"] for p in drawn} == {2, 3, 4, 5, 6, 7, 8}
+    if made.axes[1].whole:
+        assert {p["lora.alpha"] for p in drawn} == {1, 2, 3, 4}
 
 
 def test_sobol_covers_every_axis():
@@ -328,14 +353,22 @@ def test_storage_that_cannot_be_opened_is_named(tmp_path):
 
 
 def test_changed_space_is_refused_with_the_difference():
-    old = study.Identity.of(SPACE, Options(), ["valid/loss"], {"seed": 0})
-    new = study.Identity.of(space.parse(["r=4,8"]), Options(), ["valid/loss"], {"seed": 1})
+    old = study.Identity.of(SPACE, Options(), ["valid/loss"], {"seed": 0}, {"alpha": [8, 16, 32]})
+    new = study.Identity.of(space.parse(["r=4,8"]), Options(), ["valid/loss"], {"seed": 1}, {"alpha": [8, 16]})
     old.check(old.told, "x")
     old.check(None, "x")
     with pytest.raises(
         ConfigError, match=r"config seed: 0 -> 1; space lr: log interval.*-> absent.*space r: 4,8,16 -> 4,8"
     ):
         new.check(old.told, "x")
+
+
+def test_changed_rule_of_a_dependent_key_is_refused_where_it_was_kept():
+    old, new = (study.Identity.of(SPACE, Options(), ["valid/loss"], {}, {"alpha": a}) for a in ([8, 16], [16, 32]))
+    with pytest.raises(ConfigError, match=r"search space: depending alpha: \[8, 16\] -> \[16, 32\]; choose"):
+        new.known_to(old.told).check(old.told, "x")
+    before = {k: v for k, v in old.told.items() if not k.startswith(study.DEPENDING)}  # a launch that did not keep it
+    new.known_to(before).check(before, "x")
 
 
 def test_private_names_of_optuna_are_there(record):

@@ -140,3 +140,78 @@ def _until_trials_run(folder, process):
         if running or process.poll() is not None:
             return
         time.sleep(0.1)
+
+
+class Job:
+    """A worker of a cluster: pending, or ended with a code."""
+
+    def __init__(self, code=None):
+        self.code = code
+
+    def poll(self):
+        return self.code
+
+    def kill(self):
+        self.code = -9
+
+
+@pytest.fixture
+def queued(tmp_path):
+    """A sweep with four tickets, and its record."""
+    from ftexp.sweep import frozen, space, study, worker
+    from ftexp.sweep.options import Options
+
+    sweep = frozen.Frozen(tmp_path, "s", space.parse(["a=1,2,3,4"]), Options(), ["valid/loss"], None, "", {})
+    record = worker.open_study(sweep)
+    study.queue(record, sweep.space.grid())
+    return sweep, record
+
+
+def tend(sweep, record, slot, places, code):
+    """Have the worker of a slot end, and say whether another one was started."""
+    slot.process, before = Job(code), slot.token
+    supervisor._tend(sweep, record, slot, places, lambda *_: Job(), set())
+    return slot.token != before
+
+
+def test_deaths_count_from_the_last_trial_that_came_to_its_end(queued):
+    """Two points that kill their worker, and others between them, end no sweep."""
+    from ftexp.sweep import study
+
+    sweep, record = queued
+    slot = supervisor.Slot(0, {}, token="t0")
+    for _ in range(4):
+        for _ in range(3):
+            assert tend(sweep, record, slot, [slot], -9)
+        if (trial := study.claim(record, slot.token)) is not None and study.ticket(trial._cached_frozen_trial) < 3:
+            record.tell(trial, 0.5)
+            assert tend(sweep, record, slot, [slot], -9)
+            assert slot.deaths == 1
+    assert record.user_attrs.get(supervisor.STOP) is None
+
+
+def test_place_where_every_worker_dies_is_shut_and_the_others_go_on(queued, capfd):
+    sweep, record = queued
+    places = [supervisor.Slot(0, {}, token="a"), supervisor.Slot(1, {}, token="b")]
+    for _ in range(7):
+        tend(sweep, record, places[0], places, 4)
+    assert places[0].shut
+    assert record.user_attrs.get(supervisor.STOP) is None
+    assert "worker 0 died 6 times in a row; the others go on without it" in capfd.readouterr().err
+    for _ in range(7):
+        tend(sweep, record, places[1], places, 4)
+    assert record.user_attrs[supervisor.STOP] == "worker 1 died 6 times in a row"
+
+
+def test_jobs_that_a_cluster_has_not_begun_are_cancelled_when_nothing_is_left(queued, monkeypatch):
+    from ftexp.sweep import study
+
+    monkeypatch.setattr(supervisor, "IDLE_SECONDS", 0.0)
+    _, record = queued
+    busy, pending = supervisor.Slot(0, {}, process=Job(), token="a"), supervisor.Slot(1, {}, process=Job(), token="b")
+    assert supervisor._end_idle(record, [busy, pending], None) is None  # tickets wait
+    last = [study.claim(record, "a") for _ in range(4)]
+    for trial in last[:3]:
+        record.tell(trial, 0.5)
+    supervisor._end_idle(record, [busy, pending], None)
+    assert (busy.process.code, pending.process.code) == (None, -9)

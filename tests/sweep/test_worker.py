@@ -1,10 +1,13 @@
 """What becomes of a ticket: every outcome has its state and reason, and the others go on."""
 
+import time
+
 import pytest
 from optuna.trial import TrialState
 
 from ftexp import experiment
-from ftexp.errors import DataError, Diverged, OutOfTime, Pruned
+from ftexp.errors import DataError, Diverged, MachineError, OutOfTime, Pruned
+from ftexp.model import compute
 from ftexp.sweep import frozen, space, study, worker
 from ftexp.sweep.options import Options, Pruner, Sampler
 from ftexp.train.control import Rung
@@ -69,6 +72,68 @@ def test_every_outcome_has_its_state_and_reason(sweep, monkeypatch):
         ("FAIL", "data", "rows changed"),
     ]
     assert record.best_trial.number == 0
+
+
+def test_fault_of_the_machine_ends_its_worker_and_fails_no_trial(sweep, monkeypatch):
+    """The mount of one node is gone: whoever starts workers tries the ticket elsewhere, a few times."""
+    monkeypatch.setenv(worker.TOKEN, "bad")
+    made, record = sweep("a=1,2,3", max_retries=1)
+    for _ in range(2):
+        trials(monkeypatch, [MachineError("no model folder at /mnt/m"), {"valid/loss": 0.5}])
+        assert worker._main(made) == 4
+        assert [t.state.name for t in study.counted(record)] == ["RUNNING", "WAITING", "WAITING"]
+        study.reap(record, 1, ended={"bad"})
+    trials(monkeypatch, [{"valid/loss": 0.5}] * 2)
+    worker.work(made, record)
+    assert [t.state.name for t in study.counted(record)] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert told(record)[0][2] == "crash: no model folder at /mnt/m"
+
+
+def test_fault_of_the_machine_fails_its_trial_where_there_is_no_other_worker(sweep, monkeypatch):
+    made, record = sweep("a=1,2")
+    trials(monkeypatch, [MachineError("no network"), {"valid/loss": 0.5}])
+    worker.work(made, record)
+    assert told(record) == [("FAIL", "crash", "no network"), ("COMPLETE", "", "")]
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [("CUDA error: device-side assert triggered", "FAIL"), ("CUDA error: launch failure", "RUNNING")],
+)
+def test_process_that_has_lost_its_gpu_takes_no_further_ticket(sweep, monkeypatch, error, state):
+    """All of its trials would fail at once; an assertion is made by the trial's own numbers, so that one has failed."""
+    made, record = sweep("a=1,2,3")
+    trials(monkeypatch, [RuntimeError(error)])
+    monkeypatch.setattr(compute, "is_lost", lambda: True)
+    with pytest.raises(MachineError, match="GPU"):
+        worker.work(made, record)
+    assert [t.state.name for t in study.counted(record)] == [state, "WAITING", "WAITING"]
+
+
+def test_worker_tells_that_it_lives_after_a_record_that_failed(sweep, monkeypatch):
+    made, record = sweep("a=1")
+    trial, store, heard = study.claim(record), record._storage, []
+    monkeypatch.setattr(worker, "BEAT_SECONDS", 0.0)
+
+    def flaky(number, key, value):
+        heard.append(key)
+        if len(heard) < 3:
+            raise OSError("stale file handle")
+
+    monkeypatch.setattr(store, "set_trial_user_attr", flaky)
+    until = time.monotonic() + 10
+    with worker._beating(record, 0.01, trial):
+        while len(heard) < 5 and time.monotonic() < until:
+            time.sleep(0.01)
+    assert len(heard) >= 5
+
+
+def test_worker_that_was_taken_for_dead_ends_in_one_line(sweep, monkeypatch, capfd):
+    made, record = sweep("a=1")
+    trial = study.claim(record)
+    study.reap(record, 2, ended={""})
+    worker._tell(made, record, trial, worker.Outcome("complete"), [0.5])
+    assert "this process was taken for dead meanwhile" in capfd.readouterr().err
 
 
 def test_max_failures_stops_and_keeps_the_rest_waiting(sweep, monkeypatch):
