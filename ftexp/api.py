@@ -6,6 +6,8 @@ line, whose processes can be killed.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -80,4 +82,7 @@ def run(
 def _name(given: list[str], marks: list[str]) -> str:
     """Name a run after its overrides and the content of its rows and its loss, wherever the cache lies."""
     end = "".join(f"-{mark}" for mark in marks)
-    return f"{overrides.slug(given)[: 63 - len(end)].rstrip('-._')}{end}"
+    whole = overrides.slug(given)
+    if len(whole) > 63 - len(end):  # what is cut off must tell two runs apart all the same
+        end = f"-{hashlib.sha256(json.dumps(sorted(given)).encode()).hexdigest()[:8]}{end}"
+    return f"{whole[: 63 - len(end)].rstrip('-._')}{end}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftexp import fidelity, report, trained
+from ftexp import fidelity, metrics, report, trained
 from ftexp.config import Kind, Method, Model, Run, Template, Variant
 from ftexp.fidelity import Fidelity
 from ftexp.metrics import SCORES
@@ -249,9 +249,7 @@ def _scores(kept: Kept, confirmed: str | None) -> str:
          "" if ends is None else f"{ends.low:.4f} to {ends.high:.4f}"]
         for name, value, ends, other in intervals(kept)
     ]  # fmt: skip
-    others = {Method.classify: "nats a decision", Method.reward: "nats a pair", Method.dpo: "nats a pair",
-              Method.rloo: "what divergence costs less the reward, a row"}  # fmt: skip
-    unit = others.get(kept.config().trainer.kind, "nats a supervised token")
+    unit = metrics.LOSS_UNITS[kept.config().trainer.kind]
     lines = [
         f"On {kept.trial['facts']['rows']['valid']} held-out rows; loss is {unit}. Intervals are over rows of the "
         "kind; they know nothing of the noise of training.", "", _table(("", rival, "this run", "95 % interval"), rows),

@@ -5,6 +5,7 @@ A point is what was swept; its replicates differ in the seed alone and count as 
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,6 +82,8 @@ class Verdict:
     """Labels of the points no other beats in all objectives; empty for one objective."""
     rate: explain.Together | None = None
     """Where alpha and learning rate were both searched: how far their product explains the objective."""
+    repeated: int = 0
+    """Points that a sampler drew again: they are the first one's bits, and count once."""
 
 
 def read(folder: Path, trials: list[dict[str, Any]], objective: str) -> Verdict:
@@ -100,6 +103,7 @@ def read(folder: Path, trials: list[dict[str, Any]], objective: str) -> Verdict:
         members for members in grouped.values()
         if len(members) == options.get("replicates", 1) and all(_counts(t, objective, options) for t in members)
     ]  # fmt: skip
+    whole, repeated = _once(whole, objective)
     ranked = sorted(whole, key=lambda m: _mean(m, objective), reverse=direction is Direction.maximize)[:MOST_POINTS]
     kept = [members for members in whole if any(members is one for one in ranked)]
     means = [_mean(m, objective) for m in kept]
@@ -107,11 +111,20 @@ def read(folder: Path, trials: list[dict[str, Any]], objective: str) -> Verdict:
     verdict = Verdict(
         objective, tuple(Point(_numbers(m), _label(m), Interval(v, math.nan, math.nan), math.nan)
                          for m, v in zip(kept, means, strict=True)),
-        len(whole) - len(kept), len(grouped) - len(whole), found if isinstance(found, str) else None,
+        len(whole) - len(kept), len(grouped) - len(whole) - repeated, found if isinstance(found, str) else None,
         metrics.best(means, direction), (), None, None, None, math.nan, 0, _importance(whole, sweep, objective),
-        _front(whole, sweep), _rate(whole, sweep, objective),
+        _front(whole, sweep), _rate(whole, sweep, objective), repeated,
     )  # fmt: skip
     return verdict if isinstance(found, str) else _tested(verdict, kept, *found)
+
+
+def _once(points: list[list[dict[str, Any]]], objective: str) -> tuple[list[list[dict[str, Any]]], int]:
+    """Leave out points of the same config and score as an earlier one; return how many there are."""
+    kept: dict[str, list[dict[str, Any]]] = {}
+    for members in points:
+        told = [(t["config"], t["scores"][objective]) for t in members]
+        kept.setdefault(json.dumps(told, sort_keys=True), members)
+    return list(kept.values()), len(points) - len(kept)
 
 
 def _tested(
@@ -188,8 +201,9 @@ def _columns(
                     f"{path.name} of trial {trial['number']} gives {objective} {recomputed:.6g}, trial.json {told:.6g}"
                 )
             first, unit = ((trial, content), units(content)) if first is None else (first, unit)
-            if (what := unlike(*first, trial, content)) is not None:
-                return f"trials {first[0]['number']} and {trial['number']} were scored on other {what}"
+            how = unlike(*first, trial, content) or other_scale(first[0], trial, objective)
+            if how is not None:
+                return f"trials {first[0]['number']} and {trial['number']} were scored {how}"
             table[-1].append(found)
     return table, unit
 
@@ -197,15 +211,32 @@ def _columns(
 def unlike(
     trial: dict[str, Any], content: dict[str, list[Any]], other: dict[str, Any], its: dict[str, list[Any]]
 ) -> str | None:
-    """Tell what sets the rows of two trials' tables apart; None where they were scored on the same.
+    """Tell how the rows of two trials' tables are apart; None where they were scored on the same.
 
     Text that `data.long=cut` left out counts where both have one tokenizer: another may see the first token of a text.
     """
     if any(content[name] != its[name] for name in ("prompt", "reference")):
-        return "rows"
-    tokenizers = [t.get("facts", {}).get("tokenizer_sha256") for t in (trial, other)]
-    if tokenizers[0] == tokenizers[1] and content.get("bytes") != its.get("bytes"):
-        return "parts of the rows: data.long=cut leaves more of them at a larger data.max_length"
+        return "on other rows"
+    if not _tokenizers_differ(trial, other) and content.get("bytes") != its.get("bytes"):
+        return "on other parts of the rows: data.long=cut leaves more of them at a larger data.max_length"
+    return None
+
+
+def _tokenizers_differ(*trials: dict[str, Any]) -> bool:
+    told = {t.get("facts", {}).get("tokenizer_sha256") for t in trials}
+    return len(told) > 1
+
+
+def other_scale(trial: dict[str, Any], other: dict[str, Any], objective: str) -> str | None:
+    """Tell why an objective of two trials is no number of one kind; None where it is."""
+    config = trial.get("config", {})
+    if objective in ("valid/loss", "valid/perplexity") and _tokenizers_differ(trial, other):
+        return "in tokens of different tokenizers: objectives=[valid/bits_per_byte] compares them"
+    kind, beta = config.get("trainer.kind"), config.get("trainer.beta")
+    scaled = {"dpo": ("valid/loss", "valid/margin"), "rloo": ("valid/loss",)}.get(kind, ())
+    if objective in scaled and other.get("config", {}).get("trainer.beta") != beta:
+        better = "valid/reward" if kind == "rloo" else "valid/accuracy"
+        return f"with different trainer.beta, which {objective} grows with: objectives=[{better}] compares them"
     return None
 
 
@@ -318,6 +349,9 @@ def lines(verdict: Verdict) -> list[str]:
         told.append(f"On the Pareto front: {'; '.join(verdict.front)}.")
     if verdict.behind:
         told.append(f"Compared are the best {len(verdict.points)} points; {verdict.behind} score below them.")
+    if verdict.repeated:
+        points = "1 point was" if verdict.repeated == 1 else f"{verdict.repeated} points were"
+        told.append(f"{points} drawn again, with the same config and seed: such a point counts once.")
     if verdict.left_out and verdict.points:
         points = "1 point" if verdict.left_out == 1 else f"{verdict.left_out} points"
         told.append(f"Left out of the comparison: {points}, not complete or above a bound.")

@@ -15,7 +15,7 @@ from ftexp.config import Engine, Format, Kind, Long, Loss, Method, Packing, Run,
 from ftexp.data import gates, general, prompts, tokens
 from ftexp.errors import ConfigError, DataError, FtexpError, MachineError, Preempted, Pruned, out_of_memory
 from ftexp.files import cache, naming, no_room, read_json, write_json
-from ftexp.model import Base
+from ftexp.model import Base, sizes
 from ftexp.model.compute import Compute
 from ftexp.overrides import ROOT
 from ftexp.progress import say, warn
@@ -158,10 +158,14 @@ def prepare(run: Run) -> None:
     """Refuse what only the libraries and the tokenizer can see to be wrong; imports them, loads no weights.
 
     Raises:
-        ConfigError: peft or TRL refuses a keyword, or a template or token is missing.
+        ConfigError: peft or TRL refuses a keyword, a target is no layer, or a template or token is missing.
         DataError: a row is longer than `data.max_length` or the model, or a held-out row nearly one of another split.
     """
     model.adapter(run.lora)
+    if run.lora.targets != ["all-linear"]:
+        sizes.check_targets(
+            run.model, run.lora.targets, {Method.classify: 2, Method.reward: 1}.get(run.trainer.kind, 0)
+        )
     sft.arguments(run.trainer, "cpu", run.seed, "", 1)
     losses.chosen(run.trainer)
     if run.trainer.kind is Method.classify:

@@ -19,6 +19,7 @@ from typing import Any
 
 import regex
 
+from ftexp.config import Method
 from ftexp.data.splits import normalise
 from ftexp.errors import ConfigError
 
@@ -117,6 +118,11 @@ METRICS = {
 }
 """Every metric that improves in a direction (a number of `COUNTS` does in none); all but the sealed can rank trials."""
 
+LOSS_UNITS = {
+    Method.sft: "nats a token", Method.classify: "nats a decision", Method.reward: "nats a pair",
+    Method.dpo: "nats a pair", Method.rloo: "what divergence costs less the reward, a row",
+}  # fmt: skip
+"""What the loss of a method is a mean over."""
 COUNTS = {
     "rows": "rows scored; all of them, so also the denominator of every share and mean over rows",
     "tokens": "supervised tokens scored; the denominator of the loss",

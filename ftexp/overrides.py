@@ -31,8 +31,8 @@ OPEN = ("lora.extra.", "trainer.extra.", "data.columns.")
 """Keys that exist only once given, so `++` is put before them."""
 UNSET = ("experiment=null", "sweep=null")
 """What is so anyway, and what Hydra does not take."""
-TEXTS = ("data.prompt", "data.completion")
-"""Keys whose values are format strings."""
+TEXTS = ("data.prompt", "data.completion", "eval.labels")
+"""Keys whose values are format strings, or signs that mean something to Hydra."""
 SWEEP_KEYS = (
     "sampler", "sampler_args", "n_trials", "pruner", "pruner_args", "seed", "replicates", "baselines", "params",
     "at_most", "plan_at_most", "over", "tokens_per_second", "usd_per_hour", "workers", "pack", "engine",
@@ -69,7 +69,8 @@ def prepare(argv: list[str]) -> list[str]:
     for flag in FOREIGN:
         if getattr(args, flag, None):
             raise ConfigError(
-                f"--{flag.replace('_', '-')} is not taken: configs are those of conf/, closed and checked"
+                f"--{flag.replace('_', '-')} is not taken: configs are those of {CONF}, closed and checked; a file of "
+                "values of yours goes there, into the folder of its group"
             )
     check(args.overrides)
     overrides = [_spelled_out(text) for text in args.overrides if text not in UNSET]
@@ -96,8 +97,8 @@ def _spelled_out(text: str) -> str:
     text = _quoted(text)
     if text.startswith("sweep."):
         text = f"hydra.sweeper.{text.removeprefix('sweep.')}"
-    if text.startswith((*OPEN, *OPEN_SWEEP, *(f"{key[:-1]}=" for key in OPEN_SWEEP))):
-        return f"++{text}"
+    if text.lstrip("+").startswith((*OPEN, *OPEN_SWEEP, *(f"{key[:-1]}=" for key in (*OPEN, *OPEN_SWEEP)))):
+        return f"++{text.lstrip('+')}"
     return text
 
 
@@ -108,7 +109,7 @@ def _quoted(text: str) -> str:
     'data.prompt="About {topic}:"'
     """
     key, _, value = text.partition("=")
-    if key not in TEXTS or value[:1] in ("'", '"', ""):
+    if key not in TEXTS or value[:1] in ("'", '"', "") or value == "null":
         return text
     escaped = value.replace('"', '\\"')
     return f'{key}="{escaped}"'
@@ -204,7 +205,7 @@ def check(overrides: list[str]) -> None:
             _check_options(key, override, options[key])
         elif key not in known and not _spelled_out(key).startswith("++"):
             raise ConfigError(f"unknown key {key} in {text}{_hint(key, known | set(options))}")
-        elif override.is_add() and key in known:
+        elif override.is_add() and key in known and f"{key}." not in OPEN:
             raise ConfigError(f"{text}: {key} exists already, write {text.lstrip('+')}")
 
 

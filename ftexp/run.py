@@ -144,6 +144,8 @@ def _show(folder: Path) -> None:
 
 def _told(error: Exception) -> str:
     """Tell a library's error in one line: Hydra says which override, the error that caused it says why."""
+    if "is not a ListConfig" in str(error) or "is not a ListConfig" in str(error.__cause__):
+        return f"{str(error).strip().splitlines()[0]}: a list is wanted, such as [q_proj] for lora.targets"
     lines = [str(e).strip().splitlines()[0] for e in (error, error.__cause__) if e is not None and str(e).strip()]
     return ": ".join(dict.fromkeys(lines))
 

@@ -54,3 +54,11 @@ def test_mistakes_are_refused_before_anything_is_written(given, rows, error, mes
     with pytest.raises(error, match=message):
         api.run(*KEYS, *given, rows=rows)
     assert not (tmp_path / "outputs").exists()
+
+
+def test_long_commands_that_differ_in_what_a_name_cuts_off_have_two_names():
+    given = ["model=tiny", "trainer=default", "trainer.steps=2", "trainer.report_steps=1", "eval=loss", "track=none"]
+    one, other = (api._name([*given, f"trainer.lr={lr}"], ["12345678"]) for lr in (1e-3, 2e-3))
+    assert one != other
+    assert max(len(one), len(other)) <= 63
+    assert api._name(["lora.r=8"], ["12345678"]) == "lora.r-8-12345678"

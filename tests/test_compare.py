@@ -193,14 +193,32 @@ def test_rows_without_a_prompt_are_told_apart(sweep):
     assert found.points[1].p < 0.001
 
 
-@pytest.mark.parametrize(("tokenizers", "told"), [("aa", True), ("ab", False)])
-def test_rows_that_were_cut_otherwise_are_not_compared(sweep, tokenizers, told):
-    """With another tokenizer another part of a text may stand first, which nothing comes before."""
-    trials = [(64, 0, {"facts": {"tokenizer_sha256": name}}) for name in tokenizers]
+@pytest.mark.parametrize(("objective", "told"), [
+    ("valid/loss", "in tokens of different tokenizers: objectives=[valid/bits_per_byte] compares them"),
+    ("valid/bits_per_byte", None), ("valid/f1", None),
+])  # fmt: skip
+def test_losses_of_different_tokenizers_are_not_compared(sweep, objective, told):
+    trials = [(64, 0, {"facts": {"tokenizer_sha256": name}}) for name in "ab"]
+    found = read(sweep(*trials, objectives=[objective]))
+    assert found.untested == (told and f"trials 0 and 1 were scored {told}")
+
+
+@pytest.mark.parametrize(("kind", "told"), [
+    ("dpo", "which valid/loss grows with: objectives=[valid/accuracy] compares them"),
+    ("rloo", "which valid/loss grows with: objectives=[valid/reward] compares them"), ("sft", None),
+])  # fmt: skip
+def test_losses_that_beta_scales_are_not_compared(sweep, kind, told):
+    how = [
+        {"trainer.kind": kind, "trainer.beta": beta, "objectives": ["valid/loss"], "lora.r": 8} for beta in (0.1, 0.5)
+    ]
+    found = read(sweep(*((8, 0, {"config": one}) for one in how)))
+    assert found.untested == (told and f"trials 0 and 1 were scored with different trainer.beta, {told}")
+
+
+def test_rows_that_were_cut_otherwise_are_not_compared(sweep):
+    trials = [(64, 0, {"facts": {"tokenizer_sha256": "a"}})] * 2
     found = read(sweep(*trials, columns=[{}, {"bytes": [5] * 40}]))
-    assert (found.untested is not None) is told
-    if told:
-        assert found.untested.startswith("trials 0 and 1 were scored on other parts of the rows: data.long=cut leaves")
+    assert found.untested.startswith("trials 0 and 1 were scored on other parts of the rows: data.long=cut leaves")
 
 
 def test_list_valued_keys_have_a_share(sweep):
@@ -215,6 +233,15 @@ def test_list_valued_keys_have_a_share(sweep):
     ]
     found = read(sweep(*trials, axes=[{"key": "lora.r"}, {"key": "lora.targets"}]))
     assert list(found.importance) == ["lora.targets", "lora.r"]
+
+
+def test_point_that_was_drawn_again_counts_once(sweep):
+    folder = sweep((8, 0, {}), (16, 0.1, {}))
+    shutil.copytree(folder / "0", folder / "2")
+    found = read(folder)
+    assert [p.trials for p in found.points] == [(0,), (1,)]
+    assert (found.repeated, found.left_out) == (1, 0)
+    assert "1 point was drawn again, with the same config and seed: such a point counts once." in compare.lines(found)
 
 
 def test_importance_of_searched_keys(sweep):

@@ -105,6 +105,7 @@ def run_small(command, cli):
     if {"--cfg", "--help"} & set(argv):
         small = []
     if "sweep.engine=slurm" in argv:
+        argv = [a for a in argv if not a.startswith("sweep.engine_args.gpus")]  # which are not here
         small.append("sweep.engine_args.cluster=local")  # jobs are processes here
     if "sweep.engine=ray" in argv:
         pytest.importorskip("ray", reason="needs ray; `make test-cluster` installs it and runs a sweep on two nodes")

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
+from ftexp import overrides
+from ftexp.files import read_json
+
 REFUSED = [  # command line, exit code, what the one line must say
     (["lora.rank=8"], 2, "unknown key lora.rank in lora.rank=8; ftexp calls it lora.r"),
     (["+lora.dropuot=0.1"], 2, "unknown key lora.dropuot in +lora.dropuot=0.1; did you mean lora.dropout?"),
@@ -236,3 +239,54 @@ def test_file_where_a_folder_should_be_is_named(cli, tmp_path, way):
     assert code == 4
     assert "must be a folder, a file of this name is in the way" in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("sign", ["", "+", "++"])
+def test_mappings_are_taken_whole(cli, tmp_path, sign):
+    (tmp_path / "qa.jsonl").write_text("".join(f'{{"question": "q{n}", "answer": "a{n}"}}\n' for n in range(40)))
+    given = [
+        *TINY,
+        "data=jsonl",
+        "data.path=qa.jsonl",
+        "data.valid=8",
+        "trainer=default",
+        "trainer.steps=1",
+        "track=none",
+    ]
+    code, _, err = cli(*given, f"{sign}data.columns={{prompt: question, completion: answer}}",
+                       f"{sign}trainer.extra={{adam_beta2: 0.95}}", "name=m")  # fmt: skip
+    assert code == 0, err
+    told = read_json(tmp_path / "outputs/runs/m/trial.json")["config"]
+    assert (told["data.columns.prompt"], told["trainer.extra.adam_beta2"]) == ("question", 0.95)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["lora.targets=q_proj"], "a list is wanted, such as [q_proj] for lora.targets"),
+        (
+            ["--config-dir", "mine"],
+            f"configs are those of {overrides.CONF}, closed and checked; a file of values of yours goes",
+        ),
+        (["eval.labels=, ", "trainer.steps=0"], "trainer.steps must be"),
+    ],
+)
+def test_what_a_person_would_type_is_taken_or_told(cli, given, told):
+    code, _, err = cli(*TINY, "track=none", *given)
+    assert code == 2
+    assert told in err
+
+
+def test_target_that_is_no_layer_is_refused_before_a_sweep_begins(cli, tmp_path):
+    code, _, err = cli(*TINY, "track=none", "lora.targets=[q_proj],[q_prj]", "-m", "name=s")
+    assert code == 2
+    assert "lora.targets: 'q_prj' matches no layer, did you mean q_proj?" in err
+    assert not (tmp_path / "outputs/sweeps/s/identity.json").exists()
+
+
+def test_split_that_leaves_little_to_train_on_is_told(cli, tmp_path):
+    (tmp_path / "my.jsonl").write_text("".join(f'{{"prompt": "q{n}", "completion": "a{n}"}}\n' for n in range(160)))
+    given = [t for t in TINY if not t.startswith("data.")]
+    given += ["data=jsonl", "data.path=my.jsonl", "track=none", "eval=loss", "name=m"]
+    assert "my.jsonl: of 160 rows 128 are held out, 32 are left to train on; data.valid=0.2" in cli(*given)[2]
+    assert "held out" not in cli(*given, "data.valid=0.2", "name=n")[2]

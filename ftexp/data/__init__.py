@@ -13,12 +13,15 @@ from ftexp.data.rows import Row, read, read_file
 from ftexp.data.splits import Splits, split, units
 from ftexp.errors import DataError
 from ftexp.files import sha256
-from ftexp.progress import say
+from ftexp.progress import say, warn
 
 __all__ = ["Row", "Splits", "load", "of", "units"]
 
 KEPT = 4
 """Results of `load` kept in memory; trials of a sweep ask for the same few again and again."""
+
+MUCH = 0.5
+"""Share of held-out rows above which a person is told: `data.valid` is a number of rows that fits larger sets."""
 
 _loaded: dict[str, Splits] = {}
 
@@ -65,4 +68,8 @@ def _split(data: Data) -> Splits:
     if splits.copies:
         say(f"{source}: {hygiene.told(list(splits.copies), splits.read)}")
     gates.leaks(splits, data)
+    held, whole = len(splits.valid) + len(splits.test), splits.read - len(splits.copies)
+    if held > MUCH * whole and not any(paths.values()):
+        warn(f"{source}: of {whole} rows {held} are held out, {len(splits.train)} are left to train on; "
+             f"data.valid=0.2 holds out a fifth, got data.valid={data.valid}")  # fmt: skip
     return splits

@@ -272,7 +272,7 @@ def _fitted(example: Example, tokenizer: PreTrainedTokenizerBase, data: Data) ->
         case Long.refuse:
             raise DataError(
                 f"{example.row.where}: a row must be at most data.max_length={most} tokens, this one has {length}; "
-                "data.long=drop or cut accepts such rows"
+                f"data.max_length={length} takes it, data.long=drop or cut leaves out what is too long"
             )
 
 

@@ -77,9 +77,21 @@ def rows(records: Iterable[tuple[dict[str, Any], str]], data: Data) -> Iterator[
     """
     shape = None
     for record, where in records:
-        record = _renamed(record, where, data)
+        record = _spelled_out(_renamed(record, where, data))
         shape = shape or recognised(record, where, data)
         yield _row(record, where, shape, data)
+
+
+def _spelled_out(record: dict[str, Any]) -> dict[str, Any]:
+    """Put a prompt that is a list of messages in front of its answers, as TRL's conversational sets part the two."""
+    prompt = record.get("prompt")
+    if not isinstance(prompt, list):
+        return record
+    answers = {
+        name: record[name] for name in ("completion", "chosen", "rejected") if isinstance(record.get(name), list)
+    }
+    whole = {"messages" if name == "completion" else name: [*prompt, *answer] for name, answer in answers.items()}
+    return {k: v for k, v in record.items() if k not in ("prompt", *answers)} | whole if whole else record
 
 
 def recognised(record: dict[str, Any], where: str, data: Data) -> Shape:

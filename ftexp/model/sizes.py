@@ -119,6 +119,19 @@ def outline(model: Model, quant: Quant, lora: Lora, dtype: str, attention: str, 
     )
 
 
+def check_targets(model: Model, targets: list[str], labels: int = 0) -> None:
+    """Refuse a target that matches no layer, before weights are loaded.
+
+    Raises:
+        ConfigError: names the target and the nearest layer.
+        MachineError: the config of the model cannot be read.
+    """
+    import torch
+
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        models.check_targets(_base(model, "float32", "eager", labels), targets)
+
+
 def _base(model: Model, dtype: str, attention: str, labels: int) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification

@@ -14,8 +14,9 @@ from typing import Any
 from ftexp import board as boards
 from ftexp import compare, config, examples, sealed
 from ftexp.board import Line, Point
+from ftexp.config import Method
 from ftexp.examples import Example
-from ftexp.metrics import METRICS, Direction
+from ftexp.metrics import LOSS_UNITS, METRICS, Direction
 from ftexp.page import figures, style, svg
 from ftexp.page.figures import Sweep
 from ftexp.page.text import escape as _e
@@ -60,7 +61,11 @@ def _header(sweep: Sweep) -> str:
     told = ", ".join(f"{count} {state}" for state, count in states.items()) or "no trials yet"
     metric, count = METRICS[sweep.board.objective], len(sweep.board.trials)
     plural = "" if count == 1 else "s"
-    unit = metric.unit.split("; ")[-1 if _rival(sweep) == "TF-IDF" else 0]
+    unit = metric.unit
+    if sweep.board.objective == "valid/loss":
+        usual = Method.classify if _rival(sweep) == "TF-IDF" else Method.sft
+        kinds = {t.get("config", {}).get("trainer.kind", usual.value) for t in sweep.board.trials}
+        unit = " or ".join(LOSS_UNITS[Method(kind)] for kind in sorted(kinds)) or unit
     way = "lower" if metric.direction is Direction.minimize else "higher"
     return (
         f"<header><h1>{_e(sweep.name)}</h1><p>{count} trial{plural}: {_e(told)}. Ranked by "

@@ -131,7 +131,7 @@ def render(tokenizer, rows, **keys):
 def test_long_row_is_refused_by_default(tokenizer):
     with pytest.raises(
         DataError,
-        match=r"r:1: a row must be at most data\.max_length=32 tokens, this one has 45; data\.long=drop or cut",
+        match=r"r:1: a row must be at most data\.max_length=32 tokens, this one has 45; data\.max_length=45 takes it",
     ):
         render(tokenizer, rows_of(5, 40))
 

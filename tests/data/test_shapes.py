@@ -95,6 +95,20 @@ def test_group_and_stratum_are_kept():
         one({"prompt": "a", "completion": "b"}, group_by="by")
 
 
+ASKED = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+
+
+def test_prompts_of_messages_are_read_as_trl_writes_them():
+    answer = [{"role": "assistant", "content": "a"}]
+    whole = one({"messages": [*ASKED, *answer]})
+    assert one({"prompt": ASKED, "completion": answer}) == whole
+    assert one({"prompt": ASKED[1:], "completion": answer}) == shapes.Row("u", "a", "t:1")
+    pair = {"chosen": answer, "rejected": [{"role": "assistant", "content": "b"}]}
+    told = one({"prompt": ASKED, **pair})
+    assert told == one({"chosen": [*ASKED, *answer], "rejected": [*ASKED, *pair["rejected"]]})
+    assert (told.completion, told.rejected) == ("a", "b")
+
+
 def test_label_in_a_list_that_would_be_parted_is_refused():
     with pytest.raises(
         DataError, match="t:1: a label in a list must have no comma, which parts labels, got 'Hong Kong, C"

@@ -305,3 +305,14 @@ def test_two_hundred_trials_are_one_page_of_modest_size(tmp_path, monkeypatch):
 
 def test_text_of_a_page_has_one_door():
     assert html._e is text.escape and svg.escape is text.escape
+
+
+@pytest.mark.parametrize(("kind", "told"), [
+    ("sft", "nats a token"), ("classify", "nats a decision"), ("reward", "nats a pair"), ("dpo", "nats a pair"),
+])  # fmt: skip
+def test_header_names_the_unit_of_the_method(tmp_path, kind, told):
+    folder = sweep(tmp_path / "s")
+    for path in folder.glob("*/trial.json"):
+        trial = read_json(path)
+        write_json(path, trial | {"config": trial["config"] | {"trainer.kind": kind}})
+    assert f"Ranked by valid/loss ({told}; lower is better)." in html.page(report.gather(folder))

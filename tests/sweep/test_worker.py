@@ -1,11 +1,12 @@
 """What becomes of a ticket: every outcome has its state and reason, and the others go on."""
 
 import time
+from dataclasses import replace
 
 import pytest
 from optuna.trial import TrialState
 
-from ftexp import experiment
+from ftexp import experiment, facts
 from ftexp.errors import DataError, Diverged, MachineError, OutOfTime, Pruned
 from ftexp.model import compute
 from ftexp.sweep import frozen, space, study, worker
@@ -77,16 +78,26 @@ def test_every_outcome_has_its_state_and_reason(sweep, monkeypatch):
 def test_fault_of_the_machine_ends_its_worker_and_fails_no_trial(sweep, monkeypatch):
     """The mount of one node is gone: whoever starts workers tries the ticket elsewhere, a few times."""
     monkeypatch.setenv(worker.TOKEN, "bad")
-    made, record = sweep("a=1,2,3", max_retries=1)
-    for _ in range(2):
-        trials(monkeypatch, [MachineError("no model folder at /mnt/m"), {"valid/loss": 0.5}])
-        assert worker._main(made) == 4
-        assert [t.state.name for t in study.counted(record)] == ["RUNNING", "WAITING", "WAITING"]
-        study.reap(record, 1, ended={"bad"})
-    trials(monkeypatch, [{"valid/loss": 0.5}] * 2)
+    made, record = sweep("a=1,2,3")
+    trials(monkeypatch, [MachineError("no model folder at /mnt/m"), {"valid/loss": 0.5}])
+    assert worker._main(replace(made, code=facts.code())) == 4
+    assert [t.state.name for t in study.counted(record)] == ["RUNNING", "WAITING", "WAITING"]
+    study.reap(record, 2, ended={"bad"})
+    trials(monkeypatch, [{"valid/loss": 0.5}] * 3)
     worker.work(made, record)
-    assert [t.state.name for t in study.counted(record)] == ["FAIL", "COMPLETE", "COMPLETE"]
-    assert told(record)[0][2] == "crash: no model folder at /mnt/m"
+    assert [t.state.name for t in study.counted(record)] == ["COMPLETE"] * 3
+
+
+def test_ticket_that_no_machine_can_run_fails_with_what_was_amiss(sweep, monkeypatch):
+    monkeypatch.setenv(worker.TOKEN, "bad")
+    made, record = sweep("a=1", max_retries=1)
+    for _ in range(2):
+        trials(monkeypatch, [MachineError("no model folder at /mnt/m")])
+        assert worker._main(replace(made, code=facts.code())) == 4
+        study.reap(record, 1, ended={"bad"})
+    assert [(t.state.name, t.user_attrs["ftexp:reason"]) for t in study.counted(record)] == [
+        ("FAIL", "crash: no model folder at /mnt/m")
+    ]
 
 
 def test_fault_of_the_machine_fails_its_trial_where_there_is_no_other_worker(sweep, monkeypatch):
