@@ -110,7 +110,7 @@ def _point(trials: list[dict[str, Any]], size: int, objective: str) -> Point:
     if len(trials) < size or any(t["state"] != "complete" for t in trials):
         return Point(trials, False, {}, None)
     names = [name for name in trials[0]["scores"] if all(name in t["scores"] for t in trials)]
-    means = {name: math.fsum(t["scores"][name] for t in trials) / size for name in names}
+    means = {name: metrics.mean(name, [t["scores"][name] for t in trials]) for name in names}
     off = [t["scores"][objective] - means[objective] for t in trials]
     spread = math.sqrt(math.fsum(d * d for d in off) / (size - 1)) if size > 1 else None
     return Point(trials, True, means, spread)

@@ -155,7 +155,7 @@ def _tested(
 
 
 def _mean(members: list[dict[str, Any]], name: str) -> float:
-    return math.fsum(t["scores"][name] for t in members) / len(members)
+    return metrics.mean(name, [t["scores"][name] for t in members])
 
 
 def _counts(trial: dict[str, Any], objective: str, options: dict[str, Any]) -> bool:

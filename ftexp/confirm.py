@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ftexp import config, data, experiment, facts, registry, report, track, verb
+from ftexp import config, data, experiment, facts, metrics, registry, report, track, verb
 from ftexp.config import Run, Track
 from ftexp.errors import ConfigError, DataError, Diverged, MachineError, TrialsFailed
 from ftexp.files import read_json, write_json
@@ -373,7 +373,7 @@ def _pair(comparison: Comparison | None) -> dict[str, Any] | None:
 
 
 def _mean(trials: list[dict[str, Any]], name: str) -> float:
-    return math.fsum(trial["scores"][name] for trial in trials) / len(trials)
+    return metrics.mean(name, [trial["scores"][name] for trial in trials])
 
 
 def _exp(value: float) -> float:

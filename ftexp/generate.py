@@ -80,10 +80,10 @@ def read_file(path: Path, data: Data) -> list[Row]:
     """
     if path.suffix.lower() == ".txt":
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # a prompt may hold other ends of lines
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: cannot be read as text: {error}") from error
-        rows = [typed(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+        rows = [typed(line.rstrip("\r"), f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
     else:
         told = replace(data, shape=Shape.auto, group_by=None, stratify_by=None)
         given = ((_answered(record, told), where) for record, where in reader.records(path, Source.file))

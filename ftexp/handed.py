@@ -24,12 +24,10 @@ def find(target: str, aloud: bool = True) -> Kept:
     Raises:
         MachineError: there is none, or it is not complete.
     """
-    places = (Path(target), runs.OUTPUTS / "sweeps" / target, runs.OUTPUTS / "runs" / target)
-    sweep = next((place for place in places if (place / "sweep.json").exists()), None)
-    if sweep is not None:
+    sweep = runs.place(target, "sweep.json")
+    if (sweep / "sweep.json").exists():
         return winner(sweep, aloud)
-    run = next((place for place in places if (place / "trial.json").exists()), None)
-    kept = runs.find(str(run) if run is not None else target)
+    kept = runs.find(target)
     if kept.trial.get("state") != "complete":
         raise MachineError(f"{kept.folder}: must be complete, it is {kept.trial.get('state')}")
     return kept

@@ -173,6 +173,19 @@ def better(a: float, b: float, direction: Direction) -> bool:
     return a < b if direction is Direction.minimize else a > b
 
 
+def mean(name: str, values: Sequence[float]) -> float:
+    """Mean of a score over the seeds of a point; of perplexities the geometric one, e to the mean loss.
+
+    So the best by perplexity is the best by loss, of which it is another name.
+
+    >>> mean("valid/loss", [1.0, 3.0]), round(mean("valid/perplexity", [2.0, 8.0]), 9)
+    (2.0, 4.0)
+    """
+    if not name.endswith("perplexity") or not all(value > 0 for value in values):
+        return math.fsum(values) / len(values)
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
 def best(values: Sequence[float | None], direction: Direction) -> int | None:
     """Find the index of the best value, the first of equals; None stands for a trial without one.
 

@@ -194,6 +194,8 @@ def check(overrides: list[str]) -> None:
         key = override.key_or_group.split("@")[0]
         if key in ("hydra/sweeper", "hydra/launcher"):
             raise ConfigError(f"{text}: ftexp brings its own sweeper and workers; see sweep.workers and sweep.sampler")
+        if key == "sweep" and override.is_sweep_override():
+            raise ConfigError(f"{text}: a launch takes one sweep; start each of them by its own command")
         if override.value_type is ValueType.GLOB_CHOICE_SWEEP:
             raise ConfigError(f"{text}: write the options out, separated by commas{_options(key, options)}")
         if key.startswith(("hydra.", "hydra/")):

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ftexp import verb
+from ftexp import runs, verb
 from ftexp.errors import ConfigError, MachineError
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def parse(argv: list[str]) -> tuple[dict[str, float], tuple[int, ...], Path | No
             text = word.partition("=")[2] or (left.pop(0) if left else "")
             if not text:
                 raise ConfigError("--from must be followed by the folder of a sweep, got nothing")
-            folder = Path(text)
+            folder = runs.place(text, "sweep.json", "trial.json")
         elif "=" not in word or (key := word.split("=")[0]) not in (*KEYS, "seeds"):
             raise ConfigError(f"{word}: must be key=value with a key among {', '.join((*KEYS, 'seeds'))}")
         elif key == "seeds":
@@ -103,7 +103,7 @@ def _number(key: str, text: str, low: float, high: float) -> float:
         value = float(text)
     except ValueError:
         raise ConfigError(f"{key} must be a number, got {text!r}") from None
-    if key in WHOLE and value != round(value):
+    if key in WHOLE and not value.is_integer():
         raise ConfigError(f"{key} must be a whole number, got {text}")
     if not (low <= value <= high if math.isfinite(high) else low < value < high):
         bounds = f"between {low:g} and {high:g}" if math.isfinite(high) else "above 0" if low == 0 else "at least 0"

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ftexp import board as boards
-from ftexp import sealed, track, verb
+from ftexp import runs, sealed, track, verb
 from ftexp.board import Board, read
 from ftexp.errors import MachineError
 from ftexp.files import read_json, write_text
@@ -228,6 +228,7 @@ def main() -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
+    args.folder = runs.place(args.folder, "sweep.json", "trial.json")
     if args.format is None:
         show(args.folder, args.html, not args.no_html)
         return 0

@@ -61,13 +61,24 @@ class Kept:
         return config.rebuild(self.trial["config"])
 
 
+def place(target: str | Path, *files: str) -> Path:
+    """Return the folder that a sweep or run of a name has in `outputs/`, or the one that was given.
+
+    Args:
+        target: folder, or name of one.
+        files: of which the folder must hold one.
+    """
+    places = (Path(target), OUTPUTS / "sweeps" / target, OUTPUTS / "runs" / target)
+    return next((place for place in places if any((place / name).exists() for name in files)), Path(target))
+
+
 def find(target: str) -> Kept:
-    """Find a run by its folder, or by its MLflow id or the beginning of it (8 letters at least).
+    """Find a run by its folder or name, or by its MLflow id or the beginning of it (8 letters at least).
 
     Raises:
         MachineError: there is none, or several begin so.
     """
-    folder = Path(target)
+    folder = place(target, "trial.json")
     if (kept := read_json(folder / "trial.json")) is not None:
         return Kept(folder, kept)
     found = []

@@ -244,6 +244,16 @@ def test_point_that_was_drawn_again_counts_once(sweep):
     assert "1 point was drawn again, with the same config and seed: such a point counts once." in compare.lines(found)
 
 
+def test_best_by_perplexity_is_the_best_by_loss_over_seeds(sweep):
+    """Mean perplexities would rank one that is now much worse, now much better, behind its equal in loss."""
+    folder = sweep((64, -0.4, {}), (64, 0.4, {}), (16, 0.05, {}), (16, 0.05, {}), replicates=2,
+                   objectives=["valid/perplexity"])  # fmt: skip
+    board = report.read(folder)
+    found = compare.read(folder, board.trials, board.objective)
+    assert found.points[found.best].trials == tuple(t["number"] for t in board.points[board.best].trials) == (0, 1)
+    assert board.points[0].scores["valid/perplexity"] == pytest.approx(math.exp(board.points[0].scores["valid/loss"]))
+
+
 def test_importance_of_searched_keys(sweep):
     trials = [((8, 16, 64)[n % 3], 0.05 * n, {}) for n in range(18)]
     found = read(sweep(*trials, axes=[{"key": "lora.r"}, {"key": "trainer.lr"}, {"key": "lora"}]))

@@ -151,6 +151,9 @@ def test_files_of_prompts(at, tmp_path, composed):
     text.write_text("one\n\ntwo\n")
     assert [(r.prompt, r.where) for r in generate.read_file(text, told)] == [("one", f"{text}:1"), ("two", f"{text}:3")]
 
+    text.write_bytes("\ufeffone\u2028more\r\ntwo\n".encode())
+    assert [r.prompt for r in generate.read_file(text, told)] == ["one\u2028more", "two"]
+
     def read(record, **keys):
         path = tmp_path / "a.jsonl"
         path.write_text(json.dumps(record))

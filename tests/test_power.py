@@ -81,6 +81,8 @@ def test_noise_is_read_from_a_sweep(ask, sweep):  # noqa: F811
         (["effect=1", "sd_rows=1", "sd=1"], "sd and correlation have no part"),
         (["effect=1", "sd_rows=1", "sd_seed=-1"], "sd_seed must be at least 0, got -1"),
         (["effect=1", "sd_rows=1", "trials=1"], "trials must be between 2 and 10000, got 1"),
+        (["effect=1", "sd_rows=1", "trials=nan"], "trials must be a whole number, got nan"),
+        (["effect=1", "sd_rows=1", "rows=inf"], "rows must be a whole number, got inf"),
         (["effect=1", "sd_rows=1", "trials=2.5"], "trials must be a whole number, got 2.5"),
         (["effect=1", "sd_rows=1", "seeds=0,1"], "seeds must be between 1 and 1000, got 0"),
         (["effect=1", "sd_rows=1", "alpha=1"], "alpha must be between 1e-06 and 0.5, got 1"),

@@ -29,6 +29,11 @@ REFUSED = [  # command line, exit code, what the one line must say
     (["lora.rank=8,16", "-m"], 2, "unknown key lora.rank"),
     (["lora.r"], 2, "not a Hydra override"),
     (["trainer.lr=interval(0.1,0.2)", "-m"], 2, "a grid needs single values"),
+    (
+        ["sweep=rank,seeds", "-m"],
+        2,
+        "sweep=rank,seeds: a launch takes one sweep; start each of them by its own command",
+    ),
     (["sweep=rank", "lora.r=0,1"], 2, "lora.r must be a rank between 1 and 4096, got 0 (trial 0"),
     (["lora.r=8,16"], 2, "lora.r"),  # a sweep without -m
     (["model=null"], 2, "smollm2_360m, tiny, got None"),

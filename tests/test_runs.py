@@ -50,3 +50,11 @@ def test_config_of_another_version_is_refused(composed):
 def test_torn_last_point_is_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "tra')
     assert runs.Kept(tmp_path, {}).points() == [{"step": 1, "train/loss": 2.0}]
+
+
+def test_runs_and_sweeps_are_found_by_name(kept):
+    assert runs.find("a").folder == runs.find("outputs/runs/a").folder
+    assert runs.find("s/1").folder == runs.find("outputs/sweeps/s/1").folder
+    write_json(kept / "outputs/sweeps/s/sweep.json", {})
+    assert runs.place("s", "sweep.json") == runs.OUTPUTS / "sweeps/s"
+    assert str(runs.place("nowhere", "sweep.json")) == "nowhere"

@@ -417,7 +417,7 @@ def _parquet(path: Path) -> Iterator[Record]:
                 for row in batch.to_pylist():
                     number += 1
                     yield row, f"{path}:{number}"
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         told = str(error).strip().splitlines()[0]
         raise DataError(f"{path}: must be parquet, and cannot be read behind row {number}: {told:.200}") from error
     if not number:

@@ -70,7 +70,7 @@ def best_point(sweep: Frozen, trials: list[FrozenTrial]) -> tuple[list[int], flo
     for trial in trials:
         points.setdefault(study.ticket(trial) // sweep.options.replicates, []).append(trial)
     whole = [p for p in points.values() if all(t.state.name == "COMPLETE" and _feasible(t) for t in p)]
-    means = [sum(t.values[0] for t in p) / len(p) for p in whole]
+    means = [metrics.mean(sweep.objectives[0], [t.values[0] for t in p]) for p in whole]
     found = metrics.best(means, metrics.METRICS[sweep.objectives[0]].direction)
     return None if found is None else ([study.ticket(t) for t in whole[found]], means[found])
 

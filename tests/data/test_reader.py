@@ -243,3 +243,13 @@ def test_any_bytes_are_read_or_refused_without_a_traceback(tmp_path_factory, dat
     ending = data.draw(st.sampled_from(["csv", "tsv", "jsonl", "json", "parquet"]))
     told = files.told(tmp_path_factory.mktemp("f"), ending, bytes(content))
     assert told.startswith(("DIR/rows", "read: "))
+
+
+def test_date_that_python_has_not_is_told(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    days = pyarrow.array([4_000_000], pyarrow.date32())  # in the year 12921
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "day": days}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet: must be parquet, and cannot be read behind row 0"):
+        list(reader.records(tmp_path / "a.parquet", Source.file))

@@ -416,3 +416,12 @@ def test_database_that_does_not_answer_is_told_within_its_time(tmp_path, monkeyp
         study.storage(tmp_path, "postgresql+psycopg://someone@127.0.0.1:9/there")
     assert os.environ["PGCONNECT_TIMEOUT"] == "10"
     monkeypatch.delenv("PGCONNECT_TIMEOUT")
+
+
+def test_tickets_above_a_lower_number_of_trials_are_taken_back(record):
+    study.settle(record, [None] * 5, 2)
+    record.tell(study.claim(record), 0.5)
+    study.settle(record, [None] * 2, 2)
+    assert [study.ticket(t) for t in study.counted(record)] == [0, 1]
+    study.settle(record, [None] * 3, 2)  # and raised again
+    assert [(study.ticket(t), t.state.name) for t in study.counted(record)][1:] == [(1, "WAITING"), (2, "WAITING")]
