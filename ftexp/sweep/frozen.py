@@ -173,8 +173,8 @@ def corners(space: Space) -> list[dict[str, Any]]:
         points += [first | chosen, every]
     for axis in space.axes:  # at least once with what it depends on
         points += [reached(first | {axis.key: v}, axis.key, {axis.key: v}) for v in ends[axis.key]]
-    trimmed = [space.trimmed(point) for point in points]
-    return [point for n, point in enumerate(trimmed) if point not in trimmed[:n]]
+    once = {tuple(trimmed.items()): trimmed for trimmed in map(space.trimmed, points)}
+    return list(once.values())
 
 
 def _value(axis: Axis, end: float) -> Any:

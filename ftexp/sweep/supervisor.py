@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from optuna import Study
 
 POLL_SECONDS = 0.2
+SILENT_SECONDS = 60.0
+"""Time that a database may take to come back."""
 IDLE_SECONDS = 30.0
 """After which a job of a cluster is cancelled that has no trial while none waits."""
 
@@ -125,34 +127,60 @@ def supervise(sweep: Frozen, record: Study, count: int, left: int) -> None:
     On ctrl-c or SIGTERM the workers are asked to leave, and killed where they do not.
     """
     options = sweep.options
+    from optuna.exceptions import StorageInternalError
+
     places = slots(count, options.gpus_per_trial, options.slots_per_gpu)[:left]
     (sweep.folder / "workers").mkdir(exist_ok=True)
     ended: set[str] = set()
     began: dict[int, float] = {}
     idle: float | None = None
-    from optuna.exceptions import StorageInternalError
+
+    def tend() -> bool:
+        """Look after all workers once; tell whether that was the last time."""
+        nonlocal idle
+        if not (_waiting(record) or any(s.process for s in places) or _running(record)):
+            return True
+        for slot in places:
+            _tend(sweep, record, slot, places, start, ended)
+        look()
+        study.reap(record, options.max_retries, ended, {s.token for s in places if s.process is not None})
+        if options.engine is not Engine.local:
+            idle = _end_idle(record, places, idle)
+        _end_overdue(sweep, record, places, began)
+        show()
+        return bool(record.user_attrs.get(STOP)) and not any(s.process for s in places)
 
     with proxy.serving(sweep) as (shared, look), screen.live(sweep, record) as show:
         start = engines.starter(options, sweep.folder, shared)
         try:
-            while _waiting(record) or any(s.process for s in places) or _running(record):
-                for slot in places:
-                    _tend(sweep, record, slot, places, start, ended)
-                look()
-                study.reap(record, options.max_retries, ended, {s.token for s in places if s.process is not None})
-                if options.engine is not Engine.local:
-                    idle = _end_idle(record, places, idle)
-                _end_overdue(sweep, record, places, began)
-                show()
-                if record.user_attrs.get(STOP) and not any(s.process for s in places):
-                    return
-                time.sleep(POLL_SECONDS)
-        except BaseException as error:
+            _repeat(tend, f"the record of sweep {sweep.name}")
+        except BaseException:
             _leave(places)
-            if isinstance(error, StorageInternalError):
-                raise MachineError(f"the record of sweep {sweep.name} cannot be reached: {error}") from error
-            study.reap(record, sweep.options.max_retries)
+            with suppress(StorageInternalError):  # which may be why we are here
+                study.reap(record, sweep.options.max_retries)
             raise
+
+
+def _repeat(work: Callable[[], bool], name: str) -> None:
+    """Do work again and again until it says that it is over, also over a database that is being restarted.
+
+    Raises:
+        MachineError: the database has not answered for `SILENT_SECONDS`.
+    """
+    from optuna.exceptions import StorageInternalError
+
+    silent: float | None = None
+    while True:
+        try:
+            if work():
+                return
+            silent = None
+        except StorageInternalError as error:
+            silent = time.monotonic() if silent is None else silent
+            if time.monotonic() - silent >= SILENT_SECONDS:
+                told = str(error).strip().splitlines()[0]
+                raise MachineError(f"{name} cannot be reached: {told:.200}; the same command goes on") from error
+        time.sleep(POLL_SECONDS)
 
 
 def _waiting(record: Study) -> int:

@@ -215,3 +215,24 @@ def test_jobs_that_a_cluster_has_not_begun_are_cancelled_when_nothing_is_left(qu
         record.tell(trial, 0.5)
     supervisor._end_idle(record, [busy, pending], None)
     assert (busy.process.code, pending.process.code) == (None, -9)
+
+
+def test_database_that_is_being_restarted_ends_no_sweep(monkeypatch):
+    from optuna.exceptions import StorageInternalError
+
+    from ftexp.errors import MachineError
+
+    monkeypatch.setattr(supervisor, "POLL_SECONDS", 0.0)
+    turns = iter([StorageInternalError("server closed"), False, StorageInternalError("starting up"), True])
+
+    def work():
+        turn = next(turns)
+        if isinstance(turn, Exception):
+            raise turn
+        return turn
+
+    supervisor._repeat(work, "the record")
+    monkeypatch.setattr(supervisor, "SILENT_SECONDS", 0.0)
+    turns = iter([StorageInternalError("server closed")])
+    with pytest.raises(MachineError, match="the record cannot be reached: server closed; the same command goes on"):
+        supervisor._repeat(work, "the record")
