@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from importlib import import_module
+from importlib.metadata import version
 
 from ftexp.progress import QUIET
 
@@ -46,8 +48,15 @@ def main() -> int:
         lines = [f"  {verb:10}{what}" for verb, what in VERBS.items()]
         head = ["usage: ftexp [-q] VERB ...    (-q, or FTEXP_QUIET=1: warnings and errors alone on stderr)",
                 "       ftexp --completion bash|zsh|fish"]  # fmt: skip
+        if sys.argv[1:] == ["--version"]:
+            print(f"ftexp {version('ftexp')}")
+            return 0
+        asked = sys.argv[1:] in (["-h"], ["--help"])
+        if sys.argv[1:] and not asked:
+            near = difflib.get_close_matches(sys.argv[1], VERBS, n=1)
+            head = [f"ftexp: {sys.argv[1]} is no verb{f', did you mean {near[0]}?' if near else ''}", *head]
         print("\n".join([*head, "", *lines]), file=sys.stderr)
-        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
+        return 0 if asked else 2
     verb = sys.argv.pop(1)
     sys.argv[0] = f"ftexp {verb}"
     return import_module(module(verb)).main()

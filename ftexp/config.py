@@ -829,6 +829,8 @@ RETIRED = {
     "load_in_8bit": "quant.kind",
     "bnb_4bit_use_double_quant": "quant.double",
     "torch_dtype": "model.dtype",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
     "attn_implementation": "model.attention",
     "learning_rate": "trainer.lr",
     "max_steps": "trainer.steps",

@@ -13,6 +13,7 @@ from ftexp import overrides
 from ftexp.files import read_json
 
 REFUSED = [  # command line, exit code, what the one line must say
+    (["trainer.bf16=true"], 2, "unknown key trainer.bf16 in trainer.bf16=true; ftexp calls it model.dtype"),
     (["lora.rank=8"], 2, "unknown key lora.rank in lora.rank=8; ftexp calls it lora.r"),
     (["+lora.dropuot=0.1"], 2, "unknown key lora.dropuot in +lora.dropuot=0.1; did you mean lora.dropout?"),
     (["lora.r=-1"], 2, "lora.r must be a rank between 1 and 4096, got -1"),

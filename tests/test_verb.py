@@ -71,3 +71,28 @@ def test_no_colour_on_a_terminal_where_it_is_not_wanted(asked):
     os.close(theirs)
     assert (b"\x1b[31m" in os.read(mine, 1000)) is not asked
     os.close(mine)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "told"),
+    [
+        (["shwo"], 2, "ftexp: shwo is no verb, did you mean show?\nusage: "),
+        (["qqqq"], 2, "ftexp: qqqq is no verb\nusage: "),
+        ([], 2, "usage: "),
+        (["--help"], 0, "usage: "),
+    ],
+)
+def test_unknown_verb_is_told_above_the_usage(argv, code, told, monkeypatch, capsys):
+    from ftexp import __main__ as command
+
+    monkeypatch.setattr(sys, "argv", ["ftexp", *argv])
+    assert command.main() == code
+    assert capsys.readouterr().err.startswith(told)
+
+
+def test_version(monkeypatch, capsys):
+    from ftexp import __main__ as command
+
+    monkeypatch.setattr(sys, "argv", ["ftexp", "--version"])
+    assert command.main() == 0
+    assert capsys.readouterr().out.startswith("ftexp ")

@@ -167,6 +167,8 @@ def rows_of(sweep: Frozen, record: Study) -> list[dict[str, Any]]:
         number = study.ticket(trial)
         kept = read_json(sweep.folder / str(number) / "trial.json") or {}
         point = trial.params or trial.system_attrs.get("fixed_params") or {}
+        config = kept.get("config", {})  # where a value is a number, not the text of an override
+        point = {key: config.get(key, value) for key, value in point.items()}
         rows.append({
             "trial": number, "point": number // size, "replicate": number % size,
             "state": screen.state_of(trial), "kind": trial.user_attrs.get("ftexp:kind", ""),

@@ -52,6 +52,7 @@ def test_list_show_and_export_tell_what_ran(cli, verb):
     assert "lora.r=2" in verb("show", "s")[1]
     exported = list(csv.DictReader(io.StringIO(verb("export", "s")[1])))
     assert [e["lora.r"] for e in exported] == ["2", "4"]
+    assert [t["lora.r"] for t in trials] == [2, 4]
     assert float(exported[0]["valid/loss"]) == read_json_scores("s", 0)["valid/loss"]
     assert json.loads(verb("export", "outputs/sweeps/s", "--format", "json")[1]) == trials
     assert json.loads(verb("export", "s", "--json")[1]) == trials
