@@ -32,7 +32,7 @@ OF_A_SWEEP = (
 )
 LATE = ("checkpoint", "optimizer of a checkpoint", "seal", "adapter", "examples.parquet", "trial.json at the end")
 """Places that are reached once a checkpoint is sealed."""
-OWN = (".hydra", "ftexp.log", "report.html")
+OWN = (".hydra", "ftexp.log", "report.html", "supervisor.lock")
 """Files of a run that a trial of a sweep has elsewhere, or not at all."""
 MEASURED = ("time", "cost/", "plan/memory_gib_")
 
