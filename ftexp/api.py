@@ -76,7 +76,8 @@ def run(
     experiment.check(made, into)
     if experiment.complete(made, into) is None:
         experiment.prepare(made)
-    return experiment.execute(made, into, made.name)
+    with plugin.only(into, made.name):
+        return experiment.execute(made, into, made.name)
 
 
 def _name(given: list[str], marks: list[str]) -> str:

@@ -4,8 +4,9 @@ import pytest
 from conftest import TINY
 
 from ftexp import api
-from ftexp.errors import ConfigError, DataError
+from ftexp.errors import ConfigError, DataError, MachineError
 from ftexp.files import read_json
+from ftexp.sweep import plugin
 
 KEYS = ["model=tiny", "track=none", "trainer.steps=2", "data.valid=4", "eval=loss"]
 ROWS = [{"prompt": f"Say {n} now", "completion": f"{n}!"} for n in range(20)]
@@ -62,3 +63,10 @@ def test_long_commands_that_differ_in_what_a_name_cuts_off_have_two_names():
     assert one != other
     assert max(len(one), len(other)) <= 63
     assert api._name(["lora.r=8"], ["12345678"]) == "lora.r-8-12345678"
+
+
+def test_run_that_another_process_is_at_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with plugin.only(tmp_path / "r", "r"), pytest.raises(MachineError, match="is being run by process"):
+        api.run(*TINY, "track=none", folder=tmp_path / "r")
+    assert not (tmp_path / "r" / "trial.json").exists()

@@ -77,12 +77,12 @@ def rows(records: Iterable[tuple[dict[str, Any], str]], data: Data) -> Iterator[
     """
     shape = None
     for record, where in records:
-        record = _spelled_out(_renamed(record, where, data))
+        record = _joined(_renamed(record, where, data))
         shape = shape or recognised(record, where, data)
         yield _row(record, where, shape, data)
 
 
-def _spelled_out(record: dict[str, Any]) -> dict[str, Any]:
+def _joined(record: dict[str, Any]) -> dict[str, Any]:
     """Put a prompt that is a list of messages in front of its answers, as TRL's conversational sets part the two."""
     prompt = record.get("prompt")
     if not isinstance(prompt, list):

@@ -273,3 +273,19 @@ def test_reward_model_that_was_trained_again_fails_the_trial(composed):
     worker.same_model(trial, composed())(facts)
     with pytest.raises(DataError, match="reward model changed after the sweep was launched"):
         check(judged | {"reward": {"run": "judge", "trained_sha256": "b"}})
+
+
+def test_fault_of_the_machine_in_a_pack_is_tried_elsewhere_and_who_is_complete_stays_so(sweep, monkeypatch):
+    made, record = sweep("a=1,2,3")
+    monkeypatch.setenv(worker.TOKEN, "bad")
+
+    def together(asked, over):
+        over(0, {"valid/loss": 0.5})
+        over(1, MachineError("no model folder at /mnt/m"))
+        over(2, {"valid/loss": 0.4})
+
+    monkeypatch.setattr(experiment, "together", together)
+    with pytest.raises(MachineError, match="no model folder"):
+        worker.run_pack(made, record, [study.claim(record, "bad") for _ in range(3)])
+    assert [t.state.name for t in study.counted(record)] == ["COMPLETE", "RUNNING", "COMPLETE"]
+    assert study.reap(record, 2, ended={"bad"}) == [1]
