@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftexp import evaluate, model
-from ftexp.config import Data, Eval, Kind, Lora, Model, Quant, Template
+from ftexp.config import Data, Eval, Gate, Kind, Long, Lora, Model, Quant, Template
 from ftexp.data import Row, load, prompts
 from ftexp.model import tiny as toy
 
@@ -376,3 +376,11 @@ def test_completions_that_are_lists_of_labels(base, monkeypatch):
     assert told["f1_macro"] == pytest.approx((4 / 5 + 4 / 5 + 0) / 3)
     assert (told["labels"], told["labels_undefined"]) == (3, 0)
     assert [row["label"] for row in scored.labels] == ["comedy", "drama", "horror"]
+
+
+def test_tokens_that_were_cut_are_counted(base):
+    how = Data(rows=120, valid=9, max_length=110, long=Long.cut, allow=[Gate.no_eos])
+    whole = prompts.render(load(how).valid, base.tokenizer, Data(max_length=999))
+    cut = prompts.render(load(how).valid, base.tokenizer, how)
+    told = evaluate.summary(evaluate.held_out(base.model, base.tokenizer, cut, Eval(), "t"))
+    assert told["tokens_cut"] == sum(e.supervised for e in whole) - told["tokens"] > 0
