@@ -24,17 +24,17 @@ from ftexp.train import losses
 
 
 def compose(given: list[str]) -> Run:
-    """Compose and check a run from overrides.
+    """Compose and check a run from overrides, and Hydra's `--config-dir` where options of one's own are chosen.
 
     Raises:
         ConfigError: a key is unknown, or a value out of range.
     """
     config.register()
     plugin.register()
-    overrides.check(given)
+    given = overrides.given(overrides.prepare(given))
     try:
         with hydra.initialize_config_dir(str(overrides.CONF), **overrides.BASE):
-            return config.build(hydra.compose("config", overrides.given(overrides.prepare(given))))
+            return config.build(hydra.compose("config", given))
     except HydraException as error:
         raise ConfigError(str(error).strip().splitlines()[0]) from error
 
@@ -48,7 +48,7 @@ def run(
     """Train one adapter and score it beside its base; a run that is complete in its folder is not run again.
 
     Args:
-        given: overrides, as on the command line.
+        given: overrides, as on the command line; `"--config-dir=mine"` among them brings options of one's own.
         rows: a `pandas.DataFrame`, a `datasets.Dataset` or dicts; None where the overrides say where rows are.
         loss: what is learned from a token, as a function of logits (supervised, vocabulary) and the tokens they should
             predict (supervised,) that returns a term for each (supervised,); `ftexp/train/losses.py` holds examples.

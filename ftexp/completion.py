@@ -7,8 +7,10 @@ imported, and a folder that cannot be read has no names.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -16,11 +18,11 @@ from ftexp import config, overrides, power
 from ftexp.errors import ConfigError
 
 OPTIONS = {
-    "run": ("--cfg", "--help", "--multirun"),
-    "doctor": ("--help", "--json", "--multirun"),
-    "plan": ("--budget-usd", "--help", "--json", "--labels", "--memory-gib", "--multirun", "--probe", "--rows",
-             "--tokens", "--tokens-per-second", "--usd-per-hour"),
-    "show": ("--help", "--json", "--png", "--rows", "--split"),
+    "run": ("--cfg", "--config-dir", "--help", "--multirun"),
+    "doctor": ("--config-dir", "--help", "--json", "--multirun"),
+    "plan": ("--budget-usd", "--config-dir", "--help", "--json", "--labels", "--memory-gib", "--multirun", "--probe",
+             "--rows", "--tokens", "--tokens-per-second", "--usd-per-hour"),
+    "show": ("--config-dir", "--help", "--json", "--png", "--rows", "--split"),
     "report": ("--format", "--help", "--html", "--json", "--no-html"),
     "confirm": ("--again", "--help", "--json", "--register", "--seeds"),
     "diff": ("--help", "--json"),
@@ -110,6 +112,10 @@ def _all(before: list[str], word: str) -> list[str]:
     verb = " ".join(before[:2]) if before[0] == "sweep" else before[0]
     if (verb, before[-1]) in CHOICES:
         return list(CHOICES[verb, before[-1]])
+    own = [word.partition("=")[2] for word in before if word.startswith("--config-dir=")]
+    own += [folder for flag, folder in pairwise(before) if flag == "--config-dir"]
+    with suppress(ConfigError):
+        overrides.choose(own[-1] if own else None)
     if word.startswith("-"):
         return list(OPTIONS.get(verb, ()))
     match verb:

@@ -96,7 +96,7 @@ def main() -> int:
 
 def _main() -> int:
     parser = argparse.ArgumentParser(prog="ftexp doctor", description=__doc__, allow_abbrev=False,
-                                     usage="%(prog)s [overrides of ftexp.run] [-m] [--json]")  # fmt: skip
+        usage="%(prog)s [overrides of ftexp.run] [--config-dir DIR] [-m] [--json]")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args, left = parser.parse_known_args(sys.argv[1:])
     try:

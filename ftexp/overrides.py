@@ -10,13 +10,16 @@ import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
 
 from ftexp import config
 from ftexp.errors import ConfigError
@@ -45,17 +48,68 @@ OPEN_SWEEP = tuple(
 )
 
 
-FOREIGN = ("config_path", "config_name", "config_dir", "experimental_rerun")
-"""Flags of Hydra that compose configs from elsewhere, which can name code to run, or read a pickle."""
+FOREIGN = ("config_path", "config_name", "experimental_rerun")
+"""Flags of Hydra that put another config in the place of ours, or read a pickle."""
 HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.verbose")
 """Settings of Hydra that may be overridden; callbacks, logging and launchers of Hydra can name code to run."""
+
+
+class Own(SearchPathPlugin):
+    """The folder of `--config-dir`, where Hydra looks for options after our own."""
+
+    folder: ClassVar[Path | None] = None
+    """None where the command line names none."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Add the folder; `hydra.main` reads the flag itself, and to look twice changes nothing."""
+        if self.folder is not None:
+            search_path.append("ftexp", f"file://{self.folder}")
+
+
+def choose(folder: str | None) -> None:
+    """Take the options of a folder of the user's own beside ours, from here on in this process.
+
+    Args:
+        folder: with a folder for each group, as `experiment/mine.yaml`, and one for sweeps, as `sweeps/mine.yaml`;
+            None for ours alone.
+
+    Raises:
+        ConfigError: the folder is not there or has no options, or one that Hydra would not read or that is ours.
+    """
+    Own.folder = None
+    if folder is None:
+        return
+    place, ours = Path(folder).resolve(), {("sweeps" if g == "sweep" else g): f[0] for g, f in _folders().items()}
+    if not place.is_dir():
+        raise ConfigError(f"--config-dir {folder}: there is no such folder")
+    if (place / "config.yaml").exists():
+        raise ConfigError(f"{place / 'config.yaml'} is not read: defaults are ftexp's; write experiment/<name>.yaml")
+    files = []
+    for inside in sorted(p for p in place.iterdir() if p.is_dir()):
+        if inside.name in ours:
+            files += sorted(p for p in inside.iterdir() if p.suffix in (".yaml", ".yml"))
+        elif near := difflib.get_close_matches(inside.name, ours, n=1, cutoff=0.75):
+            raise ConfigError(f"{inside}: there is no group of this name; did you mean {near[0]}/?")
+    for path in files:
+        if path.suffix == ".yml":
+            raise ConfigError(f"{path}: must end in .yaml, as Hydra reads no other file")
+        if (there := ours[path.parent.name] / path.name).exists():
+            raise ConfigError(f"{path}: ftexp has an option of this name, {there}; give yours another")
+    if not files:
+        raise ConfigError(
+            f"--config-dir {folder}: no option is in it; folders it may have are {', '.join(sorted(ours))}"
+        )
+    Own.folder = place
+    for path in files:
+        if path.parent.name == "sweeps":
+            store_sweep(path)
 
 
 def prepare(argv: list[str]) -> list[str]:
     """Check the overrides of a command line and put its flags in front, where Hydra 1.3 wants them.
 
-    A `name=` is added where none is given: the other overrides in letters a folder may have, so that the same
-    command finds its folder again.
+    Options of `--config-dir` are known from here on. A `name=` is added where none is given: the other overrides in
+    letters a folder may have, so that the same command finds its folder again.
 
     Returns:
         The arguments for Hydra: flags, then overrides.
@@ -69,9 +123,10 @@ def prepare(argv: list[str]) -> list[str]:
     for flag in FOREIGN:
         if getattr(args, flag, None):
             raise ConfigError(
-                f"--{flag.replace('_', '-')} is not taken: configs are those of {CONF}, closed and checked; a file of "
-                "values of yours goes there, into the folder of its group"
+                f"--{flag.replace('_', '-')} is not taken: configs are closed and checked; a file of values of yours "
+                "goes into the folder of its group, as mine/experiment/my.yaml, and is found by --config-dir mine"
             )
+    choose(args.config_dir)
     check(args.overrides)
     overrides = [_spelled_out(text) for text in args.overrides if text not in UNSET]
     if not any(text.lstrip("+").startswith("name=") for text in overrides):
@@ -166,9 +221,22 @@ def slug(overrides: list[str]) -> str:
 
 
 def groups() -> dict[str, list[str]]:
-    """List the options of every group in `conf/`."""
-    folders = {p.name: p for p in CONF.iterdir() if p.is_dir()} | {"sweep": SWEEPS}
-    return {name: sorted(f.stem for f in folder.glob("*.yaml")) for name, folder in folders.items()}
+    """List the options of every group: ours, and those of `--config-dir`."""
+    return {name: sorted(f.stem for p in places for f in p.glob("*.yaml")) for name, places in _folders().items()}
+
+
+def store_sweep(path: Path) -> None:
+    """Make the file of a sweep known to Hydra as an option that sets keys of the whole config."""
+    config.store(path.stem, OmegaConf.load(path), "sweep", "_global_")
+
+
+def _folders() -> dict[str, list[Path]]:
+    """List where each group has its options; files of sweeps have a place of their own, as they are of all groups."""
+    found = {p.name: [p] for p in CONF.iterdir() if p.is_dir()} | {"sweep": [SWEEPS]}
+    if Own.folder is not None:
+        for name, places in found.items():
+            places += [p for p in (Own.folder / ("sweeps" if name == "sweep" else name),) if p.is_dir()]
+    return found
 
 
 def check(overrides: list[str]) -> None:
@@ -206,7 +274,7 @@ def check(overrides: list[str]) -> None:
         if key in options and not _is_mapping(override):
             _check_options(key, override, options[key])
         elif key not in known and not _spelled_out(key).startswith("++"):
-            raise ConfigError(f"unknown key {key} in {text}{_hint(key, known | set(options))}")
+            raise ConfigError(f"unknown key {key} in {text}{hint(key, known | set(options))}")
         elif override.is_add() and key in known and f"{key}." not in OPEN:
             raise ConfigError(f"{text}: {key} exists already, write {text.lstrip('+')}")
 
@@ -249,7 +317,7 @@ def _check_options(group: str, override: Override, options: list[str]) -> None:
                 raise ConfigError(f"{group} must be one of {', '.join(options)}, got {one!r}{hint}")
 
 
-def _hint(key: str, known: set[str]) -> str:
+def hint(key: str, known: set[str]) -> str:
     """Name the key that was most likely meant: by what other tools call it, then by spelling."""
     leaf = key.rsplit(".", 1)[-1]
     if key in config.RETIRED or leaf in config.RETIRED:

@@ -359,7 +359,7 @@ def parse(argv: list[str]) -> tuple[Wanted, bool, list[str]]:
         ConfigError: an option is out of range, or needs another one.
     """
     parser = argparse.ArgumentParser(prog="ftexp plan", description=__doc__, allow_abbrev=False,
-                                     usage="%(prog)s [overrides of ftexp.run] [-m] [options]")  # fmt: skip
+        usage="%(prog)s [overrides of ftexp.run] [--config-dir DIR] [-m] [options]")  # fmt: skip
     parser.add_argument("--rows", type=int, help="plan for so many training rows instead of the data's")
     parser.add_argument("--tokens", type=int, help="tokens of each of them")
     parser.add_argument("--labels", type=int, help="labels of a classifier's head, with --rows")

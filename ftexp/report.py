@@ -6,6 +6,7 @@ import argparse
 import csv
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +91,22 @@ def command(place: Path, trial: dict[str, Any]) -> tuple[str, ...]:
         return ()
     seed = trial.get("config", {}).get("seed", 0)
     words = [str(o) for o in told if not str(o).startswith(("track.", "name=", "seed=", "+track."))]
-    return ("python", "-m", "ftexp.run", *words, *([f"seed={seed}"] if seed else []))
+    sweep = read_json(place.parent / "sweep.json") if place.name.isdigit() else None
+    own = _config_dir(place) if sweep is None else sweep.get("config_dir")
+    flags = () if own is None else ("--config-dir", own)
+    return ("python", "-m", "ftexp.run", *flags, *words, *([f"seed={seed}"] if seed else []))
+
+
+def _config_dir(place: Path) -> str | None:
+    """Return the folder of a single run's `--config-dir`, as Hydra noted it."""
+    import yaml
+
+    try:
+        told = yaml.safe_load((place / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))
+        sources = told["hydra"]["runtime"]["config_sources"]
+    except (FileNotFoundError, KeyError, TypeError):
+        return None
+    return next((os.path.relpath(s["path"]) for s in sources if s["provider"] == "command-line"), None)
 
 
 def show(folder: Path, html: Path | None = None, page: bool = True) -> None:

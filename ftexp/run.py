@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -97,6 +98,7 @@ def usage() -> str:
 
   -m         a sweep over keys with several values: lora.r=8,16,64
   --cfg job  print the composed config; nothing runs
+  --config-dir DIR  options of your own beside these: DIR/experiment/mine.yaml, DIR/sweeps/mine.yaml
 
 groups and their options (group=option)
 {chr(10).join(lines)}
@@ -146,7 +148,11 @@ def _told(error: Exception) -> str:
     """Tell a library's error in one line: Hydra says which override, the error that caused it says why."""
     if "is not a ListConfig" in str(error) or "is not a ListConfig" in str(error.__cause__):
         return f"{str(error).strip().splitlines()[0]}: a list is wanted, such as [q_proj] for lora.targets"
-    lines = [str(e).strip().splitlines()[0] for e in (error, error.__cause__) if e is not None and str(e).strip()]
+    told = [str(e).strip() for e in (error, error.__cause__) if e is not None and str(e).strip()]
+    lines = [text.splitlines()[0] for text in told]
+    if unknown := re.search(r"(Key '.+' not in '.+')\n\s+full_key: (\S+)", "\n".join(told)):
+        hint = overrides.hint(unknown[2], {*config.keys(), *overrides.groups()})
+        lines = [lines[0].removesuffix(":"), f"unknown key {unknown[2]}{hint}"]
     return ": ".join(dict.fromkeys(lines))
 
 

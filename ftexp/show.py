@@ -185,6 +185,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="ftexp show", description="Show the rows as the model will see them.")
     parser.add_argument("what", choices=["data"])
     parser.add_argument("overrides", nargs="*", help="as for ftexp.run, such as data=file data.path=my.csv")
+    parser.add_argument("--config-dir", metavar="DIR", help="folder with options of your own, as experiment/mine.yaml")
     parser.add_argument("--rows", type=int, default=3, help="rows to print (default: %(default)s)")
     parser.add_argument("--split", choices=["train", "valid"], default="train", help="default: %(default)s")
     way = parser.add_mutually_exclusive_group()
@@ -197,7 +198,7 @@ def main() -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    run = compose(args.overrides)
+    run = compose([*args.overrides, *([] if args.config_dir is None else [f"--config-dir={args.config_dir}"])])
     if args.json:
         print(verb.as_json(counted(run, args.rows, args.split)))
         return 0

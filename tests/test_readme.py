@@ -78,6 +78,9 @@ def folder(tmp_path_factory):
         {"prompt": f"what is {n}", "completion": f"{n} it is", "topic": f"t{n}", "quote": f"q{n}"} for n in range(200)
     ]
     (here / "my.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    for name, text in re.findall(r"```yaml\n# (\S+)\n(.*?)```", TEXT, re.DOTALL):  # files that the page writes
+        (here / name).parent.mkdir(parents=True)
+        (here / name).write_text(text)
     return here
 
 
@@ -96,7 +99,7 @@ def test_run_works(command, cli, folder, monkeypatch):
 def run_small(command, cli):
     argv = shlex.split(command)[3:]
     small = [o for o in TINY if not any(a.split("=")[0] == o.split("=")[0] for a in argv)]
-    if any(a.startswith("data=jsonl") for a in argv):
+    if any(a.startswith(("data=jsonl", "--config-dir")) for a in argv):
         small = [o for o in small if not o.startswith("data.")] + ["data.valid=12"]
     if "quant=nf4" in argv:  # the tiny model has no stored weights
         small = [o for o in small if o != "model=tiny"] + ["model=hub", "model.path=./my-model"]

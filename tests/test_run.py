@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-from ftexp import overrides
 from ftexp.files import read_json
 
 REFUSED = [  # command line, exit code, what the one line must say
@@ -271,8 +270,8 @@ def test_mappings_are_taken_whole(cli, tmp_path, sign):
     [
         (["lora.targets=q_proj"], "a list is wanted, such as [q_proj] for lora.targets"),
         (
-            ["--config-dir", "mine"],
-            f"configs are those of {overrides.CONF}, closed and checked; a file of values of yours goes",
+            ["--config-path", "mine"],
+            "configs are closed and checked; a file of values of yours goes into the folder of its group",
         ),
         (["eval.labels=, ", "trainer.steps=0"], "trainer.steps must be"),
     ],

@@ -235,8 +235,9 @@ def launch(
     if any(before.get("rows", {}).get(key, digest) != digest for key, digest in rows.items()):
         raise ConfigError(f"name={runs[0].name}: the rows changed since the sweep was launched; choose another name")
     rung, code = runs[0].trainer.report_steps, facts.code()
+    own = os.path.relpath(overrides.Own.folder) if overrides.Own.folder else None
     sweep = Frozen(
-        folder, runs[0].name, searched, options, objectives, parent, runs[0].track.uri, rows, rung, code
+        folder, runs[0].name, searched, options, objectives, parent, runs[0].track.uri, rows, rung, code, own
     )  # fmt: skip
     if kept is None and options.storage is not None and study.counted(worker.open_study(sweep)):
         raise ConfigError(
@@ -526,7 +527,8 @@ def register() -> None:
     """Make the sweeper known to Hydra as `hydra/sweeper=ftexp`."""
     plugins = Plugins.instance()
     plugins.register(Sweeper)
+    plugins.register(overrides.Own)
     plugins.class_name_to_class[TARGET] = Sweeper
     config.store("ftexp", Options(_target_=TARGET), "hydra/sweeper")
     for path in sorted(overrides.SWEEPS.glob("*.yaml")):
-        config.store(path.stem, OmegaConf.load(path), "sweep", "_global_")
+        overrides.store_sweep(path)

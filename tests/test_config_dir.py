@@ -1,0 +1,105 @@
+"""Options of a user's own beside ours: `--config-dir`."""
+
+import json
+import os
+
+import pytest
+from conftest import TINY
+
+from ftexp import api, completion, config, overrides, report
+from ftexp.errors import ConfigError
+from ftexp.sweep import plugin
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """A function that writes files into a folder of options, and gives the folder."""
+
+    def write(**files: str):
+        for name, text in files.items():
+            path = tmp_path / "mine" / name.replace("__", "/")
+            path = path if path.suffix else path.with_suffix(".yaml")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return tmp_path / "mine"
+
+    yield write
+    overrides.choose(None)
+
+
+RECIPE = "# @package _global_\ndefaults:\n  - override /lora: wide\ntrainer:\n  neftune: 3\n"
+
+
+def test_recipe_of_ones_own_composes_with_our_groups_and_ones_own(mine):
+    folder = mine(experiment__ours=RECIPE, lora__wide="r: 48\n")
+    run = api.compose([f"--config-dir={folder}", "experiment=ours", "trainer.steps=7"])
+    assert (run.lora.r, run.trainer.neftune, run.trainer.steps, run.lora.targets) == (48, 3, 7, config.Lora().targets)
+    with pytest.raises(ConfigError, match="experiment must be one of .*got 'ours'"):
+        api.compose(["experiment=ours"])  # the folder of one command is not that of the next
+
+
+def test_run_and_sweep_of_ones_own_options(cli, mine, tmp_path):
+    sweep = "hydra:\n  sweeper:\n    params:\n      lora.r: 2,4\n"
+    folder = mine(experiment__ours=RECIPE, lora__wide="r: 3\n", sweeps__ranks=sweep)
+    code, out, err = cli(*TINY, "--config-dir", "mine", "experiment=ours", "name=one")
+    assert code == 0, err
+    told = json.loads((tmp_path / "outputs/runs/one/trial.json").read_text())["config"]
+    assert (told["lora.r"], told["trainer.neftune"]) == (3, 3)
+    code, out, err = cli("--config-dir=mine", *TINY, "experiment=ours", "lora=default,wide", "-m", "name=groups")
+    assert code == 0, err
+    trials = [json.loads((tmp_path / f"outputs/sweeps/groups/{n}/trial.json").read_text()) for n in (0, 1)]
+    assert [t["config"]["lora.r"] for t in trials] == [config.Lora().r, 3]
+    assert "--config-dir mine" in (tmp_path / "outputs/sweeps/groups/report.html").read_text()
+    code, out, err = cli("-cd", "mine", *TINY, "sweep=ranks", "name=file")
+    assert code == 0, err
+    assert sorted(p.parent.name for p in (tmp_path / "outputs/sweeps/file").glob("*/trial.json")) == ["0", "1"]
+    one = tmp_path / "outputs/runs/one"
+    words = report.command(one, json.loads((one / "trial.json").read_text()))
+    assert words[3:5] == ("--config-dir", os.path.relpath(folder))
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({}, "--config-dir mine: there is no such folder"),
+        ({"notes.txt": "x"}, "--config-dir mine: no option is in it; folders it may have are data, eval, experiment"),
+        ({"lora__dora": "r: 1"}, "lora/dora.yaml: ftexp has an option of this name, "),
+        ({"sweeps__rank": "x: 1"}, "sweeps/rank.yaml: ftexp has an option of this name, "),
+        ({"experiments__a": "x: 1"}, "experiments: there is no group of this name; did you mean experiment/?"),
+        ({"lora__a.yml": "r: 1"}, "lora/a.yml: must end in .yaml"),
+        ({"config": "x: 1", "lora__a": "r: 1"}, "config.yaml is not read"),
+        (
+            {"lora__a": "rank: 1"},
+            "In 'lora/a': ConfigKeyError raised while composing config: unknown key lora.rank; ftexp calls it lora.r",
+        ),
+        ({"lora__a": "r: -1"}, "lora.r must be"),
+        ({"lora__a": "# @package _global_\nhydra:\n  job:\n    env_set:\n      A: b\n"}, "must not be set"),
+        ({"lora__a": "# @package _global_\nhydra:\n  callbacks:\n    x:\n      _target_: os.getcwd\n"}, "run no code"),
+        ({"lora__a": "extra: {a: '${oc.env:HF_TOKEN}'}\n"}, "HF_TOKEN"),
+    ],
+)
+def test_folder_that_is_not_as_meant_is_refused_and_told(cli, mine, monkeypatch, files, told):
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "a" * 34)
+    mine(**files)
+    code, _, err = cli(*TINY, "--config-dir", "mine", "lora=a", "name=m")
+    assert code == 2
+    assert told in err
+    assert "Traceback" not in err
+
+
+def test_completion_knows_them(mine):
+    folder = mine(lora__wide="r: 48\n", sweeps__wider="lora:\n  r: 1\n")
+    assert completion.candidates(["run", "--config-dir", str(folder), "lora=w"]) == ["lora=wide"]
+    assert completion.candidates(["run", f"--config-dir={folder}", "sweep=w"]) == ["sweep=wider"]
+    assert completion.candidates(["run", "lora=w"]) == []
+
+
+def test_show_and_plan_take_the_folder(mine):
+    from ftexp import plan
+
+    folder = mine(experiment__ours=RECIPE, lora__wide="r: 48\n")
+    plugin.register()
+    config.register()
+    argv = overrides.prepare([f"--config-dir={folder}", "model=tiny", "experiment=ours", "lora.alpha=1,2", "-m"])
+    _, _, runs = plan.launched(argv)
+    assert [(run.lora.r, run.lora.alpha) for run in runs] == [(48, 1), (48, 2)]
