@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftexp import card, config, data, fidelity, model, trained, verb
-from ftexp.config import Format, Kind, Method, Run, Variant
+from ftexp.config import Format, Kind, Method, Run, Template, Variant
 from ftexp.data import prompts
 from ftexp.errors import ConfigError, DataError, MachineError, Unfaithful
 from ftexp.fidelity import Answers, Fidelity
@@ -125,8 +125,11 @@ def _adapter(kept: Kept, run: Run, folder: Path) -> None:
 
 
 def shipped(tokenizer: PreTrainedTokenizerBase, run: Run) -> PreTrainedTokenizerBase:
-    """Give a tokenizer the chat template the run was trained with, none where its prompts stood plain."""
-    if run.trainer.kind is not Method.classify:
+    """Give a tokenizer the chat template the run was trained with, none where its prompts stood plain.
+
+    The model's own stays as it is: one that prints the date shall print today's, whatever day the rows were given.
+    """
+    if run.trainer.kind is not Method.classify and run.data.template is not Template.model:
         template = prompts.template(tokenizer, run.data)
         tokenizer.chat_template = template  # type: ignore
     return tokenizer

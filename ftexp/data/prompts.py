@@ -79,7 +79,7 @@ Steps = Generator[tuple[str, bool], Any, Example]
 
 
 def template(tokenizer: PreTrainedTokenizerBase, data: Data) -> str | None:
-    """Return the Jinja chat template in use, or None for plain text.
+    """Return the Jinja chat template in use, or None for plain text; one that prints the date prints one day always.
 
     Raises:
         ConfigError: the tokenizer lacks the template, or the markers of the one that was asked for.
@@ -98,7 +98,7 @@ def template(tokenizer: PreTrainedTokenizerBase, data: Data) -> str | None:
                     "data.template=model needs a chat template, which the tokenizer has not; use data.template=plain"
                 )
             chat.check(cast(str, tokenizer.chat_template))
-            return cast(str, tokenizer.chat_template)
+            return chat.dated(cast(str, tokenizer.chat_template))
 
 
 def template_digest(tokenizer: PreTrainedTokenizerBase, data: Data) -> str:

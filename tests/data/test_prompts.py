@@ -70,6 +70,26 @@ def test_template_that_rewrites_the_prompt_is_refused(tokenizer):
         one(tokenizer)
 
 
+DATED = (
+    "{% if not date is defined %}{% if strftime_now is defined %}{% set date = strftime_now('%d %b %Y, %A %-d %B, %H:%M') %}"
+    "{% else %}{% set date = 'none' %}{% endif %}{% endif %}Today: {{ date }}\n"
+    "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+)
+"""As Llama 3.2 and SmolLM3 print the date."""
+
+
+def test_template_that_prints_the_date_gives_a_row_the_same_tokens_on_any_day(monkeypatch):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = DATED
+    row = Row("hello", "there", "t:1")
+    plain = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    assert not plain.startswith("Today: 26 Jul 2024")  # what transformers would give, today
+    text = tokenizer.decode(one(tokenizer, row, template=Template.model).prompt)
+    assert text == "Today: 26 Jul 2024, Friday 26 July, 12:00\nhello\n"
+    tokenizer.chat_template = DATED.replace("strftime_now", "other_name")
+    assert tokenizer.decode(one(tokenizer, row, template=Template.model).prompt).startswith("Today: none")
+
+
 def test_completion_that_goes_on_after_its_end_is_refused(tokenizer):
     row = Row("a", "hello <|im_end|> world", "my.jsonl:3")
     for template in (Template.plain, Template.model):
