@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -55,6 +56,27 @@ def test_figures_are_those_of_the_run(kept):
     assert ends == f"{interval.low:.4f} to {interval.high:.4f}"
     assert "Unknown: it follows from the base model and the data" in text
     assert "its scores look better than they are" in text
+
+
+def test_rows_of_one_unit_count_as_one_in_the_interval(kept, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = shutil.copytree(kept.folder, tmp_path / "1")
+    table = pyarrow.parquet.read_table(folder / "examples.parquet")
+    rows = len(table)
+    units = [n * 4 // rows for n in range(rows)]
+    pyarrow.parquet.write_table(
+        table.set_column(table.column_names.index("unit"), "unit", pyarrow.array(units))
+        if "unit" in table.column_names
+        else table.append_column("unit", pyarrow.array(units)),
+        folder / "examples.parquet",
+    )
+    found = {name: ends for name, _, ends, _ in card.intervals(replace(kept, folder=folder))}
+    column = columns.ratio(table["nats"].to_pylist(), table["tokens"].to_pylist())
+    wanted = columns.interval(column, units)
+    assert (found["loss"].low, found["loss"].high) == (wanted.low, wanted.high)
+    assert wanted != columns.interval(column)
 
 
 def test_command_is_that_of_the_trial_and_runs_it(kept, composed):

@@ -139,6 +139,30 @@ def reloaded(run, *folders):
     return sum(losses) / len(losses)
 
 
+def test_rows_of_one_unit_count_as_one_in_the_test(sweep, quick, monkeypatch):
+    """Twenty sealed rows in four units, whose losses rise from the first to the last: the interval is wider."""
+
+    def width():
+        told = confirm.confirm(sweep, 2, again=True)["result"]
+        loss = told["members"][0]["test"]["loss"]
+        return told["rows"], told["groups"], loss["high"] - loss["low"]
+
+    rows, groups, narrow = width()
+    assert (rows, groups) == (20, None)
+    execute = experiment.execute
+
+    def unit(run, folder, *more, **keys):
+        execute(run, folder, *more, **keys)
+        table = pyarrow.parquet.read_table(folder / "test.parquet")
+        table = table.append_column("unit", pyarrow.array([n // 5 for n in range(len(table))]))
+        pyarrow.parquet.write_table(table, folder / "test.parquet")
+
+    monkeypatch.setattr(experiment, "execute", unit)
+    rows, groups, wide = width()
+    assert (rows, groups) == (20, 4)
+    assert wide > 1.02 * narrow
+
+
 def test_complete_confirmation_is_kept(sweep, quick, cli):
     code, out, err = cli("s", "--json")
     assert code == 0, err
