@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 from pathlib import Path
 
 from ftexp import verb
-from ftexp.config import Track
+from ftexp.config import Track, require
 from ftexp.errors import MachineError
 
 HOST = "127.0.0.1"
@@ -42,6 +43,22 @@ def command(uri: str, port: int) -> list[str]:
     return serve
 
 
+def check_port(port: int) -> None:
+    """Refuse a port that a server could not listen on; MLflow tells after ten seconds, among its own lines.
+
+    Raises:
+        ConfigError: there is no such port.
+        MachineError: another program has it, or it is not ours to take.
+    """
+    require(0 < port < 65536, "--port", port, "from 1 to 65535")
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((HOST, port))
+        except OSError as error:
+            raise MachineError(f"--port {port}: {error.strerror}; choose another, such as {port + 1}") from error
+
+
 def main() -> int:
     """Run the command line; returns only where it could not start."""
     parser = argparse.ArgumentParser(prog="ftexp ui", description="Show runs and sweeps in the MLflow UI.")
@@ -55,6 +72,7 @@ def main() -> int:
 
 def _main(args: argparse.Namespace) -> int:
     serve = command(args.uri, args.port)
+    check_port(args.port)
     print(f"MLflow UI: http://{HOST}:{args.port}  (stop with ctrl-c)", flush=True)
     os.execv(serve[0], serve)
 
