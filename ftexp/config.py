@@ -15,6 +15,7 @@ import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
 import omegaconf
@@ -901,6 +902,11 @@ def store(name: str, node: Any, group: str | None = None, package: str | None = 
     kept = ConfigStore.instance()
     if kept.get_type(f"{group}/{name}.yaml" if group else f"{name}.yaml") is not ObjectType.CONFIG:
         kept.store(name, node, group, package, provider="ftexp")
+
+
+def store_sweep(path: Path) -> None:
+    """Make the file of a sweep known to Hydra as an option that sets keys of the whole config."""
+    store(path.stem, OmegaConf.load(path), "sweep", "_global_")
 
 
 def keys(node: type = Run, prefix: str = "") -> list[str]:

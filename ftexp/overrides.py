@@ -19,7 +19,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import OmegaConf
 
 from ftexp import config
 from ftexp.errors import ConfigError
@@ -102,7 +101,7 @@ def choose(folder: str | None) -> None:
     Own.folder = place
     for path in files:
         if path.parent.name == "sweeps":
-            store_sweep(path)
+            config.store_sweep(path)
 
 
 def prepare(argv: list[str]) -> list[str]:
@@ -223,11 +222,6 @@ def slug(overrides: list[str]) -> str:
 def groups() -> dict[str, list[str]]:
     """List the options of every group: ours, and those of `--config-dir`."""
     return {name: sorted(f.stem for p in places for f in p.glob("*.yaml")) for name, places in _folders().items()}
-
-
-def store_sweep(path: Path) -> None:
-    """Make the file of a sweep known to Hydra as an option that sets keys of the whole config."""
-    config.store(path.stem, OmegaConf.load(path), "sweep", "_global_")
 
 
 def _folders() -> dict[str, list[Path]]:

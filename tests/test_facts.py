@@ -1,6 +1,5 @@
 import subprocess
 
-import pytest
 import torch
 
 from ftexp import facts
@@ -11,27 +10,6 @@ def test_versions_name_the_libraries_that_decide_a_result():
     told = facts.versions()
     assert told["torch"] == torch.__version__.split("+")[0] or told["torch"] == torch.__version__
     assert "not installed" not in {told[name] for name in ("transformers", "trl", "peft", "hydra-core")}
-
-
-@pytest.mark.parametrize(
-    ("files", "found"),
-    [
-        ({}, 8),
-        ({"cpu.max": "max 100000"}, 8),
-        ({"cpu.max": "250000 100000"}, 2),
-        ({"cpu.max": "50000 100000"}, 1),
-        ({"cpu.max": "9900000 100000"}, 8),
-        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
-    ],
-)
-def test_cores_are_those_of_the_container(tmp_path, monkeypatch, files, found):
-    monkeypatch.setattr(facts, "CGROUP", tmp_path)
-    monkeypatch.setattr(facts.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(f"{text}\n")
-    assert facts.cores() == found
 
 
 def test_git_tells_commit_and_dirt(tmp_path):

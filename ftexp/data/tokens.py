@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from filelock import FileLock
 
+from ftexp import machine
 from ftexp.config import Data, Gate, Packing
 from ftexp.data import gates, prompts
 from ftexp.data.prompts import Example
@@ -249,8 +250,8 @@ def _batches(rows: tuple[Row, ...], tokenizer: PreTrainedTokenizerBase, data: Da
 
 
 def workers() -> int:
-    """Count the processes to use: one for each core this one may run on, at most `OMP_NUM_THREADS`."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Count the processes to use: one for each core of `machine.cores`, at most `OMP_NUM_THREADS`."""
+    cores = machine.cores()
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return max(1, min(cores, int(asked))) if asked.isdigit() else cores
 

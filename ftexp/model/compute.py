@@ -16,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ftexp import machine
 from ftexp.config import Attention, Dtype, Model
 from ftexp.errors import MachineError
 from ftexp.files import cache, read_json, write_json
@@ -78,6 +79,7 @@ def policy(model: Model, longest: int = 0) -> Compute:
         dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
         attention = "sdpa"
     else:
+        keep_to_quota()
         chip, device = _chip(), "cpu"
         dtype, kernel = _cpu_choice(chip)
         attention = "sdpa" if longest >= LONG else "eager"
@@ -86,6 +88,17 @@ def policy(model: Model, longest: int = 0) -> Compute:
     if model.attention is not Attention.auto:
         attention = model.attention.value
     return Compute(device, dtype, kernel, attention, chip, torch.get_num_threads())
+
+
+def keep_to_quota() -> None:
+    """Compute with no more threads than a container has cores' time for; what a person set stays.
+
+    PyTorch counts the cores of the host. Threads beyond the quota wait for each other while the container is stopped.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ and machine.cores() < torch.get_num_threads():
+        torch.set_num_threads(machine.cores())
 
 
 def is_lost() -> bool:

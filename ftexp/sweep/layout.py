@@ -12,7 +12,7 @@ from collections.abc import Callable
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
-from ftexp import config, data, estimate, experiment, facts
+from ftexp import config, data, estimate, experiment, machine
 from ftexp.config import Kind, Loss, Method, Run
 from ftexp.errors import FtexpError
 from ftexp.model import compute
@@ -93,19 +93,19 @@ def choice(sweep: Frozen, left: int) -> dict[str, Any]:
         return {"workers": 0, "why": "a GPU that nvidia-smi does not list"}
     plan = estimate.trial(run, given, chosen)
     operations, before = flops(run, plan, given)
-    if left * operations / (CORE * facts.cores()) < WORTH_SECONDS:
+    if left * operations / (CORE * machine.cores()) < WORTH_SECONDS:
         return {"workers": 0, "why": "a short sweep"}
     if plan.activations is None or plan.optimizer is None or plan.weights > LARGEST:
         return {"workers": 0, "why": "a model that is large, or whose memory is not known"}
-    most = min(left, facts.cores(), room(plan), MOST)
+    most = min(left, machine.cores(), room(plan), MOST)
     if most < 2:
         return {"workers": 0, "why": "no memory for two workers"}
     compute.apply(chosen)  # the probe computes as trials do
     length = min(TOKENS, max(1, sum(given.lengths) // len(given.lengths)))
     rows = min(run.trainer.batch, max(1, TOKENS // length))
-    made = fastest(left, operations, before, facts.cores(), most, probe(rows, length, chosen.attention, chosen.dtype))
+    made = fastest(left, operations, before, machine.cores(), most, probe(rows, length, chosen.attention, chosen.dtype))
     if made["workers"]:
-        _settle(run, given.longest, facts.cores() // made["workers"])
+        _settle(run, given.longest, machine.cores() // made["workers"])
     return made
 
 
@@ -125,7 +125,7 @@ def _never(sweep: Frozen, runs: list[Run], left: int) -> str | None:
     """Tell why trials stay in this process whatever a probe would say."""
     options = sweep.options
     rules = (
-        (left < 2 or facts.cores() < 2, "one trial, or one core"),
+        (left < 2 or machine.cores() < 2, "one trial, or one core"),
         (options.sampler not in DRAWN, f"sweep.sampler={options.sampler.value} looks at the trials before"),
         (options.pruner is not Pruner.none, f"sweep.pruner={options.pruner.value} looks at the trials beside"),
         (options.pack > 1, "sweep.pack shares one process out"),
@@ -143,7 +143,7 @@ def _never(sweep: Frozen, runs: list[Run], left: int) -> str | None:
 def room(plan: estimate.Plan) -> int:
     """Count the workers that fit into the free memory, each with its base and a trial."""
     each = PROCESS + plan.weights + packs.GROWTH * (plan.memory - plan.weights)
-    return max(0, int(packs.ROOM * facts.free_memory() / each))
+    return max(0, int(packs.ROOM * machine.free_memory() / each))
 
 
 def flops(run: Run, plan: estimate.Plan, given: estimate.Rows) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from ftexp import config, data, estimate, experiment, facts, model
+from ftexp import config, data, estimate, experiment, facts, machine, model
 from ftexp.config import Engine
 from ftexp.errors import ConfigError
 from ftexp.model import Base
@@ -160,4 +160,4 @@ def free_bytes(base: Base, workers: int) -> float:
 
         free, share = torch.cuda.mem_get_info()[0], facts.shared_gpu_gib()
         return free if share is None else min(free, share * estimate.GIB)
-    return facts.free_memory() / workers
+    return machine.free_memory() / workers

@@ -531,4 +531,4 @@ def register() -> None:
     plugins.class_name_to_class[TARGET] = Sweeper
     config.store("ftexp", Options(_target_=TARGET), "hydra/sweeper")
     for path in sorted(overrides.SWEEPS.glob("*.yaml")):
-        overrides.store_sweep(path)
+        config.store_sweep(path)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ftexp import facts
+from ftexp import facts, machine
 from ftexp.errors import ConfigError, MachineError
 from ftexp.progress import say
 from ftexp.sweep import engines, proxy, screen, study
@@ -113,7 +113,7 @@ def slots(count: int, each: int = 1, sharing: int = 1) -> list[Slot]:
     made = []
     for n in range(count):
         mine = {cores[(n * share + k) % len(cores)] for k in range(share)}
-        threads = str(max(1, min(share, facts.cores() // count) // each))
+        threads = str(max(1, min(share, machine.cores() // count) // each))
         made.append(Slot(n, {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **more}, mine))
     return made
 

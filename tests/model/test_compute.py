@@ -140,3 +140,20 @@ def test_named_gpus_that_are_not_there_are_told(monkeypatch):
     for none in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
         assert compute.policy(Model()).device == "cpu"
+
+
+@pytest.mark.parametrize(("cores", "asked", "threads"), [(1, None, 1), (8, None, 2), (1, "2", 2)])
+def test_threads_keep_to_the_quota_of_a_container(monkeypatch, cores, asked, threads):
+    """Also those of a run that no supervisor started."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setattr(compute.machine, "cores", lambda: cores)
+    monkeypatch.setattr(compute, "_cpu_choice", lambda chip: ("float32", "default"))
+    torch.set_num_threads(2)
+    try:
+        told = compute.policy(Model())
+        assert (told.threads, torch.get_num_threads()) == (threads, threads)
+    finally:
+        torch.set_num_threads(before)

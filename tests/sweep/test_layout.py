@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from ftexp import estimate, facts
+from ftexp import estimate, machine
 from ftexp.config import Data, Eval, Kind, Lora, Loss, Method, Model, Run, Trainer
 from ftexp.files import read_json
 from ftexp.model import compute
@@ -64,7 +64,7 @@ def test_workers_that_save_little_are_not_taken():
 
 @pytest.fixture
 def calm(monkeypatch):
-    monkeypatch.setattr(layout.facts, "cores", lambda: 2)
+    monkeypatch.setattr(layout.machine, "cores", lambda: 2)
 
 
 RUN = Run()
@@ -96,7 +96,7 @@ def test_what_keeps_trials_in_this_process(calm, options, runs, left, told):
 
 
 def test_one_core_has_nothing_to_share_out(monkeypatch):
-    monkeypatch.setattr(layout.facts, "cores", lambda: 1)
+    monkeypatch.setattr(layout.machine, "cores", lambda: 1)
     assert layout._never(SimpleNamespace(options=TWO), [RUN], 8) == "one trial, or one core"
 
 
@@ -108,9 +108,9 @@ def test_room_by_hand(monkeypatch):
     for most, used in (("memory.max", "memory.current"),
                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):  # fmt: skip
         limits = {most: str(8 * estimate.GIB), used: str(estimate.GIB)}
-        monkeypatch.setattr(facts, "limit", lambda name, told=limits: told.get(name, ""))
+        monkeypatch.setattr(machine, "limit", lambda name, told=limits: told.get(name, ""))
         assert layout.room(plan) == 2  # 7 GiB are left of a container's 8
-    monkeypatch.setattr(facts, "limit", lambda name: "max")
+    monkeypatch.setattr(machine, "limit", lambda name: "max")
     assert layout.room(plan) == 3
 
 
@@ -203,7 +203,7 @@ def test_a_choice_is_made_once_told_and_kept(cli, tmp_path, monkeypatch):
     folder = tmp_path / "outputs" / "sweeps" / "s"
     assert len(list((folder / "workers").glob("*.log"))) == 2
     threads = {(read_json(p) or {})["facts"]["compute"]["threads"] for p in folder.glob("*/trial.json")}
-    assert threads == {max(1, facts.cores() // 2)}
+    assert threads == {max(1, machine.cores() // 2)}
     record = worker.open_study(frozen.load(folder))
     assert record.user_attrs[f"{layout.CHOSEN} {study.HOST}"] == {"workers": 2, "why": "take less"}
     assert layout.workers(frozen.load(folder), record, 1) == 2

@@ -38,7 +38,7 @@ def test_cores_are_shared_out(monkeypatch):
 def test_threads_keep_to_the_quota_of_a_container(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    monkeypatch.setattr(supervisor.facts, "cores", lambda: 4)
+    monkeypatch.setattr(supervisor.machine, "cores", lambda: 4)
     assert [p.env["OMP_NUM_THREADS"] for p in supervisor.slots(2)] == ["2", "2"]
     assert supervisor.slots(2, each=2)[0].env["OMP_NUM_THREADS"] == "1"
     assert supervisor.slots(8)[0].env["OMP_NUM_THREADS"] == "1"
