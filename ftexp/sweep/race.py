@@ -137,8 +137,8 @@ def others(sweep: Frozen, trials: list[FrozenTrial], number: int, step: int) -> 
     for other in trials:
         if study.ticket(other) == number or other.user_attrs.get("ftexp:kind") or other.state.name == "FAIL":
             continue
-        bounded = other.state.name != "COMPLETE" or any(value > 0 for value in other.constraints.values())
-        if sweep.options.at_most and bounded:
+        at_most = sweep.options.at_most
+        if at_most and not (other.state.name == "COMPLETE" and study.within(other, at_most, sweep.folder)):
             continue
         kept = read_json(sweep.folder / str(study.ticket(other)) / FOLDER / f"{step}.json")
         if kept is not None:

@@ -69,14 +69,14 @@ def best_point(sweep: Frozen, trials: list[FrozenTrial]) -> tuple[list[int], flo
     points: dict[int, list[FrozenTrial]] = {}
     for trial in trials:
         points.setdefault(study.ticket(trial) // sweep.options.replicates, []).append(trial)
-    whole = [p for p in points.values() if all(t.state.name == "COMPLETE" and _feasible(t) for t in p)]
+    at_most = sweep.options.at_most
+    whole = [
+        p for p in points.values()
+        if all(t.state.name == "COMPLETE" and study.within(t, at_most, sweep.folder) for t in p)
+    ]  # fmt: skip
     means = [metrics.mean(sweep.objectives[0], [t.values[0] for t in p]) for p in whole]
     found = metrics.best(means, metrics.METRICS[sweep.objectives[0]].direction)
     return None if found is None else ([study.ticket(t) for t in whole[found]], means[found])
-
-
-def _feasible(trial: FrozenTrial) -> bool:
-    return all(value <= 0 for value in trial.constraints.values())
 
 
 def _left(trials: list[FrozenTrial]) -> float | None:

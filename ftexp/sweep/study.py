@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import socket
 import time
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftexp import experiment
 from ftexp.errors import ConfigError, MachineError
+from ftexp.files import read_json
 from ftexp.sweep import race
 from ftexp.sweep.options import Options, Pruner, Sampler
 from ftexp.sweep.space import Space
@@ -252,6 +254,32 @@ def _accept(made: Any, key: str, args: dict[str, Any], **own: Any) -> Any:
 def ticket(trial: FrozenTrial) -> int:
     """Return the number of the ticket an attempt belongs to."""
     return trial.user_attrs["ftexp:ticket"]
+
+
+def within(trial: FrozenTrial, at_most: dict[str, float], folder: Path) -> bool:
+    """Whether a trial keeps the bounds of `sweep.at_most` as they are now.
+
+    What it recorded is by how much it passed those of its day; a sweep may be launched again with others.
+
+    Args:
+        trial: with its constraints, named `<metric> at most <bound>`.
+        at_most: the bounds.
+        folder: of the sweep, whose trials' files have the metrics that no bound was on.
+    """
+    over = {name: value for name, value in trial.constraints.items() if " at most " in name}
+    known = {name.rpartition(" at most ")[0]: (float(name.rpartition(" at most ")[2]), over[name]) for name in over}
+    for name, bound in at_most.items():
+        if name in known:
+            then, value = known[name]
+            if (value if then == bound else value + then - bound) > 0:
+                return False
+        elif not _score(folder / str(ticket(trial)), name) <= bound:
+            return False
+    return True
+
+
+def _score(folder: Path, name: str) -> float:
+    return (read_json(folder / "trial.json") or {}).get("scores", {}).get(name, math.inf)
 
 
 def counted(study: Study) -> list[FrozenTrial]:

@@ -343,7 +343,7 @@ def _valued(
         return outcome, None
     scores, values = told
     for name, bound in sweep.options.at_most.items():
-        trial.set_constraint(f"{name} at most {bound:g}", scores.get(name, math.inf) - bound)
+        trial.set_constraint(f"{name} at most {bound!r}", scores.get(name, math.inf) - bound)
     return outcome, values
 
 

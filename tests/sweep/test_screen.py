@@ -32,7 +32,7 @@ def add(record, number, state, value=None, seconds=60, constraint=None, **attrs)
         state=getattr(TrialState, state), value=value, params={"lora.r": "1"},
         distributions={"lora.r": optuna.distributions.CategoricalDistribution(["1"])},
         user_attrs={"ftexp:ticket": number, **{f"ftexp:{k}": v for k, v in attrs.items()}},
-        constraints=None if constraint is None else {"memory": constraint},
+        constraints=None if constraint is None else {"cost/memory_gib at most 4.0": constraint},
     )  # fmt: skip
     record.add_trial(kept)
     stored = record._storage._get_trial(len(record.trials) - 1)
@@ -66,10 +66,26 @@ def test_best_is_a_point_with_all_its_replicates(sweep):
 
 
 def test_point_that_breaks_a_bound_is_never_best(sweep):
-    made, record = sweep()
+    made, record = sweep(at_most={"cost/memory_gib": 4.0})
     add(record, 0, "COMPLETE", 0.1, constraint=2.0)
     add(record, 1, "COMPLETE", 0.9, constraint=-1.0)
     assert screen.glance(made, record).best == ([1], 0.9)
+
+
+@pytest.mark.parametrize(
+    ("at_most", "best"),
+    [({"cost/memory_gib": 4.0}, 1), ({"cost/memory_gib": 7}, 0), ({"cost/memory_gib": 2.5}, 2), ({}, 0),
+     ({"cost/seconds": 50.0}, 2), ({"cost/memory_gib": 1.0}, None)],
+)  # fmt: skip
+def test_bounds_that_were_changed_since_are_those_that_count(sweep, tmp_path, at_most, best):
+    """A launch under the same name may change them; trials recorded by how much they passed those of their day."""
+    made, record = sweep(at_most=at_most)
+    for n, (loss, over, seconds) in enumerate([(0.1, 2.0, 90.0), (0.5, -1.0, 80.0), (0.9, -2.0, 40.0)]):
+        add(record, n, "COMPLETE", loss, constraint=over)  # 6, 3 and 2 GiB where 4 were allowed
+        (tmp_path / str(n)).mkdir()
+        write_json(tmp_path / str(n) / "trial.json", {"scores": {"cost/seconds": seconds}})
+    found = screen.best_point(made, screen.study.counted(record))
+    assert (None if found is None else found[0]) == (None if best is None else [best])
 
 
 def test_nothing_done_says_so(sweep):
