@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ftexp import config, data, experiment, facts, metrics, ranks
 from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, MachineError, NoRoom, OutOfTime, Pruned, Skipped
-from ftexp.files import no_room
+from ftexp.files import no_room, read_json, write_json
 from ftexp.model import compute
 from ftexp.progress import console, quiet_libraries, say
 from ftexp.sweep import frozen, limits, packs, race, study
@@ -54,6 +55,8 @@ PREEMPTED = 75
 """Exit code of a worker that was asked to leave and did."""
 FULL = "ftexp:no room"
 """Study attribute: true where the reason to stop is a disk that takes no more, which is no trial's fault."""
+LARGE = 1 << 20
+"""Bytes from which a file that two trials share is linked."""
 RENEWED = 76
 """Exit code of a worker whose processes fell out of step over a trial that failed, and which has told so."""
 PACK = "ftexp:pack"
@@ -321,6 +324,7 @@ def _asked(
         label += f" seed+{number % sweep.options.replicates}"
     same_rows(sweep, run)
     keep_hydra_files(sweep, run, point, folder)
+    take_over(sweep, trial, point, run, folder)
     if reason := limits.passed(run, sweep.options):
         limits.keep(run, label, folder, reason)
         raise Skipped(reason)
@@ -391,6 +395,39 @@ def _ended(
 
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def take_over(sweep: Frozen, trial: Trial, point: dict[str, Any], run: config.Run, folder: Path) -> None:
+    """Give a trial the result of an earlier one of the same point and seed, which a sampler has drawn again.
+
+    To train it again would give the same numbers. What was made with other versions, or other code, is trained again.
+    """
+    if ranks.count() > 1 or experiment.complete(run, folder) is not None:
+        return
+    size, number = sweep.options.replicates, int(folder.name)
+    for other in study.counted(trial.study):
+        there = study.ticket(other)
+        if other.state.name != "COMPLETE" or other.params != point or there % size != number % size or there == number:
+            continue
+        source = sweep.folder / str(there)
+        if experiment.complete(run, source) is None or experiment.stale(source):
+            continue
+        left = shutil.ignore_patterns("trial.json", ".hydra")
+        shutil.copytree(source, folder, ignore=left, copy_function=_copied, dirs_exist_ok=True)
+        told = read_json(source / "trial.json") or {}
+        write_json(folder / "trial.json", told | {"folder": str(folder), "repeats": there})
+        say(f"trial {number} is trial {there} again: its result is taken", always=True)
+        return
+
+
+def _copied(source: str, target: str) -> None:
+    """Copy a file; a large one, as of weights, stands on the disk once where that can be."""
+    Path(target).unlink(missing_ok=True)
+    if Path(source).stat().st_size >= LARGE:
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
 
 
 def same_rows(sweep: Frozen, run: config.Run) -> None:

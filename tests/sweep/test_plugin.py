@@ -8,7 +8,8 @@ import pytest
 from conftest import TINY
 from hydra.core.plugins import Plugins
 
-from ftexp.files import read_json
+from ftexp import experiment
+from ftexp.files import read_json, write_json
 from ftexp.sweep import plugin
 
 SWEEP = [*TINY, "track=none", "name=s"]
@@ -573,3 +574,46 @@ def test_run_that_another_process_is_at_is_refused(cli, tmp_path):
     assert err.strip().endswith("wait for it, or choose another name")
     assert not (folder / "trial.json").exists()
     assert cli(*TINY, "track=none", "name=one")[0] == 0
+
+
+def test_point_that_is_drawn_again_takes_the_result_there_is(cli, tmp_path, monkeypatch):
+    """By the same seed it would be the same; each of two ranks is trained once for each of two seeds."""
+    trained = []
+    execute = experiment._execute
+
+    def counted(run, folder, *more):
+        trained.append((folder.name, run.lora.r, run.seed))
+        return execute(run, folder, *more)
+
+    monkeypatch.setattr(experiment, "_execute", counted)
+    given = [*TINY, "lora.r=choice(2,4)", "sweep.sampler=random", "sweep.n_trials=5", "sweep.replicates=2", "eval=loss"]
+    code, out, err = cli(*given, "track.uri=sqlite:///m.db", "name=again")
+    assert code == 0, err
+    folder = tmp_path / "outputs/sweeps/again"
+    told = [read_json(folder / str(n) / "trial.json") for n in range(10)]
+    assert sorted((r, seed) for _, r, seed in trained) == [(2, 0), (2, 1), (4, 0), (4, 1)]
+    repeats = {n: t["repeats"] for n, t in enumerate(told) if "repeats" in t}
+    assert len(repeats) == 6
+    for n, first in repeats.items():
+        assert told[n]["config"] == told[first]["config"] and told[n]["scores"] == told[first]["scores"]
+        assert (folder / str(n) / "adapter/adapter_config.json").read_bytes()
+        assert f"trial {n} is trial {first} again" in err
+    assert "3 points were drawn again" in " ".join((out + err).split())
+
+
+def test_sabotage_point_of_other_versions_is_trained_again(cli, tmp_path, monkeypatch):
+    given = [*TINY, "lora.r=choice(2,4)", "sweep.sampler=random", "track=none", "eval=loss", "name=other"]
+    assert cli(*given, "sweep.n_trials=2")[0] == 0
+    folder = tmp_path / "outputs/sweeps/other"
+    for n in range(2):
+        path = folder / str(n) / "trial.json"
+        told = read_json(path)
+        told["facts"]["versions"]["torch"] = "0.0"
+        write_json(path, told)
+    code, _, err = cli(*given, "sweep.n_trials=5")
+    assert code == 0, err
+    made = [read_json(folder / str(n) / "trial.json") for n in range(2, 5)]
+    assert {t["facts"]["versions"]["torch"] for t in made if "repeats" not in t} == {
+        made[0]["facts"]["versions"]["torch"]
+    }
+    assert "repeats" not in made[0]
