@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from ftexp import config, data, experiment, facts, metrics, registry, report, track, verb
 from ftexp.config import Run, Track
 from ftexp.errors import ConfigError, DataError, Diverged, MachineError, TrialsFailed
 from ftexp.files import read_json, write_json
 from ftexp.metrics import METRICS, SCORES, Direction
-from ftexp.progress import quiet_libraries, say, warn
+from ftexp.progress import Sheet, quiet_libraries, say, warn
 from ftexp.sealed import FILE, line, lines, number, openings, ranged, times
 from ftexp.sweep import __main__ as sweeps
 from ftexp.sweep import frozen, plugin
@@ -405,31 +404,29 @@ def _tag(plan: Plan, entry: dict[str, Any]) -> None:
         track.tag(told, run_id, where)
 
 
-def table(result: dict[str, Any]) -> Table:
+def table(result: dict[str, Any]) -> Sheet:
     """Lay out each member's scores: in the sweep, on the same rows with fresh seeds, and on the sealed rows."""
     name = result["objective"].removeprefix("valid/")
-    made = Table(
-        title=f"{result['objective']} and test/{name}, 95 % intervals over rows and seeds", title_justify="left"
-    )
+    made = Sheet(f"{result['objective']} and test/{name}, 95 % intervals over rows and seeds")
     for title in ("", "overrides", "in the sweep", "fresh seeds", "sealed rows", f"optimism{result['unit']}", "seeds"):
-        made.add_column(title, justify="left" if title in ("", "overrides") else "right")
+        made.column(title, right=title not in ("", "overrides"))
     for member in result["members"]:
         failed = f", {member['failed']} diverged" if member["failed"] else ""
-        made.add_row(
+        made.row(
             member["role"], member["label"], number(member["valid"]), number(member["valid_again"]),
             ranged(member["test"][name]), ranged(member["optimism"]), f"{len(member['seeds'])}{failed}",
         )  # fmt: skip
     return made
 
 
-def scores(result: dict[str, Any]) -> Table:
+def scores(result: dict[str, Any]) -> Sheet:
     """Lay out every score on the sealed rows."""
-    made = Table(title="on sealed rows", title_justify="left")
-    made.add_column("")
+    made = Sheet("on sealed rows")
+    made.column("")
     for member in result["members"]:
-        made.add_column(member["role"], justify="right")
+        made.column(member["role"], right=True)
     for name in result["members"][0]["test"]:
-        made.add_row(f"test/{name}", *(ranged(member["test"][name]) for member in result["members"]))
+        made.row(f"test/{name}", *(ranged(member["test"][name]) for member in result["members"]))
     return made
 
 

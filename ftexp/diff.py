@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from ftexp import metrics, runs, verb
 from ftexp.metrics import METRICS
+from ftexp.progress import Sheet
 from ftexp.runs import Kept
 
 USAGE = """usage: python -m ftexp.diff RUN RUN [--json]
@@ -84,23 +84,23 @@ def show(difference: Difference, names: list[str]) -> None:
         if not changes:
             console.print(f"{title}: no difference")
             continue
-        table = Table(title=title, title_justify="left")
+        table = Sheet(title)
         for column in ("key", *names):
-            table.add_column(column)
+            table.column(column)
         for key, (old, new) in changes.items():
-            table.add_row(key, _told(old), _told(new))
+            table.row(key, _told(old), _told(new))
         console.print(table)
-    table = Table(title="scores", title_justify="left")
+    table = Sheet("scores")
     for column in ("metric", *names, "second less first", "95 % interval", "p"):
-        table.add_column(column, justify="left" if column == "metric" else "right")
+        table.column(column, right=column != "metric")
     for name, score in difference.scores.items():
         if score.first is None or score.second is None:
-            table.add_row(name, _number(score.first), _number(score.second), "", "", "")
+            table.row(name, _number(score.first), _number(score.second), "", "", "")
             continue
         better = metrics.better(score.second, score.first, METRICS[name].direction)
         change = _number(score.second - score.first) + (" better" if better else "")
         ends = "" if score.low is None else f"{_number(score.low)} to {_number(score.high)}"
-        table.add_row(
+        table.row(
             name, _number(score.first), _number(score.second), change, ends, "" if score.p is None else f"{score.p:.2g}"
         )
     console.print(table)

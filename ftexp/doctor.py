@@ -108,7 +108,7 @@ def _main() -> int:
     else:
         console = Console(highlight=False, soft_wrap=True)
         for name, found in told.items():
-            console.print(*([name] if len(told) > 1 else []), *lines(found), sep="\n")
+            console.print(*([Text(name)] if len(told) > 1 else []), *lines(found), sep="\n")
     return MachineError.exit_code if _failed(told) else 0
 
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from hydra.errors import HydraException
 from rich.console import Console
-from rich.table import Table
 
 from ftexp import config, data, estimate, experiment, labels, model, overrides, show, verb
 from ftexp import run as command
@@ -26,7 +25,7 @@ from ftexp.config import Method, Run, Variant
 from ftexp.errors import ConfigError
 from ftexp.estimate import GIB, Plan, Rows
 from ftexp.model import architecture, compute
-from ftexp.progress import quiet_libraries
+from ftexp.progress import Sheet, quiet_libraries
 from ftexp.sweep import frozen, limits, plugin
 from ftexp.sweep.options import Options, Sampler
 from ftexp.sweep.space import Space
@@ -314,14 +313,14 @@ def _bytes(size: int) -> str:
     return f"{size / GIB:.3f} GiB ({size:,} bytes)"
 
 
-def table(whole: Whole, wanted: Wanted) -> Table:
+def table(whole: Whole, wanted: Wanted) -> Sheet:
     """Draw a sweep: a line a trial."""
-    made = Table()
+    made = Sheet()
     for name in ("trial", "overrides", "trainable", "share", "GiB", "adapter MB", "steps", "tokens", "TFLOP"):
-        made.add_column(name, justify="left" if name == "overrides" else "right")
+        made.column(name, right=name != "overrides")
     timed = all(one.rate for one in whole.trials)
     for name in (("hours",) if timed else ()) + (("dollars",) if timed and wanted.usd_per_hour is not None else ()):
-        made.add_column(name, justify="right")
+        made.column(name, right=True)
     for number, one in enumerate(whole.trials):
         plan = one.plan
         cells = [str(number), one.label, f"{plan.trainable:,}", f"{plan.share:.3%}", f"{plan.memory / GIB:.2f}",
@@ -329,7 +328,7 @@ def table(whole: Whole, wanted: Wanted) -> Table:
                  f"{plan.flops / 1e12:,.1f}"]  # fmt: skip
         price = _dollars(one, wanted)
         cells += [] if one.seconds is None else [f"{one.seconds / 3600:.3f}"]
-        made.add_row(*cells, *([] if price is None else [f"{price:.2f}"]))
+        made.row(*cells, *([] if price is None else [f"{price:.2f}"]))
     return made
 
 
@@ -338,7 +337,7 @@ def tell(whole: Whole, wanted: Wanted, console: Console) -> None:
     first = whole.trials[0]
     if len(whole.trials) == whole.count == 1:
         for name, value in single(first, wanted):
-            console.print(f"{name:17} {value}", highlight=False, soft_wrap=True)
+            console.print(f"{name:17} {value}", highlight=False, markup=False, soft_wrap=True)
     else:
         console.print(table(whole, wanted))
         up = "" if whole.count == len(whole.trials) else "up to "

@@ -6,15 +6,40 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 console = Console(stderr=True, highlight=False)
 QUIET_SECONDS = 10.0
 """Without a terminal: seconds between two lines about the same work."""
 QUIET = "FTEXP_QUIET"
 """Environment variable; set to anything but 0, warnings and errors alone are told on stderr. Workers inherit it."""
+
+
+class Sheet(Table):
+    """A table that shows titles and cells as they are.
+
+    Rich takes a string for markup: `[/INST]` in a prompt is an error to it, and `[q_proj]` is nothing. Where the
+    terminal is narrow, words go on in the next line and numbers stay whole as long as they can.
+    """
+
+    def __init__(self, title: str | None = None) -> None:
+        super().__init__(title=None if title is None else Text(title, "table.title"), title_justify="left")
+
+    def column(self, title: str, right: bool = False, whole: bool = False) -> None:
+        """Add a column: of numbers, which end at the right, or of texts that are to stay `whole`, or of other texts."""
+        one = right or whole
+        self.add_column(
+            Text(title), justify="right" if right else "left", no_wrap=one, overflow="ellipsis" if one else "fold"
+        )
+
+    def row(self, *cells: str, **how: Any) -> None:
+        """Add a row of one text for each column."""
+        self.add_row(*map(Text, cells), **how)
 
 
 @contextmanager
@@ -36,8 +61,8 @@ def _nothing(label: str, total: int) -> Iterator[Callable[..., None]]:
 
 @contextmanager
 def _bar(label: str, total: int) -> Iterator[Callable[..., None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False))  # fmt: skip
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(label, total=total, note="")
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from ftexp import board as boards
 from ftexp import runs, sealed, track, verb
@@ -21,6 +19,7 @@ from ftexp.board import Board, read
 from ftexp.errors import MachineError
 from ftexp.files import read_json, write_text
 from ftexp.page.text import visible
+from ftexp.progress import Sheet
 
 if TYPE_CHECKING:
     from ftexp.compare import Verdict
@@ -32,15 +31,15 @@ PAGE = "report.html"
 STYLES = {"base": "dim", "best": "bold", "unfinished": "dim"}
 
 
-def leaderboard(board: Board) -> Table:
+def leaderboard(board: Board) -> Sheet:
     """Lay the leaderboard out for a terminal."""
     replicated = any(point.spread is not None for point in board.points)
     title = f"ranked by {board.objective}" + (", means over seeds" if replicated else "")
-    table = Table(title=title, title_justify="left")
+    table = Sheet(title)
     for n, column in enumerate(boards.titles(board)):
-        table.add_column(column, justify="right" if n > 1 else "left")
+        table.column(column, right=n > 1, whole=n == 0)
     for line in boards.lines(board):
-        table.add_row(*map(escape, line.cells), style=STYLES.get(line.kind, ""), end_section=line.ends)
+        table.row(*line.cells, style=STYLES.get(line.kind, ""), end_section=line.ends)
     return table
 
 
@@ -191,7 +190,7 @@ def export(folder: Path, form: str) -> str:
         told = ["| " + " | ".join(markdown(c) for c in row) + " |" for row in rows]
         return "\n".join([told[0], "|---|---|" + "---:|" * (len(rows[0]) - 2), *told[1:]]) + "\n"
     found = data(gather(folder))
-    return json.dumps(found, indent=1, ensure_ascii=False) + "\n" if form == "json" else _csv(found["points"])
+    return json.dumps(found, indent=1) + "\n" if form == "json" else _csv(found["points"])
 
 
 def markdown(text: str) -> str:
@@ -238,8 +237,6 @@ def main() -> int:
         args = parser().parse_args()
     except SystemExit as left:
         return int(left.code or 0)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a label may hold bytes of a command line that are no text
     return verb.ended(lambda: _main(args))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -21,6 +22,9 @@ PIPE = 128 + signal.SIGPIPE
 
 def ended(work: Callable[[], int]) -> int:
     """Do the work of a verb and return its exit code; a fault of ours keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that has not every letter ends no work
     try:
         code = work()
         sys.stdout.flush()

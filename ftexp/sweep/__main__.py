@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from ftexp import config
 from ftexp.errors import MachineError
 from ftexp.files import read_json
-from ftexp.progress import quiet_libraries, say, warn
+from ftexp.progress import Sheet, quiet_libraries, say, warn
 from ftexp.sweep import frozen
 from ftexp.sweep.frozen import Frozen
 from ftexp.verb import as_json, ended
@@ -77,15 +76,15 @@ def ls(args: argparse.Namespace) -> int:
     if args.json:
         print(as_json(rows))
         return 0
-    table = Table()
+    table = Sheet()
     for title in ("sweep", "done", *ENDED, "best", "state"):
-        table.add_column(title, justify="left" if title in ("sweep", "best", "state") else "right")
+        table.column(title, right=title not in ("sweep", "best", "state"))
     for row in rows:
         done = sum(row[state] for state in ENDED)
         best = "" if row["best"] is None else f"{row['objective']} {row['best']:.4f} ({_numbers(row['best_trials'])})"
         state = f"process {row['run_by']}" if row["run_by"] else "ended" if done == row["trials"] else "stopped"
         counts = (str(row[state]) for state in ENDED)
-        table.add_row(row["name"], f"{done}/{row['trials']}", *counts, best, state)
+        table.row(row["name"], f"{done}/{row['trials']}", *counts, best, state)
     Console(width=None if sys.stdout.isatty() else 132).print(table if rows else f"no sweeps in {SWEEPS}")
     return 0
 

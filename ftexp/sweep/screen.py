@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.live import Live
-from rich.table import Table
 
 from ftexp import metrics
 from ftexp.files import read_json
-from ftexp.progress import console, quiet, say
+from ftexp.progress import Sheet, console, quiet, say
 from ftexp.sweep import study
 from ftexp.sweep.frozen import Frozen
 
@@ -105,18 +104,18 @@ def _span(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def table(sweep: Frozen, record: Study, rows: int | None = None) -> Table:
+def table(sweep: Frozen, record: Study, rows: int | None = None) -> Sheet:
     """Lay the trials out by number; where there are too many rows, running ones and those that ended last are shown."""
     trials = study.counted(record)
     if rows is not None and len(trials) > rows:
         waiting = [t for t in trials if t.state.name == "WAITING"]
         begun = sorted((t for t in trials if t.state.name != "WAITING"), key=_shown_last)
         trials = sorted([*begun[-rows:], *waiting[: max(0, rows - len(begun))]], key=study.ticket)
-    laid = Table(title=f"{sweep.name}: {line(sweep, record)}", title_justify="left")
+    laid = Sheet(f"{sweep.name}: {line(sweep, record)}")
     for title in ("trial", "overrides", "state", "step", *sweep.objectives, "time", "worker"):
-        laid.add_column(title, justify="right" if title in ("step", "time", *sweep.objectives) else "left")
+        laid.column(title, right=title in ("trial", "step", "time", *sweep.objectives))
     for trial in trials:
-        laid.add_row(*_cells(sweep, trial), style="" if trial.state.name == "RUNNING" else "dim")
+        laid.row(*_cells(sweep, trial), style="" if trial.state.name == "RUNNING" else "dim")
     return laid
 
 
