@@ -29,6 +29,10 @@ class MachineError(FtexpError, RuntimeError):
     exit_code = 4
 
 
+class Unusable(MachineError):
+    """What a trial names is there and cannot be used, here or on another machine."""
+
+
 class NoRoom(MachineError):
     """A disk was full, or could no longer be written, in the middle of the work; with room the same command goes on."""
 

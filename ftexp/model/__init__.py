@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import config, handed
 from ftexp.config import Format, Kind, Lora, Method, Model, Quant, Variant
-from ftexp.errors import ConfigError, MachineError, out_of_memory
+from ftexp.errors import ConfigError, MachineError, Unusable, out_of_memory
 from ftexp.files import read_json, write_json
 from ftexp.model import compute, embedded, loftq, tiny
 from ftexp.model.compute import Compute
@@ -158,7 +158,9 @@ def loading(where: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError) as error:
         if out_of_memory(error):
             raise
-        raise MachineError(f"{where} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+        there = Path(where.removeprefix("model.path=")).is_dir() and getattr(error, "errno", None) is None
+        kind = Unusable if there else MachineError  # a mount that is gone is a fault of the machine
+        raise kind(f"{where} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
 
 
 _warm: Base | None = None

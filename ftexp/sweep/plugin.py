@@ -338,12 +338,12 @@ def go_on(sweep: Frozen, workers: int | None) -> None:
     carry_out(sweep, runs[0])
 
 
-def _run_left(sweep: Frozen, record: Any, left: int, count: int) -> None:
+def _run_left(sweep: Frozen, record: Any, left: int, count: int, helps: bool = False) -> None:
     """Run waiting tickets with so many workers, with none in this process."""
     from ftexp.sweep import study, supervisor, worker
 
     if left and count:
-        supervisor.supervise(sweep, record, count, left)
+        supervisor.supervise(sweep, record, count, left, helps)
         return
     while left and not record.user_attrs.get(worker.STOP) and study.counted(record):
         worker.work(sweep, record)
@@ -376,7 +376,7 @@ def help_out(folder: Path, searched: Space, options: Options, runs: list[Run]) -
     record = worker.open_study(sweep)
     waiting = sum(t.state.name == "WAITING" for t in study.counted(record))
     say(f"sweep {sweep.name}: helping process {_holder(folder)}; {waiting} trials wait")
-    _run_left(sweep, record, waiting, supervisor.workers(options))
+    _run_left(sweep, record, waiting, supervisor.workers(options), helps=True)
 
 
 def _params(params: dict[str, Any], arguments: list[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:

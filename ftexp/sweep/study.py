@@ -16,6 +16,8 @@ import socket
 import time
 from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
+from copy import copy
+from copy import deepcopy as copied
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
-    from optuna.trial import FrozenTrial, Trial
+    from optuna.trial import FrozenTrial, Trial, TrialState
 
 HOST = socket.gethostname()
 JOURNAL = "study.journal"
@@ -282,6 +284,18 @@ def _score(folder: Path, name: str) -> float:
     return (read_json(folder / "trial.json") or {}).get("scores", {}).get(name, math.inf)
 
 
+def that_count(study: Study) -> Study:
+    """Show a pruner the attempts that count: rungs of one that was lost would compete with those of its repetition."""
+    view = copy(study)
+
+    def get_trials(deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
+        told = [t for t in counted(study) if states is None or t.state in states]
+        return [copied(t) for t in told] if deepcopy else told
+
+    view.get_trials = get_trials  # type: ignore
+    return view
+
+
 def counted(study: Study) -> list[FrozenTrial]:
     """List the attempts that count, by ticket: the last of each, and none that was lost with its worker."""
     last: dict[int, FrozenTrial] = {}
@@ -313,6 +327,7 @@ def queue(study: Study, points: list[dict[str, Any] | None]) -> None:
 def claim(study: Study, token: str = "") -> Trial | None:
     """Take the waiting ticket with the lowest number, sign it, and return it; None where none waits.
 
+    One that met a fault of the machine comes after the others, so that the place where it did meets another first.
     `token` is what a supervisor named this worker.
 
     Taking is atomic in a journal and in PostgreSQL. Two private names of Optuna are used: `study.ask()` would make a
@@ -323,7 +338,7 @@ def claim(study: Study, token: str = "") -> Trial | None:
 
     store = study._storage
     waiting = store.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.WAITING,))
-    for waits in sorted((t for t in waiting if "ftexp:ticket" in t.user_attrs), key=ticket):
+    for waits in sorted((t for t in waiting if "ftexp:ticket" in t.user_attrs), key=_place):
         try:
             if not store.set_trial_state_values(waits._trial_id, state=TrialState.RUNNING):
                 continue
@@ -338,6 +353,10 @@ def claim(study: Study, token: str = "") -> Trial | None:
             continue  # so slow that somebody took this process for dead
         return trial
     return None
+
+
+def _place(trial: FrozenTrial) -> tuple[int, int]:
+    return trial.user_attrs.get(FAULTS, 0), ticket(trial)
 
 
 def started(pid: int) -> float | None:
@@ -373,17 +392,23 @@ _beats: dict[tuple[int, int, float], tuple[float | None, float]] = {}
 
 FAULT = "ftexp:fault"
 """Trial attribute: what was amiss with the machine that its worker left."""
+FAULTS, MOST_FAULTS = "ftexp:faults", 2
+"""Trial attribute: earlier attempts of its ticket that met such a fault; and how many a ticket may meet."""
 OF_ATTEMPT = ("completed_rung", "constraint")
 """Begin the names of what an attempt's own course left in its system attributes."""
 
 
-def reap(study: Study, max_retries: int, ended: Container[str] = (), there: Container[str] = ()) -> list[int]:
+def reap(
+    study: Study, max_retries: int, ended: Container[str] = (), there: Container[str] = (), folder: Path | None = None
+) -> list[int]:
     """Queue the tickets of dead workers again, each with the point it had; return their numbers.
 
     `ended` holds the tokens of workers that are known to be gone, wherever they ran, `there` those of workers that are
     known not to be: a suspended job, or one that cannot reach the record for a while, tells no sign of life.
 
-    After `max_retries` further attempts a ticket has failed: whatever kills its worker is in the trial.
+    After `max_retries` further attempts a ticket has failed: whatever kills its worker is in the trial. A fault of the
+    machine is no retry; a ticket that meets more than `MOST_FAULTS` has failed too. Nor is it a
+    retry where `folder`, of the sweep, is given and the attempt left a checkpoint beyond the one it began at.
     """
     from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
@@ -393,10 +418,15 @@ def reap(study: Study, max_retries: int, ended: Container[str] = (), there: Cont
         token = (trial.user_attrs.get("ftexp:worker") or {}).get("token", "")
         if token not in ended and (token in there or alive(trial)):
             continue
-        retries = trial.user_attrs.get("ftexp:retries", 0) + 1
-        lost = retries <= max_retries
+        faulty, before = FAULT in trial.user_attrs, trial.user_attrs
+        counts = not faulty and not (folder is not None and _moved_on(folder / str(ticket(trial))))
+        retries = before.get("ftexp:retries", 0) + counts
+        faults = before.get(FAULTS, 0) + faulty
+        lost = retries <= max_retries and faults <= MOST_FAULTS
         try:
             store.set_trial_user_attr(trial._trial_id, "ftexp:lost", lost)
+            if not lost:
+                store.set_trial_user_attr(trial._trial_id, "ftexp:kind", "crash")  # `max_failures` counts it
             store.set_trial_user_attr(
                 trial._trial_id, "ftexp:reason", f"crash: {trial.user_attrs.get(FAULT, 'worker died')}"
             )
@@ -404,12 +434,22 @@ def reap(study: Study, max_retries: int, ended: Container[str] = (), there: Cont
         except UpdateFinishedTrialError:
             continue  # another process was first
         if lost:
-            requeue(study, trial, retries)
+            requeue(study, trial, retries, faults)
             again.append(ticket(trial))
     return again
 
 
-def requeue(study: Study, trial: FrozenTrial, retries: int = 0) -> None:
+def _moved_on(folder: Path) -> bool:
+    """Whether a trial's newest checkpoint is beyond the one that its last attempt went on from."""
+    from ftexp.train.checkpoints import SEAL
+
+    sealed = (p.parent.name.removeprefix("checkpoint-") for p in folder.glob(f"checkpoints/checkpoint-*/{SEAL}"))
+    steps = [int(number) for number in sealed if number.isdecimal()]
+    began = (read_json(folder / "trial.json") or {}).get("resumed_at") or [0]
+    return max(steps, default=0) > began[-1]
+
+
+def requeue(study: Study, trial: FrozenTrial, retries: int = 0, faults: int = 0) -> None:
     """Queue the ticket of an attempt again, with the point it had and what the sampler keeps with that.
 
     NSGA-II keeps the generation there: an attempt without it belongs to none, and is no parent.
@@ -422,7 +462,7 @@ def requeue(study: Study, trial: FrozenTrial, retries: int = 0) -> None:
         create_trial(
             state=TrialState.WAITING,
             system_attrs={} if point is None else kept | {"fixed_params": point},
-            user_attrs={"ftexp:ticket": ticket(trial), "ftexp:retries": retries},
+            user_attrs={"ftexp:ticket": ticket(trial), "ftexp:retries": retries, FAULTS: faults},
         )
     )
 
@@ -443,7 +483,7 @@ def settle(
     """
     from optuna.trial import TrialState
 
-    reap(study, max_retries)
+    reap(study, max_retries, folder=folder)
     queue(study, points)
     for trial in counted(study):  # of a launch with more trials
         if ticket(trial) >= len(points) and trial.state is TrialState.WAITING:

@@ -18,7 +18,7 @@ from ftexp.sweep import engines, proxy, screen, study
 from ftexp.sweep.engines import GRACE_SECONDS, Worker
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import Engine, Options
-from ftexp.sweep.worker import PACK, PREEMPTED, RENEWED, STOP
+from ftexp.sweep.worker import PACK, PREEMPTED, RENEWED, STOP, stop_after_failures
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -47,8 +47,12 @@ class Slot:
     """Names the worker in the record."""
     deaths: int = 0
     """Workers of this slot that died since one saw a trial to its end."""
+    faults: int = 0
+    """Workers of this slot in a row that left for a fault of the machine."""
     shut: bool = False
     """Whether it starts no further worker: what kills them is in the place, or in every trial."""
+    cancelled: bool = False
+    """Whether its worker, which had nothing to do, was ended by us."""
 
 
 def gpus() -> list[str]:
@@ -118,13 +122,14 @@ def slots(count: int, each: int = 1, sharing: int = 1) -> list[Slot]:
     return made
 
 
-def supervise(sweep: Frozen, record: Study, count: int, left: int) -> None:
+def supervise(sweep: Frozen, record: Study, count: int, left: int, helps: bool = False) -> None:
     """Run the sweep with `count` workers, or fewer where fewer tickets are left, until none is or it is stopped.
 
     The machine is shared out among `count` of them in either case: a trial that is run after a kill gets the threads
     it would have had before.
 
-    On ctrl-c or SIGTERM the workers are asked to leave, and killed where they do not.
+    On ctrl-c or SIGTERM the workers are asked to leave, and killed where they do not. One that `helps` the launch of
+    another process leaves where its own workers die, and stops nothing.
     """
     options = sweep.options
     from optuna.exceptions import StorageInternalError
@@ -142,8 +147,11 @@ def supervise(sweep: Frozen, record: Study, count: int, left: int) -> None:
             return True
         for slot in places:
             _tend(sweep, record, slot, places, start, ended)
+        if _given_up(record, places, helps):
+            return True
         look()
         study.reap(record, options.max_retries, ended, {s.token for s in places if s.process is not None})
+        stop_after_failures(sweep, record)
         if options.engine is not Engine.local:
             idle = _end_idle(record, places, idle)
         _end_overdue(sweep, record, places, began)
@@ -205,21 +213,21 @@ def _tend(
             return
         slot.process = None
         ended.add(slot.token)
-        died = code not in (0, PREEMPTED, RENEWED)
-        slot.deaths = (0 if _saw_an_end(record, slot.token) else slot.deaths) + 1 if died else 0
+        died = code not in (0, PREEMPTED, RENEWED) and not slot.cancelled
+        fresh = not died or _saw_an_end(record, slot.token)
+        slot.deaths = int(died) + (0 if fresh else slot.deaths)
+        slot.faults = int(died and _met_a_fault(record, slot.token)) + (0 if fresh else slot.faults)
         if died:
             say(f"worker {slot.number} died (exit {code}); see {sweep.folder}/workers/{slot.number}.log", always=True)
     if slot.shut or record.user_attrs.get(STOP) or not _waiting(record):
         return
-    if slot.deaths > 3 + sweep.options.max_retries:
+    others = [other for other in places if other is not slot and not other.shut]
+    if slot.deaths > 3 + sweep.options.max_retries or (slot.faults > 1 and others):
         slot.shut = True
-        told = f"worker {slot.number} died {slot.deaths} times in a row"
-        if all(other.shut for other in places):
-            record.set_user_attr(STOP, told)
-        else:
-            say(f"{told}; the others go on without it", always=True)
+        if others:
+            say(f"worker {slot.number} died {slot.deaths} times in a row; the others go on without it", always=True)
         return
-    slot.token = uuid.uuid4().hex
+    slot.token, slot.cancelled = uuid.uuid4().hex, False
     slot.process = start(slot.number, slot.token, slot.env, slot.cores)
 
 
@@ -227,6 +235,27 @@ def _saw_an_end(record: Study, token: str) -> bool:
     """Whether a worker told how a trial ended before it ended itself."""
     told = (t.user_attrs for t in record.get_trials(deepcopy=False) if t.state.is_finished())
     return any((a.get("ftexp:worker") or {}).get("token") == token and "ftexp:lost" not in a for a in told)
+
+
+def _met_a_fault(record: Study, token: str) -> bool:
+    """Whether a worker left because of a fault of the machine, with a trial that it could not end."""
+    told = (t.user_attrs for t in record.get_trials(deepcopy=False))
+    return any((a.get("ftexp:worker") or {}).get("token") == token and study.FAULT in a for a in told)
+
+
+def _given_up(record: Study, places: list[Slot], helps: bool) -> bool:
+    """Whether to leave because none of the places starts a worker any more.
+
+    A helper leaves the rest to the launch. A launch stops the sweep, unless trials run: those are of another machine.
+    """
+    if not all(s.shut for s in places) or not _waiting(record):
+        return False
+    told = f"worker {places[-1].number} died {places[-1].deaths} times in a row"
+    if helps:
+        say(f"{told}; this machine helps no further", always=True)
+    elif not _running(record):
+        record.set_user_attr(STOP, told)
+    return helps
 
 
 def _end_idle(record: Study, places: list[Slot], since: float | None) -> float | None:
@@ -243,7 +272,8 @@ def _end_idle(record: Study, places: list[Slot], since: float | None) -> float |
         running = record.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         busy = {(t.user_attrs.get("ftexp:worker") or {}).get("token") for t in running}
         for slot in places:
-            if slot.process is not None and slot.token not in busy:
+            if slot.process is not None and slot.token not in busy and not slot.cancelled:
+                slot.cancelled = True
                 slot.process.kill()
     return since
 

@@ -25,7 +25,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ftexp import config, data, experiment, facts, metrics, ranks
-from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, MachineError, NoRoom, OutOfTime, Pruned, Skipped
+from ftexp.errors import (
+    ConfigError,
+    DataError,
+    Diverged,
+    FtexpError,
+    MachineError,
+    NoRoom,
+    OutOfTime,
+    Pruned,
+    Skipped,
+    Unusable,
+)
 from ftexp.files import no_room, read_json, write_json
 from ftexp.model import compute
 from ftexp.progress import console, quiet_libraries, say
@@ -366,7 +377,7 @@ def _ended(
     except NoRoom:
         raise
     except MachineError as error:
-        if os.environ.get(TOKEN) and ranks.count() == 1:
+        if os.environ.get(TOKEN) and ranks.count() == 1 and not isinstance(error, Unusable):
             raise
         return Outcome("failed", "crash", str(error)), None
     except Skipped as error:
@@ -490,7 +501,9 @@ def judge(sweep: Frozen, trial: Trial, run: config.Run) -> Judge | None:
     def ask(rung: Rung, step: int) -> str | None:
         told = -rung.loss if maximised else rung.loss  # a pruner takes the objective's direction for that of rungs
         trial.report(told, step)
-        return f"pruned at step {step}: valid/loss {rung.loss:.4f}" if trial.should_prune() else None
+        frozen = trial.study._storage.get_trial(trial._trial_id)
+        stops = trial.study.pruner.prune(study.that_count(trial.study), frozen)
+        return f"pruned at step {step}: valid/loss {rung.loss:.4f}" if stops else None
 
     return ask
 
@@ -519,7 +532,7 @@ def give_back(record: Study, trial: Trial) -> None:
     kept = trial._cached_frozen_trial
     told = record._storage.get_trial(trial._trial_id)
     record._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
-    study.requeue(record, told, kept.user_attrs.get("ftexp:retries", 0))
+    study.requeue(record, told, *(kept.user_attrs.get(name, 0) for name in ("ftexp:retries", study.FAULTS)))
 
 
 def look_seconds(workers: int) -> float:

@@ -54,6 +54,22 @@ def test_ticket_of_a_dead_worker_is_queued_again_with_its_point(record):
     assert states(record) == {"FAIL": 1, "RUNNING": 1}
 
 
+def test_launch_that_is_killed_again_and_again_fails_no_trial_that_comes_forward(record, tmp_path):
+    """Its checkpoint is beyond the one the attempt went on from; one that stays where it was is counted."""
+    from ftexp.files import write_json
+    from ftexp.train.checkpoints import SEAL
+
+    study.queue(record, [{"r": 5}])
+    for attempt, (began, newest) in enumerate([([], 10), ([10], 20), ([10, 20], 30), ([10, 20, 30], 30)]):
+        trial = study.claim(record)
+        trial.set_user_attr("ftexp:worker", {"host": study.HOST, "pid": 2**22 + 1, "start": 1.0})
+        write_json(tmp_path / "0" / "trial.json", {"resumed_at": began})
+        (tmp_path / "0" / f"checkpoints/checkpoint-{newest}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "0" / f"checkpoints/checkpoint-{newest}" / SEAL).touch()
+        study.reap(record, 0, folder=tmp_path)
+        assert study.counted(record)[0].state is (TrialState.WAITING if attempt < 3 else TrialState.FAIL)
+
+
 def test_ticket_that_kills_every_worker_fails_for_good(record):
     study.queue(record, [{"r": 5}])
     for attempt in range(3):

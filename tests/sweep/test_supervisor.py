@@ -13,7 +13,7 @@ import pytest
 from conftest import TINY
 
 from ftexp.files import read_json
-from ftexp.sweep import supervisor
+from ftexp.sweep import study, supervisor
 
 
 def test_each_gpu_gets_its_worker(monkeypatch):
@@ -158,7 +158,7 @@ class Job:
 @pytest.fixture
 def queued(tmp_path):
     """A sweep with four tickets, and its record."""
-    from ftexp.sweep import frozen, space, study, worker
+    from ftexp.sweep import frozen, space, worker
     from ftexp.sweep.options import Options
 
     sweep = frozen.Frozen(tmp_path, "s", space.parse(["a=1,2,3,4"]), Options(), ["valid/loss"], None, "", {})
@@ -176,8 +176,6 @@ def tend(sweep, record, slot, places, code):
 
 def test_deaths_count_from_the_last_trial_that_came_to_its_end(queued):
     """Two points that kill their worker, and others between them, end no sweep."""
-    from ftexp.sweep import study
-
     sweep, record = queued
     slot = supervisor.Slot(0, {}, token="t0")
     for _ in range(4):
@@ -198,16 +196,43 @@ def test_place_where_every_worker_dies_is_shut_and_the_others_go_on(queued, capf
     assert places[0].shut
     assert record.user_attrs.get(supervisor.STOP) is None
     assert "worker 0 died 6 times in a row; the others go on without it" in capfd.readouterr().err
-    for _ in range(7):
+    assert not supervisor._given_up(record, places, helps=False)
+    for _ in range(6):
         tend(sweep, record, places[1], places, 4)
+    study.claim(record, "of another machine")
+    assert not supervisor._given_up(record, places, helps=False)
+    assert supervisor._given_up(record, places, helps=True)  # a helper leaves, and stops nobody
+    assert record.user_attrs.get(supervisor.STOP) is None
+    assert "worker 1 died 6 times in a row; this machine helps no further" in capfd.readouterr().err
+    study.reap(record, 2, ended={"of another machine"})
+    assert not supervisor._given_up(record, places, helps=False)
     assert record.user_attrs[supervisor.STOP] == "worker 1 died 6 times in a row"
 
 
-def test_jobs_that_a_cluster_has_not_begun_are_cancelled_when_nothing_is_left(queued, monkeypatch):
-    from ftexp.sweep import study
+def test_place_with_two_faults_of_the_machine_in_a_row_is_shut_while_there_are_others(queued, capfd):
+    """The GPU of one place is broken: it fails no ticket, and takes each once at most before it is left alone."""
+    sweep, record = queued
+    places = [supervisor.Slot(0, {}, token="a"), supervisor.Slot(1, {}, token="b")]
+    taken = []
+    for _ in range(3):
+        if (trial := study.claim(record, places[0].token)) is not None:
+            taken.append(study.ticket(trial._cached_frozen_trial))
+            trial.set_user_attr(study.FAULT, "the GPU failed")
+        token = places[0].token
+        if not tend(sweep, record, places[0], places, 4):
+            break
+        study.reap(record, 2, ended={token})
+    assert (taken, places[0].shut) == ([0, 1], True)
+    assert "worker 0 died 2 times in a row; the others go on without it" in capfd.readouterr().err
+    study.reap(record, 2, ended={token})
+    last = [study.ticket(study.claim(record, "b")._cached_frozen_trial) for _ in range(4)]
+    assert last == [2, 3, 0, 1]  # those that met a fault come last
+
+
+def test_jobs_that_a_cluster_has_not_begun_are_cancelled_when_nothing_is_left(queued, monkeypatch, capfd):
 
     monkeypatch.setattr(supervisor, "IDLE_SECONDS", 0.0)
-    _, record = queued
+    sweep, record = queued
     busy, pending = supervisor.Slot(0, {}, process=Job(), token="a"), supervisor.Slot(1, {}, process=Job(), token="b")
     assert supervisor._end_idle(record, [busy, pending], None) is None  # tickets wait
     last = [study.claim(record, "a") for _ in range(4)]
@@ -215,6 +240,11 @@ def test_jobs_that_a_cluster_has_not_begun_are_cancelled_when_nothing_is_left(qu
         record.tell(trial, 0.5)
     supervisor._end_idle(record, [busy, pending], None)
     assert (busy.process.code, pending.process.code) == (None, -9)
+    pending.process.kill = lambda: pytest.fail("cancelled a second time")
+    supervisor._end_idle(record, [busy, pending], None)
+    supervisor._tend(sweep, record, pending, [busy, pending], lambda *_: Job(), set())
+    assert (pending.process, pending.deaths) == (None, 0)
+    assert "died" not in capfd.readouterr().err
 
 
 def test_database_that_is_being_restarted_ends_no_sweep(monkeypatch):

@@ -1,13 +1,15 @@
 """What becomes of a ticket: every outcome has its state and reason, and the others go on."""
 
+import errno
 import time
 from dataclasses import replace
 
+import optuna
 import pytest
 from optuna.trial import TrialState
 
-from ftexp import experiment, facts
-from ftexp.errors import DataError, Diverged, MachineError, OutOfTime, Pruned
+from ftexp import experiment, facts, model
+from ftexp.errors import DataError, Diverged, MachineError, OutOfTime, Pruned, Unusable
 from ftexp.model import compute
 from ftexp.sweep import frozen, space, study, worker
 from ftexp.sweep.options import Options, Pruner, Sampler
@@ -90,14 +92,52 @@ def test_fault_of_the_machine_ends_its_worker_and_fails_no_trial(sweep, monkeypa
 
 def test_ticket_that_no_machine_can_run_fails_with_what_was_amiss(sweep, monkeypatch):
     monkeypatch.setenv(worker.TOKEN, "bad")
-    made, record = sweep("a=1", max_retries=1)
-    for _ in range(2):
+    made, record = sweep("a=1", max_retries=0)
+    for _ in range(3):
         trials(monkeypatch, [MachineError("no model folder at /mnt/m")])
+        assert [t.state.name for t in study.counted(record)] == ["WAITING"]  # faults are no retries
         assert worker._main(replace(made, code=facts.code())) == 4
-        study.reap(record, 1, ended={"bad"})
+        study.reap(record, 0, ended={"bad"})
     assert [(t.state.name, t.user_attrs["ftexp:reason"]) for t in study.counted(record)] == [
         ("FAIL", "crash: no model folder at /mnt/m")
     ]
+    worker.stop_after_failures(replace(made, options=replace(made.options, max_failures=1)), record)
+    assert record.user_attrs[worker.STOP] == "1 trials failed, sweep.max_failures=1"
+
+
+def test_model_that_is_there_and_cannot_be_loaded_fails_its_trial_at_once(sweep, monkeypatch, tmp_path):
+    """Another machine would not load it either; a folder that is gone may be a mount."""
+    (tmp_path / "bad").mkdir()
+    for path, error in ((tmp_path / "bad", Unusable), (tmp_path / "gone", MachineError)):
+        with pytest.raises(MachineError) as caught, model.loading(f"model.path={path}"):
+            raise OSError(f"no file named model.safetensors in {path}")
+        assert type(caught.value) is error
+    with pytest.raises(MachineError) as caught, model.loading(f"model.path={tmp_path / 'bad'}"):
+        raise OSError(errno.ESTALE, "stale file handle")
+    assert type(caught.value) is MachineError
+    monkeypatch.setenv(worker.TOKEN, "a")
+    made, record = sweep("a=1,2")
+    trials(monkeypatch, [Unusable("m/bad cannot be loaded"), {"valid/loss": 0.5}])
+    worker.work(made, record)
+    assert told(record) == [("FAIL", "crash", "m/bad cannot be loaded"), ("COMPLETE", "", "")]
+
+
+def test_rungs_of_an_attempt_that_was_lost_judge_nobody(sweep, monkeypatch):
+    """Losses 4, 3, 1, 2 at the first rung; the third is preempted twice after it, and the fourth goes on as without."""
+    ends = []
+    for preempted in (0, 2):
+        made, record = sweep("a=1,2,3,4", pruner=Pruner.asha, pruner_args={"min_resource": 1, "reduction_factor": 2})
+        record = optuna.create_study(pruner=study.pruner(made.options, 1))
+        study.queue(record, made.space.grid())
+        for loss in (4.0, 3.0, 1.0, 2.0):
+            for attempt in range(1 + preempted * (loss == 1.0)):
+                trial = study.claim(record)
+                reason = worker.judge(made, trial, made.run({}, 0))(Rung(loss), 1)
+                if attempt < preempted * (loss == 1.0):
+                    worker.give_back(record, trial)
+            ends.append(reason is not None)
+            record.tell(trial, loss if reason is None else None, state=None if reason is None else TrialState.PRUNED)
+    assert ends[:4] == ends[4:]
 
 
 def test_fault_of_the_machine_fails_its_trial_where_there_is_no_other_worker(sweep, monkeypatch):
