@@ -846,6 +846,7 @@ RETIRED = {
     "optim": "trainer.optimizer",
     "eval_steps": "trainer.report_steps",
     "logging_steps": "trainer.report_steps",
+    "logging_strategy": "trainer.report_steps",
     "save_steps": "trainer.checkpoint_minutes",
     "save_strategy": "trainer.checkpoint_minutes",
     "evaluation_strategy": "trainer.report_steps",

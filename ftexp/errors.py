@@ -73,6 +73,12 @@ class Preempted(KeyboardInterrupt):
     exit_code = 75
 
 
+class Interrupted(Preempted):
+    """The same, asked by ctrl-c: no scheduler is to start it again."""
+
+    exit_code = 130
+
+
 class TrialsFailed(FtexpError, RuntimeError):
     """A sweep ran to its end and some of its trials failed; the others are kept."""
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import config, data, estimate, evaluate, facts, handed, labels, metrics, model, passes, ranks, track
-from ftexp.config import Engine, Format, Kind, Long, Loss, Method, Packing, Run, Template, Tracker
+from ftexp.config import Engine, Format, Kind, Long, Loss, Method, Packing, Run, Template, Tracker, Variant
 from ftexp.data import gates, general, prompts, tokens
 from ftexp.errors import ConfigError, DataError, FtexpError, MachineError, Preempted, Pruned, out_of_memory
 from ftexp.files import cache, naming, no_room, read_json, write_json
-from ftexp.model import Base, sizes
+from ftexp.model import Base, compute, sizes
 from ftexp.model.compute import Compute
 from ftexp.overrides import ROOT
 from ftexp.progress import say, warn
@@ -162,10 +162,9 @@ def prepare(run: Run) -> None:
         DataError: a row is longer than `data.max_length` or the model, or a held-out row nearly one of another split.
     """
     model.adapter(run.lora)
-    if run.lora.targets != ["all-linear"]:
-        sizes.check_targets(
-            run.model, run.lora.targets, {Method.classify: 2, Method.reward: 1}.get(run.trainer.kind, 0)
-        )
+    sizes.check_adapter(run.model, run.lora, {Method.classify: 2, Method.reward: 1}.get(run.trainer.kind, 0))
+    if run.quant.kind is Format.int8 and run.lora.variant is Variant.dora and not compute.has_gpu():
+        raise ConfigError("lora.variant must not be dora with quant=int8 on a CPU: bitsandbytes keeps no scales there")
     sft.arguments(run.trainer, "cpu", run.seed, "", 1)
     losses.chosen(run.trainer)
     if run.trainer.kind is Method.classify:
@@ -856,8 +855,8 @@ _references: dict[str, list[tuple[float, float]]] = {}
 
 def refer(run: Run, base: Base, rows: list[Pair], label: str) -> None:
     """Give pairs the nats of both answers by the reference: asked once for a model and pairs, not once a trial."""
-    places = " ".join(p.row.where for p in rows)
-    key = f"{base.weights} {base.key} {config.digest(run.data)} {sha256(places.encode()).hexdigest()}"
+    content = f"{data.load(run.data).digest()} {' '.join(p.row.where for p in rows)}"
+    key = f"{base.weights} {base.key} {config.digest(run.data)} {sha256(content.encode()).hexdigest()}"
     if rows and key not in _references:
         if label == "train":
             _references.clear()  # of other rows, or another base

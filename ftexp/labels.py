@@ -214,7 +214,7 @@ def threshold(truth: Sequence[bool], scores: Sequence[float]) -> float | None:
             continue
         value = 2 * hits / (n + true)
         if value > best:
-            middle = score if after is None else (score + after) / 2
+            middle = (score + (0.0 if after is None else after)) / 2  # below the last one there is 0
             best, found = value, score if after is not None and middle <= after else middle
     return found
 

@@ -381,6 +381,8 @@ PISSA = "pissa_niter_16"
 """How peft finds the largest singular values: 16 rounds of a randomised decomposition, drawn from the seed."""
 TAKERS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways of peft to start an adapter that take its first weights out of the base."""
+DRAWN = ("eva",)
+"""Ways of peft to start an adapter that need a pass over data."""
 
 
 def adapter(lora: Lora, head: tuple[str, ...] = ()) -> LoraConfig:
@@ -409,6 +411,13 @@ def adapter(lora: Lora, head: tuple[str, ...] = ()) -> LoraConfig:
             f"lora.extra.init_lora_weights must not change the base, got {asked}: the saved adapter would not fit it; "
             "lora.variant=pissa and loftq save one that does"
         )
+    if asked in DRAWN:
+        raise ConfigError(
+            f"lora.extra.init_lora_weights must not be {asked}: it starts from a pass over rows, of which peft makes "
+            "none by itself, so the start would be random"
+        )
+    if (bias := lora.extra.get("bias", "none")) != "none":
+        raise ConfigError(f"lora.extra.bias must be none, got {bias}: it changes the base that a run is compared with")
     return cast("LoraConfig", accept(LoraConfig, own, lora.extra, "lora.extra"))
 
 
@@ -417,7 +426,9 @@ def accept(made: Any, own: dict[str, Any], extra: dict[str, Any], key: str) -> A
     taken = sorted(set(extra) & {*own, *config.RETIRED})
     if taken:
         name = config.RETIRED.get(taken[0])
-        raise ConfigError(f"{key}.{taken[0]} must not be set, it has a key of its own{f': {name}' if name else ''}")
+        has = name or f"{key.split('.')[0]}.{taken[0]}" in set(config.keys())
+        owner = f"has a key of its own{f': {name}' if name else ''}" if has else "is set by ftexp"
+        raise ConfigError(f"{key}.{taken[0]} must not be set, it {owner}")
     try:
         return made(**own, **extra)
     except (TypeError, ValueError) as error:
@@ -440,6 +451,25 @@ def check_targets(model: PreTrainedModel, targets: list[str]) -> None:
             near = difflib.get_close_matches(target, leaves, n=1)
             hint = f", did you mean {near[0]}?" if near else f"; the model has {', '.join(leaves)}"
             raise ConfigError(f"lora.targets: {target!r} matches no layer{hint}")
+
+
+def check_rank(model: PreTrainedModel, lora: Lora) -> None:
+    """Refuse a rank that is larger than the smaller side of a layer: PiSSA takes that many singular vectors out of it.
+
+    peft takes as many as there are without a word, and saves a config of more.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    for name, layer in model.named_modules():
+        if layer is model.get_output_embeddings() or not isinstance(layer, nn.Linear | Conv1D | nn.Embedding):
+            continue
+        every = lora.targets == ["all-linear"] and not isinstance(layer, nn.Embedding)
+        if every or any(name == t or name.endswith(f".{t}") for t in lora.targets):
+            least = min(cast(Any, layer).weight.shape)
+            config.require(
+                lora.r <= least, "lora.r", lora.r, f"at most {least} with lora.variant=pissa: {name} has no more"
+            )
 
 
 @contextmanager
@@ -541,9 +571,18 @@ def _with_adapter(base: Base, lora: Lora) -> tuple[PeftModel, list[tuple[torch.n
         loftq.start(tuned, base.made_from, source(base.made_from))
     if lora.variant is Variant.pissa:
         kept = get_peft_model_state_dict(tuned)
+        _check_taken(tuned)
         base.start = {name: value.detach().cpu().clone() for name, value in kept.items() if "lora_" in name}
     # peft puts another tensor into the weight that it changes, so the old one is kept without a copy on a CPU
     return tuned, [(weight, old.cpu()) for weight, old in was if weight.data_ptr() != old.data_ptr()]
+
+
+def _check_taken(tuned: Any) -> None:
+    """Refuse ranks of a pattern that a layer has not; `check_rank` has seen `lora.r`."""
+    for name, layer in tuned.named_modules():
+        for adapter, half in getattr(layer, "lora_A", {}).items():
+            asked, found = layer.r[adapter], half.weight.shape[0]
+            config.require(asked == found, "lora.extra.rank_pattern", asked, f"at most {found} at {name}")
 
 
 def save(base: Base, tuned: Any, folder: Path) -> None:
@@ -572,11 +611,14 @@ def _against_untouched(start: dict[str, torch.Tensor], folder: Path) -> None:
     file, about = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     kept = load_file(file)
     for name, first in start.items():
-        at = 0 if "lora_A" in name else 1
+        at = 0 if "lora_A" in name or "lora_embedding_A" in name else 1
         kept[name] = torch.cat([kept[name], -first if at else first], dim=at).contiguous()
     save_file(kept, file, metadata={"format": "pt"})
     told = read_json(about) or {}
-    write_json(about, told | {"r": 2 * told["r"], "lora_alpha": 2 * told["lora_alpha"], "init_lora_weights": True})
+    twice = {key: 2 * told[key] for key in ("r", "lora_alpha")}
+    patterns = ("rank_pattern", "alpha_pattern")
+    twice |= {key: {name: 2 * value for name, value in (told.get(key) or {}).items()} for key in patterns}
+    write_json(about, told | twice | {"init_lora_weights": True})
 
 
 def _hooks(model: torch.nn.Module) -> set[tuple[int, int]]:

@@ -90,6 +90,13 @@ def policy(model: Model, longest: int = 0) -> Compute:
     return Compute(device, dtype, kernel, attention, chip, torch.get_num_threads())
 
 
+def has_gpu() -> bool:
+    """Whether PyTorch computes on a GPU here."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def keep_to_quota() -> None:
     """Compute with no more threads than a container has cores' time for; what a person set stays.
 

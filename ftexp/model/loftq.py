@@ -80,6 +80,7 @@ def halves(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]
     By the eigenvectors of the smaller of M M^T and M^T M: a fifth of the time of a full decomposition.
     """
     import torch
+    from torch.nn import functional
 
     wide = matrix.shape[0] <= matrix.shape[1]
     m = matrix if wide else matrix.T
@@ -87,6 +88,8 @@ def halves(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]
     other = vectors.T @ m  # (rank, larger side)
     root = other.norm(dim=1).clamp(min=1e-30).sqrt()  # roots of the singular values
     one, two = vectors * root, other / root[:, None]
+    if (missing := rank - one.shape[1]) > 0:  # a matrix has no more than its smaller side, and is met exactly
+        one, two = functional.pad(one, (0, missing)), functional.pad(two, (0, 0, 0, missing))
     return (one, two) if wide else (two.T, one.T)
 
 

@@ -126,13 +126,29 @@ def merged(
     if packed:
         base = cast("Any", base).dequantize(torch.float32)
     tuned: Any = attached(base, folder)
+    _untied(base)
     try:
         made = tuned.merge_and_unload(safe_merge=True)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise MachineError(f"{folder}: the adapter cannot be merged: {error}") from error
     if not labels:
         made.generation_config = _greedy(made)
     return made.requires_grad_(False).eval()
+
+
+def _untied(base: PreTrainedModel) -> None:
+    """Give input embedding and output head a weight each where they share one and an adapter is on either.
+
+    Merged into the shared weight, what one of them learned would change the other too.
+    """
+    import torch
+
+    ends: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    plain = [getattr(end, "base_layer", end) for end in ends]
+    if None in ends or plain[0].weight is not plain[1].weight or plain == ends:
+        return
+    plain[1].weight = torch.nn.Parameter(plain[1].weight.detach().clone(), requires_grad=False)
+    base.config.get_text_config().tie_word_embeddings = base.config.tie_word_embeddings = False
 
 
 def read(folder: Path, chosen: compute.Compute, labels: int = 0, nf4: bool = False, gguf: str | None = None) -> Base:

@@ -119,17 +119,22 @@ def outline(model: Model, quant: Quant, lora: Lora, dtype: str, attention: str, 
     )
 
 
-def check_targets(model: Model, targets: list[str], labels: int = 0) -> None:
-    """Refuse a target that matches no layer, before weights are loaded.
+def check_adapter(model: Model, lora: Lora, labels: int = 0) -> None:
+    """Refuse a target that matches no layer, and a rank of PiSSA that a layer has not, before weights are loaded.
 
     Raises:
-        ConfigError: names the target and the nearest layer.
+        ConfigError: names the target and the nearest layer, or the layer and its size.
         MachineError: the config of the model cannot be read.
     """
     import torch
 
+    if lora.targets == ["all-linear"] and lora.variant is not Variant.pissa:
+        return
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        models.check_targets(_base(model, "float32", "eager", labels), targets)
+        base = _base(model, "float32", "eager", labels)
+    models.check_targets(base, lora.targets)
+    if lora.variant is Variant.pissa:
+        models.check_rank(base, lora)
 
 
 def _base(model: Model, dtype: str, attention: str, labels: int) -> PreTrainedModel:

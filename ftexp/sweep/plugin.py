@@ -26,14 +26,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ftexp import config, data, experiment, facts, metrics, overrides, probe, track
 from ftexp.config import Method, Run
-from ftexp.errors import ConfigError, FtexpError, MachineError, NoRoom, Preempted, TrialsFailed
+from ftexp.errors import ConfigError, FtexpError, MachineError, NoRoom, TrialsFailed
 from ftexp.files import check_folder, read_json, write_json
 from ftexp.progress import say
 from ftexp.sweep import frozen, limits, race, space
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import Engine, Options, Pruner, Sampler
 from ftexp.sweep.space import Space
-from ftexp.train import spread
+from ftexp.train import control, spread
 
 LOCK = "supervisor.lock"
 
@@ -444,7 +444,7 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
     track.close_parent(run.track, sweep.mlflow_run, tags, told, bool(failed))
     stop = record.user_attrs.get(worker.STOP)
     if record.user_attrs.get(worker.LEAVE):
-        raise Preempted(f"sweep {sweep.name} was stopped: {screen.line(sweep, record)}")
+        raise control.left(f"sweep {sweep.name} was stopped: {screen.line(sweep, record)}")
     if record.user_attrs.get(worker.FULL):
         raise NoRoom(stop)
     if failed or stop:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftexp.errors import Preempted
+from ftexp.errors import Interrupted, Preempted
 from ftexp.progress import say
 
 Report = Callable[[dict[str, float], int], None]
@@ -37,6 +37,8 @@ LEAVE = threading.Event()
 """Set when this process was asked to leave: the step under way is the last, and its checkpoint is kept."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _training = False
+_by_hand = False
+"""Whether ctrl-c asked to leave."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ def listen() -> None:
     Schedulers send them before they take a machine away (Kubernetes and spot instances SIGTERM, submitit's jobs on
     Slurm SIGUSR2). A second ctrl-c or SIGTERM ends at once.
     """
+    global _by_hand
     LEAVE.clear()
+    _by_hand = False
     for number in SIGNALS:
         signal.signal(number, _asked)
 
@@ -90,9 +94,16 @@ def listening() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def left(told: str) -> Preempted:
+    """Return the error of work that was asked to leave: by ctrl-c, or by a signal or a word of a machine."""
+    return (Interrupted if _by_hand else Preempted)(told)
+
+
 def _asked(number: int, frame: Any) -> None:
+    global _by_hand
     first = not LEAVE.is_set()
     LEAVE.set()
+    _by_hand = number == signal.SIGINT
     if first and _training:
         say("leaving after the step under way; once more to leave at once")
         return

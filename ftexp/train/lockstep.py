@@ -24,13 +24,13 @@ from ftexp import metrics, passes
 from ftexp.config import Run, Trainer
 from ftexp.data import splits
 from ftexp.data.prompts import Example
-from ftexp.errors import Diverged, OutOfTime, Preempted, Pruned, out_of_memory
+from ftexp.errors import Diverged, OutOfTime, Pruned, out_of_memory
 from ftexp.model import Base
 from ftexp.model.packed import Adapter, Layout, Pack, Weights, check_alike, lay_out, learned, nats
 from ftexp.progress import progress, say
 from ftexp.train import sft
 from ftexp.train.checkpoints import Store
-from ftexp.train.control import Control, Report, Rung, at_work
+from ftexp.train.control import Control, Report, Rung, at_work, left
 
 FILE = "member.safetensors"
 """What a checkpoint holds."""
@@ -460,7 +460,7 @@ def _look(trial: _Trial) -> None:
         trial.ended = OutOfTime(f"ran out of time at step {trial.step} of {trial.steps}")
         return
     if asked.leave.is_set():
-        trial.ended = Preempted(f"asked to leave at step {trial.step} of {trial.steps}")
+        trial.ended = left(f"asked to leave at step {trial.step} of {trial.steps}")
     due = minutes is not None and time.monotonic() - trial.saved >= 60 * minutes
     if due or trial.ended is not None:
         with _own(trial):

@@ -114,8 +114,10 @@ def _trainer(
             return 6 * tokens * tuned.num_parameters(exclude_embeddings=True)
 
     def worth(prompts: list[str], completions: list[str], **_: Any) -> Any:
-        asked = [rows[int(number)].row for number in prompts]
-        return rewarder.rewards(asked, completions, run.eval.batch, "sampled")
+        asked = [rows[int(number)] for number in prompts]
+        texts = [evaluate.answer(text, evaluate.opening(base.tokenizer, e))
+                 for text, e in zip(completions, asked, strict=True)]  # fmt: skip
+        return rewarder.rewards([e.row for e in asked], texts, run.eval.batch, "sampled")
 
     numbers = Dataset.from_list([{"prompt": str(n)} for n in range(len(rows))])
     with _one_adapter(tuned):

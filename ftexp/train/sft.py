@@ -19,7 +19,7 @@ from ftexp.model import Base, accept
 from ftexp.progress import progress
 from ftexp.train import lengths, losses, spread
 from ftexp.train.checkpoints import Store
-from ftexp.train.control import Control, Report, Rung, at_work
+from ftexp.train.control import Control, Report, Rung, at_work, left
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -122,8 +122,9 @@ def two_rates(tuned: Any, trainer: Any, ratio: float) -> Any:
     kind, keywords = trainer.get_optimizer_cls_and_kwargs(trainer.args, tuned)
     rate, decay = keywords.pop("lr"), trainer.args.weight_decay
     return create_loraplus_optimizer(
-        tuned, kind, lr=rate, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay, **keywords
-    )
+        tuned, kind, lr=rate, loraplus_lr_ratio=ratio, loraplus_lr_embedding=rate, loraplus_weight_decay=decay,
+        **keywords,
+    )  # fmt: skip
 
 
 def orders(count: int, trainer: Trainer, seed: int, first: int = 0) -> Iterator[list[int]]:
@@ -372,7 +373,7 @@ def watch(
             if asked.deadline is not None and time.monotonic() > asked.deadline:
                 stopped.append(OutOfTime(f"ran out of time at step {step} of {steps}"))
             if asked.leave.is_set() and step < steps and not stopped:
-                stopped.append(Preempted(f"asked to leave at step {step} of {steps}"))
+                stopped.append(left(f"asked to leave at step {step} of {steps}"))
             late = minutes is not None and time.monotonic() - saved[0] >= 60 * minutes
             stopped[:], late = ranks.agreed((stopped, late))
             control.should_training_stop = control.should_training_stop or bool(stopped)

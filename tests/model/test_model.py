@@ -250,7 +250,7 @@ def test_library_keyword_that_does_not_exist_is_refused(extra, message):
 
 
 def test_library_keyword_reaches_the_library():
-    assert model.adapter(Lora(extra={"bias": "lora_only"})).bias == "lora_only"
+    assert model.adapter(Lora(extra={"rank_pattern": {"q_proj": 2}})).rank_pattern == {"q_proj": 2}
 
 
 def test_adapter_that_cannot_learn_is_refused(base):

@@ -46,7 +46,7 @@ def stored(tmp_path):
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize(
-    "lora", [Lora(4, 8), Lora(4, 8, variant=Variant.dora), Lora(3, 8, extra={"bias": "lora_only"})],
+    "lora", [Lora(4, 8), Lora(4, 8, variant=Variant.dora), Lora(3, 8, extra={"lora_bias": True})],
     ids=["plain", "dora", "bias"],
 )  # fmt: skip
 def test_counts_and_files_are_those_of_the_real_model(name, lora, stored, tmp_path):
