@@ -65,6 +65,15 @@ class Board:
     """All that the sweep wants better, `objective` first; each has a column."""
     best: int | None
     """Index of the best point within the bounds of `sweep.at_most`; None where none is complete."""
+    absent: int = 0
+    """Trials of the sweep that have not begun."""
+
+    def line(self) -> str:
+        """Tell that the ranking is not of the whole sweep; empty where it is."""
+        whole = len(self.trials) + self.absent
+        return (
+            f"{self.absent} of {whole} trials have not begun: this is a ranking of the others." if self.absent else ""
+        )
 
     @property
     def first(self) -> Point | None:
@@ -98,7 +107,8 @@ def read(folder: Path) -> Board:
     points = [_point(members, size, objective) for members in groups.values()]
     bounds = (sweep or {}).get("options", {}).get("at_most", {})
     values = [point.scores[objective] if point.complete and _within(point, bounds) else None for point in points]
-    return Board(trials, points, objective, objectives, metrics.best(values, METRICS[objective].direction))
+    absent = max(0, (sweep or {}).get("tickets", 0) - len(trials))
+    return Board(trials, points, objective, objectives, metrics.best(values, METRICS[objective].direction), absent)
 
 
 def _within(point: Point, bounds: dict[str, float]) -> bool:

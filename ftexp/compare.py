@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -144,7 +146,7 @@ def _tested(
             replace(point, score=shown(score), p=p)
             for point, score, p in zip(verdict.points, comparison.scores, comparison.p_best, strict=True)
         ),
-        best=comparison.best,
+        best=verdict.best if verdict.best in tied.members else comparison.best,  # of equals the leaderboard's
         same=tied.members,
         cheapest=None if same_cost else tied.cheapest,
         cost=cost,
@@ -227,12 +229,18 @@ def _tokenizers_differ(*trials: dict[str, Any]) -> bool:
     return len(told) > 1
 
 
+SCALED = ("valid/loss", "valid/perplexity", "valid/margin", "train/loss")
+"""Scores that mean something else with another method of training."""
+
+
 def other_scale(trial: dict[str, Any], other: dict[str, Any], objective: str) -> str | None:
     """Tell why an objective of two trials is no number of one kind; None where it is."""
     config = trial.get("config", {})
     if objective in ("valid/loss", "valid/perplexity") and _tokenizers_differ(trial, other):
         return "in tokens of different tokenizers: objectives=[valid/bits_per_byte] compares them"
     kind, beta = config.get("trainer.kind"), config.get("trainer.beta")
+    if objective in SCALED and other.get("config", {}).get("trainer.kind") != kind:
+        return f"by different trainer.kind, whose {objective} is of another kind"
     scaled = {"dpo": ("valid/loss", "valid/margin"), "rloo": ("valid/loss",)}.get(kind, ())
     if objective in scaled and other.get("config", {}).get("trainer.beta") != beta:
         better = "valid/reward" if kind == "rloo" else "valid/accuracy"
@@ -288,17 +296,25 @@ def _cost(points: list[list[dict[str, Any]]]) -> str | None:
 
 
 def _importance(points: list[list[dict[str, Any]]], sweep: dict[str, Any], objective: str) -> dict[str, Interval]:
-    """Importance of the searched keys that stand in a trial's config; choices of whole files do not."""
-    keys = [axis["key"] for axis in sweep.get("axes", []) if all(axis["key"] in m[0]["config"] for m in points)]
+    """Importance of the searched keys, choices of whole files among them."""
+    keys = [axis["key"].lstrip("+") for axis in sweep.get("axes", [])]
     if len(keys) < 2 or len(points) < explain.FEWEST:
         return {}
-    params = {key: [_told(m[0]["config"][key]) for m in points] for key in keys}
+    params = {key: [value_of(m[0], key, keys) for m in points] for key in keys}
     return explain.importance(params, [_mean(m, objective) for m in points], METRICS[objective].direction)
 
 
-def _told(value: Any) -> Any:
-    """Return a value as it is, or a list or mapping as text: a key such as `lora.targets` has these."""
-    return value if isinstance(value, int | float | str | None) else str(value)
+def value_of(trial: dict[str, Any], key: str, axes: Sequence[str]) -> Any:
+    """Return a searched key's value in a trial: of the config, or of its overrides for a choice of files.
+
+    A list or mapping, as `lora.targets` has, is given as text.
+    """
+    if key in trial["config"]:
+        found = trial["config"][key]
+        return found if isinstance(found, int | float | str) else str(found)
+    others = "|".join(re.escape(axis) for axis in axes)
+    told = re.search(rf"(?:^| )\+*{re.escape(key)}=(.*?)(?= \+*(?:{others})=| seed\+\d+$|$)", trial["label"])
+    return told[1] if told else "(not searched)"
 
 
 def _rate(points: list[list[dict[str, Any]]], sweep: dict[str, Any], objective: str) -> explain.Together | None:
@@ -352,7 +368,9 @@ def lines(verdict: Verdict) -> list[str]:
     if verdict.repeated:
         points = "1 point was" if verdict.repeated == 1 else f"{verdict.repeated} points were"
         told.append(f"{points} drawn again, with the same config and seed: such a point counts once.")
-    if verdict.left_out and verdict.points:
+    if verdict.left_out and not verdict.points:
+        told.append("No point is complete and within the bounds of sweep.at_most: there is nothing to choose from.")
+    elif verdict.left_out:
         points = "1 point" if verdict.left_out == 1 else f"{verdict.left_out} points"
         told.append(f"Left out of the comparison: {points}, not complete or above a bound.")
     return told

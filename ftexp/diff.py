@@ -33,6 +33,8 @@ class Score:
     """Lower end of the 95 % interval of second less first."""
     high: float | None
     """Upper end of it."""
+    untested: str | None = None
+    """Why the two values are no numbers of one kind, so that neither is better."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ def difference(first: Kept, second: Kept) -> Difference:
     from ftexp import compare
 
     tables = [compare.read_table(kept.folder / "examples.parquet") for kept in (first, second)]
-    here = [None if t is None else (t["prompt"], t["reference"]) for t in tables]
-    same = here[0] is not None and here[0] == here[1]
+    a, b = tables
+    same = a is not None and b is not None and compare.unlike(first.trial, a, second.trial, b) is None
     names = [n for n in METRICS if any(n in kept.trial.get("scores", {}) for kept in (first, second))]
     return Difference(
         runs.changed(first.trial["config"], second.trial["config"]),
@@ -70,10 +72,14 @@ def _score(name: str, first: Kept, second: Kept, tables: list[Any] | None) -> Sc
     from ftexp.stats import pairs
 
     values = [kept.trial.get("scores", {}).get(name) for kept in (first, second)]
+    if None not in values and (why := compare.other_scale(first.trial, second.trial, name)) is not None:
+        return Score(values[0], values[1], None, None, None, why)
     found = [compare.column(t, name) for t in tables or () if name.startswith("valid/")]
-    if len(found) != 2 or None in found or None in values or name == "valid/perplexity":
+    known = [c for c in found if c is not None and math.isfinite(c.value)]
+    if len(known) != 2 or not all(v is not None and math.isfinite(v) for v in values) or name == "valid/perplexity":
         return Score(values[0], values[1], None, None, None)
-    [pair] = pairs.compare([[c] for c in found if c is not None], METRICS[name].direction).pairs
+    groups = None if tables is None else compare.units(tables[0])
+    [pair] = pairs.compare([[c] for c in known], METRICS[name].direction, groups).pairs
     return Score(values[0], values[1], pair.p, -pair.high, -pair.low)
 
 
@@ -97,7 +103,7 @@ def show(difference: Difference, names: list[str]) -> None:
         if score.first is None or score.second is None:
             table.row(name, _number(score.first), _number(score.second), "", "", "")
             continue
-        better = metrics.better(score.second, score.first, METRICS[name].direction)
+        better = score.untested is None and metrics.better(score.second, score.first, METRICS[name].direction)
         change = _number(score.second - score.first) + (" better" if better else "")
         ends = "" if score.low is None else f"{_number(score.low)} to {_number(score.high)}"
         table.row(
@@ -106,6 +112,9 @@ def show(difference: Difference, names: list[str]) -> None:
     console.print(table)
     if not difference.same_rows:
         console.print("not tested: the runs were not scored on the same rows")
+    for name, score in difference.scores.items():
+        if score.untested is not None:
+            console.print(f"{name} not compared: {score.untested}", markup=False)
 
 
 def _told(value: Any) -> str:

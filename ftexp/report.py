@@ -126,7 +126,7 @@ def show(folder: Path, html: Path | None = None, page: bool = True) -> None:
     board = read(folder)
     console.print(leaderboard(board))
     sweep = beside(folder, board, compare.read(folder, board.trials, board.objective))
-    for line in [*compare.lines(sweep.verdict), *figures.confirmed(sweep)]:
+    for line in [*filter(None, [board.line()]), *compare.lines(sweep.verdict), *figures.confirmed(sweep)]:
         console.print(line, markup=False, highlight=False)
     for trial in board.trials:
         if "error" in trial:
@@ -173,7 +173,8 @@ def data(sweep: Sweep) -> dict[str, Any]:
             "scores": point.scores,
         })  # fmt: skip
     return verb.finite({
-        "name": sweep.name, "objective": board.objective, "points": points, "rows": verdict.rows,
+        "name": sweep.name, "objective": board.objective, "trials": len(board.trials) + board.absent,
+        "not_begun": board.absent, "points": points, "rows": verdict.rows,
         "detectable": verdict.detectable, "untested": verdict.untested, "cost": verdict.cost,
         "cheapest": None if verdict.cheapest is None else verdict.points[verdict.cheapest].label,
         "importance": {key: [s.value, s.low, s.high] for key, s in verdict.importance.items()},

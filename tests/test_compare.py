@@ -1,5 +1,6 @@
 """The comparison of a sweep from its folder alone: made tables with known answers, and a real sweep."""
 
+import json
 import math
 import shutil
 
@@ -11,6 +12,7 @@ from conftest import TINY
 
 from ftexp import compare, report
 from ftexp.files import read_json, write_json
+from ftexp.page import html as page
 
 TEXT = [f"row {n} é" for n in range(40)]
 
@@ -291,3 +293,81 @@ def test_real_sweep_is_compared(cli, tmp_path):
     assert found.untested is None
     assert found.rows == 12
     assert f"{found.points[found.best].label} is best (loss " in out
+
+
+def test_of_equal_points_the_leaderboards_first_is_best(sweep):
+    """Shares tie often; the sums over rows in another order must not choose another point."""
+    rng = np.random.default_rng(0)
+    for case in range(30):
+        column = (np.arange(len(TEXT)) < 13).astype(float)
+        shares = [{"f1": rng.permutation(column)} for _ in range(4)]
+        folder = sweep(*((4, 0, {}) for _ in shares), columns=shares, objectives=("valid/f1",))
+        for n in range(4):
+            told = read_json(folder / str(n) / "trial.json")
+            told["scores"]["valid/f1"] = float(np.mean(column))
+            told["label"] = f"lora.r={n}"
+            write_json(folder / str(n) / "trial.json", told)
+        board = report.read(folder)
+        found = compare.read(folder, board.trials, board.objective)
+        assert found.points[found.best].trials == (board.points[board.best].trials[0]["number"],), case
+        assert "above a bound" not in page.decision(report.gather(folder))
+
+
+def test_choices_of_files_have_their_share(sweep):
+    """Twelve points of two adapters, where the adapter alone matters."""
+    from itertools import product
+
+    folder = sweep(*((r, 1.0 * (kind == "dora"), {}) for kind, r, _ in product(("a", "dora"), (2, 4), (1, 2, 3))))
+    for n, (kind, r, lr) in enumerate(product(("default", "dora"), (2, 4), (1, 2, 3))):
+        told = read_json(folder / str(n) / "trial.json")
+        told |= {"label": f"lora={kind} lora.r={r} trainer.lr={lr}e-3"}
+        told["config"] |= {"lora.r": r, "trainer.lr": lr * 1e-3}
+        write_json(folder / str(n) / "trial.json", told)
+    write_json(
+        folder / "sweep.json",
+        read_json(folder / "sweep.json") | {"axes": [{"key": k} for k in ("lora", "lora.r", "trainer.lr")]},
+    )
+    shares = read(folder).importance
+    assert set(shares) == {"lora", "lora.r", "trainer.lr"}
+    assert shares["lora"].value > 0.7
+
+
+def test_methods_with_losses_of_their_own_are_not_compared(sweep):
+    folder = sweep((4, 0, {}), (8, 0.1, {}))
+    for n, kind in enumerate(("dpo", "reward")):
+        told = read_json(folder / str(n) / "trial.json")
+        told["config"]["trainer.kind"] = kind
+        write_json(folder / str(n) / "trial.json", told)
+    assert (
+        read(folder).untested
+        == "trials 0 and 1 were scored by different trainer.kind, whose valid/loss is of another kind"
+    )
+
+
+def test_sweep_whose_points_all_pass_a_bound_says_so(sweep):
+    folder = sweep((4, 0, {}), (8, 0.1, {}))
+    kept = read_json(folder / "sweep.json")
+    kept["options"]["at_most"] = {"cost/memory_gib": 1.0}
+    write_json(folder / "sweep.json", kept)
+    assert compare.lines(read(folder))[0].startswith("No point is complete and within the bounds of sweep.at_most")
+
+
+def test_sweep_that_was_stopped_is_not_told_as_a_whole_one(sweep, capsys):
+    folder = sweep((4, 0, {}), (8, 0.5, {}))
+    write_json(folder / "sweep.json", read_json(folder / "sweep.json") | {"tickets": 5})
+    report.show(folder)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "3 of 5 trials have not begun: this is a ranking of the others." in out
+    text = (folder / "report.html").read_text()
+    assert "5 trials: 2 complete, 3 not begun" in text and "3 of 5 trials have not begun" in text
+    told = json.loads(report.export(folder, "json"))
+    assert (told["trials"], told["not_begun"]) == (5, 3)
+
+
+def test_rival_of_a_score_that_is_a_difference_is_not_the_base(sweep):
+    folder = sweep((4, 0, {}), (8, 0.5, {}), objectives=("forgetting/loss",))
+    for n in range(2):
+        told = read_json(folder / str(n) / "trial.json")
+        told["scores"] |= {"forgetting/loss": 0.1 * n, "base/loss": 5.5833}
+        write_json(folder / str(n) / "trial.json", told)
+    assert "5.5833" not in page._best(report.gather(folder), report.gather(folder).winner)

@@ -67,3 +67,27 @@ def test_wrong_command_line_ends_in_usage_or_one_line(words, code, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["ftexp.diff", *words])
     assert diff.main() == code
     assert capsys.readouterr().err.startswith("ftexp: " if code == 4 else "usage: ")
+
+
+def test_what_the_report_does_not_compare_is_not_compared_here(tmp_path, capsys):
+    """Rows in units, losses of other tokenizers, and scores that are no number."""
+    right = [1.0] * 20 + [0.0] * 20
+    one, two = (made(tmp_path / n, values) for n, values in (("a", right), ("b", [1.0] * 12 + [0.0] * 28)))
+    alone = diff.difference(one, two).scores["valid/exact_match"].p
+    for kept in (one, two):
+        path = kept.folder / "examples.parquet"
+        table = pyarrow.parquet.read_table(path)
+        pyarrow.parquet.write_table(table.append_column("unit", pyarrow.array([n // 8 for n in range(40)])), path)
+    assert diff.difference(one, two).scores["valid/exact_match"].p > 10 * alone
+    for n, kept in enumerate((one, two)):
+        kept.trial["scores"]["valid/loss"] = 1.0 + n
+        kept.trial["facts"]["tokenizer_sha256"] = str(n)
+    told = diff.difference(one, two)
+    assert (told.scores["valid/loss"].p, told.scores["valid/loss"].low) == (None, None)
+    assert "different tokenizers" in told.scores["valid/loss"].untested
+    diff.show(told, ["a", "b"])
+    out = capsys.readouterr().out
+    assert "valid/loss not compared: in tokens of different tokenizers" in " ".join(out.split())
+    assert "better" not in next(line for line in out.splitlines() if "valid/loss" in line)
+    two.trial["scores"]["valid/exact_match"] = float("nan")
+    assert diff.difference(one, two).scores["valid/exact_match"].p is None

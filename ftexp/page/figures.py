@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftexp import board as boards
-from ftexp import sealed
+from ftexp import compare, sealed
 from ftexp.board import Board, Point
 from ftexp.compare import Verdict
 from ftexp.examples import Example
@@ -134,16 +134,7 @@ def pareto(sweep: Sweep, cost: str) -> Svg | None:
 
 def values(sweep: Sweep, key: str) -> list[Any]:
     """Return a key's value in each complete point: of the config, or of its overrides for a choice of files."""
-    return [_value(point.trials[0], key, sweep.axes) for point in sweep.complete]
-
-
-def _value(trial: dict[str, Any], key: str, axes: Sequence[str]) -> Any:
-    if key in trial["config"]:
-        found = trial["config"][key]
-        return found if isinstance(found, int | float | str) else str(found)
-    others = "|".join(re.escape(axis) for axis in axes)
-    found = re.search(rf"(?:^| )\+?{re.escape(key)}=(.*?)(?= \+?(?:{others})=| seed\+\d+$|$)", trial["label"])
-    return found[1] if found else "(not searched)"
+    return [compare.value_of(point.trials[0], key, sweep.axes) for point in sweep.complete]
 
 
 def effects(sweep: Sweep) -> dict[str, list[Bin]]:

@@ -59,7 +59,8 @@ def page(sweep: Sweep) -> str:
 def _header(sweep: Sweep) -> str:
     states = Counter(t["state"] for t in sweep.board.trials)
     told = ", ".join(f"{count} {state}" for state, count in states.items()) or "no trials yet"
-    metric, count = METRICS[sweep.board.objective], len(sweep.board.trials)
+    told += f", {sweep.board.absent} not begun" if sweep.board.absent else ""
+    metric, count = METRICS[sweep.board.objective], len(sweep.board.trials) + sweep.board.absent
     plural = "" if count == 1 else "s"
     unit = metric.unit
     if sweep.board.objective == "valid/loss":
@@ -89,7 +90,8 @@ def decision(sweep: Sweep) -> str:
         ("Run the best point again", _again(sweep), ' class="wide"'),
     ]
     card = "".join(f"<div{kind}><dt>{title}</dt><dd>{body}</dd></div>" for title, body, kind in items if body)
-    lines = "".join(f"<li>{_e(line)}</li>" for line in compare.lines(sweep.verdict))
+    listed = [*filter(None, [sweep.board.line()]), *compare.lines(sweep.verdict)]
+    lines = "".join(f"<li>{_e(line)}</li>" for line in listed)
     first = sweep.board.first or sweep.winner
     note = "" if first is sweep.winner else (
         f'<p class="warn">{_e(boards.label(first))} stands first on the leaderboard and is above a bound of '
@@ -103,7 +105,8 @@ def _best(sweep: Sweep, winner: Point) -> str:
     score = None if verdict.best is None else verdict.points[verdict.best].score
     sure = f", 95&nbsp;% interval {_span(score.low, score.high)}" if score and math.isfinite(score.low) else ""
     metric = name.split("/")[1]
-    rival = next((s for s in ("base", "tfidf") if f"{s}/{metric}" in winner.scores), None)
+    kinds = ("base", "tfidf") if name.startswith("valid/") else ()
+    rival = next((s for s in kinds if f"{s}/{metric}" in winner.scores), None)
     beside = "" if rival is None else f"<br>{rival} {_number(winner.scores[f'{rival}/{metric}'])}"
     trials = ("trials " if len(winner.trials) > 1 else "trial ") + winner.numbers
     told = f"{trials}: {_e(name)} {_number(winner.scores[name])}{sure}{beside}"

@@ -42,6 +42,8 @@ class Frozen:
     """Steps between two held-out losses, where pruners first look."""
     code: str = ""
     """Digest of ftexp's own source at the launch."""
+    tickets: int = 0
+    """Trials of the whole sweep, for those who read its folder alone; 0 where the launch did not say."""
     config_dir: str | None = None
     """Folder of the launch's `--config-dir`; told in commands that run a trial again, and read by none of them."""
 
@@ -52,7 +54,8 @@ class Frozen:
             self.folder / FILE,
             {"name": self.name, "fixed": list(self.space.fixed), "axes": axes, "options": config.plain(self.options),
              "objectives": self.objectives, "mlflow_run": self.mlflow_run, "track_uri": self.track_uri,
-             "rows": self.rows, "rung": self.rung, "code": self.code, "config_dir": self.config_dir},
+             "rows": self.rows, "rung": self.rung, "code": self.code, "tickets": self.tickets,
+             "config_dir": self.config_dir},
         )  # fmt: skip
 
     def run(self, point: dict[str, Any], replicate: int) -> Run:
@@ -107,7 +110,9 @@ def load(folder: Path) -> Frozen:
     assert isinstance(options, Options)
     space = Space(tuple(kept["fixed"]), tuple(axes))
     shared = (kept[key] for key in ("objectives", "mlflow_run", "track_uri", "rows", "rung", "code"))
-    return Frozen(folder, kept["name"], space, options, *shared, config_dir=kept.get("config_dir"))
+    return Frozen(
+        folder, kept["name"], space, options, *shared, tickets=kept.get("tickets", 0), config_dir=kept.get("config_dir")
+    )
 
 
 def variant(space: Space, point: dict[str, Any]) -> str:

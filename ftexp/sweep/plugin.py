@@ -236,8 +236,10 @@ def launch(
         raise ConfigError(f"name={runs[0].name}: the rows changed since the sweep was launched; choose another name")
     rung, code = runs[0].trainer.report_steps, facts.code()
     own = os.path.relpath(overrides.Own.folder) if overrides.Own.folder else None
+    grid = [] if options.sampler is not Sampler.grid else searched.grid() or [{}]
+    total = len(tickets(grid, options, searched))
     sweep = Frozen(
-        folder, runs[0].name, searched, options, objectives, parent, runs[0].track.uri, rows, rung, code, own
+        folder, runs[0].name, searched, options, objectives, parent, runs[0].track.uri, rows, rung, code, total, own
     )  # fmt: skip
     if kept is None and options.storage is not None and study.counted(worker.open_study(sweep)):
         raise ConfigError(

@@ -3,7 +3,7 @@
 import pytest
 from made import sweep
 
-from ftexp import report
+from ftexp import compare, report
 from ftexp.files import read_json, write_json
 from ftexp.page import figures
 
@@ -50,7 +50,7 @@ def test_no_front_of_a_cost_that_is_the_same(tmp_path):
      ("lora=a b lora.r=4", "a b"), ("lora.r=4 +lora=x", "x")],
 )  # fmt: skip
 def test_choice_of_a_file_is_read_from_the_overrides(label, wanted):
-    assert figures._value({"config": {"lora.r": 4}, "label": label}, "lora", ("lora", "lora.r")) == wanted
+    assert compare.value_of({"config": {"lora.r": 4}, "label": label}, "lora", ("lora", "lora.r")) == wanted
 
 
 def test_a_key_of_many_numbers_is_drawn(tmp_path):
