@@ -31,7 +31,12 @@ def compose(given: list[str]) -> Run:
     """
     config.register()
     plugin.register()
-    given = overrides.given(overrides.prepare(given))
+    prepared = overrides.prepare(given)
+    if overrides.runs(prepared) != "single":
+        raise ConfigError(
+            f"{' '.join(given)}: ftexp.api takes the overrides of one run; sweeps and --help are for the command line"
+        )
+    given = overrides.given(prepared)
     try:
         with hydra.initialize_config_dir(str(overrides.CONF), **overrides.BASE):
             return config.build(hydra.compose("config", given))

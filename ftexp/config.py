@@ -23,6 +23,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ftexp.errors import ConfigError
 
@@ -907,7 +908,12 @@ def store(name: str, node: Any, group: str | None = None, package: str | None = 
 
 def store_sweep(path: Path) -> None:
     """Make the file of a sweep known to Hydra as an option that sets keys of the whole config."""
-    store(path.stem, OmegaConf.load(path), "sweep", "_global_")
+    try:
+        store(path.stem, OmegaConf.load(path), "sweep", "_global_")
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f":{mark.line + 1}"
+        raise ConfigError(f"{path}{where}: {str(error).strip().splitlines()[0]}") from error
 
 
 def keys(node: type = Run, prefix: str = "") -> list[str]:

@@ -86,13 +86,14 @@ def choose(folder: str | None) -> None:
     files = []
     for inside in sorted(p for p in place.iterdir() if p.is_dir()):
         if inside.name in ours:
-            files += sorted(p for p in inside.iterdir() if p.suffix in (".yaml", ".yml"))
-        elif near := difflib.get_close_matches(inside.name, ours, n=1, cutoff=0.75):
+            files += sorted(p for p in inside.rglob("*") if p.suffix in (".yaml", ".yml"))
+        elif any(inside.glob("*.yaml")) and (near := difflib.get_close_matches(inside.name, ours, n=1, cutoff=0.75)):
             raise ConfigError(f"{inside}: there is no group of this name; did you mean {near[0]}/?")
     for path in files:
         if path.suffix == ".yml":
             raise ConfigError(f"{path}: must end in .yaml, as Hydra reads no other file")
-        if (there := ours[path.parent.name] / path.name).exists():
+        group, *rest = path.relative_to(place).parts
+        if (there := ours[group].joinpath(*rest)).exists():
             raise ConfigError(f"{path}: ftexp has an option of this name, {there}; give yours another")
     if not files:
         raise ConfigError(
@@ -125,6 +126,8 @@ def prepare(argv: list[str]) -> list[str]:
                 f"--{flag.replace('_', '-')} is not taken: configs are closed and checked; a file of values of yours "
                 "goes into the folder of its group, as mine/experiment/my.yaml, and is found by --config-dir mine"
             )
+    if sum(text in ("--config-dir", "-cd") or text.startswith(("--config-dir=", "-cd=")) for text in argv) > 1:
+        raise ConfigError("--config-dir takes one folder, got several")
     choose(args.config_dir)
     check(args.overrides)
     overrides = [_spelled_out(text) for text in args.overrides if text not in UNSET]

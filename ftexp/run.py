@@ -152,6 +152,8 @@ def _told(error: Exception) -> str:
     lines = [text.splitlines()[0] for text in told]
     if unknown := re.search(r"(Key '.+' not in '.+')\n\s+full_key: (\S+)", "\n".join(told)):
         hint = overrides.hint(unknown[2], {*config.keys(), *overrides.groups()})
+        if unknown[2] in ("experiment", "scale"):
+            hint = ", for its file does not begin with the line # @package _global_"
         lines = [lines[0].removesuffix(":"), f"unknown key {unknown[2]}{hint}"]
     return ": ".join(dict.fromkeys(lines))
 

@@ -70,3 +70,11 @@ def test_run_that_another_process_is_at_is_refused(tmp_path, monkeypatch):
     with plugin.only(tmp_path / "r", "r"), pytest.raises(MachineError, match="is being run by process"):
         api.run(*TINY, "track=none", folder=tmp_path / "r")
     assert not (tmp_path / "r" / "trial.json").exists()
+
+
+@pytest.mark.parametrize(
+    "more", [["sweep=rank"], ["lora.r=2", "-m"], ["sweep.workers=2"], ["--cfg", "job"], ["--help"]]
+)
+def test_what_asks_for_more_than_one_run_is_refused(more):
+    with pytest.raises(ConfigError, match=r"ftexp\.api takes the overrides of one run"):
+        api.run("model=tiny", *more)

@@ -103,3 +103,28 @@ def test_show_and_plan_take_the_folder(mine):
     argv = overrides.prepare([f"--config-dir={folder}", "model=tiny", "experiment=ours", "lora.alpha=1,2", "-m"])
     _, _, runs = plan.launched(argv)
     assert [(run.lora.r, run.lora.alpha) for run in runs] == [(48, 1), (48, 2)]
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "told"),
+    [
+        ({"sweeps__a": "hydra: {sweeper: [\n"}, ["lora.r=2"], "sweeps/a.yaml:2: while parsing a flow"),
+        ({"experiment__a": "trainer:\n  neftune: 3\n"}, ["experiment=a"],
+         "unknown key experiment, for its file does not begin with the line # @package _global_"),
+        ({"scale__smoke__latex_gpt2": "trainer: {steps: 1}", "lora__a": "r: 1"}, ["lora.r=2"],
+         "scale/smoke/latex_gpt2.yaml: ftexp has an option of this name"),
+        ({"lora__a": "r: 1"}, ["--config-dir=mine", "lora=a"], "--config-dir takes one folder, got several"),
+    ],
+)  # fmt: skip
+def test_mistake_in_a_folder_is_told_with_its_place(cli, mine, files, given, told):
+    mine(**files)
+    code, _, err = cli(*TINY, "--config-dir", "mine", *given, "name=m")
+    assert code == 2
+    assert told in err
+    assert "Traceback" not in err
+
+
+def test_folder_of_a_project_may_hold_others(mine, tmp_path):
+    folder = mine(experiment__ours=RECIPE, lora__wide="r: 48\n")
+    (folder / "models").mkdir()  # weights, near the name of a group
+    assert api.compose([f"--config-dir={folder}", "experiment=ours"]).lora.r == 48

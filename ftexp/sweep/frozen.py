@@ -121,7 +121,7 @@ def variant(space: Space, point: dict[str, Any]) -> str:
 
 
 def _chosen(space: Space, point: dict[str, Any]) -> list[str]:
-    return [f"{a.key}={point[a.key]}" for a in space.axes if a.composes and a.key in point]
+    return [f"{a.sign}{a.key}={point[a.key]}" for a in space.axes if a.composes and a.key in point]
 
 
 def shared(space: Space, point: dict[str, Any]) -> list[str]:

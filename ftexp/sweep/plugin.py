@@ -217,6 +217,7 @@ def launch(
         searched, options, objectives, _shared(searched, runs), _depending(searched, runs)
     ).known_to(kept)
     identity.check(kept, runs[0].name)
+    searched = _as_begun(folder, searched)
     folder.mkdir(parents=True, exist_ok=True)
     if kept is None:
         shutil.rmtree(folder / "frozen", ignore_errors=True)  # of a launch that ended before its trials began
@@ -251,6 +252,17 @@ def launch(
     if kept is None:
         write_json(folder / "identity.json", identity.told)
     carry_out(sweep, runs[0], started)
+
+
+def _as_begun(folder: Path, searched: Space) -> Space:
+    """Search ranges in the numbers they were begun in: an earlier ftexp took `interval(0,1)` of any key for whole ones.
+
+    Optuna's record refuses a key that changes.
+    """
+    if not (folder / frozen.FILE).exists():
+        return searched
+    begun = {axis.key: axis.whole for axis in frozen.load(folder).space.axes}
+    return replace(searched, axes=tuple(replace(axis, whole=begun.get(axis.key, axis.whole)) for axis in searched.axes))
 
 
 def _same_record(before: dict[str, Any], options: Options, name: str) -> None:

@@ -43,6 +43,8 @@ class Axis:
     """Axes before this one and the values they must have; elsewhere the key keeps its value of the config."""
     composes: bool = False
     """Whether it chooses files of `conf/`, which only Hydra can put together."""
+    sign: str = ""
+    """What stands before the key in an override: `++` for keys that exist only once given, as of `trainer.extra`."""
 
     @property
     def discrete(self) -> bool:
@@ -71,7 +73,8 @@ class Space:
 
     def point(self, values: dict[str, Any]) -> list[str]:
         """Return the overrides of a point."""
-        return [f"{axis.key}={values[axis.key]}" for axis in self.axes if axis.key in values] + list(self.fixed)
+        given = [f"{axis.sign}{axis.key}={values[axis.key]}" for axis in self.axes if axis.key in values]
+        return given + list(self.fixed)
 
     def active(self, axis: Axis, values: dict[str, Any]) -> bool:
         """Tell whether an axis is searched where the axes before it have these values."""
@@ -164,14 +167,16 @@ def parse(given: Sequence[str], conditions: dict[str, dict[str, Any]] | None = N
     Raises:
         ConfigError: a range is empty or has no logarithm, or a condition names no axis before its own.
     """
-    last: dict[str, Override] = {o.get_key_element(): o for o in OverridesParser.create().parse_overrides(list(given))}
+    told = OverridesParser.create().parse_overrides(list(given))
+    last: dict[str, Override] = {o.get_key_element().lstrip("+"): o for o in told}
     fixed = [str(o.input_line) for o in last.values() if not o.is_sweep_override()]
     axes: list[Axis] = []
     for key, override in last.items():
         if override.is_sweep_override():
             when = _when(key, (conditions or {}).get(key, {}), axes)
-            group = key.split("@")[0].lstrip("+") in overrides.groups()
-            axes.append(replace(_axis(key, override), when=when, composes=group))
+            element = override.get_key_element()
+            sign, group = element.removesuffix(element.lstrip("+")), key.split("@")[0] in overrides.groups()
+            axes.append(replace(_axis(key, override), when=when, composes=group, sign=sign))
     return Space(tuple(fixed), tuple(axes))
 
 

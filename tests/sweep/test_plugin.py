@@ -617,3 +617,48 @@ def test_sabotage_point_of_other_versions_is_trained_again(cli, tmp_path, monkey
         made[0]["facts"]["versions"]["torch"]
     }
     assert "repeats" not in made[0]
+
+
+def test_command_line_wins_over_a_file_in_open_keys_too(cli, tmp_path):
+    """`trainer.extra.adam_beta1` of a sweep's file and of the command line are one key, searched or not."""
+    (tmp_path / "mine/sweeps").mkdir(parents=True)
+    text = "hydra:\n  sweeper:\n    params:\n      lora.r: 2,4\n      trainer.extra.adam_beta1: 0.8,0.9\n"
+    (tmp_path / "mine/sweeps/betas.yaml").write_text(text)
+    given = [*TINY, "--config-dir=mine", "sweep=betas", "track=none", "eval=loss"]
+    for more, wanted in (([], [0.8, 0.9] * 2), (["trainer.extra.adam_beta1=0.7"], [0.7] * 2),
+                         (["trainer.extra.adam_beta1=0.6,0.7"], [0.6, 0.7] * 2)):  # fmt: skip
+        name = f"b{len(more)}{len(wanted)}"
+        code, _, err = cli(*given, *more, f"name={name}")
+        assert code == 0, err
+        told = [read_json(tmp_path / f"outputs/sweeps/{name}/{n}/trial.json") for n in range(len(wanted))]
+        assert [t["config"]["trainer.extra.adam_beta1"] for t in told] == wanted
+        assert not (tmp_path / f"outputs/sweeps/{name}/{len(wanted)}").exists()
+        assert "+" not in told[0]["label"]
+        kept = read_json(tmp_path / f"outputs/sweeps/{name}/identity.json")
+        assert not [k for k in kept if k.startswith("depending") and "adam_beta1" in k]
+    code, _, err = cli(*given, "sweep.sampler=random", "sweep.n_trials=2", "name=base",
+                       "sweep.baselines=[{lora.r: 4, trainer.extra.adam_beta1: 0.8}]")  # fmt: skip
+    assert code == 0, err
+
+
+def test_range_goes_on_in_the_numbers_it_was_begun_in(cli, tmp_path):
+    """As a sweep of an earlier ftexp, for which `interval(0,1)` was of whole numbers."""
+    given = [
+        *TINY,
+        "trainer.weight_decay=interval(0,1)",
+        "lora.r=2,4",
+        "sweep.sampler=random",
+        "track=none",
+        "eval=loss",
+    ]
+    from ftexp.sweep import space
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(space.config, "is_real", lambda key: False)
+        assert cli(*given, "sweep.n_trials=1", "name=up", "-m")[0] == 0
+    code, _, err = cli(*given, "sweep.n_trials=3", "name=up", "-m")
+    assert code == 0, err
+    told = [
+        read_json(tmp_path / f"outputs/sweeps/up/{n}/trial.json")["config"]["trainer.weight_decay"] for n in range(3)
+    ]
+    assert {float(v) for v in told} <= {0.0, 1.0}
