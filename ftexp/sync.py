@@ -10,7 +10,7 @@ import hashlib
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
@@ -41,6 +41,8 @@ class Brought:
     """Points of metrics that were not there."""
     files: int = 0
     """Files and folders that were not there."""
+    running: int = 0
+    """Runs that are not over, or were killed and not gone on with, and are left out."""
 
 
 def sync(folders: list[Path], uri: str | None = None) -> Brought:
@@ -59,7 +61,9 @@ def sync(folders: list[Path], uri: str | None = None) -> Brought:
         for path in found:
             with FileLock(path.parent.parent / LOCK):  # of the sweep: another node may be bringing it
                 kept = Kept(path.parent, read_json(path) or {})
-                if "track" in kept.trial and kept.trial.get("state") != "running":
+                if "track" in kept.trial and kept.trial.get("state") == "running":
+                    told.running += 1
+                elif "track" in kept.trial:
                     _bring(kept, uri or kept.trial["track"]["uri"], told, parents)
             advance(1)
     return told
@@ -71,7 +75,8 @@ def _bring(kept: Kept, uri: str, told: Brought, parents: dict[Path, str]) -> Non
     own = uri == kept.trial["track"]["uri"]
     run_id = _known(client, kept.trial.get("mlflow_run") if own else _elsewhere(kept.folder, uri))
     if run_id is None:
-        run_id = track.create(where, kept.trial["label"], kept.folder, _parent(kept, where, client, parents, told))
+        parent = _parent(kept, where, client, parents, told)
+        run_id = track.create(where, kept.trial["label"], kept.folder, parent, min(_times(kept), default=None))
         if own:
             write_json(kept.folder / "trial.json", kept.trial | {"mlflow_run": run_id})
         else:
@@ -92,8 +97,24 @@ def _bring(kept: Kept, uri: str, told: Brought, parents: dict[Path, str]) -> Non
             told.files += 1
     if log.client is None:
         raise MachineError(f"track.uri={uri} failed while {kept.folder} was brought; the same command goes on")
-    if stored.info.status in ("RUNNING", "SCHEDULED") and kept.trial["state"] in ENDED:
-        client.set_terminated(run_id, ENDED[kept.trial["state"]])
+    _end(kept, client, stored)
+
+
+def _end(kept: Kept, client: MlflowClient, stored: Any) -> None:
+    """Say how a run ended, in place of how an earlier attempt did."""
+    state, run_id = kept.trial["state"], stored.info.run_id
+    tag = {"pruned": track.PRUNED, "failed": track.ERROR}.get(state)
+    for old in track.ENDS & stored.data.tags.keys() - {tag}:
+        client.delete_tag(run_id, old)
+    if tag is not None and tag not in stored.data.tags:
+        client.set_tag(run_id, tag, str(kept.trial.get("error", ""))[:500])
+    if state in ENDED and stored.info.status != ENDED[state]:
+        client.set_terminated(run_id, ENDED[state], max(_times(kept), default=None))
+
+
+def _times(kept: Kept) -> list[int]:
+    """List when the points of a run were made, in milliseconds."""
+    return [int(point["time"]) for point in kept.points()]
 
 
 def _elsewhere(folder: Path, uri: str) -> str | None:
@@ -130,6 +151,7 @@ def _parent(
 ) -> str | None:  # fmt: skip
     """Return the run of the trial's sweep, made where the store does not hold it; None for a single run."""
     folder = kept.folder.parent
+    folder = folder.parent if folder.name == "confirm" else folder
     sweep = read_json(folder / "sweep.json")
     if sweep is None:
         return None
@@ -144,6 +166,10 @@ def _parent(
             else:
                 _keep_elsewhere(folder, where.uri, parents[folder])
             told.runs += 1
+        page = folder / "report.html"
+        if page.exists() and page.name not in {entry.path for entry in client.list_artifacts(parents[folder])}:
+            client.log_artifact(parents[folder], str(page))
+            told.files += 1
     return parents[folder]
 
 
@@ -179,6 +205,8 @@ def _main(args: argparse.Namespace) -> int:
         print(verb.as_json(asdict(told), None))
     else:
         print(f"brought {told.runs} runs, {told.points} points and {told.files} files that were not there")
+        if told.running:
+            print(f"left out {told.running} that are not over; one that was killed is brought once it has gone on")
     return 0
 
 

@@ -178,9 +178,11 @@ def start(
     folder.mkdir(parents=True, exist_ok=True)
     _cut(folder / FILE, done)
     log = Log(folder)
+    log.run_id = (
+        before if run.track.kind is not Tracker.none else None
+    )  # where `ftexp sync` looks, also without a store
     if _reached(run.track):
         with _failing():
-            log.run_id = before  # `ftexp sync` looks there where the store does not answer now
             if before is None or not _reopen(run.track, before, log):
                 log.client, log.run_id = _open(run.track, label, folder, parent)
     try:
@@ -193,7 +195,7 @@ def start(
     except BaseException as error:
         log.flush()
         log.tags({ERROR: f"{type(error).__name__}: {error}"[:500]})
-        _close(log, "FAILED")
+        _close(log, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     log.flush()
     _close(log, "FINISHED")
@@ -286,17 +288,23 @@ def attach(uri: str, run_id: str, path: Path) -> None:
         warn(f"{path.name} is not in MLflow: {str(error).splitlines()[0]}")
 
 
+def reopen_parent(track: Track, run_id: str | None) -> None:
+    """Show the run of a sweep as running again: it goes on."""
+    if run_id is not None and _reached(track):
+        Log(Path(), store(track)[0], run_id)._try(lambda client, run_id: client.update_run(run_id, status="RUNNING"))
+
+
 def close_parent(
-    track: Track, run_id: str | None, tags: dict[str, Any], metrics: dict[str, float], failed: bool
+    track: Track, run_id: str | None, tags: dict[str, Any], metrics: dict[str, float], status: str
 ) -> None:
-    """Close the run of a sweep with its summary."""
+    """Close the run of a sweep with its summary; MLflow knows FINISHED, FAILED, and KILLED for one that was stopped."""
     if run_id is None or not _reached(track):
         return
     log = Log(Path(), store(track)[0], run_id)
     log.tags(tags)
     log._points = [(name, value, int(time.time() * 1000), 0) for name, value in metrics.items()]
     log.flush()
-    _close(log, "FAILED" if failed else "FINISHED")
+    _close(log, status)
 
 
 def tag(track: Track, run_id: str | None, tags: dict[str, Any]) -> None:
@@ -309,12 +317,14 @@ def _close(log: Log, status: str) -> None:
     log._try(lambda client, run_id: client.set_terminated(run_id, status))
 
 
-def create(track: Track, label: str, folder: Path, parent: str | None) -> str:
-    """Make a run in the store and return its id."""
-    return _open(track, label, folder, parent)[1]
+def create(track: Track, label: str, folder: Path, parent: str | None, began: int | None = None) -> str:
+    """Make a run in the store, which began at a time in milliseconds or now, and return its id."""
+    return _open(track, label, folder, parent, began)[1]
 
 
-def _open(track: Track, label: str, folder: Path, parent: str | None) -> tuple[MlflowClient, str]:
+def _open(
+    track: Track, label: str, folder: Path, parent: str | None, began: int | None = None
+) -> tuple[MlflowClient, str]:
     from getpass import getuser
 
     from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME, MLFLOW_USER
@@ -328,7 +338,7 @@ def _open(track: Track, label: str, folder: Path, parent: str | None) -> tuple[M
     }
     if parent:
         tags[MLFLOW_PARENT_RUN_ID] = parent
-    return client, client.create_run(experiment, tags=tags).info.run_id
+    return client, client.create_run(experiment, start_time=began, tags=tags).info.run_id
 
 
 _stores: dict[tuple[str, str], tuple[MlflowClient, str]] = {}

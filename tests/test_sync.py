@@ -10,7 +10,8 @@ from conftest import TINY
 from ftexp import sync, track
 from ftexp.config import Track
 from ftexp.errors import MachineError
-from ftexp.files import read_json
+from ftexp.files import read_json, write_json
+from ftexp.sweep import worker
 
 DEAD = "track.uri=http://127.0.0.1:9"
 
@@ -61,7 +62,7 @@ def test_sweep_without_its_server_ends_well_and_is_brought_later_once(cli, verb,
     assert code == 0, err
     points = [in_files(tmp_path / "outputs" / "sweeps" / "s" / str(n)) for n in range(2)]
     total = sum(len(p) for told in points for p in told.values())
-    assert out == f"brought 3 runs, {total} points and 4 files that were not there\n"
+    assert out == f"brought 3 runs, {total} points and 5 files that were not there\n"
     told = histories(uri)
     assert [told["lora.r=2"], told["lora.r=4"]] == points
     client, experiment = track.store(Track(uri=uri))
@@ -226,7 +227,7 @@ def test_dead_store_is_named(cli, verb, tmp_path):
 
 def test_run_without_tracking_is_left_out(cli, verb):
     assert cli(*TINY, "name=one", "track=none")[0] == 0
-    assert json.loads(verb("--json")[1]) == {"runs": 0, "points": 0, "files": 0}
+    assert json.loads(verb("--json")[1]) == {"runs": 0, "points": 0, "files": 0, "running": 0}
 
 
 def test_interruption_ends_in_one_line(monkeypatch, capsys):
@@ -246,3 +247,74 @@ def test_second_store_takes_each_run_once_and_leaves_the_first_alone(cli, verb, 
     assert [t["runs"] for t in told] == [3, 0, 0, 0]
     assert len(histories(own)) == len(histories(team)) == 3
     assert team not in "".join(p.read_text() for p in (tmp_path / "outputs").rglob("*.json"))
+
+
+def test_run_that_went_on_while_its_server_was_down_stays_one_run(cli, verb, tmp_path, monkeypatch):
+    """Asked to leave, gone on with without an answer, and brought: one run, finished, with no word of the first end."""
+    from ftexp.train import control
+
+    uri = f"sqlite:///{tmp_path}/ml.db"
+    given = [*TINY, "name=pre", f"track.uri={uri}", "trainer.steps=6"]
+    seen = []
+    monkeypatch.setattr(control.LEAVE, "is_set", lambda: len(seen.append(1) or seen) > 2)
+    code, _, err = cli(*given)
+    assert code in (75, 130), err
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    control.LEAVE.clear()
+    client, experiment = track.store(Track(uri=uri))
+    [before] = client.search_runs([experiment])
+    assert before.info.status == "KILLED"  # not a failure
+    assert track.ERROR in before.data.tags
+    monkeypatch.setattr(track, "_dead", {uri})  # no answer from here on
+    code, _, err = cli(*given)
+    assert code == 0, err
+    kept = read_json(tmp_path / "outputs/runs/pre/trial.json")
+    assert kept["mlflow_run"] == before.info.run_id
+    monkeypatch.setattr(track, "_dead", set())
+    assert verb()[0] == 0
+    [after] = client.search_runs([experiment])
+    assert (after.info.run_id, after.info.status) == (before.info.run_id, "FINISHED")
+    assert track.ERROR not in after.data.tags
+    assert histories(uri)["pre"] == in_files(tmp_path / "outputs/runs/pre")
+
+
+def test_run_that_failed_says_why_in_the_store_it_is_brought_to_and_when_it_was(cli, verb, tmp_path):
+    assert cli(*TINY, "name=bad", DEAD)[0] == 0
+    path = tmp_path / "outputs/runs/bad/trial.json"
+    write_json(path, read_json(path) | {"state": "failed", "error": "diverged at step 2: train/loss is nan"})
+    write_json(
+        tmp_path / "outputs/runs/k/trial.json",
+        read_json(tmp_path / "outputs/runs/bad/trial.json") | {"state": "running"},
+    )
+    uri = f"sqlite:///{tmp_path}/other.db"
+    code, out, _ = verb("--uri", uri)
+    assert (code, "left out 1 that are not over" in out) == (0, True)
+    client, experiment = track.store(Track(uri=uri))
+    [run] = client.search_runs([experiment])
+    times = [
+        json.loads(line)["time"] for line in (tmp_path / "outputs/runs/bad/metrics.jsonl").read_text().splitlines()
+    ]
+    assert (run.info.status, run.info.start_time, run.info.end_time) == ("FAILED", int(min(times)), int(max(times)))
+    assert "diverged" in run.data.tags[track.ERROR]
+
+
+def test_sweep_that_was_stopped_is_killed_in_the_store_and_runs_again_when_it_goes_on(cli, tmp_path, monkeypatch):
+    from ftexp.sweep import plugin
+
+    uri = f"sqlite:///{tmp_path}/ml.db"
+    given = [*TINY, "lora.r=2,4", "name=s", f"track.uri={uri}", "eval=loss", "-m"]
+    honest, seen = plugin._run_left, []
+    monkeypatch.setattr(plugin, "_run_left", lambda sweep, record, *_: record.set_user_attr(worker.LEAVE, True))
+    assert cli(*given)[0] == 75
+    client, experiment = track.store(Track(uri=uri))
+    parent = read_json(tmp_path / "outputs/sweeps/s/sweep.json")["mlflow_run"]
+    assert client.get_run(parent).info.status == "KILLED"
+
+    def watched(*all_of):
+        seen.append(client.get_run(parent).info.status)
+        return honest(*all_of)
+
+    monkeypatch.setattr(plugin, "_run_left", watched)
+    assert cli(*given)[0] == 0
+    assert (seen, client.get_run(parent).info.status) == (["RUNNING"], "FINISHED")

@@ -309,6 +309,7 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
         )
     left = sum(not t.state.is_finished() for t in study.counted(record))
     if left:
+        track.reopen_parent(run.track, sweep.mlflow_run)
         probe.refuse(probe.quick(run, sweep.folder))  # of a sweep that goes on: elsewhere, or with other versions
     count = layout.workers(sweep, record, left)
     where = f"{min(count, left)} workers" if count else "in this process"
@@ -455,8 +456,9 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
     if best is not None:
         told[sweep.objectives[0]] = best[1]
     tags = {} if best is None else {"ftexp.best_trial": ",".join(map(str, best[0]))}
-    track.close_parent(run.track, sweep.mlflow_run, tags, told, bool(failed))
     stop = record.user_attrs.get(worker.STOP)
+    status = "KILLED" if stop or record.user_attrs.get(worker.LEAVE) else "FAILED" if failed else "FINISHED"
+    track.close_parent(run.track, sweep.mlflow_run, tags, told, status)
     if record.user_attrs.get(worker.LEAVE):
         raise control.left(f"sweep {sweep.name} was stopped: {screen.line(sweep, record)}")
     if record.user_attrs.get(worker.FULL):
