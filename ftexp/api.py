@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hydra.errors import HydraException
 from ftexp import config, data, experiment, overrides
 from ftexp.config import Run
 from ftexp.errors import ConfigError
+from ftexp.progress import quiet_libraries
 from ftexp.sweep import plugin
 from ftexp.train import losses
 
@@ -78,11 +80,13 @@ def run(
         asked.append(f"name={_name(list(given), marks)}")
     made = compose(asked)
     into = Path(folder) if folder is not None else Path("outputs/runs") / made.name
-    experiment.check(made, into)
-    if experiment.complete(made, into) is None:
-        experiment.prepare(made)
-    with plugin.only(into, made.name):
-        return experiment.execute(made, into, made.name)
+    with warnings.catch_warnings():  # the caller's own filters stay
+        quiet_libraries()
+        experiment.check(made, into)
+        if experiment.complete(made, into) is None:
+            experiment.prepare(made)
+        with plugin.only(into, made.name):
+            return experiment.execute(made, into, made.name)
 
 
 def _name(given: list[str], marks: list[str]) -> str:

@@ -254,7 +254,12 @@ def _scores(kept: Kept, confirmed: str | None) -> str:
         f"On {kept.trial['facts']['rows']['valid']} held-out rows; loss is {unit}. Intervals are over rows of the "
         "kind; they know nothing of the noise of training.", "", _table(("", rival, "this run", "95 % interval"), rows),
     ]  # fmt: skip
-    if kept.folder.name.isdigit():
+    if kept.folder.parent.name == "confirm":
+        lines += [
+            "",
+            "The run confirms a sweep's point with a fresh seed: these rows chose the point, not this run.",
+        ]
+    elif kept.folder.name.isdigit():
         lines += ["", "The run is a trial of a sweep that these rows ranked, so its scores look better than they are."]
     if confirmed is not None:
         lines += ["", f"The same config was trained again: {_plain(confirmed)}"]
@@ -286,7 +291,7 @@ def _local(word: str) -> str:
     >>> _local("data.path=/home/me/rows.jsonl"), _local("lora.r=8")
     ('data.path=rows.jsonl', 'lora.r=8')
     """
-    key, sign, value = word.partition("=")
+    key, sign, value = word.partition("=") if "=" in word else ("", "", word)
     bare = value.strip("'\"")
     return f"{key}{sign}{Path(bare).name}" if bare.startswith(("/", "~")) else word
 

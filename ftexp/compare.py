@@ -205,9 +205,13 @@ def _columns(
             first, unit = ((trial, content), units(content)) if first is None else (first, unit)
             how = unlike(*first, trial, content) or other_scale(first[0], trial, objective)
             if how is not None:
-                return f"trials {first[0]['number']} and {trial['number']} were scored {how}"
+                return Unlike(f"trials {first[0]['number']} and {trial['number']} were scored {how}")
             table[-1].append(found)
     return table, unit
+
+
+class Unlike(str):
+    """Why scores of trials are numbers of different kinds, or of different rows."""
 
 
 def unlike(
@@ -356,6 +360,8 @@ def lines(verdict: Verdict) -> list[str]:
         told += _noise(verdict)
     elif len(verdict.points) > 1:
         told.append(f"not tested: {verdict.untested}")
+        if isinstance(verdict.untested, Unlike):
+            told.append("So the leaderboard's order is that of numbers of different kinds, and its first is not best.")
     if verdict.importance:
         shares = [f"{k} {_percent(i)}" for k, i in verdict.importance.items()]
         told.append(f"What sets the best points apart (share, 95 % interval): {', '.join(shares)}.")

@@ -29,6 +29,8 @@ from ftexp.train import answers, classify
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ftexp.model.compute import Compute
+
 FORMS = ("adapter", "merged", "gguf", "merged4bit")
 WEIGHTS = "adapter_model.safetensors"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -151,6 +153,7 @@ def _merged(kept: Kept, run: Run, folder: Path, form: str, dtype: str) -> Fideli
     say("asking the run")
     with trained.load(kept) as loaded:
         before = ask(loaded.tuned, loaded.tokenizer, "run")
+        _check_recorded(kept, run, before, loaded.compute)
         formats = (dtype, loaded.compute.dtype)  # the coarser of both rounds
         chosen = replace(loaded.compute, dtype=dtype)
     del loaded  # a whole model is let go before it is read again
@@ -240,6 +243,25 @@ def _check_tokens(kept: Kept, run: Run, again: PreTrainedTokenizerBase) -> None:
         raise Unfaithful(
             f"{len(other)} of {len(rows)} held-out rows of {kept.name}, as {other[0]}, have other tokens in the GGUF "
             "file; it was removed"
+        )
+
+
+def _check_recorded(kept: Kept, run: Run, found: Answers, chosen: Compute) -> None:
+    """Refuse files that do not answer as the run scored; a model is compared with what the files say.
+
+    Text alone, on a device like the run's: elsewhere other kernels round.
+
+    Raises:
+        Unfaithful: the held-out loss is another one.
+    """
+    where, recorded = kept.trial["facts"]["compute"], kept.trial["scores"]["valid/loss"]
+    if run.trainer.kind is not Method.sft or (where["device"], where["dtype"]) != (chosen.device, chosen.dtype):
+        return
+    limit = fidelity.LIMITS[chosen.dtype] if run.quant.kind is Format.none else fidelity.PACKED
+    if abs(found.loss - recorded) > limit.loss:
+        raise Unfaithful(
+            f"the files of {kept.name} answer with a held-out loss of {found.loss:.4f}, and the run recorded "
+            f"{recorded:.4f}: they are not what it scored; nothing was written"
         )
 
 

@@ -96,6 +96,14 @@ def test_no_row_and_no_path_is_told(kept, at):
     assert card._local("data.path=/home/me/x.jsonl") == "data.path=x.jsonl"
     assert card._local("model.path='/home/me/my model'") == "model.path=my model"
     assert card._local("data.path=x.jsonl") == "data.path=x.jsonl"
+    assert card._local("/home/me/team") == "team"  # behind --config-dir
+
+
+def test_run_of_a_confirmation_is_not_told_as_one_that_was_ranked(kept, tmp_path):
+    folder = shutil.copytree(kept.folder, tmp_path / "s/confirm/0")
+    text = card.write(replace(kept, folder=folder), "adapter", None, None)
+    assert "confirms a sweep's point with a fresh seed" in text
+    assert "that these rows ranked" not in text
 
 
 def test_paths_are_cut_in_the_whole_card(kept, tmp_path):

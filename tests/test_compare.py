@@ -344,6 +344,13 @@ def test_methods_with_losses_of_their_own_are_not_compared(sweep):
     )
 
 
+def test_first_of_scores_that_are_not_of_one_kind_is_told_to_be_no_best(sweep):
+    of = [{"facts": {"tokenizer_sha256": name}} for name in "ab"]
+    told = compare.lines(read(sweep((4, 0, of[0]), (8, 0.1, of[1]))))
+    assert "different tokenizers" in told[0]
+    assert told[1] == "So the leaderboard's order is that of numbers of different kinds, and its first is not best."
+
+
 def test_sweep_whose_points_all_pass_a_bound_says_so(sweep):
     folder = sweep((4, 0, {}), (8, 0.1, {}))
     kept = read_json(folder / "sweep.json")

@@ -146,3 +146,30 @@ def test_exit_code_tells_who_asked_to_leave(monkeypatch, number, code):
 def test_threshold_of_a_label_that_every_row_has_gives_it_to_a_row_that_scores_a_little_less():
     assert labels.threshold([True, True, True], [0.7, 0.9, 0.8]) == pytest.approx(0.35)
     assert labels.threshold([True, False, True], [0.9, 0.2, 0.6]) == pytest.approx(0.4)
+
+
+def test_files_that_are_not_what_a_run_scored_are_not_exported(cli, tmp_path, monkeypatch, capsys):
+    """Before and after a merge would agree: both come from the files."""
+    import sys
+
+    from safetensors.torch import save_file
+
+    from ftexp import export
+
+    assert cli(*SHORT, "name=one")[0] == 0
+    path = tmp_path / "outputs/runs/one/adapter/adapter_model.safetensors"
+    kept = load_file(path)
+    monkeypatch.setattr(sys, "argv", ["ftexp export", "one", "--form", "merged", "--to", str(tmp_path / "good")])
+    assert export.main() == 0
+    save_file({name: value * 0.5 for name, value in kept.items()}, path, metadata={"format": "pt"})
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["ftexp export", "one", "--form", "merged", "--to", str(tmp_path / "bad")])
+    assert export.main() == errors.Unfaithful.exit_code
+    assert "they are not what it scored; nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists()
+
+
+def test_notebook_is_spared_what_libraries_tell_their_callers(tmp_path, monkeypatch, recwarn):
+    monkeypatch.chdir(tmp_path)
+    api.run(*SHORT, "name=w")
+    assert not [w for w in recwarn if "deprecated" in str(w.message) and "transformers" in str(w.filename)]

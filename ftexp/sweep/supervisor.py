@@ -284,6 +284,7 @@ def _end_overdue(sweep: Frozen, record: Study, places: list[Slot], began: dict[i
     `began` keeps when each attempt was first seen running, on the monotonic clock: the record's times are the wall
     clock's, which may be put forward by an hour.
     """
+    from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
 
     minutes = sweep.options.timeout_minutes
@@ -296,12 +297,12 @@ def _end_overdue(sweep: Frozen, record: Study, places: list[Slot], began: dict[i
             continue
         for slot in places:
             if slot.process is not None and slot.token == worker["token"]:
-                record._storage.set_trial_user_attr(trial._trial_id, "ftexp:kind", "timeout")
-                record._storage.set_trial_user_attr(
-                    trial._trial_id, "ftexp:reason", f"ran longer than {minutes:g} minutes"
-                )
-                record._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
-                slot.process.kill()
+                told = {"ftexp:kind": "timeout", "ftexp:reason": f"ran longer than {minutes:g} minutes"}
+                with suppress(UpdateFinishedTrialError):  # it has come to its end at last
+                    for name, value in told.items():
+                        record._storage.set_trial_user_attr(trial._trial_id, name, value)
+                    record._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+                    slot.process.kill()
 
 
 def _leave(places: list[Slot]) -> None:
