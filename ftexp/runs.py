@@ -84,7 +84,7 @@ def find(target: str) -> Kept:
     found = []
     for path in sorted(OUTPUTS.glob("**/trial.json")) if len(target) >= 8 else ():
         kept = read_json(path) or {}
-        if str(kept.get("mlflow_run") or "").startswith(target):
+        if str(kept.get("mlflow_run") or "").startswith(target) and "repeats" not in kept:  # which took another's
             found.append(Kept(path.parent, kept))
     if len(found) != 1:
         told = "no run" if not found else f"{len(found)} runs"
