@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY
 from hydra.core.plugins import Plugins
 
-from ftexp import experiment
+from ftexp import experiment, runs
 from ftexp.files import read_json, write_json
 from ftexp.sweep import plugin
 
@@ -599,6 +599,9 @@ def test_point_that_is_drawn_again_takes_the_result_there_is(cli, tmp_path, monk
         assert (folder / str(n) / "adapter/adapter_config.json").read_bytes()
         assert f"trial {n} is trial {first} again" in err
     assert "3 points were drawn again" in " ".join((out + err).split())
+    monkeypatch.chdir(tmp_path)
+    first = min(repeats.values())
+    assert runs.find(told[first]["mlflow_run"]).folder.name == str(first)  # one run in MLflow, and one folder of it
 
 
 def test_sabotage_point_of_other_versions_is_trained_again(cli, tmp_path, monkeypatch):
