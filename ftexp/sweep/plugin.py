@@ -457,7 +457,8 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
         told[sweep.objectives[0]] = best[1]
     tags = {} if best is None else {"ftexp.best_trial": ",".join(map(str, best[0]))}
     stop = record.user_attrs.get(worker.STOP)
-    status = "KILLED" if stop or record.user_attrs.get(worker.LEAVE) else "FAILED" if failed else "FINISHED"
+    left = record.user_attrs.get(worker.LEAVE) or (stop and not failed)
+    status = "KILLED" if left else "FAILED" if failed else "FINISHED"
     track.close_parent(run.track, sweep.mlflow_run, tags, told, status)
     if record.user_attrs.get(worker.LEAVE):
         raise control.left(f"sweep {sweep.name} was stopped: {screen.line(sweep, record)}")

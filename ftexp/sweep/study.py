@@ -20,7 +20,7 @@ from copy import copy
 from copy import deepcopy as copied
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import experiment
 from ftexp.errors import ConfigError, MachineError
@@ -284,16 +284,38 @@ def _score(folder: Path, name: str) -> float:
     return (read_json(folder / "trial.json") or {}).get("scores", {}).get(name, math.inf)
 
 
-def that_count(study: Study) -> Study:
-    """Show a pruner the attempts that count: rungs of one that was lost would compete with those of its repetition."""
-    view = copy(study)
+def judged(study: Study, trial_id: int) -> tuple[Study, FrozenTrial]:
+    """Return what a pruner is to judge by, and the trial.
 
-    def get_trials(deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
-        told = [t for t in counted(study) if states is None or t.state in states]
+    Attempts that were lost are left out: their rungs would compete with those of their repetition. Trials are numbered
+    by their tickets: Hyperband draws a bracket from the number, and a repetition has another.
+    """
+    view = copy(study)
+    view._storage = cast(Any, _Counting(study))
+    return view, _numbered(study._storage.get_trial(trial_id))
+
+
+class _Counting:
+    """A storage that tells of the attempts that count alone."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study._storage, name)
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """List the attempts, by ticket."""
+        told = [_numbered(t) for t in counted(self._study) if states is None or t.state in states]
         return [copied(t) for t in told] if deepcopy else told
 
-    view.get_trials = get_trials  # type: ignore
-    return view
+
+def _numbered(trial: FrozenTrial) -> FrozenTrial:
+    made = copy(trial)
+    made.number = ticket(trial)
+    return made
 
 
 def counted(study: Study) -> list[FrozenTrial]:

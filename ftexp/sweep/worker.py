@@ -501,8 +501,7 @@ def judge(sweep: Frozen, trial: Trial, run: config.Run) -> Judge | None:
     def ask(rung: Rung, step: int) -> str | None:
         told = -rung.loss if maximised else rung.loss  # a pruner takes the objective's direction for that of rungs
         trial.report(told, step)
-        frozen = trial.study._storage.get_trial(trial._trial_id)
-        stops = trial.study.pruner.prune(study.that_count(trial.study), frozen)
+        stops = trial.study.pruner.prune(*study.judged(trial.study, trial._trial_id))
         return f"pruned at step {step}: valid/loss {rung.loss:.4f}" if stops else None
 
     return ask

@@ -4,6 +4,7 @@ import errno
 import time
 from dataclasses import replace
 
+import numpy as np
 import optuna
 import pytest
 from optuna.trial import TrialState
@@ -122,22 +123,28 @@ def test_model_that_is_there_and_cannot_be_loaded_fails_its_trial_at_once(sweep,
     assert told(record) == [("FAIL", "crash", "m/bad cannot be loaded"), ("COMPLETE", "", "")]
 
 
-def test_rungs_of_an_attempt_that_was_lost_judge_nobody(sweep, monkeypatch):
-    """Losses 4, 3, 1, 2 at the first rung; the third is preempted twice after it, and the fourth goes on as without."""
+@pytest.mark.parametrize("pruner", [Pruner.asha, Pruner.hyperband])
+def test_rungs_of_an_attempt_that_was_lost_judge_nobody(sweep, monkeypatch, pruner):
+    """Sixteen losses at three rungs; every third trial is preempted twice after its first rung, which changes no end."""
+    losses = np.random.default_rng(0).uniform(1, 5, 16)
+    args = {"reduction_factor": 2} | ({"min_resource": 1} if pruner is Pruner.asha else {"max_resource": 4})
     ends = []
     for preempted in (0, 2):
-        made, record = sweep("a=1,2,3,4", pruner=Pruner.asha, pruner_args={"min_resource": 1, "reduction_factor": 2})
-        record = optuna.create_study(pruner=study.pruner(made.options, 1))
+        made, record = sweep(f"a={','.join(map(str, range(16)))}", pruner=pruner, pruner_args=args)
+        record = optuna.create_study(study_name="s", pruner=study.pruner(made.options, 1))
         study.queue(record, made.space.grid())
-        for loss in (4.0, 3.0, 1.0, 2.0):
-            for attempt in range(1 + preempted * (loss == 1.0)):
-                trial = study.claim(record)
-                reason = worker.judge(made, trial, made.run({}, 0))(Rung(loss), 1)
-                if attempt < preempted * (loss == 1.0):
-                    worker.give_back(record, trial)
+        for n, loss in enumerate(losses):
+            for attempt in range(1 + preempted * (n % 3 == 0)):
+                trial, reason = study.claim(record), None
+                for step in (1, 2, 4):
+                    reason = reason or worker.judge(made, trial, made.run({}, 0))(Rung(loss), step)
+                    if attempt < preempted * (n % 3 == 0):
+                        worker.give_back(record, trial)
+                        break
             ends.append(reason is not None)
             record.tell(trial, loss if reason is None else None, state=None if reason is None else TrialState.PRUNED)
-    assert ends[:4] == ends[4:]
+    assert ends[:16] == ends[16:]
+    assert 0 < sum(ends[:16]) < 16
 
 
 def test_fault_of_the_machine_fails_its_trial_where_there_is_no_other_worker(sweep, monkeypatch):
