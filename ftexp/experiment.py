@@ -1039,21 +1039,7 @@ def _store(
     log.metrics({"valid/loss": scores["valid/loss"]}, step)
     curves = ("valid/loss", "train/loss")
     log.metrics({k: v for k, v in scores.items() if k not in curves}, 0)  # single values: the UI draws bars
-    shown = (
-        "prompt",
-        "reference",
-        f"{rival}_prediction",
-        "prediction",
-        f"{rival}_reward",
-        "reward",
-        "reference_reward",
-        "exact_match",
-        "jaccard",
-        "f1",
-        "chrf",
-        "rouge_l",
-    )
-    log.table([{k: row[k] for k in shown if k in row} for row in rows[: run.eval.examples]], "examples")
+    log.table(shown(rows, rival, run.eval.examples), "examples")
     log.files(folder / "examples.parquet")
     if (folder / "adapter").exists():  # a whole model stays in the run's folder, it would be kept twice
         log.files(folder / "adapter", "adapter")
@@ -1061,6 +1047,13 @@ def _store(
         lines = [{**new, f"{rival}_f1": old["f1"]} for old, new in zip(before.labels, after.labels, strict=True)]
         write_json(folder / "labels.json", lines)
         log.table(lines, "labels")
+
+
+def shown(rows: list[dict[str, Any]], rival: str, most: int) -> list[dict[str, Any]]:
+    """Cut rows to what a person looks at in the tracking store."""
+    names = ("prompt", "reference", f"{rival}_prediction", "prediction", f"{rival}_reward", "reward",
+             "reference_reward", "exact_match", "jaccard", "f1", "chrf", "rouge_l")  # fmt: skip
+    return [{name: row[name] for name in names if name in row} for row in rows[:most]]
 
 
 def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from ftexp import config, runs, track, verb
+from ftexp import config, experiment, runs, track, verb
 from ftexp.config import Track
 from ftexp.errors import MachineError
 from ftexp.files import read_json, write_json
@@ -95,9 +95,22 @@ def _bring(kept: Kept, uri: str, told: Brought, parents: dict[Path, str]) -> Non
         if name not in there and (kept.folder / name).exists():
             log.files(kept.folder / name, "adapter" if name == "adapter" else None)
             told.files += 1
+    if "examples.json" not in there and (kept.folder / "examples.parquet").exists():
+        log.table(_examples(kept), "examples")
+        told.files += 1
+    log.tags({"ftexp.test_opened": kept.trial["opened"]} if kept.trial.get("opened") else {})
     if log.client is None:
         raise MachineError(f"track.uri={uri} failed while {kept.folder} was brought; the same command goes on")
     _end(kept, client, stored)
+
+
+def _examples(kept: Kept) -> list[dict[str, Any]]:
+    """Return the rows that the run itself would have shown."""
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(kept.folder / "examples.parquet").to_pylist()
+    rival = "tfidf" if rows and any(name.startswith("tfidf_") for name in rows[0]) else "base"
+    return experiment.shown(rows, rival, kept.trial["config"]["eval.examples"])
 
 
 def _end(kept: Kept, client: MlflowClient, stored: Any) -> None:

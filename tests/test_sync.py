@@ -62,7 +62,7 @@ def test_sweep_without_its_server_ends_well_and_is_brought_later_once(cli, verb,
     assert code == 0, err
     points = [in_files(tmp_path / "outputs" / "sweeps" / "s" / str(n)) for n in range(2)]
     total = sum(len(p) for told in points for p in told.values())
-    assert out == f"brought 3 runs, {total} points and 5 files that were not there\n"
+    assert out == f"brought 3 runs, {total} points and 7 files that were not there\n"
     told = histories(uri)
     assert [told["lora.r=2"], told["lora.r=4"]] == points
     client, experiment = track.store(Track(uri=uri))
@@ -70,6 +70,9 @@ def test_sweep_without_its_server_ends_well_and_is_brought_later_once(cli, verb,
     assert {r.info.status for r in runs.values()} == {"FINISHED"}
     assert runs["lora.r=2"].data.tags["mlflow.parentRunId"] == runs["s"].info.run_id
     assert runs["lora.r=4"].data.params["lora.r"] == "4"
+    paths = {f.path for f in client.list_artifacts(runs["lora.r=4"].info.run_id)}
+    assert paths == {"adapter", "examples.json", "examples.parquet"}  # as of a run whose server was there
+    assert {f.path for f in client.list_artifacts(runs["s"].info.run_id)} == {"report.html"}
     given = {i.tags[0].value: i.dataset for i in runs["lora.r=4"].inputs.dataset_inputs}
     rows = {context: json.loads(one.profile)["num_rows"] for context, one in given.items()}
     assert rows == {"training": 104, "validation": 12}  # and nothing of the 4 sealed rows
