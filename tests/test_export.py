@@ -277,11 +277,13 @@ def test_push_to_the_real_hub(run, tmp_path):
     assert run("s", "--to", tmp_path / "a", "--push", name)[0] == 0
 
 
-def test_update_of_a_tied_matrix_is_refused(tmp_path, monkeypatch, capsys):
-    """An adapter on the embedding of a model whose output head is the same matrix: a merge changes both."""
+@pytest.mark.parametrize("sabotage", [False, True])
+def test_update_of_a_tied_matrix_is_merged_into_one_end_of_it(tmp_path, monkeypatch, capsys, sabotage):
+    """An adapter on the embedding of a model whose output head is the same matrix: a merge into both is refused."""
     from conftest import TINY
 
     from ftexp import run as command
+    from ftexp.model import saved
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
@@ -290,11 +292,18 @@ def test_update_of_a_tied_matrix_is_refused(tmp_path, monkeypatch, capsys):
         ["ftexp.run", *TINY, "lora.targets=[embed_tokens,q_proj]", "trainer.lr=0.1", "track=none", "name=t"],
     )
     assert command.main() == 0
+    if sabotage:
+        monkeypatch.setattr(saved, "_untied", lambda base: None)
     monkeypatch.setattr(sys, "argv", ["ftexp export", "t", "--to", "m", "--form", "merged"])
     capsys.readouterr()
-    assert export.main() == 5
-    assert "the model as written is not the run t: held-out loss 5." in capsys.readouterr().err
-    assert not (tmp_path / "m").exists()
+    assert export.main() == (5 if sabotage else 0)
+    out, err = capsys.readouterr()
+    if sabotage:
+        assert "the model as written is not the run t: held-out loss 5." in err
+        assert not (tmp_path / "m").exists()
+    else:
+        assert read_json(tmp_path / "m/config.json")["tie_word_embeddings"] is False
+        assert "100" in out
 
 
 def test_template_of_training_goes_with_the_tokenizer(composed):
