@@ -1,6 +1,7 @@
 """`python -m ftexp.notebooks FOLDER [NOTEBOOK ...]`: run those of `analysis/` on a sweep and keep what they show.
 
-A notebook opens in Jupyter as any other. Here its cells run in order in this process, which needs no Jupyter.
+A notebook opens in Jupyter as any other. Here its cells run in order in this process, which needs no Jupyter. In the
+checkout each keeps what it shows; from any other folder copies go to `notebooks/` in the sweep's.
 """
 
 from __future__ import annotations
@@ -106,13 +107,15 @@ def _main(where: str, names: list[str], plain: bool) -> int:
     paths = [Path(name) for name in names] or sorted(HOME.glob("*.ipynb"))
     if not paths:
         raise MachineError(f"{HOME}: there are no notebooks")
-    for path in paths:
+    made = [path if names or Path.cwd() == ROOT else Path(where) / "notebooks" / path.name for path in paths]
+    for path, to in zip(paths, made, strict=True):
         done = execute(json.loads(path.read_text(encoding="utf-8")), path.name)
-        path.write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        to.parent.mkdir(exist_ok=True)
+        to.write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         if not plain:
-            print(f"{os.path.relpath(path)}: ran on {where}")
+            print(f"{os.path.relpath(to)}: ran on {where}")
     if plain:
-        print(verb.as_json({"sweep": where, "notebooks": [os.path.relpath(path) for path in paths]}))
+        print(verb.as_json({"sweep": where, "notebooks": [os.path.relpath(to) for to in made]}))
     return 0
 
 

@@ -116,3 +116,17 @@ def test_command_runs_a_notebook_in_place(tmp_path, monkeypatch, capsys):
 def test_usage(argv, code, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["notebooks", *argv])
     assert notebooks.main() == code
+
+
+def test_notebooks_of_the_installation_stay_as_they_are(tmp_path, monkeypatch, capsys):
+    """From any folder but the checkout the sweep gets copies of its own."""
+    folder = sweep(tmp_path / "s", count=8)
+    before = {path: path.read_bytes() for path in NOTEBOOKS}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["notebooks", "s"])
+    assert notebooks.main() == 0
+    assert {path: path.read_bytes() for path in NOTEBOOKS} == before
+    there = sorted((folder / "notebooks").glob("*.ipynb"))
+    assert [p.name for p in there] == [p.name for p in NOTEBOOKS]
+    assert all(any(cell.get("outputs") for cell in json.loads(p.read_text())["cells"]) for p in there)
+    assert "s/notebooks/compare.ipynb: ran on s" in capsys.readouterr().out

@@ -127,17 +127,26 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
 
     `lora.dropout` stays as it was asked for.
     """
-    from torch import nn
-
-    own = [m for name, m in model.named_modules() if isinstance(m, nn.Dropout) and "lora_dropout" not in name]
-    before = [module.p for module in own]
+    before = [(module, name, vars(module)[name]) for module, name in _dropouts(model)]
     try:
-        for module in own:
-            module.p = 0.0
+        for module, name, _ in before:
+            setattr(module, name, 0.0)
         yield
     finally:
-        for module, share in zip(own, before, strict=True):
-            module.p = share
+        for module, name, share in before:
+            setattr(module, name, share)
+
+
+def _dropouts(model: PreTrainedModel) -> Iterator[tuple[Any, str]]:
+    """Find where shares to drop stand: in modules, and as numbers that layers hand to a function, as OPT's do."""
+    from torch import nn
+
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        if isinstance(module, nn.Dropout):
+            yield module, "p"
+        yield from ((module, key) for key, value in vars(module).items() if "drop" in key and isinstance(value, float))
 
 
 def table(rows: Sequence[Pair], margins: Sequence[float]) -> list[dict[str, Any]]:

@@ -154,3 +154,21 @@ def test_scores_of_four_pairs_by_hand(tiny):
     from sklearn.metrics import roc_auc_score
 
     assert told.scores["roc_auc"] == pytest.approx(roc_auc_score([1] * 4 + [0] * 4, [2, 0, 1, 5, 1, 3, 1, 0]))
+
+
+def test_dropout_of_a_function_is_off_too():
+    """OPT hands the share to `functional.dropout`; TRL's own way misses it."""
+    import torch
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    made = OPTForCausalLM(OPTConfig(vocab_size=64, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
+                                    max_position_embeddings=32, word_embed_proj_dim=16, dropout=0.3))  # fmt: skip
+    made.train()
+    ids = torch.arange(12)[None]
+    first, second = made(ids).logits, made(ids).logits
+    assert not torch.equal(first, second)
+    with answers.undisturbed(made):
+        first, second = made(ids).logits, made(ids).logits
+        assert torch.equal(first, second)
+    assert made.model.decoder.layers[0].dropout == 0.3
