@@ -125,6 +125,7 @@ def _told(value: Any) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
+    value += 0.0  # no minus before a zero
     return f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 10_000 or not math.isfinite(value) else f"{value:.4g}"
 
 

@@ -91,3 +91,7 @@ def test_what_the_report_does_not_compare_is_not_compared_here(tmp_path, capsys)
     assert "better" not in next(line for line in out.splitlines() if "valid/loss" in line)
     two.trial["scores"]["valid/exact_match"] = float("nan")
     assert diff.difference(one, two).scores["valid/exact_match"].p is None
+
+
+def test_zero_has_no_sign():
+    assert (diff._number(-0.0), diff._number(0.0), diff._number(-0.5)) == ("0.0000", "0.0000", "-0.5000")
