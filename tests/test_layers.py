@@ -43,6 +43,13 @@ def imported(path: Path) -> set[str]:
     return found
 
 
+def test_contributing_names_every_part_in_this_order():
+    page = (PACKAGE.parent / "CONTRIBUTING.md").read_text().split("```")[1]
+    lines = [line[2:] for line in page.splitlines() if line.startswith("  ") and line[2] != " "]
+    named = [word.strip("/,") for line in lines for word in line.split("  ")[0].split()]
+    assert [name for name in named if name in ORDER] == [name for name in ORDER if name != "__main__"]
+
+
 def test_order_names_every_part():
     assert set(ORDER) == {part(p) for p in MODULES} - {"__init__"}
 
