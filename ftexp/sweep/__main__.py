@@ -147,6 +147,10 @@ def resume(args: argparse.Namespace) -> int:
 
     folder = find(args.name).absolute()
     sweep = frozen.load(folder)
+    home = Path(sweep.cwd)
+    if sweep.cwd and folder.is_relative_to(home) and home.is_dir() and home != Path.cwd():
+        say(f"goes on in {home}, where it was launched: its files and its tracking store may be named from there")
+        os.chdir(home)
     with plugin.only_supervisor(folder, sweep.name):
         plugin.go_on(sweep, args.workers)
     if args.json:

@@ -46,6 +46,8 @@ class Frozen:
     """Trials of the whole sweep, for those who read its folder alone; 0 where the launch did not say."""
     config_dir: str | None = None
     """Folder of the launch's `--config-dir`; told in commands that run a trial again, and read by none of them."""
+    cwd: str = ""
+    """The folder it was launched in, which relative paths of the config begin in."""
 
     def save(self) -> None:
         """Write the sweep's file."""
@@ -55,7 +57,7 @@ class Frozen:
             {"name": self.name, "fixed": list(self.space.fixed), "axes": axes, "options": config.plain(self.options),
              "objectives": self.objectives, "mlflow_run": self.mlflow_run, "track_uri": self.track_uri,
              "rows": self.rows, "rung": self.rung, "code": self.code, "tickets": self.tickets,
-             "config_dir": self.config_dir},
+             "config_dir": self.config_dir, "cwd": self.cwd},
         )  # fmt: skip
 
     def run(self, point: dict[str, Any], replicate: int) -> Run:
@@ -110,9 +112,8 @@ def load(folder: Path) -> Frozen:
     assert isinstance(options, Options)
     space = Space(tuple(kept["fixed"]), tuple(axes))
     shared = (kept[key] for key in ("objectives", "mlflow_run", "track_uri", "rows", "rung", "code"))
-    return Frozen(
-        folder, kept["name"], space, options, *shared, tickets=kept.get("tickets", 0), config_dir=kept.get("config_dir")
-    )
+    later = {key: kept[key] for key in ("tickets", "config_dir", "cwd") if key in kept}
+    return Frozen(folder, kept["name"], space, options, *shared, **later)
 
 
 def variant(space: Space, point: dict[str, Any]) -> str:

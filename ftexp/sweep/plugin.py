@@ -240,7 +240,8 @@ def launch(
     grid = [] if options.sampler is not Sampler.grid else searched.grid() or [{}]
     total = len(tickets(grid, options, searched))
     sweep = Frozen(
-        folder, runs[0].name, searched, options, objectives, parent, runs[0].track.uri, rows, rung, code, total, own
+        folder, runs[0].name, searched, options, objectives, parent, runs[0].track.uri, rows, rung, code, total, own,
+        str(Path.cwd()),
     )  # fmt: skip
     if kept is None and options.storage is not None and study.counted(worker.open_study(sweep)):
         raise ConfigError(

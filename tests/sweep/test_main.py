@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -154,3 +155,26 @@ def test_stopped_sweep_keeps_checkpoints_and_goes_on_to_the_same_bits(cli, verb,
     [step] = read_json(folder / "0" / "trial.json")["resumed_at"]
     assert 1 <= step < 250
     assert adapters(folder) == adapters(tmp_path / "outputs" / "sweeps" / "calm")
+
+
+def test_resume_from_elsewhere_finds_what_is_named_from_the_folder_of_the_launch(cli, verb, tmp_path, monkeypatch):
+    """Rows and tracking store are relative: from another folder the rows were missing, and the store a new one."""
+    lines = [json.dumps({"prompt": f"say {n}", "completion": f"I say {n}"}) for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    given = [t for t in TINY if not t.startswith("data.")]
+    given += ["data=jsonl", "data.path=rows.jsonl", "data.template=plain", "data.valid=8", "eval=loss", "name=s"]
+    assert cli("lora.r=2,4", *given, "track.uri=sqlite:///my.db", "-m")[0] == 0
+    folder = tmp_path / "outputs" / "sweeps" / "s"
+    (folder / "1" / "trial.json").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, _, err = verb("resume", str(folder))
+    assert code == 0, err
+    assert f"goes on in {tmp_path}, where it was launched" in err
+    assert read_json(folder / "1" / "trial.json")["state"] == "complete"
+    assert not list((tmp_path / "elsewhere").iterdir())
+    shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-copy")  # a copy goes on in its own folder
+    copy = tmp_path.parent / f"{tmp_path.name}-copy"
+    monkeypatch.chdir(copy)
+    code, _, err = verb("resume", "s")
+    assert (code, "goes on in" in err) == (0, False), err
