@@ -361,7 +361,7 @@ def lines(verdict: Verdict) -> list[str]:
     elif len(verdict.points) > 1:
         told.append(f"not tested: {verdict.untested}")
         if isinstance(verdict.untested, Unlike):
-            told.append("So the leaderboard's order is that of numbers of different kinds, and its first is not best.")
+            told.append("So the leaderboard's order is no ranking, and its first is not best.")
     if verdict.importance:
         shares = [f"{k} {_percent(i)}" for k, i in verdict.importance.items()]
         told.append(f"What sets the best points apart (share, 95 % interval): {', '.join(shares)}.")

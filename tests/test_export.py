@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import sys
@@ -237,6 +238,7 @@ def test_push_makes_a_private_repository_and_uploads_the_folder(run, tmp_path, m
 def test_refusal_of_the_hub_is_one_line_without_the_token(run, tmp_path, monkeypatch):
     """The real client against a server that refuses, and says the token back."""
     heard = []
+    monkeypatch.setattr(logging.root, "handlers", [])  # Hydra's, of an earlier test, with the stream it had there
 
     class Refuse(BaseHTTPRequestHandler):
         def do_POST(self):

@@ -315,12 +315,16 @@ def token_mean(model: Any, inputs: dict[str, Any], tokens: Any, terms: Callable[
 
 @contextmanager
 def cleaned_up(trainer: Any):
-    """Take NEFTune's hook off however training ends; transformers leaves it on after an exception."""
+    """Take NEFTune's hook off however training ends; transformers leaves it on after an exception.
+
+    An empty folder of checkpoints goes too, but of several processes: a slower one may still be listing it.
+    """
     try:
         yield
     finally:
-        with suppress(OSError):  # keeps the folder where it holds a checkpoint
-            Path(trainer.args.output_dir).rmdir()
+        if ranks.count() == 1:
+            with suppress(OSError):  # keeps the folder where it holds a checkpoint
+                Path(trainer.args.output_dir).rmdir()
         if getattr(trainer, "neftune_hook_handle", None) is not None:
             trainer.neftune_hook_handle.remove()
 

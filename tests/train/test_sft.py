@@ -346,3 +346,17 @@ def test_killed_training_of_two_rates_or_of_the_whole_model_ends_with_the_same_b
             experiment.execute(run, here / "left", "x", control=Control(leave=After()))
         experiment.execute(run, here / "left", "x")
         assert find(str(here / "calm")).weights() == find(str(here / "left")).weights() is not None
+
+
+@pytest.mark.parametrize(("processes", "stays"), [(1, False), (2, True)])
+def test_empty_folder_of_checkpoints_goes_only_where_no_other_process_may_list_it(
+    tmp_path, monkeypatch, processes, stays
+):
+    """The slower of two processes failed at the end of its training: the folder was gone while it was looking in."""
+    from types import SimpleNamespace
+
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(sft.ranks, "count", lambda: processes)
+    with sft.cleaned_up(SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path / "checkpoints")))):
+        pass
+    assert (tmp_path / "checkpoints").exists() is stays
