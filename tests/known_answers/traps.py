@@ -39,7 +39,7 @@ TRAPS = {
     13: ("an adapter is merged into packed weights", ["test_export.py::test_packed_base_is_merged_into_its_weights_before_packing",
                                                       "test_export.py::test_model_that_moved_is_refused_and_removed"],
          ["test_export.py::test_sabotage_without_the_gate_the_moved_model_would_stay"]),
-    14: ("a tied output head", ["test_export.py::test_update_of_a_tied_matrix_is_merged_into_one_end_of_it", "test_experiment.py::test_saved_model_gives_the_scores_that_were_reported"],
+    14: ("a tied output head", ["test_export.py::test_update_of_both_ends_of_a_tied_matrix_is_refused", "test_export.py::test_update_of_a_tied_matrix_is_merged_into_one_end_of_it", "test_experiment.py::test_saved_model_gives_the_scores_that_were_reported"],
          ["known_answers/test_twins.py::test_sabotage_a_broken_guard_lets_the_trap_through"]),
     15: ("a target that matches nothing", ["model/test_model.py::test_target_that_matches_nothing_is_refused"],
          ["known_answers/test_twins.py::test_sabotage_peft_takes_a_target_that_matches_nothing"]),
