@@ -63,7 +63,7 @@ def sync(folders: list[Path], uri: str | None = None) -> Brought:
                 kept = Kept(path.parent, read_json(path) or {})
                 if "track" in kept.trial and kept.trial.get("state") == "running":
                     told.running += 1
-                elif "track" in kept.trial:
+                elif "track" in kept.trial and "repeats" not in kept.trial:  # one run for a point and seed
                     _bring(kept, uri or kept.trial["track"]["uri"], told, parents)
             advance(1)
     return told

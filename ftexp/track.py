@@ -178,9 +178,7 @@ def start(
     folder.mkdir(parents=True, exist_ok=True)
     _cut(folder / FILE, done)
     log = Log(folder)
-    log.run_id = (
-        before if run.track.kind is not Tracker.none else None
-    )  # where `ftexp sync` looks, also without a store
+    log.run_id = None if run.track.kind is Tracker.none else before  # where `ftexp sync` looks, also without a store
     if _reached(run.track):
         with _failing():
             if before is None or not _reopen(run.track, before, log):

@@ -1,6 +1,7 @@
 """A tracking store that was not there: training is unharmed, and every point is brought later, once."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -78,6 +79,15 @@ def test_sweep_without_its_server_ends_well_and_is_brought_later_once(cli, verb,
     assert rows == {"training": 104, "validation": 12}  # and nothing of the 4 sealed rows
     assert verb("--uri", uri)[1] == "brought 0 runs, 0 points and 0 files that were not there\n"
     assert histories(uri) == told
+    sweep, trial = tmp_path / "outputs/sweeps/s", read_json(tmp_path / "outputs/sweeps/s/0/trial.json")
+    for name, more in (("confirm/0", {"label": "again", "opened": 1}), ("7", {"label": "drawn again", "repeats": 0})):
+        shutil.copytree(sweep / "0", sweep / name)
+        (sweep / name / "mlflow.json").unlink()
+        write_json(sweep / name / "trial.json", trial | more)
+    assert verb("--uri", uri)[1].startswith("brought 1 runs")  # the repetition is the run that is there
+    after = {r.info.run_name: r for r in client.search_runs([experiment])}
+    assert after["again"].data.tags["mlflow.parentRunId"] == runs["s"].info.run_id
+    assert after["again"].data.tags["ftexp.test_opened"] == "1"
 
 
 def test_points_missed_in_mid_run_are_brought_and_the_others_not_again(cli, verb, tmp_path, monkeypatch):

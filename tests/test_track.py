@@ -140,3 +140,11 @@ def test_parameter_that_changed_between_attempts_is_a_tag_and_nothing_is_lost(co
     assert (stored.info.status, stored.data.params["trainer.batch"]) == ("FINISHED", "8")
     assert stored.data.tags["ftexp.changed.trainer.batch"] == "4"
     assert stored.data.metrics["valid/loss"] == 0.5
+
+
+def test_store_prints_nothing_on_our_stdout():
+    """MLflow greets with a picture of a runner when a run of a server ends: in JSON, and where there are no such letters."""
+    from mlflow.environment_variables import MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT
+
+    track._restrain()
+    assert MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.get() is True

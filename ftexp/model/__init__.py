@@ -126,7 +126,7 @@ def configuration(model: Model) -> Any:
     """Read the config beside the weights of a model."""
     from transformers import AutoConfig
 
-    with loading(f"model.path={source(model)}"):
+    with loading(source(model), "model.path="):
         return AutoConfig.from_pretrained(source(model), revision=model.revision, trust_remote_code=False)
 
 
@@ -140,7 +140,7 @@ def tokenizer(model: Model) -> PreTrainedTokenizerBase:
         return tiny.tokenizer()
     from transformers import AutoTokenizer
 
-    with loading(f"model.path={source(model)}"):
+    with loading(source(model), "model.path="):
         loaded = AutoTokenizer.from_pretrained(source(model), revision=model.revision, trust_remote_code=False)
     if loaded.pad_token_id is None:
         loaded.pad_token = loaded.unk_token or loaded.eos_token
@@ -148,7 +148,7 @@ def tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def loading(where: str) -> Iterator[None]:
+def loading(place: str, key: str = "") -> Iterator[None]:
     """Say which model could not be loaded, where the library says only why; memory that runs out is not that."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -158,9 +158,9 @@ def loading(where: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError) as error:
         if out_of_memory(error):
             raise
-        there = Path(where.removeprefix("model.path=")).is_dir() and getattr(error, "errno", None) is None
+        there = Path(place).is_dir() and getattr(error, "errno", None) is None
         kind = Unusable if there else MachineError  # a mount that is gone is a fault of the machine
-        raise kind(f"{where} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+        raise kind(f"{key}{place} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
 
 
 _warm: Base | None = None
@@ -319,7 +319,7 @@ def _pretrained(model: Model, quant: Quant, chosen: Compute, labels: int = 0) ->
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
-    with loading(f"model.path={source(model)}"), torch.random.fork_rng():
+    with loading(source(model), "model.path="), torch.random.fork_rng():
         torch.manual_seed(0)  # hidden layers of a fresh head are drawn
         loaded, told = kind.from_pretrained(
             source(model),

@@ -594,6 +594,7 @@ def test_point_that_is_drawn_again_takes_the_result_there_is(cli, tmp_path, monk
     assert sorted((r, seed) for _, r, seed in trained) == [(2, 0), (2, 1), (4, 0), (4, 1)]
     repeats = {n: t["repeats"] for n, t in enumerate(told) if "repeats" in t}
     assert len(repeats) == 6
+    assert read_json(folder / "sweep.json")["tickets"] == 10
     for n, first in repeats.items():
         assert told[n]["config"] == told[first]["config"] and told[n]["scores"] == told[first]["scores"]
         assert (folder / str(n) / "adapter/adapter_config.json").read_bytes()

@@ -66,7 +66,7 @@ def test_launch_that_is_killed_again_and_again_fails_no_trial_that_comes_forward
         write_json(tmp_path / "0" / "trial.json", {"resumed_at": began})
         (tmp_path / "0" / f"checkpoints/checkpoint-{newest}").mkdir(parents=True, exist_ok=True)
         (tmp_path / "0" / f"checkpoints/checkpoint-{newest}" / SEAL).touch()
-        study.reap(record, 0, folder=tmp_path)
+        study.settle(record, [{"r": 5}], 0, tmp_path)  # as the next launch does
         assert study.counted(record)[0].state is (TrialState.WAITING if attempt < 3 else TrialState.FAIL)
 
 

@@ -229,6 +229,37 @@ def test_place_with_two_faults_of_the_machine_in_a_row_is_shut_while_there_are_o
     assert last == [2, 3, 0, 1]  # those that met a fault come last
 
 
+def test_trial_that_kills_its_workers_counts_as_a_failure_of_the_sweep(queued, monkeypatch):
+    """No worker is left to count it; the supervisor tells once, however often it looks."""
+    from dataclasses import replace
+
+    sweep, record = queued
+    sweep = replace(sweep, options=replace(sweep.options, max_failures=1, max_retries=0))
+    monkeypatch.setattr(supervisor, "POLL_SECONDS", 0.0)
+    told, honest = [], record.set_user_attr
+    monkeypatch.setattr(record, "set_user_attr", lambda *what: (told.append(what), honest(*what)))
+
+    def start(number, token, env, cores):
+        study.claim(record, token)
+        return Job(-9)
+
+    monkeypatch.setattr(supervisor.engines, "starter", lambda *_: start)
+    supervisor.supervise(sweep, record, 1, 4)
+    assert told == [(supervisor.STOP, "1 trials failed, sweep.max_failures=1")]
+    supervisor.stop_after_failures(sweep, record)
+    assert len(told) == 1
+
+
+def test_helper_tells_its_supervisor_that_it_helps(queued, monkeypatch):
+    from ftexp.sweep import plugin
+
+    seen = []
+    monkeypatch.setattr(supervisor, "supervise", lambda *given: seen.append(given[-1]))
+    for helps in (False, True):
+        plugin._run_left(*queued, 4, 2, helps)
+    assert seen == [False, True]
+
+
 def test_jobs_that_a_cluster_has_not_begun_are_cancelled_when_nothing_is_left(queued, monkeypatch, capfd):
 
     monkeypatch.setattr(supervisor, "IDLE_SECONDS", 0.0)

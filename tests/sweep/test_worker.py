@@ -110,10 +110,10 @@ def test_model_that_is_there_and_cannot_be_loaded_fails_its_trial_at_once(sweep,
     """Another machine would not load it either; a folder that is gone may be a mount."""
     (tmp_path / "bad").mkdir()
     for path, error in ((tmp_path / "bad", Unusable), (tmp_path / "gone", MachineError)):
-        with pytest.raises(MachineError) as caught, model.loading(f"model.path={path}"):
+        with pytest.raises(MachineError) as caught, model.loading(str(path), "model.path="):
             raise OSError(f"no file named model.safetensors in {path}")
         assert type(caught.value) is error
-    with pytest.raises(MachineError) as caught, model.loading(f"model.path={tmp_path / 'bad'}"):
+    with pytest.raises(MachineError) as caught, model.loading(str(tmp_path / "bad")):
         raise OSError(errno.ESTALE, "stale file handle")
     assert type(caught.value) is MachineError
     monkeypatch.setenv(worker.TOKEN, "a")
