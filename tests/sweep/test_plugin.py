@@ -666,3 +666,14 @@ def test_range_goes_on_in_the_numbers_it_was_begun_in(cli, tmp_path):
         read_json(tmp_path / f"outputs/sweeps/up/{n}/trial.json")["config"]["trainer.weight_decay"] for n in range(3)
     ]
     assert {float(v) for v in told} <= {0.0, 1.0}
+
+
+def test_helper_stops_nothing(cli, tmp_path, monkeypatch):
+    """It says so to what looks after its workers: where they die, it leaves the sweep to the launch."""
+    given = [*TINY, "lora.r=2,4", "track=none", "eval=loss", "name=h", "-m"]
+    assert cli(*given)[0] == 0
+    seen = []
+    monkeypatch.setattr(plugin, "_run_left", lambda *_, helps=False: seen.append(helps))
+    with plugin.only_supervisor(tmp_path / "outputs/sweeps/h", "h"):
+        code, _, err = cli(*given, "sweep.join=true")
+    assert (code, seen) == (0, [True]), err
