@@ -334,12 +334,22 @@ def unfinished(study: Study) -> int:
 
 
 def queue(study: Study, points: list[dict[str, Any] | None]) -> None:
-    """Queue the tickets that are not there yet; None leaves the point to the sampler."""
+    """Queue the tickets that are not there; None leaves the point to the sampler.
+
+    One whose attempts were all lost keeps the point that it was given: somebody was killed before queueing it again,
+    and what its checkpoint holds is of that point.
+    """
     from optuna.trial import TrialState, create_trial
 
     present = {ticket(t) for t in counted(study)}
+    lost = {ticket(t): t for t in study.get_trials(deepcopy=False) if "ftexp:ticket" in t.user_attrs}
     for number, point in enumerate(points):
-        if number not in present:
+        if number in present:
+            continue
+        if number in lost:
+            told = lost[number].user_attrs
+            requeue(study, lost[number], told.get("ftexp:retries", 0), told.get(FAULTS, 0))
+        else:
             attrs = {} if point is None else {"fixed_params": point}
             study.add_trial(
                 create_trial(state=TrialState.WAITING, system_attrs=attrs, user_attrs={"ftexp:ticket": number})

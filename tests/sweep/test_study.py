@@ -54,6 +54,24 @@ def test_ticket_of_a_dead_worker_is_queued_again_with_its_point(record):
     assert states(record) == {"FAIL": 1, "RUNNING": 1}
 
 
+def test_ticket_whose_worker_is_killed_between_giving_it_back_and_queueing_it_keeps_its_point(record, monkeypatch):
+    """The sampler would draw another, at odds with the checkpoint that the first one left."""
+    study.queue(record, [None])
+    trial = study.claim(record)
+    record._storage.set_trial_system_attr(trial._trial_id, "fixed_params", {"r": 5})
+    trial.set_user_attr("ftexp:worker", {"host": study.HOST, "pid": 2**22 + 1, "start": 1.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "requeue", lambda *_: None)  # the kill
+        study.reap(record, 2)
+    assert study.counted(record) == []
+    study.settle(record, [None], 2)
+    (again,) = study.counted(record)
+    assert again.state is TrialState.WAITING and again.system_attrs["fixed_params"] == {"r": 5}
+    assert again.user_attrs["ftexp:ticket"] == 0
+    study.settle(record, [None], 2)
+    assert states(record) == {"FAIL": 1, "WAITING": 1}
+
+
 def test_launch_that_is_killed_again_and_again_fails_no_trial_that_comes_forward(record, tmp_path):
     """Its checkpoint is beyond the one the attempt went on from; one that stays where it was is counted."""
     from ftexp.files import write_json
