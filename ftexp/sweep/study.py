@@ -513,14 +513,16 @@ def settle(
     Returns:
         The tickets whose files are gone.
     """
+    from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
 
     reap(study, max_retries, folder=folder)
     queue(study, points)
     for trial in counted(study):  # of a launch with more trials
         if ticket(trial) >= len(points) and trial.state is TrialState.WAITING:
-            study._storage.set_trial_user_attr(trial._trial_id, "ftexp:lost", True)
-            study._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+            with suppress(UpdateFinishedTrialError):  # a helper has taken it, and come to its end
+                study._storage.set_trial_user_attr(trial._trial_id, "ftexp:lost", True)
+                study._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
     done = [t for t in counted(study) if t.state is TrialState.COMPLETE] if folder is not None else []
     gone = [t for t in done if folder is not None and not experiment.has_results(folder / str(ticket(t)))]
     for trial in gone:

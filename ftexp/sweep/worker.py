@@ -176,7 +176,7 @@ def run_ticket(sweep: Frozen, record: Study, trial: Trial) -> None:
             raise ranks.Lost(LOST.reason) from None
         values = None
     except MachineError as error:
-        trial.set_user_attr(study.FAULT, str(error))  # whoever starts workers queues the ticket again
+        _blame(trial, error)
         raise
     _tell(sweep, record, trial, outcome, values)
     if not in_step:
@@ -230,8 +230,16 @@ def run_pack(sweep: Frozen, record: Study, trials: list[Trial]) -> None:
         raise
     except MachineError as error:
         for trial in untold:
-            trial.set_user_attr(study.FAULT, str(error))
+            _blame(trial, error)
         raise
+
+
+def _blame(trial: Trial, fault: MachineError) -> None:
+    """Note with a ticket what was amiss with the machine; whoever starts workers queues it again."""
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    with suppress(UpdateFinishedTrialError):  # this process was taken for dead, and the ticket has been queued
+        trial.set_user_attr(study.FAULT, str(fault))
 
 
 def _tell(sweep: Frozen, record: Study, trial: Trial, outcome: Outcome, values: list[float] | None) -> None:
@@ -523,14 +531,21 @@ def deadline(sweep: Frozen, pack: int = 1) -> float | None:
 
 
 def give_back(record: Study, trial: Trial) -> None:
-    """Queue a ticket again that its worker was asked to leave; this does not count as a retry."""
+    """Queue a ticket again that its worker was asked to leave; this does not count as a retry.
+
+    Where this process was taken for dead, somebody has queued it.
+    """
+    from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
 
-    trial.set_user_attr("ftexp:lost", True)
-    trial.set_user_attr("ftexp:reason", "preempted")
     kept = trial._cached_frozen_trial
-    told = record._storage.get_trial(trial._trial_id)
-    record._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+    try:
+        trial.set_user_attr("ftexp:lost", True)
+        trial.set_user_attr("ftexp:reason", "preempted")
+        told = record._storage.get_trial(trial._trial_id)
+        record._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+    except UpdateFinishedTrialError:
+        return
     study.requeue(record, told, *(kept.user_attrs.get(name, 0) for name in ("ftexp:retries", study.FAULTS)))
 
 

@@ -123,6 +123,21 @@ def test_model_that_is_there_and_cannot_be_loaded_fails_its_trial_at_once(sweep,
     assert told(record) == [("FAIL", "crash", "m/bad cannot be loaded"), ("COMPLETE", "", "")]
 
 
+@pytest.mark.parametrize(("end", "code"), [(MachineError("no GPU"), 4), (KeyboardInterrupt(), worker.PREEMPTED)])
+def test_worker_that_was_taken_for_dead_queues_its_ticket_no_second_time(sweep, monkeypatch, end, code):
+    """It was stopped for minutes by its machine; what it says at its end is of an attempt that is over."""
+    monkeypatch.setenv(worker.TOKEN, "slow")
+    made, record = sweep("a=1")
+
+    def taken_for_dead(*_):
+        study.reap(record, 2, ended={"slow"})
+        raise end
+
+    monkeypatch.setattr(worker, "_run", taken_for_dead)
+    assert worker._main(replace(made, code=facts.code())) == code
+    assert [t.state.name for t in record.get_trials()] == ["FAIL", "WAITING"]
+
+
 @pytest.mark.parametrize("pruner", [Pruner.asha, Pruner.hyperband])
 def test_rungs_of_an_attempt_that_was_lost_judge_nobody(sweep, monkeypatch, pruner):
     """Sixteen losses at three rungs; every third trial is preempted twice after its first rung, which changes no end."""
