@@ -627,12 +627,16 @@ def _tell_space(made: BaseSampler, distributions: dict[str, Any], history: list[
 
 
 def _sobol(space: Space, options: Options, number: int) -> dict[str, Any]:
-    """Return the ticket's point of a scrambled Sobol sequence, spread over the axes."""
+    """Return the ticket's point of a scrambled Sobol sequence, spread over the axes.
+
+    The first ticket after the baselines has the first point: its first 2^n points are balanced, others are not.
+    """
     import math
     import warnings
 
     from scipy.stats.qmc import Sobol
 
+    number -= len(options.baselines)
     points = Sobol(len(space.axes), scramble=True, rng=options.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -337,6 +337,14 @@ def test_sobol_reaches_the_upper_end_of_whole_numbers():
     assert {p["trainer.batch"] for p in drawn} == {1, 2, 3, 4}
 
 
+def test_points_that_qmc_draws_after_baselines_are_balanced():
+    """One of 16 in each sixteenth of the range (Sobol, 1967): so the first 2^n of the sequence are, and no others."""
+    given = Options(sampler=Sampler.qmc, n_trials=18, baselines=[{"x": 0.5}, {"x": 0.25}])
+    made = space.parse(["x=interval(0.0,1.0)"])
+    drawn = [study._sobol(made, given, n)["x"] for n in range(2, 18)]
+    assert sorted(int(16 * x) for x in drawn) == list(range(16))
+
+
 def test_sobol_covers_every_axis():
     points = [study._sobol(SPACE, Options(sampler=Sampler.qmc, n_trials=32), n) for n in range(32)]
     assert Counter(p["r"] for p in points).most_common()[-1][1] >= 9
