@@ -65,7 +65,7 @@ class Verdict:
     untested: str | None
     """Why there is no test; None where there is one."""
     best: int | None
-    """Index of the best point; None where there is none."""
+    """Index of the best point; None where there is none, or where scores are of different kinds."""
     same: tuple[int, ...]
     """Indices of the points that cannot be told from the best, the best included; empty where nothing was tested."""
     cheapest: int | None
@@ -114,7 +114,7 @@ def read(folder: Path, trials: list[dict[str, Any]], objective: str) -> Verdict:
         objective, tuple(Point(_numbers(m), _label(m), Interval(v, math.nan, math.nan), math.nan)
                          for m, v in zip(kept, means, strict=True)),
         len(whole) - len(kept), len(grouped) - len(whole) - repeated, found if isinstance(found, str) else None,
-        metrics.best(means, direction), (), None, None, None, math.nan, 0, _importance(whole, sweep, objective),
+        None if isinstance(found, Unlike) else metrics.best(means, direction), (), None, None, None, math.nan, 0, _importance(whole, sweep, objective),
         _front(whole, sweep), _rate(whole, sweep, objective), repeated,
     )  # fmt: skip
     return verdict if isinstance(found, str) else _tested(verdict, kept, *found)
@@ -361,7 +361,7 @@ def lines(verdict: Verdict) -> list[str]:
     elif len(verdict.points) > 1:
         told.append(f"not tested: {verdict.untested}")
         if isinstance(verdict.untested, Unlike):
-            told.append("So the leaderboard's order is no ranking, and its first is not best.")
+            told.append("So the leaderboard's order is no ranking, and no point is best.")
     if verdict.importance:
         shares = [f"{k} {_percent(i)}" for k, i in verdict.importance.items()]
         told.append(f"What sets the best points apart (share, 95 % interval): {', '.join(shares)}.")

@@ -137,6 +137,8 @@ def _plan(sweep: Frozen, record: Any) -> Plan:
         )
     trials = {t["number"]: t for t in report.read(sweep.folder).trials}
     verdict = compare.read(sweep.folder, list(trials.values()), objective)
+    if isinstance(verdict.untested, compare.Unlike):
+        raise MachineError(f"{sweep.name} has no winner to confirm: {verdict.untested}")
     if verdict.best is None:
         raise MachineError(f"{sweep.name} has no complete point within its bounds: there is no winner to confirm")
     winner = _member(sweep, record, trials, verdict, verdict.best, WINNER)

@@ -37,9 +37,13 @@ def winner(folder: Path, aloud: bool = True) -> Kept:
     """Return the run of a sweep's best point.
 
     Raises:
-        MachineError: no point is complete within the bounds of the sweep.
+        MachineError: no point is complete within the bounds of the sweep, or scores are of different kinds.
     """
-    found = board.read(folder)
+    from ftexp import compare, report  # numpy and scipy, where a sweep is named
+
+    found, verdict = report.judge(folder)
+    if isinstance(verdict.untested, compare.Unlike):
+        raise MachineError(f"{folder}: this sweep has no winner, {verdict.untested}; name one of its trials")
     if found.best is None:
         raise MachineError(f"{folder}: no point of this sweep is complete within its bounds: it has no winner")
     point = found.points[found.best]

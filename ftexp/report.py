@@ -8,6 +8,7 @@ import io
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,10 +50,20 @@ def gather(folder: Path) -> Sweep:
     Raises:
         MachineError: the folder holds neither.
     """
+    return beside(folder, *judge(folder))
+
+
+def judge(folder: Path) -> tuple[Board, Verdict]:
+    """Read the leaderboard and what its ranking is worth; where scores are of different kinds none is best.
+
+    Raises:
+        MachineError: the folder holds neither sweep nor run.
+    """
     from ftexp import compare  # numpy and scipy, after the command line is checked
 
     board = read(folder)
-    return beside(folder, board, compare.read(folder, board.trials, board.objective))
+    verdict = compare.read(folder, board.trials, board.objective)
+    return (replace(board, best=None) if isinstance(verdict.untested, compare.Unlike) else board), verdict
 
 
 def beside(folder: Path, board: Board, verdict: Verdict) -> Sweep:
@@ -123,9 +134,9 @@ def show(folder: Path, html: Path | None = None, page: bool = True) -> None:
     from ftexp.page import figures
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    board = read(folder)
+    board, verdict = judge(folder)
     console.print(leaderboard(board))
-    sweep = beside(folder, board, compare.read(folder, board.trials, board.objective))
+    sweep = beside(folder, board, verdict)
     for line in [*filter(None, [board.line()]), *compare.lines(sweep.verdict), *figures.confirmed(sweep)]:
         console.print(line, markup=False, highlight=False)
     for trial in board.trials:
@@ -185,8 +196,8 @@ def data(sweep: Sweep) -> dict[str, Any]:
 
 def export(folder: Path, form: str) -> str:
     """Write a sweep as a Markdown leaderboard, as CSV with one line a point, or as JSON."""
-    board = read(folder)
     if form == "md":
+        board, _ = judge(folder)
         rows = [boards.titles(board), *(line.cells for line in boards.lines(board))]
         told = ["| " + " | ".join(markdown(c) for c in row) + " |" for row in rows]
         return "\n".join([told[0], "|---|---|" + "---:|" * (len(rows[0]) - 2), *told[1:]]) + "\n"

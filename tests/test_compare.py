@@ -11,6 +11,7 @@ import pytest
 from conftest import TINY
 
 from ftexp import compare, report
+from ftexp.errors import MachineError
 from ftexp.files import read_json, write_json
 from ftexp.page import html as page
 
@@ -139,7 +140,7 @@ def test_other_rows_are_not_compared(sweep):
     found = read(folder)
     assert found.untested == "trials 0 and 1 were scored on other rows"
     told = ["not tested: trials 0 and 1 were scored on other rows",
-            "So the leaderboard's order is no ranking, and its first is not best."]  # fmt: skip
+            "So the leaderboard's order is no ranking, and no point is best."]  # fmt: skip
     assert compare.lines(found) == told
 
 
@@ -346,11 +347,24 @@ def test_methods_with_losses_of_their_own_are_not_compared(sweep):
     )
 
 
-def test_first_of_scores_that_are_not_of_one_kind_is_told_to_be_no_best(sweep):
+def test_none_of_scores_that_are_not_of_one_kind_is_best(sweep, capsys):
+    """On the leaderboard, the page and in data; and nothing goes on from a winner that there is not."""
+    from ftexp import handed
+
     of = [{"facts": {"tokenizer_sha256": name}} for name in "ab"]
-    told = compare.lines(read(sweep((4, 0, of[0]), (8, 0.1, of[1]))))
+    folder = sweep((4, 0, of[0]), (8, 0.1, of[1]))
+    report.show(folder)
+    out = capsys.readouterr().out
+    assert " best " not in out and "no point is best" in out
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Best point" not in page and "no point is best" in page and '<tr class="best' not in page
+    assert "best" not in report.export(folder, "md")
+    assert [p["best"] for p in json.loads(report.export(folder, "json"))["points"]] == [False, False]
+    with pytest.raises(MachineError, match="this sweep has no winner, trials 0 and 1 were scored in tokens of different"):
+        handed.winner(folder)
+    told = compare.lines(read(folder))
     assert "different tokenizers" in told[0]
-    assert told[1] == "So the leaderboard's order is no ranking, and its first is not best."
+    assert told[1] == "So the leaderboard's order is no ranking, and no point is best."
 
 
 def test_sweep_whose_points_all_pass_a_bound_says_so(sweep):

@@ -209,6 +209,14 @@ def test_another_winner_needs_another_opening(sweep, quick):
         confirm.confirm(sweep, 2)
 
 
+def test_sweep_over_tokenizers_has_no_winner_to_confirm(sweep, quick):
+    told = read_json(sweep / "1" / "trial.json")["facts"]
+    edited(sweep / "1" / "trial.json", facts=told | {"tokenizer_sha256": "another"})
+    with pytest.raises(MachineError, match="has no winner to confirm: trials 0 and 1 were scored in tokens"):
+        confirm.confirm(sweep, 2)
+    assert confirm.openings(sweep) == []
+
+
 def opened_before_read(sweep, monkeypatch):
     """Begin a confirmation that ends where its first sealed row is tokenised; tell whether it was on record by then."""
     sealed = {row.completion for row in data.load(frozen.load(sweep).run({"lora.r": "2"}, 0).data).test}

@@ -76,6 +76,9 @@ def _header(sweep: Sweep) -> str:
 
 def decision(sweep: Sweep) -> str:
     """Write the card a reader decides by, and what the ranking is worth in plain sentences."""
+    if isinstance(sweep.verdict.untested, compare.Unlike):
+        told = [*filter(None, [sweep.board.line()]), *compare.lines(sweep.verdict)]
+        return "".join(f'<p class="warn">{_e(line)}</p>' for line in told)
     if sweep.winner is None:
         return (
             "<p>No point is complete and within the bounds of sweep.at_most: there is nothing to choose from yet.</p>"
