@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 
 from ftexp import config, data, experiment, overrides
@@ -38,12 +39,15 @@ def compose(given: list[str]) -> Run:
         raise ConfigError(
             f"{' '.join(given)}: ftexp.api takes the overrides of one run; sweeps and --help are for the command line"
         )
-    given = overrides.given(prepared)
+    given, outer = overrides.given(prepared), GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()  # of the caller, who may be an application of Hydra's
     try:
         with hydra.initialize_config_dir(str(overrides.CONF), **overrides.BASE):
             return config.build(hydra.compose("config", given))
     except HydraException as error:
         raise ConfigError(str(error).strip().splitlines()[0]) from error
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def run(

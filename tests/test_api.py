@@ -1,5 +1,6 @@
 """A run from Python is the run of the command line."""
 
+import hydra
 import pytest
 from conftest import TINY
 
@@ -78,3 +79,14 @@ def test_run_that_another_process_is_at_is_refused(tmp_path, monkeypatch):
 def test_what_asks_for_more_than_one_run_is_refused(more):
     with pytest.raises(ConfigError, match=r"ftexp\.api takes the overrides of one run"):
         api.run("model=tiny", *more)
+
+
+def test_run_within_an_application_of_hydra_leaves_it_its_own(tmp_path):
+    (tmp_path / "app.yaml").write_text("size: 3\n")
+    with hydra.initialize_config_dir(str(tmp_path), version_base="1.3"):
+        size = hydra.compose("app").size
+        assert api.compose([f"lora.r={size}"]).lora.r == 3
+        with pytest.raises(ConfigError):
+            api.compose(["lora.r=many"])
+        assert hydra.compose("app").size == 3
+    assert api.compose(["lora.r=4"]).lora.r == 4
