@@ -400,7 +400,7 @@ def _unit(objective: str) -> str:
 
 def _tag(plan: Plan, entry: dict[str, Any]) -> None:
     """Mark the sweep's run and those of the winner's trials in the tracking store; their adapters are the confirmed."""
-    told, where = plan.members[0].run.track, {"ftexp.confirmed": line(entry)}
+    told, where = plan.members[0].run.track, {track.CONFIRMED: line(entry)}
     runs = [plan.trials[number].get("mlflow_run") for number in plan.members[0].trials]
     for run_id in (plan.sweep.mlflow_run, *runs):
         track.tag(told, run_id, where)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from ftexp import config, experiment, runs, track, verb
+from ftexp import config, experiment, runs, sealed, track, verb
 from ftexp.config import Track
 from ftexp.errors import MachineError
 from ftexp.files import read_json, write_json
@@ -99,9 +99,17 @@ def _bring(kept: Kept, uri: str, told: Brought, parents: dict[Path, str]) -> Non
         log.table(_examples(kept), "examples")
         told.files += 1
     log.tags({"ftexp.test_opened": kept.trial["opened"]} if kept.trial.get("opened") else {})
+    log.tags(_confirmed(kept.folder.parent, kept.folder.name))
     if log.client is None:
         raise MachineError(f"track.uri={uri} failed while {kept.folder} was brought; the same command goes on")
     _end(kept, client, stored)
+
+
+def _confirmed(sweep: Path, trial: str | None = None) -> dict[str, str]:
+    """Return the tag that `confirm` gives a sweep and the trials of its winner."""
+    ended = [entry for entry in sealed.openings(sweep) if "result" in entry]
+    mine = [entry for entry in ended if trial is None or trial in map(str, entry["plan"][0]["trials"])]
+    return {track.CONFIRMED: sealed.line(mine[-1])} if mine else {}
 
 
 def _examples(kept: Kept) -> list[dict[str, Any]]:
@@ -172,6 +180,8 @@ def _parent(
         own = where.uri == kept.trial["track"]["uri"]
         known = _known(client, sweep["mlflow_run"] if own else _elsewhere(folder, where.uri))
         parents[folder] = known or track.create(where, sweep["name"], folder, None)
+        for name, value in _confirmed(folder).items():
+            client.set_tag(parents[folder], name, value)
         if known is None:
             client.set_terminated(parents[folder], "FINISHED")
             if own:

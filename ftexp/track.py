@@ -34,6 +34,8 @@ BATCH = 900
 NAME, DIGEST = 500, 36
 """Letters that MLflow takes of the name and of the digest of a data set."""
 PRUNED, ERROR, CHANGED = "ftexp.pruned", "ftexp.error", "ftexp.changed"
+CONFIRMED = "ftexp.confirmed"
+"""Tag of a sweep, and of its winner's trials, whose sealed rows were opened: the line that tells it."""
 ENDS = {PRUNED, ERROR}
 """Tags that tell how an attempt ended."""
 SQLITE = "sqlite:///"

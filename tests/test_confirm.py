@@ -434,7 +434,7 @@ def logits(run, folder):
 
 
 def test_runs_stand_in_mlflow_below_their_sweep(genres):
-    from ftexp import track
+    from ftexp import sync, track
     from ftexp.config import Track
 
     config.register()
@@ -455,6 +455,11 @@ def test_runs_stand_in_mlflow_below_their_sweep(genres):
     assert not any(
         k.startswith("test/") for name, run in runs.items() if run not in retrained for k in run.data.metrics
     )
+    elsewhere = f"sqlite:///{genres.parent}/team.db"
+    sync.sync([genres], elsewhere)
+    client, experiment_id = track.store(Track(uri=elsewhere, experiment=client.get_experiment(experiment_id).name))
+    there = client.search_runs([experiment_id])
+    assert {r.info.run_name for r in there if r.data.tags.get("ftexp.confirmed") == line} == tagged
 
 
 def test_optimism_points_the_same_way_for_both_directions():

@@ -658,6 +658,7 @@ def _sobol(space: Space, options: Options, number: int) -> dict[str, Any]:
 
 DEPENDING = "depending"
 """Begins the names of keys that follow from searched ones."""
+ARGS = "sweep.sampler_args"
 
 
 def _listed(values: list[Any]) -> str:
@@ -677,7 +678,7 @@ class Identity:
     def of(
         space: Space, options: Options, objectives: list[str], configs: dict[str, Any], depending: dict[str, list[Any]]
     ) -> Identity:
-        """Collect the identity of a sweep: space, fixed config, objectives, sampler and replicates.
+        """Collect the identity of a sweep: space, fixed config, objectives, sampler with its keywords and replicates.
 
         `depending` has the values of keys that follow from searched ones, at each point that was checked.
 
@@ -689,13 +690,13 @@ class Identity:
         told["objectives"] = ", ".join(objectives)
         told |= {f"sweep.{k}": str(getattr(options, k)) for k in ("seed", "replicates", "baselines")}
         told["sweep.sampler"] = options.sampler.value
+        told[ARGS] = json.dumps(options.sampler_args, sort_keys=True)
         return Identity(told)
 
     def known_to(self, kept: dict[str, str] | None) -> Identity:
         """Leave out what a launch of before 2026-12 did not keep."""
-        if kept is None or any(k.startswith(DEPENDING) for k in kept):
-            return self
-        return Identity({k: v for k, v in self.told.items() if not k.startswith(DEPENDING)})
+        later = () if kept is None else tuple(p for p in (DEPENDING, ARGS) if not any(k.startswith(p) for k in kept))
+        return Identity({k: v for k, v in self.told.items() if not k.startswith(later)})
 
     def check(self, kept: dict[str, str] | None, name: str) -> None:
         """Refuse a launch under the name of another sweep.

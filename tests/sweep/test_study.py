@@ -412,6 +412,15 @@ def test_changed_rule_of_a_dependent_key_is_refused_where_it_was_kept():
     new.known_to(before).check(before, "x")
 
 
+def test_changed_keywords_of_the_sampler_are_refused_where_they_were_kept():
+    """Points drawn with others would stand in one study; `name` says one way of drawing."""
+    old, new = (study.Identity.of(SPACE, Options(sampler_args=args), [], {}, {}) for args in ({}, {"gamma": 3}))
+    with pytest.raises(ConfigError, match=r'sweep\.sampler_args: \{\} -> \{"gamma": 3\}; choose'):
+        new.known_to(old.told).check(old.told, "x")
+    before = {k: v for k, v in old.told.items() if k != study.ARGS}  # a launch that did not keep them
+    new.known_to(before).check(before, "x")
+
+
 def test_private_names_of_optuna_are_there(record):
     """What `claim` and `choose` reach for; a new Optuna that moved them must fail here."""
     study.queue(record, [None])
