@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import sys
 import time
@@ -191,8 +192,13 @@ def export(args: argparse.Namespace) -> int:
     titles = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(sys.stdout, titles, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
     return 0
+
+
+def _cell(value: Any) -> Any:
+    """Write a list as JSON, not as Python's text."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
 
 
 def parser() -> argparse.ArgumentParser:

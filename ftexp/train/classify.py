@@ -58,7 +58,8 @@ def render(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, run: Run) ->
         told = labels.parse(row.completion, run.eval.labels or ",")
         if not told or (not run.trainer.multi_label and len(told) > 1):
             wanted = "a label" if run.trainer.multi_label else "one label (trainer.multi_label=false)"
-            raise DataError(f"{row.where}: the completion must name {wanted}, got {row.completion!r}")
+            hint = "; eval.labels='|' takes commas as part of a label" if told and run.eval.labels is None else ""
+            raise DataError(f"{row.where}: the completion must name {wanted}, got {row.completion!r}{hint}")
         made.append(Example(row, ids, told))
     return made
 

@@ -57,6 +57,7 @@ def test_list_show_and_export_tell_what_ran(cli, verb):
     assert float(exported[0]["valid/loss"]) == read_json_scores("s", 0)["valid/loss"]
     assert json.loads(verb("export", "outputs/sweeps/s", "--format", "json")[1]) == trials
     assert json.loads(verb("export", "s", "--json")[1]) == trials
+    assert verbs._cell(["q_proj"]) == '["q_proj"]' and verbs._cell(0.5) == 0.5
     for name in ("stop", "resume"):
         assert json.loads(verb(name, "s", "--json")[1])["best_trials"] == row["best_trials"]
 

@@ -225,7 +225,13 @@ def test_baseline_knows_words_and_frequencies():
 @pytest.mark.parametrize(
     ("text", "told", "given", "message"),
     [
-        ("fine", "a, b", ("trainer.multi_label=false",), r"one label \(trainer.multi_label=false\), got 'a, b'"),
+        (
+            "fine",
+            "a, b",
+            ("trainer.multi_label=false",),
+            r"one label \(trainer.multi_label=false\), got 'a, b'; eval\.labels='\|' takes commas as part of a label$",
+        ),
+        ("fine", "a|b", ("trainer.multi_label=false", "eval.labels='|'"), r"got 'a\|b'$"),
         ("fine", " ,", (), r"x:1: the completion must name a label"),
         ("x" * 300, "a", (), r"x:1: a row must be at most data\.max_length=256 tokens, this one has 300"),
         ("stop <|endoftext|>", "a", (), "holds the padding token"),
