@@ -114,7 +114,8 @@ def read(folder: Path, trials: list[dict[str, Any]], objective: str) -> Verdict:
         objective, tuple(Point(_numbers(m), _label(m), Interval(v, math.nan, math.nan), math.nan)
                          for m, v in zip(kept, means, strict=True)),
         len(whole) - len(kept), len(grouped) - len(whole) - repeated, found if isinstance(found, str) else None,
-        None if isinstance(found, Unlike) else metrics.best(means, direction), (), None, None, None, math.nan, 0, _importance(whole, sweep, objective),
+        None if isinstance(found, Unlike) else metrics.best(means, direction), (), None, None, None, math.nan, 0,
+        _importance(whole, sweep, objective),
         _front(whole, sweep), _rate(whole, sweep, objective), repeated,
     )  # fmt: skip
     return verdict if isinstance(found, str) else _tested(verdict, kept, *found)

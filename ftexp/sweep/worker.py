@@ -314,7 +314,7 @@ def history(sweep: Frozen, record: Study) -> list[FrozenTrial]:
         if first.state is TrialState.FAIL and not done and not pending:
             continue
         columns = zip(*(t.values for t in done), strict=True) if state is TrialState.COMPLETE else []
-        values = [sum(column) / len(done) for column in columns] or None
+        values = [metrics.mean(n, column) for n, column in zip(sweep.objectives, columns, strict=False)] or None
         told.append(
             create_trial(state=state, values=values, params=first.params, distributions=first.distributions,
                          system_attrs=first.system_attrs, intermediate_values=first.intermediate_values)

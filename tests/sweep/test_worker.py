@@ -239,6 +239,8 @@ def test_replicates_share_their_point_and_count_as_their_mean(sweep, monkeypatch
     assert len(set(points[:3])) == len(set(points[3:])) == 1
     assert points[0] != points[3]
     assert [t.values for t in worker.history(made, record)] == [[3.0], [4.0]]
+    named = replace(made, objectives=["valid/perplexity"])  # whose mean over seeds is the leaderboard's, geometric
+    assert worker.history(named, record)[0].values == [pytest.approx(12 ** (1 / 3))]
 
 
 def test_bound_makes_a_trial_infeasible(sweep, monkeypatch):
