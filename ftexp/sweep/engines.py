@@ -85,8 +85,8 @@ def check(options: Options) -> None:
 
 def starter(
     options: Options, folder: Path, shared: dict[str, str]
-) -> Callable[[int, str, dict[str, str], set[int] | None], Worker]:
-    """Return what starts a worker of a sweep: it takes the slot's number, a token, environment and cores.
+) -> Callable[[str, str, dict[str, str], set[int] | None], Worker]:
+    """Return what starts a worker of a sweep: it takes the slot's name, a token, environment and cores.
 
     `shared` is environment of every worker, wherever it runs.
 
@@ -98,27 +98,27 @@ def starter(
         case Engine.slurm:
             executor = _executor(options, folder)
             given = (folder, options.gpus_per_trial, shared)
-            return lambda number, token, *_: SlurmJob(executor.submit(Attended(*given, number, token)))
+            return lambda name, token, *_: SlurmJob(executor.submit(Attended(*given, name, token)))
         case Engine.ray:
             remote = _remote(options)
             given = (folder, options.gpus_per_trial, shared)
-            return lambda number, token, *_: RayTask(remote.remote(*given, number, token))
+            return lambda name, token, *_: RayTask(remote.remote(*given, name, token))
         case Engine.local:
             each = options.gpus_per_trial
-            return lambda number, token, env, cores: launched(folder, each, shared | env, number, token, cores)
+            return lambda name, token, env, cores: launched(folder, each, shared | env, name, token, cores)
 
 
 def launched(
-    folder: Path, processes: int, env: dict[str, str], number: int, token: str, cores: set[int] | None = None,
+    folder: Path, processes: int, env: dict[str, str], name: str, token: str, cores: set[int] | None = None,
     own_group: bool = True,
 ) -> subprocess.Popen[bytes]:  # fmt: skip
-    """Start a worker in a process that ends with this one and has its output in `workers/<number>.log`.
+    """Start a worker in a process that ends with this one and has its output in `workers/<name>.log`.
 
     Args:
         folder: of the sweep.
         processes: that share each trial; with more than one torchrun starts them.
         env: further environment.
-        number: of the slot.
+        name: of the slot.
         token: names this start of the worker in the record.
         cores: what it is pinned to; None leaves it to the system.
         own_group: whether signals to our process group stay away from it: ctrl-c goes to the supervisor alone, which
@@ -134,7 +134,7 @@ def launched(
             os.sched_setaffinity(0, cores)
 
     module = ["ftexp.sweep.worker"] if processes == 1 else ["ftexp.sweep.torchrun", str(processes)]
-    with (folder / "workers" / f"{number}.log").open("ab") as out:
+    with (folder / "workers" / f"{name}.log").open("ab") as out:
         return subprocess.Popen(
             [sys.executable, "-m", *module, str(folder)],
             env={**os.environ, **env, TOKEN: token},
@@ -172,16 +172,16 @@ class Attended:
     preemption; the job is then queued again and takes the next ticket, the interrupted one first.
     """
 
-    def __init__(self, folder: Path, processes: int, env: dict[str, str], number: int, token: str) -> None:
-        self.given = (folder, processes, env, number, token)
+    def __init__(self, folder: Path, processes: int, env: dict[str, str], name: str, token: str) -> None:
+        self.given = (folder, processes, env, name, token)
         self.process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> int:
         """Run the worker; return its exit code."""
-        folder, processes, env, number, token = self.given
+        folder, processes, env, name, token = self.given
         if threads := os.environ.get("SLURM_CPUS_PER_TASK"):
             env = env | {"OMP_NUM_THREADS": str(max(1, int(threads) // processes))}
-        self.process = launched(folder, processes, env, number, token, own_group=False)
+        self.process = launched(folder, processes, env, name, token, own_group=False)
         return watched(self.process)
 
     def checkpoint(self) -> Any:
@@ -284,9 +284,9 @@ def _remote(options: Options) -> Any:
         raise ConfigError(f"sweep.engine_args is refused by Ray: {str(error).splitlines()[0]}") from error
 
 
-def _attended(folder: Path, processes: int, env: dict[str, str], number: int, token: str) -> int:
+def _attended(folder: Path, processes: int, env: dict[str, str], name: str, token: str) -> int:
     """Run a worker from a Ray task; where the task is cancelled the worker leaves."""
-    process = launched(folder, processes, env, number, token)
+    process = launched(folder, processes, env, name, token)
     try:
         return watched(process)  # Ray cancels by an exception between two lines of Python
     except BaseException:

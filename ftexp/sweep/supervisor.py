@@ -38,7 +38,8 @@ COUNT = "FTEXP_WORKERS"
 class Slot:
     """A place for one worker: a GPU, or a share of the CPU's cores."""
 
-    number: int
+    name: str
+    """Names its log: a number, in a helper with machine and process in front."""
     env: dict[str, str]
     cores: set[int] | None = None
     """Cores the worker is pinned to; None leaves it to the system."""
@@ -111,14 +112,14 @@ def slots(count: int, each: int = 1, sharing: int = 1) -> list[Slot]:
     devices, more = grouped(gpus(), each, sharing), {COUNT: str(count)}
     if devices:
         more |= {} if sharing == 1 else {facts.SHARE: str(sharing)}
-        return [Slot(n, {"CUDA_VISIBLE_DEVICES": devices[n % len(devices)], **more}) for n in range(count)]
+        return [Slot(str(n), {"CUDA_VISIBLE_DEVICES": devices[n % len(devices)], **more}) for n in range(count)]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     share = max(1, len(cores) // count)
     made = []
     for n in range(count):
         mine = {cores[(n * share + k) % len(cores)] for k in range(share)}
         threads = str(max(1, min(share, machine.cores() // count) // each))
-        made.append(Slot(n, {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **more}, mine))
+        made.append(Slot(str(n), {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **more}, mine))
     return made
 
 
@@ -135,6 +136,8 @@ def supervise(sweep: Frozen, record: Study, count: int, left: int, helps: bool =
     from optuna.exceptions import StorageInternalError
 
     places = slots(count, options.gpus_per_trial, options.slots_per_gpu)[:left]
+    for place in places if helps else ():
+        place.name = f"{study.HOST}-{os.getpid()}-{place.name}"
     (sweep.folder / "workers").mkdir(exist_ok=True)
     ended: set[str] = set()
     began: dict[int, float] = {}
@@ -218,17 +221,17 @@ def _tend(
         slot.deaths = int(died) + (0 if fresh else slot.deaths)
         slot.faults = int(died and _met_a_fault(record, slot.token)) + (0 if fresh else slot.faults)
         if died:
-            say(f"worker {slot.number} died (exit {code}); see {sweep.folder}/workers/{slot.number}.log", always=True)
+            say(f"worker {slot.name} died (exit {code}); see {sweep.folder}/workers/{slot.name}.log", always=True)
     if slot.shut or record.user_attrs.get(STOP) or not _waiting(record):
         return
     others = [other for other in places if other is not slot and not other.shut]
     if slot.deaths > 3 + sweep.options.max_retries or (slot.faults > 1 and others):
         slot.shut = True
         if others:
-            say(f"worker {slot.number} died {slot.deaths} times in a row; the others go on without it", always=True)
+            say(f"worker {slot.name} died {slot.deaths} times in a row; the others go on without it", always=True)
         return
     slot.token, slot.cancelled = uuid.uuid4().hex, False
-    slot.process = start(slot.number, slot.token, slot.env, slot.cores)
+    slot.process = start(slot.name, slot.token, slot.env, slot.cores)
 
 
 def _saw_an_end(record: Study, token: str) -> bool:
@@ -250,7 +253,7 @@ def _given_up(record: Study, places: list[Slot], helps: bool) -> bool:
     """
     if not all(s.shut for s in places) or not _waiting(record):
         return False
-    told = f"worker {places[-1].number} died {places[-1].deaths} times in a row"
+    told = f"worker {places[-1].name} died {places[-1].deaths} times in a row"
     if helps:
         say(f"{told}; this machine helps no further", always=True)
     elif not _running(record):

@@ -100,10 +100,10 @@ def test_the_worker_signs_with_its_token(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(subprocess, "Popen", lambda command, env, **_: seen.update(env, command=command))
     (tmp_path / "workers").mkdir()
-    engines.launched(tmp_path, 1, {"CUDA_VISIBLE_DEVICES": "1"}, 3, "abc")
+    engines.launched(tmp_path, 1, {"CUDA_VISIBLE_DEVICES": "1"}, "3", "abc")
     assert (seen[worker.TOKEN], seen["CUDA_VISIBLE_DEVICES"]) == ("abc", "1")
     assert seen["command"][-1] == str(tmp_path)
     assert (tmp_path / "workers" / "3.log").exists()
     assert os.environ.get(worker.TOKEN) is None
-    engines.launched(tmp_path, 2, {}, 3, "abc")
+    engines.launched(tmp_path, 2, {}, "3", "abc")
     assert seen["command"][-3:] == ["ftexp.sweep.torchrun", "2", str(tmp_path)]

@@ -177,7 +177,7 @@ def tend(sweep, record, slot, places, code):
 def test_deaths_count_from_the_last_trial_that_came_to_its_end(queued):
     """Two points that kill their worker, and others between them, end no sweep."""
     sweep, record = queued
-    slot = supervisor.Slot(0, {}, token="t0")
+    slot = supervisor.Slot("0", {}, token="t0")
     for _ in range(4):
         for _ in range(3):
             assert tend(sweep, record, slot, [slot], -9)
@@ -190,7 +190,7 @@ def test_deaths_count_from_the_last_trial_that_came_to_its_end(queued):
 
 def test_place_where_every_worker_dies_is_shut_and_the_others_go_on(queued, capfd):
     sweep, record = queued
-    places = [supervisor.Slot(0, {}, token="a"), supervisor.Slot(1, {}, token="b")]
+    places = [supervisor.Slot("0", {}, token="a"), supervisor.Slot("1", {}, token="b")]
     for _ in range(7):
         tend(sweep, record, places[0], places, 4)
     assert places[0].shut
@@ -212,7 +212,7 @@ def test_place_where_every_worker_dies_is_shut_and_the_others_go_on(queued, capf
 def test_place_with_two_faults_of_the_machine_in_a_row_is_shut_while_there_are_others(queued, capfd):
     """The GPU of one place is broken: it fails no ticket, and takes each once at most before it is left alone."""
     sweep, record = queued
-    places = [supervisor.Slot(0, {}, token="a"), supervisor.Slot(1, {}, token="b")]
+    places = [supervisor.Slot("0", {}, token="a"), supervisor.Slot("1", {}, token="b")]
     taken = []
     for _ in range(3):
         if (trial := study.claim(record, places[0].token)) is not None:
@@ -260,11 +260,32 @@ def test_helper_tells_its_supervisor_that_it_helps(queued, monkeypatch):
     assert seen == [False, True]
 
 
+def test_helper_writes_to_no_log_of_the_launch(queued, monkeypatch):
+    """Over NFS two machines that append to one file overwrite each other's lines."""
+    sweep, record = queued
+    monkeypatch.setattr(supervisor, "POLL_SECONDS", 0.0)
+    names = []
+
+    def start(name, token, env, cores):
+        names.append(name)
+        record.set_user_attr(supervisor.STOP, "seen")
+        return Job(0)
+
+    monkeypatch.setattr(supervisor.engines, "starter", lambda *_: start)
+    for helps in (False, True):
+        record.set_user_attr(supervisor.STOP, None)
+        supervisor.supervise(sweep, record, 1, 4, helps)
+    assert names == ["0", f"{study.HOST}-{os.getpid()}-0"]
+
+
 def test_jobs_that_a_cluster_has_not_begun_are_cancelled_when_nothing_is_left(queued, monkeypatch, capfd):
 
     monkeypatch.setattr(supervisor, "IDLE_SECONDS", 0.0)
     sweep, record = queued
-    busy, pending = supervisor.Slot(0, {}, process=Job(), token="a"), supervisor.Slot(1, {}, process=Job(), token="b")
+    busy, pending = (
+        supervisor.Slot("0", {}, process=Job(), token="a"),
+        supervisor.Slot("1", {}, process=Job(), token="b"),
+    )
     assert supervisor._end_idle(record, [busy, pending], None) is None  # tickets wait
     last = [study.claim(record, "a") for _ in range(4)]
     for trial in last[:3]:
