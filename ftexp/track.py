@@ -264,11 +264,16 @@ def is_unanswered(error: MlflowException) -> bool:
     return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
 
 
-def open_parent(track: Track, name: str, folder: Path) -> str | None:
-    """Open the run of a sweep, under which its trials appear; return its id, or None where nothing can be opened."""
+def open_parent(track: Track, name: str, folder: Path, params: dict[str, Any]) -> str | None:
+    """Open the run of a sweep, under which its trials appear; return its id, or None where nothing can be opened.
+
+    `params` say what is searched, and what all trials share, so that sweeps can be compared there.
+    """
     if _reached(track):
         with _failing():
-            return _open(track, name, folder, None)[1]
+            client, run_id = _open(track, name, folder, None)
+            Log(Path(), client, run_id).params(params)
+            return run_id
     return None
 
 

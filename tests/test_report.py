@@ -226,7 +226,7 @@ def test_hostile_labels_reach_the_terminal(tmp_path, capfd):
 def test_page_stands_with_the_sweep_in_mlflow(tmp_path, capsys):
     where = Track(uri=f"sqlite:///{tmp_path}/ml.db")
     folder = made.sweep(tmp_path / "s")
-    parent = track.open_parent(where, "s", folder)
+    parent = track.open_parent(where, "s", folder, {})
     write_json(folder / "sweep.json", read_json(folder / "sweep.json") | {"mlflow_run": parent, "track_uri": where.uri})
     report.show(folder)
     client, _ = track.store(where)

@@ -259,6 +259,11 @@ def test_second_store_takes_each_run_once_and_leaves_the_first_alone(cli, verb, 
     told = [json.loads(verb("--json", *given)[1]) for given in (["--uri", team], [], ["--uri", team], ["--uri", own])]
     assert [t["runs"] for t in told] == [3, 0, 0, 0]
     assert len(histories(own)) == len(histories(team)) == 3
+    params = []
+    for uri in (own, team):
+        client, experiment = track.store(Track(uri=uri))
+        params += [r.data.params for r in client.search_runs([experiment]) if r.info.run_name == "s"]
+    assert params[0] == params[1] and params[0]["lora.r"] == "2,4"
     assert team not in "".join(p.read_text() for p in (tmp_path / "outputs").rglob("*.json"))
 
 

@@ -25,7 +25,7 @@ def tracked(tiny, store):
 
 
 def test_run_arrives_whole(tracked, tmp_path):
-    parent = track.open_parent(tracked.track, "sweep", tmp_path)
+    parent = track.open_parent(tracked.track, "sweep", tmp_path, {"lora.r": "4,8"})
     (tmp_path / "file.txt").write_text("x")
     with track.start(tracked, tmp_path / "0", "lora.r=4", parent) as log:
         log.params(track.flat(tracked))
@@ -109,7 +109,7 @@ def test_dead_server_is_named_soon(monkeypatch):
 def test_four_processes_open_an_empty_store(tmp_path):
     code = (
         "import sys; from pathlib import Path; from ftexp import track; from ftexp.config import Track\n"
-        "t = Track(uri=sys.argv[1]); p = track.open_parent(t, 'x', Path('.')); track.close_parent(t, p, {}, {'a': 1.0}, 'FINISHED')"
+        "t = Track(uri=sys.argv[1]); p = track.open_parent(t, 'x', Path('.'), {}); track.close_parent(t, p, {}, {'a': 1.0}, 'FINISHED')"
     )
     uri = f"sqlite:///{tmp_path}/ml.db"
     children = [
@@ -121,7 +121,7 @@ def test_four_processes_open_an_empty_store(tmp_path):
 
 
 def test_no_tracker_opens_nothing(tmp_path):
-    assert track.open_parent(Track(kind=Tracker.none), "x", tmp_path) is None
+    assert track.open_parent(Track(kind=Tracker.none), "x", tmp_path, {}) is None
     track.close_parent(Track(kind=Tracker.none), None, {}, {}, "FINISHED")
 
 

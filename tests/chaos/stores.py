@@ -82,7 +82,7 @@ def many(place: Path) -> dict[str, float]:
     """Report to SQLite, as the default does; that MLflow makes the tables of a new store is told beside it."""
     how = Track(uri=f"sqlite:///{place}/many.db", experiment="x")
     began = time.perf_counter()
-    track.open_parent(how, "x", place)  # as a launch does before its trials
+    track.open_parent(how, "x", place, {})  # as a launch does before its trials
     opened = time.perf_counter() - began
     _, _, each = report(place / "many", how, STEPS)
     whole = time.perf_counter() - began - opened
@@ -103,7 +103,7 @@ def openers(place: Path, rounds: int) -> dict[str, int]:
 
         def work(how: Track = how, at: float = at) -> int:
             time.sleep(max(0.0, at - time.time()))
-            parent = track.open_parent(how, "x", place)
+            parent = track.open_parent(how, "x", place, {})
             track.close_parent(how, parent, {}, {"a": 1.0}, "FINISHED")
             return 0
 

@@ -123,6 +123,10 @@ def test_parent_and_children_in_mlflow(cli, tmp_path):
     assert set(runs) == {"s", "lora.r=2", "lora.r=4"}
     parent = runs.pop("s")
     assert {r.data.tags["mlflow.parentRunId"] for r in runs.values()} == {parent.info.run_id}
+    shared, one = dict(parent.data.params), dict(runs["lora.r=2"].data.params)
+    assert (shared.pop("lora.r"), shared.pop("sweep.sampler"), one.pop("lora.r")) == ("2,4", "grid", "2")
+    assert {k: v for k, v in one.items() if k in shared} == {k: v for k, v in shared.items() if k in one}
+    assert one.keys() - shared.keys() == {"name", "lora.alpha", "trainer.checkpoint_minutes"}
     for run in runs.values():
         assert {"valid/loss", "base/loss", "train/loss", "valid/exact_match"} <= set(run.data.metrics)
         assert len(client.get_metric_history(run.info.run_id, "valid/loss")) == 2  # one rung, and the end
