@@ -3,10 +3,10 @@
 The model writes `trainer.generations` completions for each prompt. One that is worth more than the mean of the others
 becomes likelier, one that is worth less does not: the weight is reward - beta * nats away from the reference, less that
 mean. TRL's RLOOTrainer writes, weighs and steps. Three things are ours. Prompts go in as the ids that all else here is
-asked with. The reference is the model as it was before the first step: the trainer would put a second adapter on, which
-with PiSSA takes a second start out of the base, or load a whole model from files, which are not what a run began with
-that was handed over. And the order of the prompts follows from seed and epoch, so that a killed run goes on as it would
-have.
+asked with. The reference is the base without its adapter, or with the weights it had before training: the trainer would
+put a second adapter on, which with PiSSA takes a second start out of the base, or load a whole model from files, which
+are not what a run began with that was handed over. And the order of the prompts follows from seed and epoch, so that a
+killed run goes on as it would have.
 
 A step is a mean over equally many completions in each forward pass, all written before the first pass, so accumulation
 is exact.
