@@ -12,6 +12,7 @@ from itertools import islice, repeat
 from typing import Any
 
 from ftexp import config
+from ftexp import model as models
 from ftexp.config import Attention, Engine, Method, Packing, Run, Trainer, Variant
 from ftexp.model import activations, sizes
 from ftexp.model.compute import Compute
@@ -242,7 +243,7 @@ class _Asked:
 
 def _asked(run: Run, compute: Compute, labels: int) -> _Asked:
     attention = _attention(compute.attention)
-    kind = config.digest(run.model, run.quant, replace(run.lora, r=2, alpha=1.0))
+    kind = config.digest(run.model, run.quant, replace(run.lora, r=2, alpha=1.0)) + models.version(run.model)
     key = f"{kind} {compute.dtype} {attention} {labels}"
     if key not in _outlines:
         _outlines.clear()

@@ -841,7 +841,7 @@ _pairs: tuple[str, tuple[list[Pair], list[Pair]]] | None = None
 def paired(run: Run, splits: data.Splits) -> tuple[list[Pair], list[Pair]]:
     """Return train and valid rows as pairs of answers; kept in memory while trials ask for the same."""
     global _pairs
-    key = f"{splits.digest()} {config.digest(run.model, run.data)}"
+    key = f"{splits.digest()} {config.digest(run.model, run.data)}{model.version(run.model)}"
     if _pairs is None or _pairs[0] != key:
         gates.near_leaks(splits, run.data)
         tokenizer = model.tokenizer(run.model)
@@ -896,7 +896,7 @@ _tokens: tuple[str, Tokenised] | None = None
 def tokenised(run: Run, splits: data.Splits) -> Tokenised:
     """Return train and valid rows as token ids; kept in memory while trials ask for the same."""
     global _tokens
-    key = f"{splits.digest()} {config.digest(run.model, run.data)}"
+    key = f"{splits.digest()} {config.digest(run.model, run.data)}{model.version(run.model)}"
     if _tokens is None or _tokens[0] != key:
         gates.near_leaks(splits, run.data)
         tokenizer = model.tokenizer(run.model)

@@ -2,6 +2,7 @@
 
 import hydra
 import pytest
+import torch
 from conftest import TINY
 
 from ftexp import api
@@ -90,3 +91,26 @@ def test_run_within_an_application_of_hydra_leaves_it_its_own(tmp_path):
             api.compose(["lora.r=many"])
         assert hydra.compose("app").size == 3
     assert api.compose(["lora.r=4"]).lora.r == 4
+
+
+def test_model_saved_again_into_its_folder_is_the_one_that_is_trained(tmp_path, monkeypatch):
+    """Also where the same relative name is another folder by now; its files of before come back as they were."""
+    from ftexp.model import tiny
+
+    def saved(folder, scale):
+        made = tiny.model("eager")
+        with torch.no_grad():
+            made.get_output_embeddings().weight.mul_(scale)
+        made.save_pretrained(folder)
+        tiny.tokenizer().save_pretrained(folder)
+
+    for name in ("a", "b"):
+        saved(tmp_path / name / "m", 1.0 if name == "a" else 9.0)
+    keys = ("model=hub", "model.path=./m", *[k for k in TINY if not k.startswith("model")], "track=none", "eval=loss")
+    losses = []
+    for name in ("a", "b", "a"):
+        monkeypatch.chdir(tmp_path / name)
+        losses.append(api.run(*keys, folder=tmp_path / f"r{len(losses)}")["base/loss"])
+    saved(tmp_path / "a" / "m", 9.0)
+    losses.append(api.run(*keys, folder=tmp_path / "last")["base/loss"])
+    assert losses[0] == losses[2] != losses[1] == losses[3]

@@ -96,6 +96,26 @@ def source(model: Model) -> str:
     return model.path
 
 
+_seen: dict[str, list[Any]] = {}
+"""Model folder, as it is named -> its states that this process has seen."""
+
+
+def version(model: Model) -> str:
+    """Tell a state of a model's folder from those that this process saw before; empty for the first, and for others.
+
+    A state is where the folder lies, and name, size and time of each file: weights may be saved there between two runs.
+    """
+    root = rooted(model)
+    folder = Path(root.path).expanduser()
+    if root.kind is not Kind.hub or not folder.is_dir():
+        return ""
+    files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir() if p.is_file())
+    states, now = _seen.setdefault(root.path, []), (folder.resolve(), files)
+    if now not in states:
+        states.append(now)
+    return f"-{states.index(now)}" if states[0] != now else ""
+
+
 def _refuse_kernels(path: Path) -> None:
     """Refuse a config that names a repository for its attention: transformers would fetch and run code from it."""
     told = read_json(path)
@@ -167,7 +187,7 @@ _warm: Base | None = None
 
 
 def load(model: Model, quant: Quant, labels: int = 0, longest: int = 0) -> Base:
-    """Load a base model, or hand out the one in memory when it was made from the same config.
+    """Load a base model, or hand out the one in memory when it was made from the same config and the same files.
 
     One base is kept: a sweep over trials of one model pays for loading once.
 
@@ -182,7 +202,7 @@ def load(model: Model, quant: Quant, labels: int = 0, longest: int = 0) -> Base:
     """
     global _warm
     long = longest >= compute.LONG
-    key = config.digest(model, quant) + (f"-{labels}" if labels else "") + ("-long" if long else "")
+    key = config.digest(model, quant) + (f"-{labels}" if labels else "") + ("-long" if long else "") + version(model)
     if model.kind is Kind.run:  # a run of that name may have been trained again
         key += str(handed.identity(handed.find(model.path, aloud=False)))
     if _warm is None or _warm.key != key:
