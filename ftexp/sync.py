@@ -20,7 +20,6 @@ from ftexp.errors import MachineError
 from ftexp.files import read_json, write_json
 from ftexp.progress import progress, quiet_libraries
 from ftexp.runs import Kept
-from ftexp.sweep.study import Identity
 from ftexp.track import Log
 
 if TYPE_CHECKING:
@@ -184,8 +183,7 @@ def _parent(
         for name, value in _confirmed(folder).items():
             client.set_tag(parents[folder], name, value)
         if known is None:
-            identity = Identity(read_json(folder / "identity.json") or {})
-            Log(folder, client, parents[folder]).params(identity.params())
+            Log(folder, client, parents[folder]).params(track.searched(read_json(folder / "identity.json") or {}))
             client.set_terminated(parents[folder], "FINISHED")
             if own:
                 write_json(folder / "sweep.json", sweep | {"mlflow_run": parents[folder]})

@@ -264,6 +264,17 @@ def is_unanswered(error: MlflowException) -> bool:
     return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
 
 
+def searched(identity: dict[str, str]) -> dict[str, Any]:
+    """Return a sweep's identity by the names that trials have: values that all share, and of a searched key what is.
+
+    >>> searched({"space lora.r": "8,16", "config seed": "0", "sweep.sampler": "grid"})
+    {'sweep.sampler': 'grid', 'seed': 0, 'lora.r': '8,16'}
+    """
+    shared = {k.removeprefix("config "): json.loads(v) for k, v in identity.items() if k.startswith("config ")}
+    space = {k.removeprefix("space "): v for k, v in identity.items() if k.startswith("space ")}
+    return {k: v for k, v in identity.items() if " " not in k} | shared | space
+
+
 def open_parent(track: Track, name: str, folder: Path, params: dict[str, Any]) -> str | None:
     """Open the run of a sweep, under which its trials appear; return its id, or None where nothing can be opened.
 

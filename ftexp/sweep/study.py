@@ -693,12 +693,6 @@ class Identity:
         told[ARGS] = json.dumps(options.sampler_args, sort_keys=True)
         return Identity(told)
 
-    def params(self) -> dict[str, Any]:
-        """Return it by the names that trials have: values that all share, and of a searched key what is searched."""
-        named = {k.removeprefix("config "): json.loads(v) for k, v in self.told.items() if k.startswith("config ")}
-        searched = {k.removeprefix("space "): v for k, v in self.told.items() if k.startswith("space ")}
-        return {k: v for k, v in self.told.items() if " " not in k} | named | searched
-
     def known_to(self, kept: dict[str, str] | None) -> Identity:
         """Leave out what a launch of before 2026-12 did not keep."""
         later = () if kept is None else tuple(p for p in (DEPENDING, ARGS) if not any(k.startswith(p) for k in kept))

@@ -8,6 +8,7 @@ step, whatever the function is, as long as a term depends on its own token alone
 
 from __future__ import annotations
 
+import dis
 import hashlib
 import inspect
 import textwrap
@@ -139,15 +140,48 @@ def source(function: Callable[[Any, Any], Any]) -> str:
         text = textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError) as error:
         raise ConfigError(f"loss={function.__name__} must be written in a file or notebook: {error}") from error
-    around = inspect.getclosurevars(function)
-    loose = [name for part in (around.nonlocals, around.globals) for name, value in part.items()
-             if not inspect.ismodule(value)]  # fmt: skip
-    if loose:
+    if function.__name__ == "<lambda>" and text.count("lambda") > 1:
+        raise ConfigError("loss must be alone on its line, this one holds another lambda: they could not be told apart")
+    if loose := _loose(function):
         raise ConfigError(
             f"loss={function.__name__} must hold all it uses, it takes {', '.join(sorted(loose))} from around it: "
             "a change there would not be seen"
         )
-    return text
+    return text + _defaults(function)
+
+
+def _loose(function: Any) -> set[str]:
+    """Name what a function, or one within it, takes from around it and is no module."""
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    found = {name for name, cell in cells.items() if not inspect.ismodule(_content(cell))}
+    codes = [function.__code__]
+    for code in codes:
+        codes += [part for part in code.co_consts if inspect.iscode(part)]
+        asked = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+        found |= {n for n in asked & function.__globals__.keys() if not inspect.ismodule(function.__globals__[n])}
+    return found
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _defaults(function: Any) -> str:
+    """Write out the values of default arguments, whose names in the source may stand for others tomorrow.
+
+    Raises:
+        ConfigError: one is no plain value.
+    """
+    names = [p.name for p in inspect.signature(function).parameters.values() if p.default is not p.empty]
+    values = [inspect.signature(function).parameters[name].default for name in names]
+    for name, value in zip(names, values, strict=True):
+        if not isinstance(value, bool | int | float | str | None):
+            raise ConfigError(f"loss={function.__name__}: the default of {name} must be a plain value, got {value!r}")
+    told = ", ".join(f"{name}={value!r}" for name, value in zip(names, values, strict=True))
+    return f"\n# defaults: {told}\n" if told else ""
 
 
 def check(function: Callable[[Any, Any], Any]) -> None:

@@ -211,9 +211,28 @@ def around(logits, targets):
     return SCALE * torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
+def within(logits, targets):
+    import torch
+
+    def terms():
+        return SCALE * torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    return terms()
+
+
+def listed(logits, targets, scales=[1.0]):  # noqa: B006
+    return scales[0] * logits[:, 0]
+
+
+two = [lambda logits, targets: logits[:, 0], lambda logits, targets: logits[:, 1]]
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
+        (within, r"loss=within must hold all it uses, it takes SCALE from around it"),
+        (listed, r"loss=listed: the default of scales must be a plain value, got \[1.0\]"),
+        (two[0], r"loss must be alone on its line, this one holds another lambda"),
         (mean, r"loss=mean must return a term for each of 12 tokens, shape \(12,\), got \(\): no mean, no sum"),
         (own_count, r"loss=own_count must give a token the same term beside any others, it changes by \d+\.\d% of"),
         (without_gradient, r"loss=without_gradient must return finite terms with a gradient"),
@@ -226,6 +245,31 @@ def around(logits, targets):
 def test_a_function_that_would_break_training_is_refused(function, message):
     with pytest.raises(ConfigError, match=message):
         losses.give(function)
+
+
+log = sum = cross_entropy = 3
+"""Names that losses use as attributes of their own."""
+
+
+def attributes(logits, targets):
+    import torch
+
+    return -torch.log_softmax(logits, -1).exp().log().gather(1, targets[:, None]).sum(-1)
+
+
+def test_attributes_are_nothing_from_around():
+    losses.give(attributes)
+
+
+def test_another_default_is_another_loss():
+    def made(scale):
+        def loss(logits, targets, scale=scale):
+            return scale * logits[:, 0]
+
+        return loss
+
+    assert losses.give(made(1.0)) != losses.give(made(2.0)) != losses.give(made(2.0 + 1e-9))
+    assert losses.given(Trainer(loss=Loss.own, loss_sha256=losses.give(made(2.0)))).endswith("# defaults: scale=2.0\n")
 
 
 def test_sabotage_without_the_check_accumulation_changes_the_step(monkeypatch):
