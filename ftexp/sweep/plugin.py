@@ -231,7 +231,8 @@ def launch(
             "keep the first, or choose another name"
         )
     _same_record(before, options, runs[0].name)
-    parent = before.get("mlflow_run") or track.open_parent(runs[0].track, runs[0].name, folder, track.searched(identity.told))
+    params = track.searched(identity.told)
+    parent = before.get("mlflow_run") or track.open_parent(runs[0].track, runs[0].name, folder, params)
     rows = {config.digest(r.data): data.load(r.data).digest() for r in runs}
     if any(before.get("rows", {}).get(key, digest) != digest for key, digest in rows.items()):
         raise ConfigError(f"name={runs[0].name}: the rows changed since the sweep was launched; choose another name")

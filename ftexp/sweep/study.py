@@ -259,7 +259,12 @@ def ticket(trial: FrozenTrial) -> int:
 
 
 def within(trial: FrozenTrial, at_most: dict[str, float], folder: Path) -> bool:
-    """Whether a trial keeps the bounds of `sweep.at_most` as they are now.
+    """Whether a trial keeps the bounds of `sweep.at_most` as they are now."""
+    return all(over <= 0 for over in excess(trial, at_most, folder).values())
+
+
+def excess(trial: FrozenTrial, at_most: dict[str, float], folder: Path) -> dict[str, float]:
+    """Tell by how much a trial passes each bound of `sweep.at_most` as it is now, by the name of its constraint.
 
     What it recorded is by how much it passed those of its day; a sweep may be launched again with others.
 
@@ -270,14 +275,26 @@ def within(trial: FrozenTrial, at_most: dict[str, float], folder: Path) -> bool:
     """
     over = {name: value for name, value in trial.constraints.items() if " at most " in name}
     known = {name.rpartition(" at most ")[0]: (float(name.rpartition(" at most ")[2]), over[name]) for name in over}
+    told = {}
     for name, bound in at_most.items():
         if name in known:
             then, value = known[name]
-            if (value if then == bound else value + then - bound) > 0:
-                return False
-        elif not _score(folder / str(ticket(trial)), name) <= bound:
-            return False
-    return True
+            over = value if then == bound else value + then - bound
+        else:
+            over = _score(folder / str(ticket(trial)), name) - bound
+        told[f"{name} at most {bound!r}"] = math.inf if math.isnan(over) else over
+    return told
+
+
+def constrained(trial: FrozenTrial, over: dict[str, float]) -> FrozenTrial:
+    """Return a trial with these constraints and no others."""
+    if trial.constraints == over:
+        return trial
+    made = copy(trial)
+    made.system_attrs = {k: v for k, v in trial.system_attrs.items() if not k.startswith("constraint")}
+    for name, value in over.items():
+        made.set_constraint(name, value)
+    return made
 
 
 def _score(folder: Path, name: str) -> float:

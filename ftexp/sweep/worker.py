@@ -83,7 +83,7 @@ class Outcome:
     state: str
     """complete, pruned, skipped or failed."""
     kind: str = ""
-    """Of a failure: diverged, oom, data, crash or timeout."""
+    """Of a failure: diverged, oom, data, crash, timeout, or undefined for an objective without a value."""
     reason: str = ""
     """In words."""
 
@@ -297,12 +297,18 @@ def _replicated(sweep: Frozen, record: Study, number: int) -> dict[str, Any] | N
 
 
 def history(sweep: Frozen, record: Study) -> list[FrozenTrial]:
-    """List one attempt for each point that has been chosen: replicates as their mean, pending while one is."""
+    """List one attempt for each point that has been chosen: replicates as their mean, pending while one is.
+
+    Each has the bounds of now as its constraints, and replicates those of the one that passes most, as in the report.
+    """
     from optuna.trial import TrialState, create_trial
 
     known = [t for t in study.counted(record) if t.params]
+    bounds = sweep.options.at_most
+    over = {study.ticket(t): study.excess(t, bounds, sweep.folder) for t in known if t.state is TrialState.COMPLETE}
     if sweep.options.replicates == 1:
-        return [t for t in known if t.state is not TrialState.FAIL]
+        known = [t for t in known if t.state is not TrialState.FAIL]
+        return [study.constrained(t, over.get(study.ticket(t), {})) for t in known]
     points: dict[int, list[FrozenTrial]] = {}
     for t in known:
         points.setdefault(study.ticket(t) // sweep.options.replicates, []).append(t)
@@ -315,10 +321,10 @@ def history(sweep: Frozen, record: Study) -> list[FrozenTrial]:
             continue
         columns = zip(*(t.values for t in done), strict=True) if state is TrialState.COMPLETE else []
         values = [metrics.mean(n, column) for n, column in zip(sweep.objectives, columns, strict=False)] or None
-        told.append(
-            create_trial(state=state, values=values, params=first.params, distributions=first.distributions,
-                         system_attrs=first.system_attrs, intermediate_values=first.intermediate_values)
-        )  # fmt: skip
+        made = create_trial(state=state, values=values, params=first.params, distributions=first.distributions,
+                            system_attrs=first.system_attrs, intermediate_values=first.intermediate_values)  # fmt: skip
+        passed = [over[study.ticket(t)] for t in done] if state is TrialState.COMPLETE else []
+        told.append(study.constrained(made, {name: max(o[name] for o in passed) for name in (passed or [{}])[0]}))
     return told
 
 
@@ -366,7 +372,11 @@ def _valued(
         return outcome, None
     scores, values = told
     for name, bound in sweep.options.at_most.items():
-        trial.set_constraint(f"{name} at most {bound!r}", scores.get(name, math.inf) - bound)
+        over = scores.get(name, math.inf) - bound
+        trial.set_constraint(f"{name} at most {bound!r}", math.inf if math.isnan(over) else over)
+    unknown = [name for name, value in zip(sweep.objectives, values, strict=True) if math.isnan(value)]
+    if unknown:  # Optuna takes no such value
+        return Outcome("failed", "undefined", f"{unknown[0]} cannot be told of these held-out rows"), None
     return outcome, values
 
 

@@ -3,8 +3,8 @@
 The margin of a pair is beta * (log-likelihood of the better answer less that of the worse, both less what the reference
 gives them). Before the first step it is 0 and the loss ln 2, unless the adapter's start is not that of the base: LoftQ
 changes it, and `lora.extra.init_lora_weights=false` draws both matrices. The reference is the untouched base, asked
-once before an adapter goes on or a weight is thawed: so PiSSA and training without an adapter have the right one, no second
-model is in memory, and trials of the same rows share the answers.
+once before an adapter goes on or a weight is thawed: so PiSSA and training without an adapter have the right one, no
+second model is in memory, and trials of the same rows share the answers.
 """
 
 from __future__ import annotations

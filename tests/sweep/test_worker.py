@@ -1,6 +1,7 @@
 """What becomes of a ticket: every outcome has its state and reason, and the others go on."""
 
 import errno
+import math
 import time
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from optuna.trial import TrialState
 
 from ftexp import experiment, facts, model
 from ftexp.errors import DataError, Diverged, MachineError, OutOfTime, Pruned, Unusable
+from ftexp.files import write_json
 from ftexp.model import compute
 from ftexp.sweep import frozen, space, study, worker
 from ftexp.sweep.options import Options, Pruner, Sampler
@@ -230,6 +232,23 @@ def test_interrupted_ticket_goes_back_with_its_point_and_no_retry_counted(sweep,
     assert done[0].user_attrs["ftexp:retries"] == 0
 
 
+@pytest.mark.parametrize("pack", [1, 2])
+def test_score_that_is_undefined_fails_its_trial_and_ends_no_sweep(sweep, monkeypatch, pack):
+    """ROC-AUC of held-out rows that all have one label; Optuna takes no NaN, neither as value nor as bound."""
+    made, record = sweep("a=1,2", objectives=("valid/roc_auc_macro",), at_most={"valid/f1_macro": 0.5}, pack=pack)
+    ends = [
+        {"valid/roc_auc_macro": math.nan, "valid/f1_macro": 0.1},
+        {"valid/roc_auc_macro": 0.5, "valid/f1_macro": math.nan},
+    ]
+    trials(monkeypatch, ends)
+    monkeypatch.setattr(experiment, "together", lambda asked, over: [over(n, end) for n, end in enumerate(ends)])
+    worker.work(made, record)
+    why = "valid/roc_auc_macro cannot be told of these held-out rows"
+    assert told(record) == [("FAIL", "undefined", why), ("COMPLETE", "", "")]
+    assert study.counted(record)[1].constraints == {"valid/f1_macro at most 0.5": math.inf}
+    assert not study.within(study.counted(record)[1], {"valid/f1_macro": 0.5}, made.folder)
+
+
 def test_replicates_share_their_point_and_count_as_their_mean(sweep, monkeypatch):
     made, record = sweep("a=interval(0.0,1.0)", sampler=Sampler.tpe, n_trials=2, replicates=3)
     trials(monkeypatch, [{"valid/loss": v} for v in (1.0, 2.0, 6.0, 4.0, 4.0, 4.0)])
@@ -248,6 +267,26 @@ def test_bound_makes_a_trial_infeasible(sweep, monkeypatch):
     trials(monkeypatch, [{"valid/loss": 0.1, "cost/memory_gib": 3.0}, {"valid/loss": 0.9, "cost/memory_gib": 1.0}])
     worker.work(made, record)
     assert record.best_trial.number == 1
+
+
+def test_sampler_knows_the_bounds_of_now_and_the_worst_of_replicates(sweep, monkeypatch):
+    """A sweep may be launched again with other bounds, or with bounds for the first time."""
+    given = {"sampler": Sampler.tpe, "n_trials": 2, "replicates": 2}
+    made, record = sweep("a=interval(0.0,1.0)", at_most={"cost/memory_gib": 2.0}, **given)
+    sizes = (1.0, 3.0, 1.5, 1.0)
+    trials(monkeypatch, [{"valid/loss": 0.5, "cost/memory_gib": gib} for gib in sizes])
+    worker.work(made, record)
+    for n, gib in enumerate(sizes):
+        write_json(made.folder / str(n) / "trial.json", {"scores": {"cost/seconds": 10 * gib}})
+
+    def told(**bounds):
+        now = replace(made, options=replace(made.options, at_most={f"cost/{k}": v for k, v in bounds.items()}))
+        return [t.constraints for t in worker.history(now, record)]
+
+    assert told(memory_gib=2.0) == [{"cost/memory_gib at most 2.0": 1.0}, {"cost/memory_gib at most 2.0": -0.5}]
+    assert told(memory_gib=4.0) == [{"cost/memory_gib at most 4.0": -1.0}, {"cost/memory_gib at most 4.0": -2.5}]
+    assert told(seconds=20) == [{"cost/seconds at most 20": 10.0}, {"cost/seconds at most 20": -5.0}]
+    assert told() == [{}, {}]
 
 
 def test_pruner_hears_of_every_rung_and_stops_the_laggard(sweep, monkeypatch):
