@@ -443,6 +443,8 @@ FAULT = "ftexp:fault"
 """Trial attribute: what was amiss with the machine that its worker left."""
 FAULTS, MOST_FAULTS = "ftexp:faults", 2
 """Trial attribute: earlier attempts of its ticket that met such a fault; and how many a ticket may meet."""
+REACHED = "ftexp:reached"
+"""Trial attribute: step of the checkpoint that was there when a launch queued the ticket again."""
 OF_ATTEMPT = ("completed_rung", "constraint")
 """Begin the names of what an attempt's own course left in its system attributes."""
 
@@ -456,8 +458,8 @@ def reap(
     known not to be: a suspended job, or one that cannot reach the record for a while, tells no sign of life.
 
     After `max_retries` further attempts a ticket has failed: whatever kills its worker is in the trial. A fault of the
-    machine is no retry; a ticket that meets more than `MOST_FAULTS` has failed too. Nor is it a
-    retry where `folder`, of the sweep, is given and the attempt left a checkpoint beyond the one it began at.
+    machine is no retry; a ticket that meets more than `MOST_FAULTS` has failed too. Nor is it a retry where `folder`,
+    of the sweep, is given and there is a checkpoint beyond the one that was there the last time.
     """
     from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
@@ -468,7 +470,8 @@ def reap(
         if token not in ended and (token in there or alive(trial)):
             continue
         faulty, before = FAULT in trial.user_attrs, trial.user_attrs
-        counts = not faulty and not (folder is not None and _moved_on(folder / str(ticket(trial))))
+        reached = 0 if folder is None else _newest(folder / str(ticket(trial)))
+        counts = not faulty and reached <= before.get(REACHED, 0)
         retries = before.get("ftexp:retries", 0) + counts
         faults = before.get(FAULTS, 0) + faulty
         lost = retries <= max_retries and faults <= MOST_FAULTS
@@ -483,25 +486,24 @@ def reap(
         except UpdateFinishedTrialError:
             continue  # another process was first
         if lost:
-            requeue(study, trial, retries, faults)
+            requeue(study, trial, retries, faults, reached)
             again.append(ticket(trial))
     return again
 
 
-def _moved_on(folder: Path) -> bool:
-    """Whether a trial's newest checkpoint is beyond the one that its last attempt went on from."""
+def _newest(folder: Path) -> int:
+    """Return the step of a trial's newest checkpoint; 0 without one."""
     from ftexp.train.checkpoints import SEAL
 
     sealed = (p.parent.name.removeprefix("checkpoint-") for p in folder.glob(f"checkpoints/checkpoint-*/{SEAL}"))
-    steps = [int(number) for number in sealed if number.isdecimal()]
-    began = (read_json(folder / "trial.json") or {}).get("resumed_at") or [0]
-    return max(steps, default=0) > began[-1]
+    return max((int(number) for number in sealed if number.isdecimal()), default=0)
 
 
-def requeue(study: Study, trial: FrozenTrial, retries: int = 0, faults: int = 0) -> None:
+def requeue(study: Study, trial: FrozenTrial, retries: int = 0, faults: int = 0, reached: int = 0) -> None:
     """Queue the ticket of an attempt again, with the point it had and what the sampler keeps with that.
 
-    NSGA-II keeps the generation there: an attempt without it belongs to none, and is no parent.
+    `reached` is the step of the checkpoint that it goes on from, where that is known. NSGA-II keeps the generation with
+    the point: an attempt without it belongs to none, and is no parent.
     """
     from optuna.trial import TrialState, create_trial
 
@@ -511,7 +513,12 @@ def requeue(study: Study, trial: FrozenTrial, retries: int = 0, faults: int = 0)
         create_trial(
             state=TrialState.WAITING,
             system_attrs={} if point is None else kept | {"fixed_params": point},
-            user_attrs={"ftexp:ticket": ticket(trial), "ftexp:retries": retries, FAULTS: faults},
+            user_attrs={
+                "ftexp:ticket": ticket(trial),
+                "ftexp:retries": retries,
+                FAULTS: faults,
+                REACHED: max(reached, trial.user_attrs.get(REACHED, 0)),
+            },
         )
     )
 
@@ -534,6 +541,11 @@ def settle(
     from optuna.trial import TrialState
 
     reap(study, max_retries, folder=folder)
+    for trial in counted(study):  # failed because its worker died, under a smaller `max_retries` than this
+        attrs = trial.user_attrs
+        retries = attrs.get("ftexp:retries", 0) + 1
+        if attrs.get("ftexp:lost") is False and FAULT not in attrs and retries <= max_retries:
+            requeue(study, trial, retries, attrs.get(FAULTS, 0))
     queue(study, points)
     for trial in counted(study):  # of a launch with more trials
         if ticket(trial) >= len(points) and trial.state is TrialState.WAITING:

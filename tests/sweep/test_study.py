@@ -88,6 +88,34 @@ def test_launch_that_is_killed_again_and_again_fails_no_trial_that_comes_forward
         assert study.counted(record)[0].state is (TrialState.WAITING if attempt < 3 else TrialState.FAIL)
 
 
+def test_launch_that_is_killed_before_its_trial_goes_on_is_no_progress(record, tmp_path):
+    """The model does not fit: each launch dies at loading it, beside a checkpoint of a larger machine."""
+    from ftexp.train.checkpoints import SEAL
+
+    (tmp_path / "0" / "checkpoints/checkpoint-5").mkdir(parents=True)
+    (tmp_path / "0" / "checkpoints/checkpoint-5" / SEAL).touch()
+    study.queue(record, [{"r": 5}])
+    states = []
+    for _ in range(3):
+        study.claim(record).set_user_attr("ftexp:worker", {"host": study.HOST, "pid": 2**22 + 1, "start": 1.0})
+        study.settle(record, [{"r": 5}], 1, tmp_path)
+        states.append(study.counted(record)[0].state.name)
+    assert states == ["WAITING", "WAITING", "FAIL"]  # the first left a checkpoint that was not there before
+
+
+def test_more_retries_run_again_what_failed_with_its_worker_and_nothing_else(record):
+    study.queue(record, [{"r": 5}, {"r": 6}])
+    study.claim(record).set_user_attr("ftexp:worker", {"host": study.HOST, "pid": 2**22 + 1, "start": 1.0})
+    study.settle(record, [{"r": 5}, {"r": 6}], 0)
+    broken = study.claim(record)
+    broken.set_user_attr("ftexp:kind", "crash")
+    record.tell(broken, state=TrialState.FAIL)
+    for retries, waiting in ((0, []), (1, [0])):
+        study.settle(record, [{"r": 5}, {"r": 6}], retries)
+        assert [study.ticket(t) for t in study.counted(record) if t.state is TrialState.WAITING] == waiting
+    assert study.counted(record)[0].user_attrs["ftexp:retries"] == 1
+
+
 def test_ticket_that_kills_every_worker_fails_for_good(record):
     study.queue(record, [{"r": 5}])
     for attempt in range(3):
