@@ -304,10 +304,12 @@ def _score(folder: Path, name: str) -> float:
 def judged(study: Study, trial_id: int) -> tuple[Study, FrozenTrial]:
     """Return what a pruner is to judge by, and the trial.
 
-    Attempts that were lost are left out: their rungs would compete with those of their repetition. Trials are numbered
-    by their tickets: Hyperband draws a bracket from the number, and a repetition has another.
+    Attempts that were lost are left out: their rungs would compete with those of their repetition. Hyperband draws a
+    bracket from the study's name and the trial's number: trials are numbered by their tickets, for a repetition has
+    another number, and the name is one for all sweeps, so that two of one seed are the same.
     """
     view = copy(study)
+    view.study_name = "ftexp"
     view._storage = cast(Any, _Counting(study))
     return view, _numbered(study._storage.get_trial(trial_id))
 
@@ -320,6 +322,10 @@ class _Counting:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study._storage, name)
+
+    def get_study_id_from_name(self, study_name: str) -> int:
+        """Return the study, by whatever name a pruner knows it."""
+        return self._study._study_id
 
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None

@@ -148,7 +148,7 @@ def test_rungs_of_an_attempt_that_was_lost_judge_nobody(sweep, monkeypatch, prun
     ends = []
     for preempted in (0, 2):
         made, record = sweep(f"a={','.join(map(str, range(16)))}", pruner=pruner, pruner_args=args)
-        record = optuna.create_study(study_name="s", pruner=study.pruner(made.options, 1))
+        record = optuna.create_study(study_name=f"s{preempted}", pruner=study.pruner(made.options, 1))
         study.queue(record, made.space.grid())
         for n, loss in enumerate(losses):
             for attempt in range(1 + preempted * (n % 3 == 2)):
