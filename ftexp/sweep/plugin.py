@@ -160,6 +160,8 @@ class Sweeper(HydraSweeper):
         for run in runs:
             for name in options.at_most:
                 metrics.check_objective(name, experiment.switched_on(run), "sweep.at_most")
+        if options.baselines and options.sampler is Sampler.grid:
+            raise ConfigError("sweep.baselines need a sampler that draws; a grid has the points it has")
         for point in options.baselines:
             searched.baseline(point)
         if options.pruner is not Pruner.none and len(runs[0].objectives) > 1:

@@ -105,8 +105,9 @@ class Space:
             if axis.key not in told:
                 raise ConfigError(f"sweep.baselines: {axis.key} must have a value in {told}")
             value = told[axis.key]
-            found = axis.texts and next((t for t in axis.texts if t == str(value) or _value(axis, t) == value), None)
-            within = not isinstance(value, str) and axis.low <= value <= axis.high
+            found = next(iter(_texts(axis, value)), None)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            within = number and axis.low <= value <= axis.high and (not axis.whole or value == int(value))
             if not (found if axis.discrete else within):
                 wanted = ",".join(axis.texts) if axis.discrete else _interval(axis)
                 raise ConfigError(f"sweep.baselines: {axis.key} must be among {wanted}, got {value!r}")
@@ -142,6 +143,11 @@ def _value(axis: Axis, text: str) -> Any:
     return OverridesParser.create().parse_override(f"{axis.key}={text}").value()
 
 
+def _texts(axis: Axis, value: Any) -> list[str]:
+    """List the texts of a discrete axis that stand for a value."""
+    return [text for text in axis.texts if text == str(value) or _value(axis, text) == value]
+
+
 def _interval(axis: Axis) -> str:
     ends = f"interval({axis.low:g}, {axis.high:g})"
     return f"log {ends}" if axis.log else ends
@@ -171,13 +177,27 @@ def parse(given: Sequence[str], conditions: dict[str, dict[str, Any]] | None = N
     last: dict[str, Override] = {o.get_key_element().lstrip("+"): o for o in told}
     fixed = [str(o.input_line) for o in last.values() if not o.is_sweep_override()]
     axes: list[Axis] = []
+    never: set[str] = set()
     for key, override in last.items():
         if override.is_sweep_override():
-            when = _when(key, (conditions or {}).get(key, {}), axes)
+            condition = (conditions or {}).get(key, {})
+            if not all(other not in never and _holds(last.get(other), given) for other, given in condition.items()):
+                never.add(key)
+                continue
+            ruled = {other for other in condition if other in last and not last[other].is_sweep_override()}
+            when = _when(key, {o: given for o, given in condition.items() if o not in ruled}, axes)
             element = override.get_key_element()
             sign, group = element.removesuffix(element.lstrip("+")), key.split("@")[0] in overrides.groups()
             axes.append(replace(_axis(key, override), when=when, composes=group, sign=sign))
     return Space(tuple(fixed), tuple(axes))
+
+
+def _holds(override: Override | None, given: Any) -> bool:
+    """Whether a condition may hold: of a key that has one value, whether it has a wanted one."""
+    if override is None or override.is_sweep_override():
+        return True
+    axis = Axis(override.get_key_element().lstrip("+"), (str(override.input_line).partition("=")[2],))
+    return any(_texts(axis, value) for value in (given if isinstance(given, list) else [given]))
 
 
 def _when(key: str, condition: dict[str, Any], before: list[Axis]) -> tuple[tuple[str, tuple[str, ...]], ...]:
@@ -186,27 +206,33 @@ def _when(key: str, condition: dict[str, Any], before: list[Axis]) -> tuple[tupl
     for other, given in condition.items():
         if other not in known:
             raise ConfigError(f"sweep.params.{key}.when: {other} must be searched, in a line before {key}")
-        wanted = tuple(str(v) for v in (given if isinstance(given, list) else [given]))
-        stray = [v for v in wanted if known[other].discrete and v not in known[other].texts]
-        if stray or not wanted:
-            raise ConfigError(
-                f"sweep.params.{key}.when.{other} must be among {','.join(known[other].texts)}, got {given!r}"
-            )
-        made.append((other, wanted))
+        axis, values = known[other], given if isinstance(given, list) else [given]
+        if not axis.discrete:
+            raise ConfigError(f"sweep.params.{key}.when: {other} must have single values, it has {_interval(axis)}")
+        wanted = [_texts(axis, value) for value in values]
+        if not all(wanted) or not wanted:
+            raise ConfigError(f"sweep.params.{key}.when.{other} must be among {','.join(axis.texts)}, got {given!r}")
+        made.append((other, tuple(text for texts in wanted for text in texts)))
     return tuple(made)
 
 
 def _axis(key: str, override: Override) -> Axis:
+    value: Any = override.value()
+    if getattr(value, "shuffle", False):
+        raise ConfigError(
+            f"{override.input_line}: shuffle() draws another order at each launch, and trials are numbered by it; list "
+            "the values in the order you want"
+        )
     if override.is_discrete_sweep():
         texts = tuple(dict.fromkeys(override.sweep_string_iterator()))
         if not texts:
             raise ConfigError(f"{override.input_line}: must have at least one value, got none")
         return Axis(key, texts)
-    value: Any = override.value()
     low, high, log = value.start, value.end, "log" in value.tags
+    whole = config.is_whole(key) or (not config.is_real(key) and WHOLE.search(str(override.input_line)) is not None)
+    low, high = (math.ceil(low), math.floor(high)) if whole else (low, high)
     if not low < high:
         raise ConfigError(f"{override.input_line}: the lower end must be below the upper, got {low} and {high}")
     if log and low <= 0:
         raise ConfigError(f"{override.input_line}: a log range must be above 0, got {low}")
-    whole = config.is_whole(key) or (not config.is_real(key) and WHOLE.search(str(override.input_line)) is not None)
     return Axis(key, low=low, high=high, whole=whole, log=log)

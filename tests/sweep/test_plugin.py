@@ -170,7 +170,11 @@ def test_search_has_exactly_its_trials_and_more_only_when_asked(cli, tmp_path):
         (["sweep.at_most={cost/secnds: 9}"], "sweep.at_most must be among"),
         (["name=a,b"], "name must be one value for the whole sweep, got a,b"),
         (["objectives=[valid/loss],[valid/f1]"], "objectives must be one value for the whole sweep"),
-        (["sweep.baselines=[{lora.r: 3}]"], "sweep.baselines: lora.r must be among 2,4, got 3"),
+        (["sweep.baselines=[{lora.r: 4}]"], "sweep.baselines need a sampler that draws; a grid has the points it has"),
+        (
+            ["sweep.sampler=tpe", "sweep.n_trials=2", "sweep.baselines=[{lora.r: 3}]"],
+            "sweep.baselines: lora.r must be among 2,4, got 3",
+        ),
         (
             ["sweep.pruner=asha", "objectives=[valid/loss,cost/memory_gib]"],
             "sweep.pruner=asha needs one objective, got valid/loss, cost/memory_gib",

@@ -39,6 +39,9 @@ def test_continuous_axes_keep_ends_kind_and_scale():
     [
         ("lr=interval(1,1)", "the lower end must be below the upper"),
         ("lr=tag(log,interval(0,1))", "a log range must be above 0"),
+        ("lora.r=interval(2.2,3.8)", "the lower end must be below the upper, got 3 and 3"),
+        ("lora.r=shuffle(2,4,8)", r"shuffle\(\) draws another order at each launch"),
+        ("lora.r=shuffle(range(2,8))", r"shuffle\(\) draws another order at each launch"),
     ],
 )
 def test_impossible_range_is_refused(given, message):
@@ -86,6 +89,40 @@ def test_condition_is_part_of_what_a_sweep_is():
 def test_condition_on_what_is_not_searched_before_is_refused(conditions, message):
     with pytest.raises(ConfigError, match=message):
         space.parse(DEPENDENT[0], conditions)
+
+
+def test_condition_on_what_has_one_value_holds_or_drops_its_key():
+    """`sweep=padding data.packing=none`: the command line fixes what a sweep's file searches."""
+    keys, conditions = ["b=1,2", "c=3,4"], {"b": {"a": ["x", None]}, "c": {"b": 2}}
+    assert space.parse(["a=x", *keys], conditions).grid() == [{"b": "1"}, {"b": "2", "c": "3"}, {"b": "2", "c": "4"}]
+    assert space.parse(["a=null", *keys], conditions).grid() == space.parse(["a=x", *keys], conditions).grid()
+    assert space.parse(["a=y", *keys], conditions).grid() == [{}]
+    assert space.parse(["a=y", "b=2", "c=3,4"], {"c": {"b": 2}}).grid() == [{"c": "3"}, {"c": "4"}]
+
+
+def test_condition_on_null_and_on_numbers_takes_them_as_they_are_written():
+    searched = space.parse(["a=null,0.10", "b=1,2"], {"b": {"a": [None, 0.1]}})
+    assert searched.axes[1].when == (("a", ("null", "0.1")),)
+    with pytest.raises(ConfigError, match=r"when: lr must have single values, it has interval\(0.1, 0.2\)"):
+        space.parse(["lr=interval(0.1,0.2)", "b=1,2"], {"b": {"lr": 0.1}})
+
+
+def test_range_of_whole_numbers_stays_within_its_ends():
+    (axis,) = space.parse(["lora.r=interval(2.5,4.5)"]).axes
+    assert (axis.low, axis.high) == (3, 4)
+
+
+@pytest.mark.parametrize("value", [4.5, None, True, [4], "4"])
+def test_baseline_must_be_a_value_of_its_axis(value):
+    with pytest.raises(ConfigError, match=r"sweep\.baselines: lora\.r must be among"):
+        space.parse(["lora.r=interval(2,8)"]).baseline({"lora.r": value})
+
+
+def test_baseline_of_lists_is_found_or_refused():
+    searched = space.parse(["lora.targets=[q_proj],[q_proj,v_proj]"])
+    assert searched.baseline({"lora.targets": ["q_proj", "v_proj"]}) == {"lora.targets": "[q_proj,v_proj]"}
+    with pytest.raises(ConfigError, match=r"sweep\.baselines: lora\.targets must be among"):
+        searched.baseline({"lora.targets": ["v_proj"]})
 
 
 def test_endless_grid_is_refused_before_it_is_listed():
