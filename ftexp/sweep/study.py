@@ -191,6 +191,10 @@ def _check_end(path: Path) -> None:
         raise _no_entry(path, content.count(b"\n"))
 
 
+POPULATION, OPTUNAS_POPULATION = 8, 50
+"""Points of a generation of NSGA-II, the first of which is drawn at random, in sweeps of less than two of Optuna's."""
+
+
 def sampler(options: Options, seed: int, conditional: bool = False) -> BaseSampler:
     """Make Optuna's sampler; a TPE models the axes of each branch together where some depend on others.
 
@@ -208,6 +212,8 @@ def sampler(options: Options, seed: int, conditional: bool = False) -> BaseSampl
         Sampler.nsga2: known.NSGAIISampler,
     }
     own: dict[str, Any] = {"group": True} if conditional and options.sampler is Sampler.tpe else {}
+    if options.sampler is Sampler.nsga2 and (options.n_trials or 0) < 2 * OPTUNAS_POPULATION:
+        own = {"population_size": POPULATION}
     return _accept(made[options.sampler], "sweep.sampler_args", {**own, **options.sampler_args}, seed=seed)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -329,6 +330,14 @@ def test_search_learns_from_results(tmp_path):
     points = searched(tmp_path, Options(sampler=Sampler.tpe, n_trials=40), 40)
     first, last = ([objective(p) for p in part] for part in (points[:10], points[-10:]))
     assert sum(last) / 10 < sum(first) / 10 - 0.3
+
+
+@pytest.mark.parametrize(("trials", "size"), [(24, 8), (99, 8), (100, 50)])
+def test_genetic_search_has_generations_in_a_sweep_of_usual_size(trials, size):
+    """Optuna's first generation has 50 points, all drawn at random: sweeps of 24 trials never got beyond it."""
+    given = Options(sampler=Sampler.nsga2, n_trials=trials)
+    assert study.sampler(given, 0)._population_size == size
+    assert study.sampler(replace(given, sampler_args={"population_size": 5}), 0)._population_size == 5
 
 
 @pytest.mark.parametrize("kind", [Sampler.random, Sampler.tpe, Sampler.qmc, Sampler.nsga2])
