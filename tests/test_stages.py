@@ -55,6 +55,10 @@ def test_a_run_that_begins_with_another_begins_with_its_scores(cli, tmp_path, gi
             ["lora=pissa", "lora.r=4", "lora.extra={rank_pattern: {k_proj: 64}}"],
             "lora.extra.rank_pattern must be at most 32",
         ),
+        (
+            ["lora=pissa", "lora.r=4", "lora.targets=[lm_head,q_proj]"],
+            "lora.targets must not name lm_head with lora.variant=pissa",
+        ),
         (["lora.extra={bias: all}"], "lora.extra.bias must be none, got all"),
         (["lora.extra={init_lora_weights: eva}"], "lora.extra.init_lora_weights must not be eva"),
         (
@@ -70,6 +74,12 @@ def test_what_would_be_saved_wrong_or_lost_is_refused(cli, given, told):
     assert code == 2
     assert told in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("given", [["trainer=classify", "data=genres"], ["trainer=reward", "data=preference"]])
+def test_pissa_leaves_the_head_of_a_classifier_alone(composed, given):
+    """It has as many rows as there are labels, fewer than a usual rank; it is trained whole."""
+    experiment.prepare(composed(*given, *SHORT[:1], "data.max_length=512", "data.rows=120", "lora=pissa", "lora.r=8"))
 
 
 def test_dora_on_int8_weights_is_refused_on_a_cpu(cli, tmp_path):

@@ -473,23 +473,36 @@ def check_targets(model: PreTrainedModel, targets: list[str]) -> None:
             raise ConfigError(f"lora.targets: {target!r} matches no layer{hint}")
 
 
-def check_rank(model: PreTrainedModel, lora: Lora) -> None:
+def check_rank(model: PreTrainedModel, lora: Lora, head: tuple[str, ...] = ()) -> None:
     """Refuse a rank that is larger than the smaller side of a layer: PiSSA takes that many singular vectors out of it.
 
-    peft takes as many as there are without a word, and saves a config of more.
+    peft takes as many as there are without a word, and saves a config of more. Refused, too, is the output head of a
+    tied model: what is taken out of it is missing in the embedding, whose matrix it is.
+
+    Args:
+        model: of which shapes are enough.
+        lora: the adapter.
+        head: modules of a classification head, which are trained whole.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
+    last, first = model.get_output_embeddings(), model.get_input_embeddings()
     for name, layer in model.named_modules():
-        if layer is model.get_output_embeddings() or not isinstance(layer, nn.Linear | Conv1D | nn.Embedding):
+        if not isinstance(layer, nn.Linear | Conv1D | nn.Embedding) or name in head:
             continue
-        every = lora.targets == ["all-linear"] and not isinstance(layer, nn.Embedding)
-        if every or any(name == t or name.endswith(f".{t}") for t in lora.targets):
-            least = min(cast(Any, layer).weight.shape)
-            config.require(
-                lora.r <= least, "lora.r", lora.r, f"at most {least} with lora.variant=pissa: {name} has no more"
+        every = lora.targets == ["all-linear"] and not isinstance(layer, nn.Embedding) and layer is not last
+        if not every and not any(name == t or name.endswith(f".{t}") for t in lora.targets):
+            continue
+        if layer is last and cast(Any, layer).weight is cast(Any, first).weight:
+            raise ConfigError(
+                f"lora.targets must not name {name} with lora.variant=pissa: its matrix is the embedding's too, which "
+                "would miss what PiSSA takes out of it"
             )
+        least = min(cast(Any, layer).weight.shape)
+        config.require(
+            lora.r <= least, "lora.r", lora.r, f"at most {least} with lora.variant=pissa: {name} has no more"
+        )
 
 
 @contextmanager

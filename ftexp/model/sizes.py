@@ -120,7 +120,7 @@ def outline(model: Model, quant: Quant, lora: Lora, dtype: str, attention: str, 
 
 
 def check_adapter(model: Model, lora: Lora, labels: int = 0) -> None:
-    """Refuse a target that matches no layer, and a rank of PiSSA that a layer has not, before weights are loaded.
+    """Refuse a target that matches no layer, and what PiSSA cannot take out of one, before weights are loaded.
 
     Raises:
         ConfigError: names the target and the nearest layer, or the layer and its size.
@@ -134,7 +134,7 @@ def check_adapter(model: Model, lora: Lora, labels: int = 0) -> None:
         base = _base(model, "float32", "eager", labels)
     models.check_targets(base, lora.targets)
     if lora.variant is Variant.pissa:
-        models.check_rank(base, lora)
+        models.check_rank(base, lora, _head(base, labels) if labels else ())
 
 
 def _base(model: Model, dtype: str, attention: str, labels: int) -> PreTrainedModel:
