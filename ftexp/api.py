@@ -6,11 +6,17 @@ line, whose processes can be killed.
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import io
 import json
+import logging
 import os
+import random
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +24,13 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 
-from ftexp import config, data, experiment, overrides
+from ftexp import config, data, experiment, overrides, track
 from ftexp.config import Run
 from ftexp.errors import ConfigError
-from ftexp.progress import quiet_libraries
+from ftexp.files import check_folder
+from ftexp.progress import LOUD, quiet_libraries
 from ftexp.sweep import plugin
-from ftexp.train import losses
+from ftexp.train import control, losses
 
 
 def compose(given: list[str]) -> Run:
@@ -32,22 +39,30 @@ def compose(given: list[str]) -> Run:
     Raises:
         ConfigError: a key is unknown, or a value out of range.
     """
-    config.register()
+    if stray := [text for text in given if not isinstance(text, str)]:
+        raise ConfigError(f"an override must be text such as 'lora.r=8', got {stray[0]!r}")
     plugin.register()
-    prepared = overrides.prepare(given)
+    told = io.StringIO()
+    try:
+        with redirect_stderr(told):
+            prepared = overrides.prepare(given)
+    except SystemExit as error:  # of Hydra's command line
+        raise ConfigError(f"{' '.join(given)}: {told.getvalue().strip().splitlines()[-1]}") from error
     if overrides.runs(prepared) != "single":
         raise ConfigError(
             f"{' '.join(given)}: ftexp.api takes the overrides of one run; sweeps and --help are for the command line"
         )
-    given, outer = overrides.given(prepared), GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()  # of the caller, who may be an application of Hydra's
-    try:
-        with hydra.initialize_config_dir(str(overrides.CONF), **overrides.BASE):
-            return config.build(hydra.compose("config", given))
-    except HydraException as error:
-        raise ConfigError(str(error).strip().splitlines()[0]) from error
-    finally:
-        GlobalHydra.instance().hydra = outer
+    given = overrides.given(prepared)
+    with _ONE, config.registered():
+        outer = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()  # of the caller, who may be an application of Hydra's
+        try:
+            with hydra.initialize_config_dir(str(overrides.CONF), **overrides.BASE):
+                return config.build(hydra.compose("config", given))
+        except HydraException as error:
+            raise ConfigError(overrides.told(error)) from error
+        finally:
+            GlobalHydra.instance().hydra = outer
 
 
 def run(
@@ -72,9 +87,10 @@ def run(
     Raises:
         FtexpError: the run was refused, or ended badly.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     asked, marks = list(given), []
     if rows is not None:
+        if both := [text for text in given if str(text).startswith(("data=", "data.path=", "data.kind="))]:
+            raise ConfigError(f"{both[0]} must be left out where rows are given: they are the data")
         asked += data.of(rows)
         marks.append(Path(asked[-1].rstrip("'")).stem[:8])
     if loss is not None:
@@ -84,13 +100,49 @@ def run(
         asked.append(f"name={_name(list(given), marks)}")
     made = compose(asked)
     into = Path(folder) if folder is not None else Path("outputs/runs") / made.name
-    with warnings.catch_warnings():  # the caller's own filters stay
-        quiet_libraries()
+    with _ONE, _as_found(), control.listening():
+        check_folder(into)
         experiment.check(made, into)
         if experiment.complete(made, into) is None:
             experiment.prepare(made)
         with plugin.only(into, made.name):
             return experiment.execute(made, into, made.name)
+
+
+_ONE = threading.RLock()
+"""Held by the thread that composes or trains: base model and random numbers are one for the process."""
+
+
+@contextmanager
+def _as_found() -> Iterator[None]:
+    """Silence libraries for a while, and leave the process as the caller has it.
+
+    That is environment, levels of logging, warnings, random numbers and garbage collection. A tracking server that did
+    not answer an earlier run is asked again.
+    """
+    import numpy as np
+    import torch
+
+    loggers = [logging.getLogger(name) for name in (*LOUD, "alembic", "mlflow")]
+    levels, environment = [logger.level for logger in loggers], dict(os.environ)
+    drawn = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    track.hope()
+    try:
+        with warnings.catch_warnings():
+            quiet_libraries()
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
+        torch.random.set_rng_state(drawn[2])
+        gc.unfreeze()
+        control.LEAVE.clear()
 
 
 def _name(given: list[str], marks: list[str]) -> str:

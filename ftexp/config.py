@@ -12,6 +12,8 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import lru_cache
@@ -870,6 +872,22 @@ RETIRED = {
     "metric_for_best_model": "objectives",
 }
 """Names of peft, transformers and TRL, current and retired, and the key that took their place."""
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """Register for a while, and give a caller back the resolvers of the names that he has."""
+    from omegaconf.basecontainer import BaseContainer
+
+    before = {name: BaseContainer._resolvers.get(name) for name in ("mul", "oc.env")}
+    register()
+    try:
+        yield
+    finally:
+        for name, resolver in before.items():
+            OmegaConf.clear_resolver(name)
+            if resolver is not None:
+                BaseContainer._resolvers[name] = resolver
 
 
 def register() -> None:

@@ -354,3 +354,17 @@ def _walk(node: Any, path: list[str]) -> Iterator[tuple[list[str], Any]]:
             yield from _walk(value, [*path, str(number)])
     else:
         yield path, node
+
+
+def told(error: Exception) -> str:
+    """Tell a library's error in one line: Hydra says which override, the error that caused it says why."""
+    if "is not a ListConfig" in str(error) or "is not a ListConfig" in str(error.__cause__):
+        return f"{str(error).strip().splitlines()[0]}: a list is wanted, such as [q_proj] for lora.targets"
+    texts = [str(e).strip() for e in (error, error.__cause__) if e is not None and str(e).strip()]
+    lines = [text.splitlines()[0] for text in texts]
+    if unknown := re.search(r"(Key '.+' not in '.+')\n\s+full_key: (\S+)", "\n".join(texts)):
+        near = hint(unknown[2], {*config.keys(), *groups()})
+        if unknown[2] in ("experiment", "scale"):
+            near = ", for its file does not begin with the line # @package _global_"
+        lines = [lines[0].removesuffix(":"), f"unknown key {unknown[2]}{near}"]
+    return ": ".join(dict.fromkeys(lines))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -88,15 +89,18 @@ def _lines(label: str, total: int) -> Iterator[Callable[..., None]]:
     yield advance
 
 
+LOUD = {"bitsandbytes": logging.ERROR, "datasets": logging.WARNING, "urllib3.connectionpool": logging.ERROR}
+"""Loggers and the level from which they are heard: `datasets` names the frameworks it finds, and a server that is dead
+is told in a line of ours."""
+
+
 def quiet_libraries() -> None:
     """Silence what libraries tell their own callers: deprecations of theirs, and kernels they could do without."""
-    import logging
     import sys
     import warnings
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    logging.getLogger("datasets").setLevel(logging.WARNING)  # it names the frameworks it finds
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a dead server is told in a line of ours
+    for name, level in LOUD.items():
+        logging.getLogger(name).setLevel(level)
     if not sys.warnoptions:
         for library in ("transformers", "trl", "peft", "torch", "mlflow"):
             warnings.filterwarnings("ignore", module=library)

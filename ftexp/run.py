@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -50,7 +49,7 @@ def _main() -> int:
     try:
         return _launch()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(_told(error)) from error
+        raise ConfigError(overrides.told(error)) from error
 
 
 def _launch() -> int:
@@ -142,20 +141,6 @@ def _show(folder: Path) -> None:
     shown = Path(os.path.relpath(folder))
     report.show(shown)
     print(f"files: {shown}    again: python -m ftexp.report {shown}")
-
-
-def _told(error: Exception) -> str:
-    """Tell a library's error in one line: Hydra says which override, the error that caused it says why."""
-    if "is not a ListConfig" in str(error) or "is not a ListConfig" in str(error.__cause__):
-        return f"{str(error).strip().splitlines()[0]}: a list is wanted, such as [q_proj] for lora.targets"
-    told = [str(e).strip() for e in (error, error.__cause__) if e is not None and str(e).strip()]
-    lines = [text.splitlines()[0] for text in told]
-    if unknown := re.search(r"(Key '.+' not in '.+')\n\s+full_key: (\S+)", "\n".join(told)):
-        hint = overrides.hint(unknown[2], {*config.keys(), *overrides.groups()})
-        if unknown[2] in ("experiment", "scale"):
-            hint = ", for its file does not begin with the line # @package _global_"
-        lines = [lines[0].removesuffix(":"), f"unknown key {unknown[2]}{hint}"]
-    return ": ".join(dict.fromkeys(lines))
 
 
 if __name__ == "__main__":

@@ -357,8 +357,13 @@ def _open(
     return client, client.create_run(experiment, start_time=began, tags=tags).info.run_id
 
 
-_stores: dict[tuple[str, str], tuple[MlflowClient, str]] = {}
+_stores: dict[tuple[str, str, str], tuple[MlflowClient, str]] = {}
 _dead: set[str] = set()
+
+
+def hope() -> None:
+    """Ask servers again that did not answer."""
+    _dead.clear()
 
 
 class Unreachable(MachineError):
@@ -386,9 +391,10 @@ def store(track: Track) -> tuple[MlflowClient, str]:
     Raises:
         MachineError: the store cannot be reached or opened.
     """
-    key = (track.uri, track.experiment)
+    key = (str(Path.cwd()), track.uri, track.experiment)  # a store of a relative name is another elsewhere
     if key not in _stores:
-        _stores[key] = _connect(track)
+        moved = any(uri == track.uri and place != key[0] for place, uri, _ in _stores)
+        _stores[key] = _connect(track, moved)
     return _stores[key]
 
 
@@ -404,13 +410,14 @@ def _restrain() -> None:
     logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 
-def _connect(track: Track) -> tuple[MlflowClient, str]:
+def _connect(track: Track, moved: bool = False) -> tuple[MlflowClient, str]:
+    """Connect; `moved` where this process knows the name from another folder, and MLflow would hand out that store."""
     _restrain()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    artifacts = None
+    artifacts, address = None, track.uri
     lock: Any = _unlocked()
     try:
         if track.uri.startswith(SQLITE):
@@ -418,8 +425,9 @@ def _connect(track: Track) -> tuple[MlflowClient, str]:
             path.parent.mkdir(parents=True, exist_ok=True)
             artifacts = (path.parent / "mlartifacts").resolve().as_uri()
             lock = FileLock(f"{path}.lock")
+            address = f"{SQLITE}{path.resolve()}" if moved else track.uri
         with lock:
-            client = MlflowClient(tracking_uri=track.uri)
+            client = MlflowClient(tracking_uri=address)
             found = client.get_experiment_by_name(track.experiment)
             experiment = found.experiment_id if found else client.create_experiment(track.experiment, artifacts, KIND)
     except (MlflowException, SQLAlchemyError, OSError) as error:

@@ -1,11 +1,16 @@
 """A run from Python is the run of the command line."""
 
+import threading
+import time
+from pathlib import Path
+
 import hydra
 import pytest
 import torch
 from conftest import TINY
 
-from ftexp import api
+from ftexp import api, track
+from ftexp.config import Track
 from ftexp.errors import ConfigError, DataError, MachineError
 from ftexp.files import read_json
 from ftexp.sweep import plugin
@@ -114,3 +119,120 @@ def test_model_saved_again_into_its_folder_is_the_one_that_is_trained(tmp_path, 
     saved(tmp_path / "a" / "m", 9.0)
     losses.append(api.run(*keys, folder=tmp_path / "last")["base/loss"])
     assert losses[0] == losses[2] != losses[1] == losses[3]
+
+
+def test_run_leaves_the_process_as_it_was(tmp_path, monkeypatch):
+    """Environment, resolvers, loggers, handlers, warnings and random numbers are the caller's."""
+    import gc
+    import logging
+    import os
+    import random
+    import signal
+    import warnings
+
+    import numpy as np
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("mul", lambda a, b: f"{a}-{b}", replace=True)
+    logging.getLogger("datasets").setLevel(logging.DEBUG)
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
+
+    def state():
+        drawn = random.random(), np.random.rand(), torch.rand(1).item()
+        return (
+            dict(os.environ), logging.getLogger("datasets").level, logging.getLogger("mlflow").level, gc.get_freeze_count(),
+            signal.getsignal(signal.SIGINT), list(warnings.filters), torch.get_num_threads(), Path.cwd(), drawn,
+            OmegaConf.create({"a": "${mul:2,3}"}).a,
+        )  # fmt: skip
+
+    def seed():
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+
+    monkeypatch.chdir(tmp_path)
+    api.run(*TINY, folder="warm")  # imports set what they set
+    seed()
+    before = state()
+    seed()
+    for name in ("one", "two"):
+        api.run(*TINY, f"track.uri=sqlite:///{tmp_path}/ml.db", folder=name)
+    assert state() == before
+    OmegaConf.clear_resolver("mul")
+
+
+def test_ctrl_c_keeps_a_checkpoint_and_the_next_call_goes_on(tmp_path):
+    import signal
+
+    keys = [k for k in TINY if not k.startswith(("trainer.steps", "data.max_length"))] + [
+        "trainer.steps=400",
+        "track=none",
+    ]
+    main = threading.current_thread()
+
+    def press():
+        while not list(tmp_path.glob("r/metrics.jsonl")):
+            time.sleep(0.05)
+        time.sleep(0.3)
+        signal.pthread_kill(main.ident, signal.SIGINT)
+
+    pressing = threading.Thread(target=press)
+    pressing.start()
+    with pytest.raises(KeyboardInterrupt):
+        api.run(*keys, "data.max_length=256", folder=tmp_path / "r")
+    pressing.join()
+    (kept,) = tmp_path.glob("r/checkpoints/checkpoint-*")
+    step = int(kept.name.removeprefix("checkpoint-"))
+    assert 0 < step < 400
+    api.run(*keys, "data.max_length=256", folder=tmp_path / "r")
+    assert read_json(tmp_path / "r" / "trial.json")["resumed_at"] == [step]
+
+
+def test_run_in_another_folder_is_tracked_there(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        api.run(*TINY, "track.uri=sqlite:///ml.db", folder="r")
+        client, experiment = track.store(Track(uri=f"sqlite:///{tmp_path}/{name}/ml.db"))
+        assert len(client.search_runs([experiment])) == 1
+
+
+def test_server_that_was_dead_is_asked_again_by_the_next_run(tmp_path, capfd):
+    for name in ("a", "b"):
+        api.run(*TINY, "track.uri=http://127.0.0.1:9", folder=tmp_path / name)
+        assert "the run goes on with files only" in capfd.readouterr().err
+
+
+def test_runs_of_two_threads_are_one_after_the_other(tmp_path):
+    told, keys = {}, [*TINY, "track=none"]
+
+    def work(rank):
+        told[rank] = api.run(*keys, f"lora.r={rank}", folder=tmp_path / str(rank))["valid/loss"]
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in (2, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = [api.run(*keys, f"lora.r={rank}", folder=tmp_path / f"alone{rank}")["valid/loss"] for rank in (2, 4)]
+    assert [told[2], told[4]] == alone
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "message"),
+    [
+        (["--bogus"], None, "--bogus: .*unrecognized arguments: --bogus"),
+        ([3], None, "an override must be text such as 'lora.r=8', got 3"),
+        (["data=yoda"], [{"prompt": "a", "completion": "b"}] * 9, "data=yoda must be left out where rows are given"),
+        (["lora.r=abc"], None, r"lora\.r=abc: Value 'abc'.*could not be converted to Integer"),
+        (["lora.targets=all-linear"], None, "a list is wanted"),
+    ],
+)
+def test_what_cannot_be_is_told_whole(given, rows, message, tmp_path, capfd):
+    with pytest.raises(ConfigError, match=message):
+        api.run(*KEYS, *given, rows=rows, folder=tmp_path / "r")
+    assert "usage" not in capfd.readouterr().err
+
+
+def test_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "r").write_text("")
+    with pytest.raises(MachineError, match="a file of this name is in the way"):
+        api.run(*TINY, "track=none", folder=tmp_path / "r")
