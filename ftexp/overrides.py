@@ -93,6 +93,8 @@ def choose(folder: str | None) -> None:
         if path.suffix == ".yml":
             raise ConfigError(f"{path}: must end in .yaml, as Hydra reads no other file")
         group, *rest = path.relative_to(place).parts
+        if not ours[group].joinpath(*rest[:-1]).is_dir():
+            raise ConfigError(f"{path}: an option must lie in {group}/ itself, not in a folder below it")
         if (there := ours[group].joinpath(*rest)).exists():
             raise ConfigError(f"{path}: ftexp has an option of this name, {there}; give yours another")
     if not files:
@@ -337,9 +339,17 @@ def check_composed(hydra: Any) -> None:
     Raises:
         ConfigError: names the key.
     """
-    allowed = (["sweeper", "_target_"], ["launcher", "_target_"])
+    allowed = {
+        "sweeper": "ftexp.sweep.plugin.Sweeper",
+        "launcher": "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    }
     for path, value in _walk(hydra, []):
-        if path[-1] in ("_target_", "()", "_args_", "_partial_") and path not in allowed:
+        ours = (
+            len(path) == 2
+            and path[1] == "_target_"
+            and str(value).removeprefix("hydra_plugins.") == allowed.get(path[0])
+        )
+        if path[-1] in ("_target_", "()", "_args_", "_partial_") and not ours:
             raise ConfigError(f"hydra.{'.'.join(path)} must not be set: configs run no code, got {value!r}")
         if path[:2] in (["job", "env_set"], ["job", "env_copy"]):
             raise ConfigError(f"hydra.{'.'.join(path)} must not be set: Hydra would write the environment to disk")

@@ -74,8 +74,8 @@ def _bring(kept: Kept, uri: str, told: Brought, parents: dict[Path, str]) -> Non
     client, _ = track.store(where)
     own = uri == kept.trial["track"]["uri"]
     run_id = _known(client, kept.trial.get("mlflow_run") if own else _elsewhere(kept.folder, uri))
+    parent = _parent(kept, where, client, parents, told)
     if run_id is None:
-        parent = _parent(kept, where, client, parents, told)
         run_id = track.create(where, kept.trial["label"], kept.folder, parent, min(_times(kept), default=None))
         if own:
             write_json(kept.folder / "trial.json", kept.trial | {"mlflow_run": run_id})
@@ -182,9 +182,11 @@ def _parent(
         parents[folder] = known or track.create(where, sweep["name"], folder, None)
         for name, value in _confirmed(folder).items():
             client.set_tag(parents[folder], name, value)
+        end = _end_of_sweep(folder, sweep) or ("KILLED" if known is None else None)
+        if end is not None and client.get_run(parents[folder]).info.status != end:
+            client.set_terminated(parents[folder], end)
         if known is None:
             Log(folder, client, parents[folder]).params(track.searched(read_json(folder / "identity.json") or {}))
-            client.set_terminated(parents[folder], "FINISHED")
             if own:
                 write_json(folder / "sweep.json", sweep | {"mlflow_run": parents[folder]})
             else:
@@ -195,6 +197,15 @@ def _parent(
             client.log_artifact(parents[folder], str(page))
             told.files += 1
     return parents[folder]
+
+
+def _end_of_sweep(folder: Path, sweep: dict[str, Any]) -> str | None:
+    """Tell how a sweep ended, as MLflow says it; None of one that has trials left."""
+    states = {(read_json(path) or {}).get("state") for path in folder.glob("[0-9]*/trial.json")}
+    whole = len(list(folder.glob("[0-9]*/trial.json"))) >= sweep.get("tickets", 0)
+    if whole and states <= {"complete", "pruned", "skipped", "failed"}:
+        return "FAILED" if "failed" in states else "FINISHED"
+    return None
 
 
 def _points(kept: Kept, client: MlflowClient, log: Log, told: Brought) -> None:

@@ -76,6 +76,9 @@ def test_run_and_sweep_of_ones_own_options(cli, mine, tmp_path):
         ({"lora__a": "# @package _global_\nhydra:\n  job:\n    env_set:\n      A: b\n"}, "must not be set"),
         ({"lora__a": "# @package _global_\nhydra:\n  callbacks:\n    x:\n      _target_: os.getcwd\n"}, "run no code"),
         ({"lora__a": "extra: {a: '${oc.env:HF_TOKEN}'}\n"}, "HF_TOKEN"),
+        ({"lora__a": "# @package _global_\nhydra:\n  sweeper:\n    _target_: subprocess.call\n"}, "run no code"),
+        ({"lora__a": "# @package _global_\nhydra:\n  launcher:\n    _target_: subprocess.call\n"}, "run no code"),
+        ({"lora__a": "r: 1\n", "lora__deep__b": "r: 2\n"}, "deep/b.yaml: an option must lie in lora/ itself"),
     ],
 )
 def test_folder_that_is_not_as_meant_is_refused_and_told(cli, mine, monkeypatch, files, told):

@@ -229,6 +229,31 @@ def test_two_nodes_that_bring_the_same_sweep_bring_each_point_once(cli, tmp_path
         assert histories(uri)[name] == in_files(tmp_path / "outputs/sweeps/s" / str(number))
 
 
+def test_sweep_whose_launch_was_killed_at_its_end_is_closed_in_the_store_with_its_page(cli, verb, tmp_path):
+    """The trials are all there; the parent runs and has no page, as where the server was down in the last second."""
+    import shutil
+
+    uri = f"sqlite:///{tmp_path}/own.db"
+    assert cli("lora.r=2,4", *TINY, "name=s", f"track.uri={uri}", "-m")[0] == 0
+    client, _ = track.store(Track(uri=uri))
+    folder = tmp_path / "outputs/sweeps/s"
+    parent = read_json(folder / "sweep.json")["mlflow_run"]
+    where = client.get_run(parent).info.artifact_uri.removeprefix("file://")
+
+    def told():
+        return client.get_run(parent).info.status, [entry.path for entry in client.list_artifacts(parent)]
+
+    before = told()
+    shutil.rmtree(where)
+    client.update_run(parent, status="RUNNING")
+    assert json.loads(verb("--json")[1])["files"] == 1
+    assert told() == before == ("FINISHED", ["report.html"])
+    client.update_run(parent, status="RUNNING")
+    write_json(folder / "sweep.json", read_json(folder / "sweep.json") | {"tickets": 3})  # one has not begun
+    assert json.loads(verb("--json")[1])["runs"] == 0
+    assert told()[0] == "RUNNING"
+
+
 def test_dead_store_is_named(cli, verb, tmp_path):
     assert cli(*TINY, "name=one", DEAD)[0] == 0
     code, _, err = verb()

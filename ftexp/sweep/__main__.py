@@ -146,7 +146,7 @@ def resume(args: argparse.Namespace) -> int:
     from ftexp import report
     from ftexp.sweep import plugin
 
-    folder = find(args.name).absolute()
+    folder = find(args.name).resolve()  # what was kept of the launch has no links in it
     sweep = frozen.load(folder)
     home = Path(sweep.cwd)
     if sweep.cwd and folder.is_relative_to(home) and home.is_dir() and home != Path.cwd():
