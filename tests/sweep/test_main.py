@@ -169,7 +169,9 @@ def test_resume_from_elsewhere_finds_what_is_named_from_the_folder_of_the_launch
     (folder / "1" / "trial.json").unlink()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    code, _, err = verb("resume", str(folder))
+    link = tmp_path.parent / f"{tmp_path.name}-link"
+    link.symlink_to(tmp_path)
+    code, _, err = verb("resume", str(link / "outputs" / "sweeps" / "s"))
     assert code == 0, err
     assert f"goes on in {tmp_path}, where it was launched" in err
     assert read_json(folder / "1" / "trial.json")["state"] == "complete"
