@@ -553,11 +553,13 @@ def settle(
     from optuna.trial import TrialState
 
     reap(study, max_retries, folder=folder)
-    for trial in counted(study):  # failed because its worker died, under a smaller `max_retries` than this
+    for trial in counted(study):
         attrs = trial.user_attrs
-        retries = attrs.get("ftexp:retries", 0) + 1
-        if attrs.get("ftexp:lost") is False and FAULT not in attrs and retries <= max_retries:
-            requeue(study, trial, retries, attrs.get(FAULTS, 0))
+        if attrs.get("ftexp:lost") is not False:
+            continue
+        retries = attrs.get("ftexp:retries", 0) + (FAULT not in attrs)
+        if FAULT in attrs or retries <= max_retries:  # the machine has been mended, or `max_retries` was smaller
+            requeue(study, trial, retries)
     queue(study, points)
     for trial in counted(study):  # of a launch with more trials
         if ticket(trial) >= len(points) and trial.state is TrialState.WAITING:

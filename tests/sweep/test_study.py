@@ -117,6 +117,19 @@ def test_more_retries_run_again_what_failed_with_its_worker_and_nothing_else(rec
     assert study.counted(record)[0].user_attrs["ftexp:retries"] == 1
 
 
+def test_ticket_that_no_machine_could_run_is_tried_again_by_the_next_launch(record):
+    study.queue(record, [{"r": 5}])
+    for _ in range(study.MOST_FAULTS + 1):
+        trial = study.claim(record)
+        trial.set_user_attr("ftexp:worker", {"host": study.HOST, "pid": 2**22 + 1, "start": 1.0})
+        trial.set_user_attr(study.FAULT, "no model folder at /mnt/m")
+        study.reap(record, 0)
+    assert study.counted(record)[0].state is TrialState.FAIL
+    study.settle(record, [{"r": 5}], 0)
+    (again,) = study.counted(record)
+    assert (again.state, again.user_attrs[study.FAULTS]) == (TrialState.WAITING, 0)
+
+
 def test_ticket_that_kills_every_worker_fails_for_good(record):
     study.queue(record, [{"r": 5}])
     for attempt in range(3):
