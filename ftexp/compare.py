@@ -312,22 +312,25 @@ def _importance(points: list[list[dict[str, Any]]], sweep: dict[str, Any], objec
 def value_of(trial: dict[str, Any], key: str, axes: Sequence[str]) -> Any:
     """Return a searched key's value in a trial: of the config, or of its overrides for a choice of files.
 
-    A list or mapping, as `lora.targets` has, is given as text.
+    None where a condition left it out of the search: the config's value there is one that nobody chose. A list or
+    mapping, as `lora.targets` has, is given as text.
     """
-    if key in trial["config"]:
-        found = trial["config"][key]
-        return found if isinstance(found, int | float | str) else str(found)
     others = "|".join(re.escape(axis) for axis in axes)
     told = re.search(rf"(?:^| )\+*{re.escape(key)}=(.*?)(?= \+*(?:{others})=| seed\+\d+$|$)", trial["label"])
-    return told[1] if told else "(not searched)"
+    if told is None:
+        return None
+    found = trial["config"].get(key, told[1])
+    return found if isinstance(found, int | float | str) else str(found)
 
 
 def _rate(points: list[list[dict[str, Any]]], sweep: dict[str, Any], objective: str) -> explain.Together | None:
     """Tell alpha times learning rate from the two apart, where both were searched; in the unit of loss."""
     if not {"lora.alpha", "trainer.lr"} <= {axis["key"] for axis in sweep.get("axes", [])}:
         return None
-    alpha, lr = ([float(m[0]["config"][key]) for m in points] for key in ("lora.alpha", "trainer.lr"))
-    told = [_mean(m, objective) for m in points]
+    keys = [axis["key"].lstrip("+") for axis in sweep["axes"]]
+    both = [m for m in points if all(value_of(m[0], key, keys) is not None for key in ("lora.alpha", "trainer.lr"))]
+    alpha, lr = ([float(m[0]["config"][key]) for m in both] for key in ("lora.alpha", "trainer.lr"))
+    told = [_mean(m, objective) for m in both]
     logs = [math.log(v) if objective == "valid/perplexity" else v for v in told]
     return explain.together(alpha, lr, logs)
 

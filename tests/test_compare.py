@@ -13,6 +13,7 @@ from conftest import TINY
 from ftexp import compare, report
 from ftexp.errors import MachineError
 from ftexp.files import read_json, write_json
+from ftexp.page import figures
 from ftexp.page import html as page
 
 TEXT = [f"row {n} é" for n in range(40)]
@@ -55,6 +56,12 @@ def sweep(tmp_path):
         return folder
 
     return make
+
+
+def chosen(told, **config):
+    """Return the keys of a trial at which these were searched; others of its config were not."""
+    label = " ".join(f"{key}={value}" for key, value in told.items())
+    return {"label": label, "config": {"objectives": ["valid/loss"]} | config | told}
 
 
 def read(folder):
@@ -228,14 +235,8 @@ def test_rows_that_were_cut_otherwise_are_not_compared(sweep):
 
 def test_list_valued_keys_have_a_share(sweep):
     targets = [["q_proj"], ["q_proj", "v_proj"]]
-    trials = [
-        (
-            8,
-            0.05 * n,
-            {"config": {"lora.r": (8, 16, 64)[n % 3], "lora.targets": targets[n // 9], "objectives": ["valid/loss"]}},
-        )
-        for n in range(18)
-    ]
+    configs = [{"lora.r": (8, 16, 64)[n % 3], "lora.targets": targets[n // 9]} for n in range(18)]
+    trials = [(8, 0.05 * n, chosen(told)) for n, told in enumerate(configs)]
     found = read(sweep(*trials, axes=[{"key": "lora.r"}, {"key": "lora.targets"}]))
     assert list(found.importance) == ["lora.targets", "lora.r"]
 
@@ -260,20 +261,53 @@ def test_best_by_perplexity_is_the_best_by_loss_over_seeds(sweep):
 
 
 def test_importance_of_searched_keys(sweep):
-    trials = [((8, 16, 64)[n % 3], 0.05 * n, {}) for n in range(18)]
+    configs = [{"lora.r": (8, 16, 64)[n % 3], "trainer.lr": 1e-3 + 0.05 * n} for n in range(18)]
+    trials = [(8, 0.05 * n, chosen(told)) for n, told in enumerate(configs)]
     found = read(sweep(*trials, axes=[{"key": "lora.r"}, {"key": "trainer.lr"}, {"key": "lora"}]))
     assert list(found.importance) == ["trainer.lr", "lora.r"]
     assert any(line.startswith("What sets the best points apart") for line in compare.lines(found))
 
 
 def test_product_of_alpha_and_rate_is_told_where_both_were_searched(sweep):
-    configs = [{"lora.r": 8, "lora.alpha": (8, 32)[n % 2], "trainer.lr": 10.0 ** -(n % 3 + 2)} for n in range(12)]
-    trials = [(8, 0.05 * n, {"config": told | {"objectives": ["valid/loss"]}}) for n, told in enumerate(configs)]
+    configs = [{"lora.alpha": (8, 32)[n % 2], "trainer.lr": 10.0 ** -(n % 3 + 2)} for n in range(12)]
+    trials = [(8, 0.05 * n, chosen(told, **{"lora.r": 8})) for n, told in enumerate(configs)]
     axes = [{"key": "lora.alpha"}, {"key": "trainer.lr"}]
     found = read(sweep(*trials, axes=axes))
     assert found.rate is not None
     assert any(line.startswith("alpha and learning rate were both searched: ") for line in compare.lines(found))
     assert read(sweep(*trials, axes=axes[1:])).rate is None
+
+
+def test_points_at_which_a_condition_leaves_a_key_out_have_no_part_in_what_it_did(sweep):
+    """Five points without an adapter have the config's rank and alpha, which nobody searched there."""
+    with_one = [
+        {"lora": ("default", "dora")[n % 2], "lora.r": (2, 4, 8)[n % 3], "lora.alpha": (8, 32)[n % 2], "trainer.lr": lr}
+        for n, lr in enumerate([1e-4, 1e-3, 1e-2] * 4)
+    ]
+    without = [{"lora": "none", "trainer.lr": 1e-4 * (n + 1)} for n in range(5)]
+    trials = [(8, 0.01 * n, chosen(told, **{"lora.r": 16, "lora.alpha": 32} | told))
+              for n, told in enumerate([*with_one, *without])]  # fmt: skip
+    axes = [{"key": key} for key in ("lora", "lora.r", "lora.alpha", "trainer.lr")]
+    folder = sweep(*trials, axes=axes)
+    bins = figures.effects(report.gather(folder))
+    assert [(b.low, b.trials) for b in bins["lora.r"]] == [(2, 4), (4, 4), (8, 4), ("(not searched)", 5)]
+    assert [(b.low, b.trials) for b in bins["lora.alpha"]] == [(8, 6), (32, 6), ("(not searched)", 5)]
+    assert sum(b.trials for b in bins["trainer.lr"]) == 17
+    assert "did not meet the key's condition" in page.effects(report.gather(folder))
+    rate = read(folder).rate
+    for n in range(12, 17):
+        shutil.rmtree(folder / str(n))
+    assert read(folder).rate == rate is not None  # of the points that search both
+    assert "did not meet" not in page.effects(report.gather(folder))
+
+
+def test_a_key_that_some_points_do_not_search_has_no_share_for_that(sweep):
+    """Whether there is an adapter sets the best apart; its rank does not, though it is there in the best alone."""
+    told = [{"lora": "default", "lora.r": (2, 4)[n % 2]} if n < 10 else {"lora": "none"} for n in range(40)]
+    trials = [(8, 0.001 * (n // 2) if n < 10 else 0.5 + 0.01 * n, chosen(one, **{"lora.r": 16} | one))
+              for n, one in enumerate(told)]  # fmt: skip
+    shares = read(sweep(*trials, axes=[{"key": "lora"}, {"key": "lora.r"}])).importance
+    assert shares["lora"].value > 0.95
 
 
 def test_single_run_shows_its_interval(sweep):

@@ -22,6 +22,8 @@ from ftexp.stats.explain import Bin
 FEW = 7
 """So many trials have colours of their own beside the best; of more, all but the best are grey."""
 COSTS = {"cost/trainable": "trainable parameters", "cost/seconds": "seconds of training and scoring"}
+NOT = "(not searched)"
+"""Name of the points at which a condition left a key out of the search."""
 
 
 @dataclass(frozen=True)
@@ -133,26 +135,36 @@ def pareto(sweep: Sweep, cost: str) -> Svg | None:
 
 
 def values(sweep: Sweep, key: str) -> list[Any]:
-    """Return a key's value in each complete point: of the config, or of its overrides for a choice of files."""
+    """Return a key's value in each complete point; None where a condition left it out of the search."""
     return [compare.value_of(point.trials[0], key, sweep.axes) for point in sweep.complete]
 
 
 def effects(sweep: Sweep) -> dict[str, list[Bin]]:
-    """Mean objective by value of each searched key, over whatever the other keys were; keys with one value are out."""
+    """Mean objective by value of each searched key, over whatever the other keys were; keys with one value are out.
+
+    Points at which a key is not searched are its last bin, `NOT`.
+    """
     scores = [p.scores[sweep.board.objective] for p in sweep.complete]
-    found = {key: explain.marginal(values(sweep, key), scores) for key in sweep.axes} if scores else {}
-    return {key: bins for key, bins in found.items() if len(bins) > 1}
+    found = {}
+    for key in sweep.axes:
+        told = list(zip(values(sweep, key), scores, strict=True))
+        bins = explain.marginal([v for v, _ in told if v is not None], [s for v, s in told if v is not None])
+        if len(bins) > 1:
+            rest = [s for v, s in told if v is None]
+            found[key] = bins + explain.marginal([NOT] * len(rest), rest)
+    return found
 
 
 def spread(sweep: Sweep, key: str) -> Svg | None:
-    """Draw every point's objective against a key of many numbers; None for one of few values or of names."""
-    known, name = values(sweep, key), sweep.board.objective
-    if len(set(known)) <= explain.FEW_VALUES or not all(isinstance(v, int | float) for v in known):
+    """Draw the objective against a key of many numbers where it is searched; None for few values or names."""
+    name = sweep.board.objective
+    known = [(v, p) for v, p in zip(values(sweep, key), sweep.complete, strict=True) if v is not None]
+    if len({v for v, _ in known}) <= explain.FEW_VALUES or not all(isinstance(v, int | float) for v, _ in known):
         return None
     marks = [
         Dot(f"{p.numbers} {boards.label(p)}: {p.scores[name]:.4f}", float(v), p.scores[name],
             "best" if p is sweep.winner else "plain")
-        for v, p in sorted(zip(known, sweep.complete, strict=True), key=lambda pair: pair[1] is sweep.winner)
+        for v, p in sorted(known, key=lambda pair: pair[1] is sweep.winner)
     ]  # fmt: skip
     return svg.dots(marks, key, name, f"{name} against {key}, {len(marks)} points")
 

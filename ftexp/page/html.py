@@ -386,6 +386,8 @@ def effects(sweep: Sweep) -> str:
     told += "".join(effect(sweep, key, bins, axis) for key, bins in found.items())
     left = len(sweep.board.points) - len(sweep.complete)
     without = f" The {left} points that are not complete are left out." if left else ""
+    if any(b.low == figures.NOT for bins in found.values() for b in bins):
+        without += f" Points {figures.NOT} did not meet the key's condition and had its value of the config."
     return (
         f"<p>Mean {_e(sweep.board.objective)} over the {len(sweep.complete)} complete points with each value, whatever "
         f"the other keys were; the interval therefore holds the effect of the others too.{without}</p>{told}"

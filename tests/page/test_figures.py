@@ -46,7 +46,7 @@ def test_no_front_of_a_cost_that_is_the_same(tmp_path):
 
 @pytest.mark.parametrize(
     ("label", "wanted"),
-    [("lora=rslora lora.r=4", "rslora"), ("lora.r=4 lora=dora seed+1", "dora"), ("lora.r=4", "(not searched)"),
+    [("lora=rslora lora.r=4", "rslora"), ("lora.r=4 lora=dora seed+1", "dora"), ("lora.r=4", None),
      ("lora=a b lora.r=4", "a b"), ("lora.r=4 +lora=x", "x")],
 )  # fmt: skip
 def test_choice_of_a_file_is_read_from_the_overrides(label, wanted):
@@ -58,3 +58,17 @@ def test_a_key_of_many_numbers_is_drawn(tmp_path):
     assert figures.spread(found, "trainer.lr").count('class="dot') == 12
     assert figures.spread(found, "lora.r") is None
     assert list(figures.effects(found)) == ["lora.r", "trainer.lr"]
+
+
+def test_a_key_is_drawn_where_it_is_searched(tmp_path):
+    """Two points of a condition have the config's rate and no part in ranges of it."""
+    folder = sweep(tmp_path / "s", 14)
+    for n in (3, 7):
+        told = read_json(folder / str(n) / "trial.json")
+        told["label"] = told["label"].split(" trainer.lr")[0]
+        write_json(folder / str(n) / "trial.json", told)
+    found = report.gather(folder)
+    assert figures.spread(found, "trainer.lr").count('class="dot') == 12
+    *ranges, rest = figures.effects(found)["trainer.lr"]
+    assert [b.trials for b in ranges] == [3, 3, 3, 3]
+    assert (rest.low, rest.trials) == ("(not searched)", 2)
