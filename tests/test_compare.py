@@ -227,6 +227,48 @@ def test_losses_that_beta_scales_are_not_compared(sweep, kind, told):
     assert found.untested == (told and f"trials 0 and 1 were scored with different trainer.beta, {told}")
 
 
+@pytest.mark.parametrize(("names", "first", "second", "told"), [
+    ("base/loss test/loss train/loss", {"trainer.kind": "sft"}, {"trainer.kind": "dpo"}, "by different trainer.kind"),
+    ("tfidf/loss", {"trainer.kind": "classify"}, {"trainer.kind": "reward"}, "by different trainer.kind"),
+    ("base/loss base/perplexity test/loss train/loss", {"tokenizer": "a"}, {"tokenizer": "b"},
+     "in tokens of different tokenizers: objectives=[valid/bits_per_byte] compares them"),
+    ("forgetting/before forgetting/loss valid/kl base/length", {"tokenizer": "a", "trainer.kind": "rloo"},
+     {"tokenizer": "b", "trainer.kind": "rloo"}, "in tokens of different tokenizers"),
+    ("base/bits_per_byte test/f1 cost/trainable", {"tokenizer": "a"}, {"tokenizer": "b"}, None),
+    ("valid/loss tfidf/loss train/loss", {"tokenizer": "a", "trainer.kind": "classify"},
+     {"tokenizer": "b", "trainer.kind": "classify"}, None),
+    ("base/loss test/margin train/loss", {"trainer.kind": "dpo", "trainer.beta": 0.1},
+     {"trainer.kind": "dpo", "trainer.beta": 0.5}, "with different trainer.beta"),
+    ("test/loss train/loss", {"trainer.kind": "rloo", "trainer.beta": 0.1},
+     {"trainer.kind": "rloo", "trainer.beta": 0.5}, "with different trainer.beta"),
+    ("test/accuracy base/chosen_loss", {"trainer.kind": "dpo", "trainer.beta": 0.1},
+     {"trainer.kind": "dpo", "trainer.beta": 0.5}, None),
+    ("train/loss", {"trainer.loss": "focal"}, {"trainer.loss": "focal", "trainer.loss_strength": 1.0},
+     "with different trainer.loss"),
+    ("train/loss", {}, {"trainer.loss": "nll", "trainer.loss_strength": None}, None),
+    ("valid/loss base/loss", {"trainer.loss": "focal"}, {"trainer.loss": "dft"}, None),
+    ("forgetting/before forgetting/loss", {"trainer.kind": "sft"}, {"trainer.kind": "dpo"}, None),
+    ("forgetting/after", {"general": "a"}, {"general": "b"}, "on other general text"),
+])  # fmt: skip
+def test_what_holds_of_held_out_scores_holds_of_others(names, first, second, told):
+    def trial(keys):
+        facts = {"tokenizer_sha256": keys.get("tokenizer"), "general_sha256": keys.get("general")}
+        return {"config": {k: v for k, v in keys.items() if k.startswith("trainer.")}, "facts": facts}
+
+    for name in names.split():
+        for one, two in ((first, second), (second, first)):
+            found = compare.other_scale(trial(one), trial(two), name)
+            assert found == told or (told and found.startswith(told)), name
+
+
+def test_losses_of_training_that_are_not_of_one_kind_have_no_best(sweep):
+    """There are no rows of them to be tested, which had hidden it."""
+    how = [chosen({"trainer.beta": beta}, **{"trainer.kind": "dpo", "lora.r": 8}) for beta in (0.1, 0.5)]
+    trials = [(8, 0, one | {"scores": {"train/loss": 0.5, "cost/trainable": 1.0}}) for one in how]
+    found = read(sweep(*trials, objectives=["train/loss"]))
+    assert found.best is None and "different trainer.beta" in found.untested
+
+
 def test_rows_that_were_cut_otherwise_are_not_compared(sweep):
     trials = [(64, 0, {"facts": {"tokenizer_sha256": "a"}})] * 2
     found = read(sweep(*trials, columns=[{}, {"bytes": [5] * 40}]))
