@@ -192,6 +192,13 @@ def test_rows_with_one_prompt_are_one_unit(sweep):
     assert found.rows == 10
 
 
+def test_one_unit_tells_no_noise(sweep):
+    found = read(sweep((64, 0, {}), (16, 0.3, {}), prompts=["one"] * 40))
+    assert found.rows == 1
+    assert math.isnan(found.comparison.spread.rows) and math.isnan(found.comparison.optimism)
+    assert not any("too good" in line or "nan" in line for line in compare.lines(found))
+
+
 def test_rows_of_one_document_are_one_unit(sweep):
     units = {"unit": [n // 8 for n in range(40)]}
     assert read(sweep((64, 0, {}), (16, 0, {}), columns=[units, units])).rows == 5
