@@ -109,29 +109,39 @@ def _numbers(point: Point | None) -> set[int]:
     return set() if point is None else {t["number"] for t in point.trials}
 
 
-def front(sweep: Sweep, cost: str) -> list[Point]:
-    """Return the points that none beats in both objective and a cost, cheapest first."""
-    name, known = sweep.board.objective, [p for p in sweep.complete if cost in p.scores]
-    ways = [Direction.minimize, METRICS[name].direction]
-    on = explain.pareto([[p.scores[cost], p.scores[name]] for p in known], ways) if known else []
-    return sorted((p for p, kept in zip(known, on, strict=True) if kept), key=lambda p: p.scores[cost])
+def against(sweep: Sweep) -> dict[str, str]:
+    """Name what the objective is drawn against: costs, and each further objective of the sweep."""
+    return COSTS | {name: COSTS.get(name, name) for name in sweep.board.objectives[1:]}
 
 
-def pareto(sweep: Sweep, cost: str) -> Svg | None:
-    """Draw the objective against a cost, with the front; None where the cost is the same or the objective itself."""
-    name, known = sweep.board.objective, [p for p in sweep.complete if cost in p.scores]
-    if name == cost or len({p.scores[cost] for p in known}) < 2:
+def front(sweep: Sweep, other: str) -> list[Point]:
+    """Return the points that none beats in both the objective and another score, the best by that first."""
+    name, known = sweep.board.objective, _known(sweep, other)
+    ways = [METRICS[other].direction, METRICS[name].direction]
+    on = explain.pareto([[p.scores[other], p.scores[name]] for p in known], ways) if known else []
+    found = sorted((p for p, kept in zip(known, on, strict=True) if kept), key=lambda p: p.scores[other])
+    return found if METRICS[other].direction is Direction.minimize else found[::-1]
+
+
+def pareto(sweep: Sweep, other: str) -> Svg | None:
+    """Draw the objective against another score, with the front; None where that is the same or the objective itself."""
+    name, known = sweep.board.objective, _known(sweep, other)
+    if name == other or len({p.scores[other] for p in known}) < 2:
         return None
-    on = front(sweep, cost)
+    on = front(sweep, other)
     marks = []
     for point in sorted(known, key=lambda p: (p is sweep.winner, p in on)):
         kind = "best" if point is sweep.winner else "front" if point in on else "plain"
-        told = f"{point.numbers} {boards.label(point)}: {point.scores[name]:.4f} at {svg.short(point.scores[cost])}"
+        told = f"{point.numbers} {boards.label(point)}: {point.scores[name]:.4f} at {svg.short(point.scores[other])}"
         tag = point.numbers if (kind != "plain" and len(on) <= 12) or len(known) <= FEW + 1 else ""
-        marks.append(Dot(told, point.scores[cost], point.scores[name], kind, tag))
-    steps = [(p.scores[cost], p.scores[name]) for p in on]
-    what = COSTS.get(cost, cost)
+        marks.append(Dot(told, point.scores[other], point.scores[name], kind, tag))
+    steps = [(p.scores[other], p.scores[name]) for p in on]
+    what = against(sweep).get(other, other)
     return svg.dots(marks, what, name, f"{name} against {what}, {len(known)} points", steps)
+
+
+def _known(sweep: Sweep, other: str) -> list[Point]:
+    return [p for p in sweep.complete if math.isfinite(p.scores.get(other, math.nan))]
 
 
 def values(sweep: Sweep, key: str) -> list[Any]:
