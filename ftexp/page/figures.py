@@ -115,8 +115,11 @@ def against(sweep: Sweep) -> dict[str, str]:
 
 
 def front(sweep: Sweep, other: str) -> list[Point]:
-    """Return the points that none beats in both the objective and another score, the best by that first."""
-    name, known = sweep.board.objective, _known(sweep, other)
+    """Return the points that none beats in both the objective and another score, the best by that first.
+
+    As on the terminal, a point above a bound of `sweep.at_most` is not on it and beats none.
+    """
+    name, known = sweep.board.objective, [p for p in _known(sweep, other) if p.within]
     ways = [METRICS[other].direction, METRICS[name].direction]
     on = explain.pareto([[p.scores[other], p.scores[name]] for p in known], ways) if known else []
     found = sorted((p for p, kept in zip(known, on, strict=True) if kept), key=lambda p: p.scores[other])

@@ -442,7 +442,8 @@ def cost(sweep: Sweep) -> str:
             both = cheap if name.startswith("cost/") else good
             told = f"On the front, no other is {both}: {listed}{more}."
             found.append(f"<figure>{drawn}<figcaption>{_e(told)}</figcaption></figure>")
-    note = "<p>The filled square is the best point, rings are on the front.</p>"
+    over = "" if all(p.within for p in sweep.complete) else " Points above a bound of sweep.at_most are on none."
+    note = f"<p>The filled square is the best point, rings are on the front.{over}</p>"
     return f'{note}<div class="pair">{"".join(found)}</div>' if found else ""
 
 

@@ -5,6 +5,7 @@ import re
 import pytest
 from made import sweep
 
+from ftexp import board as boards
 from ftexp import compare, report
 from ftexp.files import read_json, write_json
 from ftexp.page import figures
@@ -79,6 +80,22 @@ def test_the_objective_is_drawn_against_each_further_one(tmp_path):
         assert f"On the front, no other is {both}: " in drawn
     assert "Quality against cost and other objectives" in page.page(found)
     assert "and other objectives" not in page.page(report.gather(sweep(tmp_path / "one", 4)))
+
+
+def test_points_above_a_bound_are_on_no_front(tmp_path):
+    """The first beats both others and may not be chosen: the terminal's front has those two, and so has the page's."""
+    told = [(0.1, 10.0, 3.0), (0.2, 20.0, 2.0), (0.3, 15.0, 2.0)]
+    scores = [{"valid/loss": loss, "cost/seconds": s, "cost/memory_gib": gib} for loss, s, gib in told]
+    names, options = ["valid/loss", "cost/seconds"], {"replicates": 1, "at_most": {"cost/memory_gib": 2.5}}
+    folder = edited(sweep(tmp_path / "s", 3, objectives=names, options=options), scores)
+    found = report.gather(folder)
+    assert [p.numbers for p in figures.front(found, "cost/seconds")] == ["2", "1"]
+    assert {boards.label(p) for p in figures.front(found, "cost/seconds")} == set(found.verdict.front)
+    assert figures.pareto(found, "cost/seconds").count('class="dot ') == 3
+    assert "Points above a bound of sweep.at_most are on none." in page.cost(found)
+    free = report.gather(edited(sweep(tmp_path / "free", 3, objectives=names), scores))
+    assert [p.numbers for p in figures.front(free, "cost/seconds")] == ["0"]
+    assert "at_most" not in page.cost(free)
 
 
 def test_points_without_a_further_score_are_left_out(tmp_path):
