@@ -43,6 +43,8 @@ class Point:
     """Means over the replicates; empty where not complete."""
     spread: float | None
     """Standard deviation of the objective between the replicates (n - 1); None for a single one."""
+    within: bool
+    """Whether it is complete and every trial keeps the bounds of `sweep.at_most`; only then can it be the best."""
 
     @property
     def numbers(self) -> str:
@@ -104,26 +106,22 @@ def read(folder: Path) -> Board:
     groups: dict[int, list[dict[str, Any]]] = {}
     for trial in trials:
         groups.setdefault(trial["number"] // size, []).append(trial)
-    points = [_point(members, size, objective) for members in groups.values()]
     bounds = (sweep or {}).get("options", {}).get("at_most", {})
-    values = [point.scores[objective] if point.complete and _within(point, bounds) else None for point in points]
+    points = [_point(members, size, objective, bounds) for members in groups.values()]
+    values = [point.scores[objective] if point.within else None for point in points]
     absent = max(0, (sweep or {}).get("tickets", 0) - len(trials))
     return Board(trials, points, objective, objectives, metrics.best(values, METRICS[objective].direction), absent)
 
 
-def _within(point: Point, bounds: dict[str, float]) -> bool:
-    """Whether every trial of a point keeps the bounds of `sweep.at_most`."""
-    return all(t["scores"].get(name, math.inf) <= bound for t in point.trials for name, bound in bounds.items())
-
-
-def _point(trials: list[dict[str, Any]], size: int, objective: str) -> Point:
+def _point(trials: list[dict[str, Any]], size: int, objective: str, bounds: dict[str, float]) -> Point:
     if len(trials) < size or any(t["state"] != "complete" for t in trials):
-        return Point(trials, False, {}, None)
+        return Point(trials, False, {}, None, False)
     names = [name for name in trials[0]["scores"] if all(name in t["scores"] for t in trials)]
     means = {name: metrics.mean(name, [t["scores"][name] for t in trials]) for name in names}
     off = [t["scores"][objective] - means[objective] for t in trials]
     spread = math.sqrt(math.fsum(d * d for d in off) / (size - 1)) if size > 1 else None
-    return Point(trials, True, means, spread)
+    within = all(t["scores"].get(name, math.inf) <= bound for t in trials for name, bound in bounds.items())
+    return Point(trials, True, means, spread, within)
 
 
 @dataclass(frozen=True)

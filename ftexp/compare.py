@@ -186,6 +186,10 @@ def _columns(
     """Read the objective row by row, with the group of each row; or say why it cannot be tested."""
     if objective.startswith("cost/"):
         return f"{objective} is one number a trial, not one a row: nothing to test"
+    start, *others = (trial for members in points for trial in members)
+    for trial in others:
+        if (how := other_scale(start, trial, objective)) is not None:
+            return Unlike(f"trials {start['number']} and {trial['number']} were scored {how}")
     table, first, unit = [], None, None
     for members in points:
         table.append([])
@@ -204,8 +208,7 @@ def _columns(
                     f"{path.name} of trial {trial['number']} gives {objective} {recomputed:.6g}, trial.json {told:.6g}"
                 )
             first, unit = ((trial, content), units(content)) if first is None else (first, unit)
-            how = unlike(*first, trial, content) or other_scale(first[0], trial, objective)
-            if how is not None:
+            if (how := unlike(*first, trial, content)) is not None:
                 return Unlike(f"trials {first[0]['number']} and {trial['number']} were scored {how}")
             table[-1].append(found)
     return table, unit
@@ -234,20 +237,39 @@ def _tokenizers_differ(*trials: dict[str, Any]) -> bool:
     return len(told) > 1
 
 
-SCALED = ("valid/loss", "valid/perplexity", "valid/margin", "train/loss")
+SCALED = ("loss", "perplexity", "margin")
 """Scores that mean something else with another method of training."""
+BY_BETA = {"dpo": ("loss", "margin"), "rloo": ("loss",)}
+"""Method -> its scores that grow with `trainer.beta`."""
+BY_TOKEN = ("perplexity", "chosen_loss", "kl", "length")
+"""Scores that are means over tokens, or a number of them; so is the loss of supervised training."""
+LEARNED = {"trainer.loss": "nll", "trainer.loss_strength": None, "trainer.loss_sha256": ""}
+"""Keys that say what is learned from a token, and their defaults, which runs of before them had."""
 
 
 def other_scale(trial: dict[str, Any], other: dict[str, Any], objective: str) -> str | None:
-    """Tell why an objective of two trials is no number of one kind; None where it is."""
-    config = trial.get("config", {})
-    if objective in ("valid/loss", "valid/perplexity") and _tokenizers_differ(trial, other):
-        return "in tokens of different tokenizers: objectives=[valid/bits_per_byte] compares them"
-    kind, beta = config.get("trainer.kind"), config.get("trainer.beta")
-    if objective in SCALED and other.get("config", {}).get("trainer.kind") != kind:
+    """Tell why an objective of two trials is no number of one kind; None where it is.
+
+    What holds of a score on held-out rows holds of a rival's, of that on sealed rows, and of the last step's loss.
+    """
+    (split, name), config, its = objective.split("/"), trial.get("config", {}), other.get("config", {})
+    kind, general = config.get("trainer.kind", "sft"), split == "forgetting"
+    texts = {t.get("facts", {}).get("general_sha256") for t in (trial, other)}
+    if general and len(texts) > 1:
+        return "on other general text"
+    by_token = general or name in BY_TOKEN or (name == "loss" and kind == "sft")
+    if by_token and _tokenizers_differ(trial, other):
+        advice = ": objectives=[valid/bits_per_byte] compares them" if kind == "sft" and not general else ""
+        return f"in tokens of different tokenizers{advice}"
+    if general:
+        return None
+    if name in SCALED and its.get("trainer.kind", "sft") != kind:
         return f"by different trainer.kind, whose {objective} is of another kind"
-    scaled = {"dpo": ("valid/loss", "valid/margin"), "rloo": ("valid/loss",)}.get(kind, ())
-    if objective in scaled and other.get("config", {}).get("trainer.beta") != beta:
+    if objective == "train/loss" and any(
+        config.get(key, usual) != its.get(key, usual) for key, usual in LEARNED.items()
+    ):
+        return "with different trainer.loss, whose unit train/loss has: objectives=[valid/loss] compares them"
+    if name in BY_BETA.get(kind, ()) and its.get("trainer.beta") != config.get("trainer.beta"):
         better = "valid/reward" if kind == "rloo" else "valid/accuracy"
         return f"with different trainer.beta, which {objective} grows with: objectives=[{better}] compares them"
     return None
@@ -312,22 +334,25 @@ def _importance(points: list[list[dict[str, Any]]], sweep: dict[str, Any], objec
 def value_of(trial: dict[str, Any], key: str, axes: Sequence[str]) -> Any:
     """Return a searched key's value in a trial: of the config, or of its overrides for a choice of files.
 
-    A list or mapping, as `lora.targets` has, is given as text.
+    None where a condition left it out of the search: the config's value there is one that nobody chose. A list or
+    mapping, as `lora.targets` has, is given as text.
     """
-    if key in trial["config"]:
-        found = trial["config"][key]
-        return found if isinstance(found, int | float | str) else str(found)
     others = "|".join(re.escape(axis) for axis in axes)
     told = re.search(rf"(?:^| )\+*{re.escape(key)}=(.*?)(?= \+*(?:{others})=| seed\+\d+$|$)", trial["label"])
-    return told[1] if told else "(not searched)"
+    if told is None:
+        return None
+    found = trial["config"].get(key, told[1])
+    return found if isinstance(found, int | float | str) else str(found)
 
 
 def _rate(points: list[list[dict[str, Any]]], sweep: dict[str, Any], objective: str) -> explain.Together | None:
     """Tell alpha times learning rate from the two apart, where both were searched; in the unit of loss."""
     if not {"lora.alpha", "trainer.lr"} <= {axis["key"] for axis in sweep.get("axes", [])}:
         return None
-    alpha, lr = ([float(m[0]["config"][key]) for m in points] for key in ("lora.alpha", "trainer.lr"))
-    told = [_mean(m, objective) for m in points]
+    keys = [axis["key"].lstrip("+") for axis in sweep["axes"]]
+    both = [m for m in points if all(value_of(m[0], key, keys) is not None for key in ("lora.alpha", "trainer.lr"))]
+    alpha, lr = ([float(m[0]["config"][key]) for m in both] for key in ("lora.alpha", "trainer.lr"))
+    told = [_mean(m, objective) for m in both]
     logs = [math.log(v) if objective == "valid/perplexity" else v for v in told]
     return explain.together(alpha, lr, logs)
 

@@ -155,6 +155,8 @@ def measured(folder: Path) -> tuple[Spread, int, str]:
     verdict = compare.read(folder, board.trials, board.objective)
     if verdict.comparison is None or len(verdict.points) < 2:
         raise MachineError(f"{folder}: must hold two points to compare; {verdict.untested or 'it has one'}")
+    if verdict.rows < 2:
+        raise MachineError(f"{folder}: must have two held-out rows, or groups of rows, to measure noise; it has one")
     runs = len(verdict.points[0].trials)
     unit = "valid/loss" if board.objective == "valid/perplexity" else board.objective
     source = f"{unit} of {len(verdict.points)} points, {runs} runs each, {verdict.rows} rows"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,10 @@ def lines(entry: dict[str, Any]) -> list[str]:
     winner, said = result["members"][0], [line(entry)]
     expected = result["expected_optimism"]
     if expected is not None:
+        equal = f"; were all {result['points']} points equal, {number(expected)} would be expected"
         said.append(
-            f"The winner looked {_off(winner['optimism'], result['unit'])} in the sweep than on sealed rows; "
-            f"were all {result['points']} points equal, {number(expected)} would be expected."
+            f"The winner looked {_off(winner['optimism'], result['unit'])} in the sweep than on sealed rows"
+            f"{equal if math.isfinite(expected) else ''}."
         )
     if result["replicates"] == 1:
         said.append("One run a point in the sweep: its noise between seeds is not in the interval of the optimism.")

@@ -13,6 +13,7 @@ from conftest import TINY
 from ftexp import compare, report
 from ftexp.errors import MachineError
 from ftexp.files import read_json, write_json
+from ftexp.page import figures
 from ftexp.page import html as page
 
 TEXT = [f"row {n} é" for n in range(40)]
@@ -55,6 +56,12 @@ def sweep(tmp_path):
         return folder
 
     return make
+
+
+def chosen(told, **config):
+    """Return the keys of a trial at which these were searched; others of its config were not."""
+    label = " ".join(f"{key}={value}" for key, value in told.items())
+    return {"label": label, "config": {"objectives": ["valid/loss"]} | config | told}
 
 
 def read(folder):
@@ -185,6 +192,13 @@ def test_rows_with_one_prompt_are_one_unit(sweep):
     assert found.rows == 10
 
 
+def test_one_unit_tells_no_noise(sweep):
+    found = read(sweep((64, 0, {}), (16, 0.3, {}), prompts=["one"] * 40))
+    assert found.rows == 1
+    assert math.isnan(found.comparison.spread.rows) and math.isnan(found.comparison.optimism)
+    assert not any("too good" in line or "nan" in line for line in compare.lines(found))
+
+
 def test_rows_of_one_document_are_one_unit(sweep):
     units = {"unit": [n // 8 for n in range(40)]}
     assert read(sweep((64, 0, {}), (16, 0, {}), columns=[units, units])).rows == 5
@@ -220,6 +234,48 @@ def test_losses_that_beta_scales_are_not_compared(sweep, kind, told):
     assert found.untested == (told and f"trials 0 and 1 were scored with different trainer.beta, {told}")
 
 
+@pytest.mark.parametrize(("names", "first", "second", "told"), [
+    ("base/loss test/loss train/loss", {"trainer.kind": "sft"}, {"trainer.kind": "dpo"}, "by different trainer.kind"),
+    ("tfidf/loss", {"trainer.kind": "classify"}, {"trainer.kind": "reward"}, "by different trainer.kind"),
+    ("base/loss base/perplexity test/loss train/loss", {"tokenizer": "a"}, {"tokenizer": "b"},
+     "in tokens of different tokenizers: objectives=[valid/bits_per_byte] compares them"),
+    ("forgetting/before forgetting/loss valid/kl base/length", {"tokenizer": "a", "trainer.kind": "rloo"},
+     {"tokenizer": "b", "trainer.kind": "rloo"}, "in tokens of different tokenizers"),
+    ("base/bits_per_byte test/f1 cost/trainable", {"tokenizer": "a"}, {"tokenizer": "b"}, None),
+    ("valid/loss tfidf/loss train/loss", {"tokenizer": "a", "trainer.kind": "classify"},
+     {"tokenizer": "b", "trainer.kind": "classify"}, None),
+    ("base/loss test/margin train/loss", {"trainer.kind": "dpo", "trainer.beta": 0.1},
+     {"trainer.kind": "dpo", "trainer.beta": 0.5}, "with different trainer.beta"),
+    ("test/loss train/loss", {"trainer.kind": "rloo", "trainer.beta": 0.1},
+     {"trainer.kind": "rloo", "trainer.beta": 0.5}, "with different trainer.beta"),
+    ("test/accuracy base/chosen_loss", {"trainer.kind": "dpo", "trainer.beta": 0.1},
+     {"trainer.kind": "dpo", "trainer.beta": 0.5}, None),
+    ("train/loss", {"trainer.loss": "focal"}, {"trainer.loss": "focal", "trainer.loss_strength": 1.0},
+     "with different trainer.loss"),
+    ("train/loss", {}, {"trainer.loss": "nll", "trainer.loss_strength": None}, None),
+    ("valid/loss base/loss", {"trainer.loss": "focal"}, {"trainer.loss": "dft"}, None),
+    ("forgetting/before forgetting/loss", {"trainer.kind": "sft"}, {"trainer.kind": "dpo"}, None),
+    ("forgetting/after", {"general": "a"}, {"general": "b"}, "on other general text"),
+])  # fmt: skip
+def test_what_holds_of_held_out_scores_holds_of_others(names, first, second, told):
+    def trial(keys):
+        facts = {"tokenizer_sha256": keys.get("tokenizer"), "general_sha256": keys.get("general")}
+        return {"config": {k: v for k, v in keys.items() if k.startswith("trainer.")}, "facts": facts}
+
+    for name in names.split():
+        for one, two in ((first, second), (second, first)):
+            found = compare.other_scale(trial(one), trial(two), name)
+            assert found == told or (told and found.startswith(told)), name
+
+
+def test_losses_of_training_that_are_not_of_one_kind_have_no_best(sweep):
+    """There are no rows of them to be tested, which had hidden it."""
+    how = [chosen({"trainer.beta": beta}, **{"trainer.kind": "dpo", "lora.r": 8}) for beta in (0.1, 0.5)]
+    trials = [(8, 0, one | {"scores": {"train/loss": 0.5, "cost/trainable": 1.0}}) for one in how]
+    found = read(sweep(*trials, objectives=["train/loss"]))
+    assert found.best is None and "different trainer.beta" in found.untested
+
+
 def test_rows_that_were_cut_otherwise_are_not_compared(sweep):
     trials = [(64, 0, {"facts": {"tokenizer_sha256": "a"}})] * 2
     found = read(sweep(*trials, columns=[{}, {"bytes": [5] * 40}]))
@@ -228,14 +284,8 @@ def test_rows_that_were_cut_otherwise_are_not_compared(sweep):
 
 def test_list_valued_keys_have_a_share(sweep):
     targets = [["q_proj"], ["q_proj", "v_proj"]]
-    trials = [
-        (
-            8,
-            0.05 * n,
-            {"config": {"lora.r": (8, 16, 64)[n % 3], "lora.targets": targets[n // 9], "objectives": ["valid/loss"]}},
-        )
-        for n in range(18)
-    ]
+    configs = [{"lora.r": (8, 16, 64)[n % 3], "lora.targets": targets[n // 9]} for n in range(18)]
+    trials = [(8, 0.05 * n, chosen(told)) for n, told in enumerate(configs)]
     found = read(sweep(*trials, axes=[{"key": "lora.r"}, {"key": "lora.targets"}]))
     assert list(found.importance) == ["lora.targets", "lora.r"]
 
@@ -260,20 +310,53 @@ def test_best_by_perplexity_is_the_best_by_loss_over_seeds(sweep):
 
 
 def test_importance_of_searched_keys(sweep):
-    trials = [((8, 16, 64)[n % 3], 0.05 * n, {}) for n in range(18)]
+    configs = [{"lora.r": (8, 16, 64)[n % 3], "trainer.lr": 1e-3 + 0.05 * n} for n in range(18)]
+    trials = [(8, 0.05 * n, chosen(told)) for n, told in enumerate(configs)]
     found = read(sweep(*trials, axes=[{"key": "lora.r"}, {"key": "trainer.lr"}, {"key": "lora"}]))
     assert list(found.importance) == ["trainer.lr", "lora.r"]
     assert any(line.startswith("What sets the best points apart") for line in compare.lines(found))
 
 
 def test_product_of_alpha_and_rate_is_told_where_both_were_searched(sweep):
-    configs = [{"lora.r": 8, "lora.alpha": (8, 32)[n % 2], "trainer.lr": 10.0 ** -(n % 3 + 2)} for n in range(12)]
-    trials = [(8, 0.05 * n, {"config": told | {"objectives": ["valid/loss"]}}) for n, told in enumerate(configs)]
+    configs = [{"lora.alpha": (8, 32)[n % 2], "trainer.lr": 10.0 ** -(n % 3 + 2)} for n in range(12)]
+    trials = [(8, 0.05 * n, chosen(told, **{"lora.r": 8})) for n, told in enumerate(configs)]
     axes = [{"key": "lora.alpha"}, {"key": "trainer.lr"}]
     found = read(sweep(*trials, axes=axes))
     assert found.rate is not None
     assert any(line.startswith("alpha and learning rate were both searched: ") for line in compare.lines(found))
     assert read(sweep(*trials, axes=axes[1:])).rate is None
+
+
+def test_points_at_which_a_condition_leaves_a_key_out_have_no_part_in_what_it_did(sweep):
+    """Five points without an adapter have the config's rank and alpha, which nobody searched there."""
+    with_one = [
+        {"lora": ("default", "dora")[n % 2], "lora.r": (2, 4, 8)[n % 3], "lora.alpha": (8, 32)[n % 2], "trainer.lr": lr}
+        for n, lr in enumerate([1e-4, 1e-3, 1e-2] * 4)
+    ]
+    without = [{"lora": "none", "trainer.lr": 1e-4 * (n + 1)} for n in range(5)]
+    trials = [(8, 0.01 * n, chosen(told, **{"lora.r": 16, "lora.alpha": 32} | told))
+              for n, told in enumerate([*with_one, *without])]  # fmt: skip
+    axes = [{"key": key} for key in ("lora", "lora.r", "lora.alpha", "trainer.lr")]
+    folder = sweep(*trials, axes=axes)
+    bins = figures.effects(report.gather(folder))
+    assert [(b.low, b.trials) for b in bins["lora.r"]] == [(2, 4), (4, 4), (8, 4), ("(not searched)", 5)]
+    assert [(b.low, b.trials) for b in bins["lora.alpha"]] == [(8, 6), (32, 6), ("(not searched)", 5)]
+    assert sum(b.trials for b in bins["trainer.lr"]) == 17
+    assert "did not meet the key's condition" in page.effects(report.gather(folder))
+    rate = read(folder).rate
+    for n in range(12, 17):
+        shutil.rmtree(folder / str(n))
+    assert read(folder).rate == rate is not None  # of the points that search both
+    assert "did not meet" not in page.effects(report.gather(folder))
+
+
+def test_a_key_that_some_points_do_not_search_has_no_share_for_that(sweep):
+    """Whether there is an adapter sets the best apart; its rank does not, though it is there in the best alone."""
+    told = [{"lora": "default", "lora.r": (2, 4)[n % 2]} if n < 10 else {"lora": "none"} for n in range(40)]
+    trials = [(8, 0.001 * (n // 2) if n < 10 else 0.5 + 0.01 * n, chosen(one, **{"lora.r": 16} | one))
+              for n, one in enumerate(told)]  # fmt: skip
+    shares = read(sweep(*trials, axes=[{"key": "lora"}, {"key": "lora.r"}])).importance
+    assert shares["lora"].value > 0.95
 
 
 def test_single_run_shows_its_interval(sweep):

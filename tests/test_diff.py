@@ -93,5 +93,18 @@ def test_what_the_report_does_not_compare_is_not_compared_here(tmp_path, capsys)
     assert diff.difference(one, two).scores["valid/exact_match"].p is None
 
 
+def test_scores_of_the_base_by_another_method_are_not_compared(tmp_path, capsys):
+    """A loss of pairs below one of tokens is no better base."""
+    one, two = (made(tmp_path / n, [1.0, 0.0] * 20) for n in "ab")
+    for kept, kind, loss in ((one, "sft", 2.0), (two, "dpo", 0.7)):
+        kept.trial["config"]["trainer.kind"] = kind
+        kept.trial["scores"] |= {"base/loss": loss, "train/loss": loss}
+    diff.show(diff.difference(one, two), ["a", "b"])
+    out = capsys.readouterr().out
+    assert "better" not in out
+    for name in ("base/loss", "train/loss"):
+        assert f"{name} not compared: by different trainer.kind" in " ".join(out.split())
+
+
 def test_zero_has_no_sign():
     assert (diff._number(-0.0), diff._number(0.0), diff._number(-0.5)) == ("0.0000", "0.0000", "-0.5000")

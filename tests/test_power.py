@@ -104,6 +104,16 @@ def test_folder_without_a_sweep(ask, tmp_path, sweep):  # noqa: F811
     assert "must hold two points to compare; it has one" in err
 
 
+def test_one_row_tells_no_noise(ask, sweep):  # noqa: F811
+    """Its standard deviation over rows of 0 would promise that two rows find anything."""
+    for replicates in (1, 2):
+        trials = [(rank, 0.01 * n, {}) for n, rank in enumerate((64, 64, 16, 16))]
+        folder = sweep(*trials, prompts=["one"] * 40, replicates=replicates)
+        code, out, err = ask("effect=0.05", "--from", folder)
+        assert (code, out) == (4, "")
+        assert "must have two held-out rows, or groups of rows, to measure noise; it has one" in err
+
+
 @pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0)])
 def test_usage(ask, argv, code):
     found, _, err = ask(*argv)

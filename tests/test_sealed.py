@@ -1,5 +1,7 @@
 """Openings of sealed rows, read back and told."""
 
+import math
+
 import pytest
 from made import by_label, confirmed, sweep
 
@@ -27,6 +29,13 @@ def test_optimism_below_zero_is_worse(low, value, high, told, tmp_path):
     (entry,) = sealed.openings(confirmed(sweep(tmp_path / "s")))
     entry["result"]["members"][0]["optimism"] = {"value": value, "low": low, "high": high}
     assert f"The winner looked {told} in the sweep" in sealed.lines(entry)[1]
+
+
+def test_what_one_row_cannot_tell_of_equals_is_left_out(tmp_path):
+    (entry,) = sealed.openings(confirmed(sweep(tmp_path / "s")))
+    assert "better in the sweep than on sealed rows; were all 3 points equal, 0.0099 would" in sealed.lines(entry)[1]
+    entry["result"]["expected_optimism"] = math.nan
+    assert sealed.lines(entry)[1].endswith(" better in the sweep than on sealed rows.")
 
 
 def test_labels_are_means_over_seeds_where_all_have_a_number(tmp_path):

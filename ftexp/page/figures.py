@@ -22,6 +22,8 @@ from ftexp.stats.explain import Bin
 FEW = 7
 """So many trials have colours of their own beside the best; of more, all but the best are grey."""
 COSTS = {"cost/trainable": "trainable parameters", "cost/seconds": "seconds of training and scoring"}
+NOT = "(not searched)"
+"""Name of the points at which a condition left a key out of the search."""
 
 
 @dataclass(frozen=True)
@@ -107,52 +109,75 @@ def _numbers(point: Point | None) -> set[int]:
     return set() if point is None else {t["number"] for t in point.trials}
 
 
-def front(sweep: Sweep, cost: str) -> list[Point]:
-    """Return the points that none beats in both objective and a cost, cheapest first."""
-    name, known = sweep.board.objective, [p for p in sweep.complete if cost in p.scores]
-    ways = [Direction.minimize, METRICS[name].direction]
-    on = explain.pareto([[p.scores[cost], p.scores[name]] for p in known], ways) if known else []
-    return sorted((p for p, kept in zip(known, on, strict=True) if kept), key=lambda p: p.scores[cost])
+def against(sweep: Sweep) -> dict[str, str]:
+    """Name what the objective is drawn against: costs, and each further objective of the sweep."""
+    return COSTS | {name: COSTS.get(name, name) for name in sweep.board.objectives[1:]}
 
 
-def pareto(sweep: Sweep, cost: str) -> Svg | None:
-    """Draw the objective against a cost, with the front; None where the cost is the same or the objective itself."""
-    name, known = sweep.board.objective, [p for p in sweep.complete if cost in p.scores]
-    if name == cost or len({p.scores[cost] for p in known}) < 2:
+def front(sweep: Sweep, other: str) -> list[Point]:
+    """Return the points that none beats in both the objective and another score, the best by that first.
+
+    As on the terminal, a point above a bound of `sweep.at_most` is not on it and beats none.
+    """
+    name, known = sweep.board.objective, [p for p in _known(sweep, other) if p.within]
+    ways = [METRICS[other].direction, METRICS[name].direction]
+    on = explain.pareto([[p.scores[other], p.scores[name]] for p in known], ways) if known else []
+    found = sorted((p for p, kept in zip(known, on, strict=True) if kept), key=lambda p: p.scores[other])
+    return found if METRICS[other].direction is Direction.minimize else found[::-1]
+
+
+def pareto(sweep: Sweep, other: str) -> Svg | None:
+    """Draw the objective against another score, with the front; None where that is the same or the objective itself."""
+    name, known = sweep.board.objective, _known(sweep, other)
+    if name == other or len({p.scores[other] for p in known}) < 2:
         return None
-    on = front(sweep, cost)
+    on = front(sweep, other)
     marks = []
     for point in sorted(known, key=lambda p: (p is sweep.winner, p in on)):
         kind = "best" if point is sweep.winner else "front" if point in on else "plain"
-        told = f"{point.numbers} {boards.label(point)}: {point.scores[name]:.4f} at {svg.short(point.scores[cost])}"
+        told = f"{point.numbers} {boards.label(point)}: {point.scores[name]:.4f} at {svg.short(point.scores[other])}"
         tag = point.numbers if (kind != "plain" and len(on) <= 12) or len(known) <= FEW + 1 else ""
-        marks.append(Dot(told, point.scores[cost], point.scores[name], kind, tag))
-    steps = [(p.scores[cost], p.scores[name]) for p in on]
-    what = COSTS.get(cost, cost)
+        marks.append(Dot(told, point.scores[other], point.scores[name], kind, tag))
+    steps = [(p.scores[other], p.scores[name]) for p in on]
+    what = against(sweep).get(other, other)
     return svg.dots(marks, what, name, f"{name} against {what}, {len(known)} points", steps)
 
 
+def _known(sweep: Sweep, other: str) -> list[Point]:
+    return [p for p in sweep.complete if math.isfinite(p.scores.get(other, math.nan))]
+
+
 def values(sweep: Sweep, key: str) -> list[Any]:
-    """Return a key's value in each complete point: of the config, or of its overrides for a choice of files."""
+    """Return a key's value in each complete point; None where a condition left it out of the search."""
     return [compare.value_of(point.trials[0], key, sweep.axes) for point in sweep.complete]
 
 
 def effects(sweep: Sweep) -> dict[str, list[Bin]]:
-    """Mean objective by value of each searched key, over whatever the other keys were; keys with one value are out."""
+    """Mean objective by value of each searched key, over whatever the other keys were; keys with one value are out.
+
+    Points at which a key is not searched are its last bin, `NOT`.
+    """
     scores = [p.scores[sweep.board.objective] for p in sweep.complete]
-    found = {key: explain.marginal(values(sweep, key), scores) for key in sweep.axes} if scores else {}
-    return {key: bins for key, bins in found.items() if len(bins) > 1}
+    found = {}
+    for key in sweep.axes:
+        told = list(zip(values(sweep, key), scores, strict=True))
+        bins = explain.marginal([v for v, _ in told if v is not None], [s for v, s in told if v is not None])
+        if len(bins) > 1:
+            rest = [s for v, s in told if v is None]
+            found[key] = bins + explain.marginal([NOT] * len(rest), rest)
+    return found
 
 
 def spread(sweep: Sweep, key: str) -> Svg | None:
-    """Draw every point's objective against a key of many numbers; None for one of few values or of names."""
-    known, name = values(sweep, key), sweep.board.objective
-    if len(set(known)) <= explain.FEW_VALUES or not all(isinstance(v, int | float) for v in known):
+    """Draw the objective against a key of many numbers where it is searched; None for few values or names."""
+    name = sweep.board.objective
+    known = [(v, p) for v, p in zip(values(sweep, key), sweep.complete, strict=True) if v is not None]
+    if len({v for v, _ in known}) <= explain.FEW_VALUES or not all(isinstance(v, int | float) for v, _ in known):
         return None
     marks = [
         Dot(f"{p.numbers} {boards.label(p)}: {p.scores[name]:.4f}", float(v), p.scores[name],
             "best" if p is sweep.winner else "plain")
-        for v, p in sorted(zip(known, sweep.complete, strict=True), key=lambda pair: pair[1] is sweep.winner)
+        for v, p in sorted(known, key=lambda pair: pair[1] is sweep.winner)
     ]  # fmt: skip
     return svg.dots(marks, key, name, f"{name} against {key}, {len(marks)} points")
 

@@ -32,11 +32,13 @@ OUTCOMES = {examples.WIN: "better", examples.LOSS: "worse", examples.SAME: "same
 
 def page(sweep: Sweep) -> str:
     """Write the whole page; equal sweeps give equal pages."""
+    costly = all(name.startswith("cost/") for name in sweep.board.objectives[1:])
+    drawn = "Quality against cost" if costly else "Quality against cost and other objectives"
     made = [
         ("decision", "Decision", decision(sweep)), ("confirmation", "Confirmation", confirmation(sweep)),
         ("leaderboard", "Leaderboard", leaderboard(sweep)),
         ("intervals", "How sure", intervals(sweep)), ("curves", "Held-out curves", curves(sweep)),
-        ("effects", "What each key did", effects(sweep)), ("cost", "Quality against cost", cost(sweep)),
+        ("effects", "What each key did", effects(sweep)), ("cost", drawn, cost(sweep)),
         ("labels", "Labels", labels(sweep)), ("examples", "Examples", rows(sweep)),
         ("ended", "Trials that ended early", ended(sweep)), ("plan", "Plan against real", plan(sweep)),
         ("made", "How it was made", provenance(sweep)),
@@ -386,6 +388,8 @@ def effects(sweep: Sweep) -> str:
     told += "".join(effect(sweep, key, bins, axis) for key, bins in found.items())
     left = len(sweep.board.points) - len(sweep.complete)
     without = f" The {left} points that are not complete are left out." if left else ""
+    if any(b.low == figures.NOT for bins in found.values() for b in bins):
+        without += f" Points {figures.NOT} did not meet the key's condition and had its value of the config."
     return (
         f"<p>Mean {_e(sweep.board.objective)} over the {len(sweep.complete)} complete points with each value, whatever "
         f"the other keys were; the interval therefore holds the effect of the others too.{without}</p>{told}"
@@ -426,17 +430,20 @@ def importance(sweep: Sweep) -> str:
 
 
 def cost(sweep: Sweep) -> str:
-    """Draw the objective against trainable parameters and seconds, and name the points on each front."""
+    """Draw the objective against costs and further objectives of the sweep, and name the points on each front."""
     found = []
-    for name, what in figures.COSTS.items():
+    for name, what in figures.against(sweep).items():
         drawn = figures.pareto(sweep, name)
         if drawn is not None:
             on = figures.front(sweep, name)
             listed = "; ".join(f"{p.numbers} {boards.label(p)}" for p in on[:8])
             more = f" and {len(on) - 8} more" if len(on) > 8 else ""
-            told = f"On the front, no other is both cheaper in {what} and better: {listed}{more}."
+            cheap, good = f"both cheaper in {what} and better", f"better in both {sweep.board.objective} and {what}"
+            both = cheap if name.startswith("cost/") else good
+            told = f"On the front, no other is {both}: {listed}{more}."
             found.append(f"<figure>{drawn}<figcaption>{_e(told)}</figcaption></figure>")
-    note = "<p>The filled square is the best point, rings are on the front.</p>"
+    over = "" if all(p.within for p in sweep.complete) else " Points above a bound of sweep.at_most are on none."
+    note = f"<p>The filled square is the best point, rings are on the front.{over}</p>"
     return f'{note}<div class="pair">{"".join(found)}</div>' if found else ""
 
 

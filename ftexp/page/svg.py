@@ -168,13 +168,13 @@ def lines(series: Sequence[Series], x: str, y: str, title: str, level: tuple[str
 
 
 def dots(marks: Sequence[Dot], x: str, y: str, title: str, front: Sequence[tuple[float, float]] = ()) -> Svg:
-    """Draw a scatter, with the steps of a front where there is one; the last mark on top."""
+    """Draw a scatter, with the steps of a front where there is one, from its best along x; the last mark on top."""
     kept = [m for m in marks if math.isfinite(m.x) and math.isfinite(m.y)]
     across = scale((m.x for m in kept), LEFT, WIDTH - RIGHT, pad=0.08)
     up = scale((m.y for m in kept), HEIGHT - BOTTOM, TOP, pad=0.08)
     drawn = [_axes(across, up, x, y)]
     if len(front) > 1:
-        places = [(across.at(a), up.at(b)) for a, b in sorted(front)]
+        places = [(across.at(a), up.at(b)) for a, b in front]
         steps = "".join(f"H{a}V{b}" for a, b in places[1:])
         drawn.append(f'<path class="line front" d="M{places[0][0]} {places[0][1]}{steps}"/>')
     for m in kept:

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from scipy.stats import t
@@ -53,12 +53,13 @@ def importance(
     does nothing keeps a share, because five trials never spread like fifty: believe an order only where intervals part.
 
     It tells what mattered within the ranges searched, of each key alone; a key that acts only together with another may
-    show little.
+    show little. A key that some trials do not search counts over those that do, weighed by how many of the best they
+    are (Conditional PED-ANOVA, arXiv:2601.20800, Theorem 4.2).
 
     Args:
         params: key -> its value in each trial. Names, and numbers of at most `FEW_VALUES` values, are choices; other
-            numbers above 0 that span more than a factor of 20 count by their logarithm. A key with one value has no
-            part.
+            numbers above 0 that span more than a factor of 20 count by their logarithm. None is where a trial does not
+            search it. A key with one value has no part.
         values: objective of each trial; trials that are not finite are left out.
         direction: which way the objective improves.
         level: of the intervals.
@@ -74,7 +75,8 @@ def importance(
     ('lr', True)
     """
     kept = [n for n, v in enumerate(values) if math.isfinite(v)]
-    varied = {key: [column[n] for n in kept] for key, column in params.items() if len({column[n] for n in kept}) > 1}
+    columns = {key: [column[n] for n in kept] for key, column in params.items()}
+    varied = {key: column for key, column in columns.items() if len({v for v in column if v is not None}) > 1}
     if len(kept) < FEWEST or not varied:
         return {}
     target = np.array([values[n] for n in kept]) * (1 if direction is Direction.minimize else -1)
@@ -84,7 +86,7 @@ def importance(
     drawn = [_shares(varied, target, spaces, rng.integers(0, len(kept), len(kept))) for _ in range(resamples)]
     found = {}
     for key in sorted(shares, key=lambda k: -shares[k]):
-        low, high = np.quantile([d[key] for d in drawn], [(1 - level) / 2, (1 + level) / 2])
+        low, high = np.quantile([d.get(key, 0.0) for d in drawn], [(1 - level) / 2, (1 + level) / 2])
         found[key] = Interval(shares[key], float(low), float(high))
     return found
 
@@ -155,10 +157,11 @@ def _predicted(logs: Sequence[Array], target: Array) -> float:
 def _distribution(column: Sequence[Any]) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-    if _continuous(column):
-        low, high = float(min(column)), float(max(column))
+    known = [v for v in column if v is not None]
+    if _continuous(known):
+        low, high = float(min(known)), float(max(known))
         return FloatDistribution(low, high, log=low > 0 and high / low > 20)
-    return CategoricalDistribution(tuple(dict.fromkeys(column)))
+    return CategoricalDistribution(tuple(dict.fromkeys(known)))
 
 
 def _numeric(column: Sequence[Any]) -> bool:
@@ -174,19 +177,21 @@ def _shares(
 ) -> dict[str, float]:
     """PED-ANOVA of the chosen trials, which may come more than once."""
     import optuna
+    from optuna.distributions import FloatDistribution
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-    numbers = {key for key, column in params.items() if _continuous(column)}
+    numbers = {key for key, space in spaces.items() if isinstance(space, FloatDistribution)}
+    searched = {n: [key for key, column in params.items() if column[n] is not None] for n in set(chosen.tolist())}
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         study = optuna.create_study()
         study.add_trials([
             optuna.trial.create_trial(
-                params={k: float(c[n]) if k in numbers else c[n] for k, c in params.items()},
-                distributions=cast(dict, spaces), value=float(target[n]),
+                params={k: float(params[k][n]) if k in numbers else params[k][n] for k in searched[n]},
+                distributions={k: spaces[k] for k in searched[n]}, value=float(target[n]),
             )
-            for n in chosen
+            for n in chosen.tolist()
         ])  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of draws whose better trials are all of the trials

@@ -75,7 +75,7 @@ class Comparison:
     spread: noise.Spread
     """What a plan for the next sweep needs to know; its `rows` is the median over pairs."""
     optimism: float
-    """How much too good the best is expected to look, were all points equal; 0 for one point."""
+    """How much too good the best is expected to look, were all points equal; 0 for one point, NaN for one row."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,8 @@ def compare(
         signs: random sign vectors; raised to 40 a pair so that Holm can still find something.
         draws: bootstrap draws of the intervals.
 
-    Edge cases: equal rows in two points give p = 1; one row gives p = 1 and intervals of NaN; a value that is not
-    finite is refused.
+    Edge cases: equal rows in two points give p = 1; one row gives p = 1, intervals of NaN, and neither a spread over
+    rows nor optimism; a value that is not finite is refused.
 
     >>> a, b = [1, 1, 1, 1, 0, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
     >>> from ftexp.stats.columns import mean
@@ -213,9 +213,11 @@ def compare(
     told = zip(couples.tolist(), difference, low, high, alone, holm(alone.tolist()), joint, strict=True)
     pairs = [Pair(a, b, *map(float, found)) for (a, b), *found in told]
     apart = table.parts[couples[:, 0]] - table.parts[couples[:, 1]]
-    spread = _spread(table, share * apart.std(axis=1, ddof=min(1, apart.shape[1] - 1)))
+    single = apart.shape[1] == 1  # one unit shows no noise of rows, which is not to say that there is none
+    spread = _spread(table, np.empty(0) if single else share * apart.std(axis=1, ddof=1))
     pairs.sort(key=lambda pair: (pair.first, pair.second))
-    return Comparison(tuple(scores), tuple(pairs), best, tuple(p_best.tolist()), seeds, spread, optimism / drawn)
+    ahead = math.nan if single else optimism / drawn
+    return Comparison(tuple(scores), tuple(pairs), best, tuple(p_best.tolist()), seeds, spread, ahead)
 
 
 def indistinguishable(comparison: Comparison, costs: Sequence[float] | None = None, alpha: float = noise.ALPHA) -> Tied:

@@ -58,6 +58,40 @@ def test_importance_equals_optuna_on_a_study():
     assert {k: i.value for k, i in ours.items()} == pytest.approx(theirs)
 
 
+def test_a_key_counts_over_the_trials_that_search_it():
+    """As optuna does where a trial lacks the key, whatever the other keys are."""
+    import optuna
+
+    params, values = search()
+    params["lora.r"] = [
+        None if lora == "default" else r for r, lora in zip(params["lora.r"], params["lora"], strict=True)
+    ]
+    searched = sum(r is not None for r in params["lora.r"])
+    assert 0 < searched < 40
+    found = importance(params, values, LOW, resamples=20)
+    assert set(found) == {"trainer.lr", "lora.r", "lora"}
+    assert sum(i.value for i in found.values()) == pytest.approx(1)
+    study = optuna.create_study()
+    space = {"trainer.lr": optuna.distributions.FloatDistribution(min(params["trainer.lr"]), max(params["trainer.lr"]), log=True),
+             "lora.r": optuna.distributions.CategoricalDistribution((8, 16, 64)),
+             "lora": optuna.distributions.CategoricalDistribution(("dora", "default"))}  # fmt: skip
+    for n, value in enumerate(values):
+        there = {k: params[k][n] for k in space if params[k][n] is not None}
+        study.add_trial(
+            optuna.trial.create_trial(params=there, distributions={k: space[k] for k in there}, value=value)
+        )
+    judge = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
+    theirs = optuna.importance.get_param_importances(study, evaluator=judge)
+    assert {k: i.value for k, i in found.items()} == pytest.approx(theirs)
+
+
+def test_a_key_that_few_trials_search_may_miss_a_resample():
+    params, values = search(20)
+    params["rare"] = [1, 2, *[None] * 18]
+    found = importance(params, values, LOW, resamples=40)
+    assert found["rare"].low == 0
+
+
 def test_few_or_constant_trials_tell_no_importance():
     params, values = search(explain.FEWEST - 1)
     assert importance(params, values, LOW) == {}
