@@ -66,9 +66,11 @@ class Board:
     objectives: tuple[str, ...]
     """All that the sweep wants better, `objective` first; each has a column."""
     best: int | None
-    """Index of the best point within the bounds of `sweep.at_most`; None where none is complete."""
+    """Index of the best point within the bounds of `sweep.at_most`; None where none is complete, or `unlike` tells."""
     absent: int = 0
     """Trials of the sweep that have not begun."""
+    unlike: str | None = None
+    """Why scores of complete trials are numbers of different kinds, so that none is the best."""
 
     def line(self) -> str:
         """Tell that the ranking is not of the whole sweep; empty where it is."""
@@ -83,6 +85,50 @@ class Board:
         values = [point.scores[self.objective] if point.complete else None for point in self.points]
         found = metrics.best(values, METRICS[self.objective].direction)
         return None if found is None else self.points[found]
+
+
+def tokenizers_differ(*trials: dict[str, Any]) -> bool:
+    """Whether trials count other tokens."""
+    told = {t.get("facts", {}).get("tokenizer_sha256") for t in trials}
+    return len(told) > 1
+
+
+SCALED = ("loss", "perplexity", "margin")
+"""Scores that mean something else with another method of training."""
+BY_BETA = {"dpo": ("loss", "margin"), "rloo": ("loss",)}
+"""Method -> its scores that grow with `trainer.beta`."""
+BY_TOKEN = ("perplexity", "chosen_loss", "kl", "length")
+"""Scores that are means over tokens, or a number of them; so is the loss of supervised training."""
+LEARNED = {"trainer.loss": "nll", "trainer.loss_strength": None, "trainer.loss_sha256": ""}
+"""Keys that say what is learned from a token, and their defaults, which runs of before them had."""
+
+
+def other_scale(trial: dict[str, Any], other: dict[str, Any], objective: str) -> str | None:
+    """Tell why an objective of two trials is no number of one kind; None where it is.
+
+    What holds of a score on held-out rows holds of a rival's, of that on sealed rows, and of the last step's loss.
+    """
+    (split, name), config, its = objective.split("/"), trial.get("config", {}), other.get("config", {})
+    kind, general = config.get("trainer.kind", "sft"), split == "forgetting"
+    texts = {t.get("facts", {}).get("general_sha256") for t in (trial, other)}
+    if general and len(texts) > 1:
+        return "on other general text"
+    by_token = general or name in BY_TOKEN or (name == "loss" and kind == "sft")
+    if by_token and tokenizers_differ(trial, other):
+        advice = ": objectives=[valid/bits_per_byte] compares them" if kind == "sft" and not general else ""
+        return f"in tokens of different tokenizers{advice}"
+    if general:
+        return None
+    if name in SCALED and its.get("trainer.kind", "sft") != kind:
+        return f"by different trainer.kind, whose {objective} is of another kind"
+    if objective == "train/loss" and any(
+        config.get(key, usual) != its.get(key, usual) for key, usual in LEARNED.items()
+    ):
+        return "with different trainer.loss, whose unit train/loss has: objectives=[valid/loss] compares them"
+    if name in BY_BETA.get(kind, ()) and its.get("trainer.beta") != config.get("trainer.beta"):
+        better = "valid/reward" if kind == "rloo" else "valid/accuracy"
+        return f"with different trainer.beta, which {objective} grows with: objectives=[{better}] compares them"
+    return None
 
 
 def read(folder: Path) -> Board:
@@ -108,9 +154,15 @@ def read(folder: Path) -> Board:
         groups.setdefault(trial["number"] // size, []).append(trial)
     bounds = (sweep or {}).get("options", {}).get("at_most", {})
     points = [_point(members, size, objective, bounds) for members in groups.values()]
-    values = [point.scores[objective] if point.within else None for point in points]
+    done = [trial for point in points if point.complete for trial in point.trials]
+    unlike = next(
+        (f"trials {done[0]['number']} and {trial['number']} were scored {how}"
+         for trial in done[1:] if (how := other_scale(done[0], trial, objective))), None,
+    )  # fmt: skip
+    values = [point.scores[objective] if point.within and unlike is None else None for point in points]
     absent = max(0, (sweep or {}).get("tickets", 0) - len(trials))
-    return Board(trials, points, objective, objectives, metrics.best(values, METRICS[objective].direction), absent)
+    best = metrics.best(values, METRICS[objective].direction)
+    return Board(trials, points, objective, objectives, best, absent, unlike)
 
 
 def _point(trials: list[dict[str, Any]], size: int, objective: str, bounds: dict[str, float]) -> Point:

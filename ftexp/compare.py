@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ftexp import board as boards
 from ftexp import metrics
 from ftexp.files import read_json
 from ftexp.metrics import METRICS, Direction
@@ -188,7 +189,7 @@ def _columns(
         return f"{objective} is one number a trial, not one a row: nothing to test"
     start, *others = (trial for members in points for trial in members)
     for trial in others:
-        if (how := other_scale(start, trial, objective)) is not None:
+        if (how := boards.other_scale(start, trial, objective)) is not None:
             return Unlike(f"trials {start['number']} and {trial['number']} were scored {how}")
     table, first, unit = [], None, None
     for members in points:
@@ -227,51 +228,8 @@ def unlike(
     """
     if any(content[name] != its[name] for name in ("prompt", "reference")):
         return "on other rows"
-    if not _tokenizers_differ(trial, other) and content.get("bytes") != its.get("bytes"):
+    if not boards.tokenizers_differ(trial, other) and content.get("bytes") != its.get("bytes"):
         return "on other parts of the rows: data.long=cut leaves more of them at a larger data.max_length"
-    return None
-
-
-def _tokenizers_differ(*trials: dict[str, Any]) -> bool:
-    told = {t.get("facts", {}).get("tokenizer_sha256") for t in trials}
-    return len(told) > 1
-
-
-SCALED = ("loss", "perplexity", "margin")
-"""Scores that mean something else with another method of training."""
-BY_BETA = {"dpo": ("loss", "margin"), "rloo": ("loss",)}
-"""Method -> its scores that grow with `trainer.beta`."""
-BY_TOKEN = ("perplexity", "chosen_loss", "kl", "length")
-"""Scores that are means over tokens, or a number of them; so is the loss of supervised training."""
-LEARNED = {"trainer.loss": "nll", "trainer.loss_strength": None, "trainer.loss_sha256": ""}
-"""Keys that say what is learned from a token, and their defaults, which runs of before them had."""
-
-
-def other_scale(trial: dict[str, Any], other: dict[str, Any], objective: str) -> str | None:
-    """Tell why an objective of two trials is no number of one kind; None where it is.
-
-    What holds of a score on held-out rows holds of a rival's, of that on sealed rows, and of the last step's loss.
-    """
-    (split, name), config, its = objective.split("/"), trial.get("config", {}), other.get("config", {})
-    kind, general = config.get("trainer.kind", "sft"), split == "forgetting"
-    texts = {t.get("facts", {}).get("general_sha256") for t in (trial, other)}
-    if general and len(texts) > 1:
-        return "on other general text"
-    by_token = general or name in BY_TOKEN or (name == "loss" and kind == "sft")
-    if by_token and _tokenizers_differ(trial, other):
-        advice = ": objectives=[valid/bits_per_byte] compares them" if kind == "sft" and not general else ""
-        return f"in tokens of different tokenizers{advice}"
-    if general:
-        return None
-    if name in SCALED and its.get("trainer.kind", "sft") != kind:
-        return f"by different trainer.kind, whose {objective} is of another kind"
-    if objective == "train/loss" and any(
-        config.get(key, usual) != its.get(key, usual) for key, usual in LEARNED.items()
-    ):
-        return "with different trainer.loss, whose unit train/loss has: objectives=[valid/loss] compares them"
-    if name in BY_BETA.get(kind, ()) and its.get("trainer.beta") != config.get("trainer.beta"):
-        better = "valid/reward" if kind == "rloo" else "valid/accuracy"
-        return f"with different trainer.beta, which {objective} grows with: objectives=[{better}] compares them"
     return None
 
 

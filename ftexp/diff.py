@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ftexp import metrics, runs, verb
+from ftexp import board, metrics, runs, verb
 from ftexp.metrics import METRICS
 from ftexp.progress import Sheet
 from ftexp.runs import Kept
@@ -72,7 +72,7 @@ def _score(name: str, first: Kept, second: Kept, tables: list[Any] | None) -> Sc
     from ftexp.stats import pairs
 
     values = [kept.trial.get("scores", {}).get(name) for kept in (first, second)]
-    if None not in values and (why := compare.other_scale(first.trial, second.trial, name)) is not None:
+    if None not in values and (why := board.other_scale(first.trial, second.trial, name)) is not None:
         return Score(values[0], values[1], None, None, None, why)
     found = [compare.column(t, name) for t in tables or () if name.startswith("valid/")]
     known = [c for c in found if c is not None and math.isfinite(c.value)]

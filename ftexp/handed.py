@@ -39,11 +39,9 @@ def winner(folder: Path, aloud: bool = True) -> Kept:
     Raises:
         MachineError: no point is complete within the bounds of the sweep, or scores are of different kinds.
     """
-    from ftexp import compare, report  # numpy and scipy, where a sweep is named
-
-    found, verdict = report.judge(folder)
-    if isinstance(verdict.untested, compare.Unlike):
-        raise MachineError(f"{folder}: this sweep has no winner, {verdict.untested}; name one of its trials")
+    found = board.read(folder)
+    if found.unlike is not None:
+        raise MachineError(f"{folder}: this sweep has no winner, {found.unlike}; name one of its trials")
     if found.best is None:
         raise MachineError(f"{folder}: no point of this sweep is complete within its bounds: it has no winner")
     point = found.points[found.best]

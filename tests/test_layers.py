@@ -12,8 +12,8 @@ import ftexp
 
 PACKAGE = Path(ftexp.__file__).parent
 ORDER = ["errors", "files", "machine", "progress", "ranks", "verb", "config", "overrides", "data", "metrics", "runs", "board",
-         "handed", "model", "labels", "passes", "evaluate", "train", "estimate", "facts", "track", "registry", "experiment", "sync",
-         "probe", "stats", "sweep", "compare", "examples", "sealed", "page", "report", "confirm", "notebooks", "power",
+         "handed", "model", "labels", "passes", "evaluate", "train", "estimate", "facts", "track", "registry", "experiment", "stats",
+         "sealed", "sync", "probe", "sweep", "compare", "examples", "page", "report", "confirm", "notebooks", "power",
          "diff",
          "reproduce", "trained", "generate", "fidelity", "card", "export", "run", "api", "show", "plan", "doctor", "ui",
          "completion", "__main__"]  # fmt: skip
