@@ -59,6 +59,8 @@ class Row:
     """Value of `data.group_by`."""
     stratum: str = ""
     """Value of `data.stratify_by`."""
+    listed: bool = False
+    """Whether the completion joins the labels of a list, with commas."""
 
     def text(self) -> str:
         """Return all the row says, for comparison with other rows."""
@@ -131,7 +133,7 @@ def _row(record: dict[str, Any], where: str, shape: Shape, data: Data) -> Row:
             made = Row(f"{asked}\n\n{given}" if given.strip() else asked, _text(record, "output", where), where)
         case Shape.labels:
             name = "label" if "label" in record and "labels" not in record else "labels"
-            made = Row(_text(record, "text", where), _value(record, name, where), where)
+            made = _labelled(record, name, where)
         case Shape.text:
             own = data.completion != "{completion}"
             made = Row("", _filled(data.completion, record, where) if own else _text(record, "text", where), where)
@@ -187,9 +189,37 @@ def _value(record: dict[str, Any], name: str, where: str, hint: str = "") -> str
     texts = [str(p) if type(p) is int else _checked(p, f"column {name!r}", where) for p in parts]
     if not texts or not all(text.strip() for text in texts):
         raise DataError(f"{where}: column {name!r} must hold a label, got {value!r:.60}")
-    if isinstance(value, list) and (held := next((text for text in texts if "," in text), None)) is not None:
-        raise DataError(f"{where}: a label in a list must have no comma, which parts labels, got {held!r}")
     return ", ".join(texts)
+
+
+def _labelled(record: dict[str, Any], name: str, where: str) -> Row:
+    text, told = _text(record, "text", where), _value(record, name, where)
+    value = record[name]
+    if not isinstance(value, list):
+        return Row(text, told, where)
+    held = next((label for label in value if isinstance(label, str) and "," in label), None)
+    if held is not None:
+        raise DataError(
+            f"{where}: a label in a list must have no comma, which parts labels, got {held!r}; write the labels of a "
+            "row as one text, like 'war|Hong Kong, China', and set eval.labels='|'"
+        )
+    return Row(text, told, where, listed=True)
+
+
+def check_separator(row: Row, separator: str | None) -> None:
+    """Refuse labels of a list, which commas part, where they are to be parted by something else.
+
+    Args:
+        row: any row.
+        separator: `eval.labels`.
+
+    Raises:
+        DataError: each combination of labels would be one label.
+    """
+    if row.listed and separator is not None and separator.strip() != ",":
+        raise DataError(
+            f"{row.where}: eval.labels must be ', ' or null where labels are a list, as in this row, got {separator!r}"
+        )
 
 
 def _turns(record: dict[str, Any], name: str, where: str) -> list[Turn]:

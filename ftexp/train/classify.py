@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import labels, metrics, passes
 from ftexp.config import Eval, Run
-from ftexp.data import splits
+from ftexp.data import shapes, splits
 from ftexp.data.rows import Row
 from ftexp.errors import DataError
 from ftexp.evaluate import Scored
@@ -50,15 +50,18 @@ def render(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, run: Run) ->
     """Tokenise texts and read labels.
 
     Raises:
-        DataError: a text is too long or holds the padding token, or a row has not one label where one is wanted.
+        DataError: a text is too long or holds the padding token, a row has not one label where one is wanted, or labels
+            of a list are to be parted by other than commas.
     """
-    made = []
+    made, separator = [], run.eval.labels or ","
     for row in rows:
         ids = text_ids(row, tokenizer, run)
-        told = labels.parse(row.completion, run.eval.labels or ",")
+        shapes.check_separator(row, run.eval.labels)
+        told = labels.parse(row.completion, separator)
         if not told or (not run.trainer.multi_label and len(told) > 1):
             wanted = "a label" if run.trainer.multi_label else "one label (trainer.multi_label=false)"
-            hint = "; eval.labels='|' takes commas as part of a label" if told and run.eval.labels is None else ""
+            text = told and run.eval.labels is None and not row.listed
+            hint = "; eval.labels='|' takes commas as part of a label" if text else ""
             raise DataError(f"{row.where}: the completion must name {wanted}, got {row.completion!r}{hint}")
         made.append(Example(row, ids, told))
     return made

@@ -110,11 +110,27 @@ def test_prompts_of_messages_are_read_as_trl_writes_them():
 
 
 def test_label_in_a_list_that_would_be_parted_is_refused():
-    with pytest.raises(
-        DataError, match="t:1: a label in a list must have no comma, which parts labels, got 'Hong Kong, C"
-    ):
-        one({"text": "a film", "labels": ["war", "Hong Kong, China"]})
+    told = (
+        r"t:1: a label in a list must have no comma, which parts labels, got 'Macau, China'; .* set eval\.labels='\|'$"
+    )
+    with pytest.raises(DataError, match=told):
+        one({"text": "a film", "labels": ["war", "Macau, China"]})
     assert one({"text": "a film", "labels": "war, drama"}).completion == "war, drama"
+    grouped = {"text": "a film", "label": "war", "by": ["me, myself"]}
+    assert one(grouped, group_by="by").group == "me, myself"
+
+
+@pytest.mark.parametrize(("separator", "right"), [(None, True), (",", True), (", ", True), (";", False), (" ", False)])
+def test_labels_of_a_list_are_parted_by_commas_alone(separator, right):
+    row = one({"text": "a film", "labels": ["war", "drama"]})
+    if right:
+        shapes.check_separator(row, separator)
+    else:
+        with pytest.raises(
+            DataError, match=rf"t:1: eval\.labels must be ', ' or null where .* list, .* {separator!r}$"
+        ):
+            shapes.check_separator(row, separator)
+    shapes.check_separator(one({"text": "a film", "labels": "war;drama"}), separator)
 
 
 def test_every_format_gives_the_same_rows(tmp_path):

@@ -242,6 +242,16 @@ def test_row_that_cannot_be_classified_is_refused(genres, text, told, given, mes
         classify.render([Row(text, told, "x:1")], model.tokenizer(genres().model), genres(*given))
 
 
+def test_labels_of_a_list_are_parted_by_commas_alone(genres):
+    run = genres("eval.labels=';'")
+    row = Row("fine", "a, b", "x:1", listed=True)
+    with pytest.raises(DataError, match=r"x:1: eval\.labels must be ', ' or null where labels are a list"):
+        classify.render([row], model.tokenizer(run.model), run)
+    assert classify.render([row], model.tokenizer(run.model), genres())[0].labels == {"a", "b"}
+    with pytest.raises(DataError, match=r"one label \(trainer.multi_label=false\), got 'a, b'$"):
+        classify.render([row], model.tokenizer(run.model), genres("trainer.multi_label=false"))
+
+
 def test_what_a_classifier_cannot_do_is_refused(genres):
     for given, message in (
         ("eval.forgetting=python-docs", "predicts no text"),
