@@ -44,6 +44,8 @@ class Example:
     """Token ids of the text."""
     labels: frozenset[str]
     """What is true of it."""
+    between: str = ", "
+    """What stands between labels where they are shown."""
 
 
 def render(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, run: Run) -> list[Example]:
@@ -54,6 +56,7 @@ def render(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, run: Run) ->
             of a list are to be parted by other than commas.
     """
     made, separator = [], run.eval.labels or ","
+    between = ", " if separator.strip() == "," else separator
     for row in rows:
         ids = text_ids(row, tokenizer, run)
         shapes.check_separator(row, run.eval.labels)
@@ -63,7 +66,7 @@ def render(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, run: Run) ->
             text = told and run.eval.labels is None and not row.listed
             hint = "; eval.labels='|' takes commas as part of a label" if text else ""
             raise DataError(f"{row.where}: the completion must name {wanted}, got {row.completion!r}{hint}")
-        made.append(Example(row, ids, told))
+        made.append(Example(row, ids, told, between))
     return made
 
 
@@ -259,8 +262,8 @@ def score(
     scores |= {"roc_auc_macro": macro, "roc_auc_micro": labels.roc_auc_micro(truth, shares, known)}
     scores |= {"rows": float(len(rows)), "roc_auc_undefined": float(undefined)}
     table = [
-        {"where": e.row.where, "unit": unit, "prompt": e.row.prompt, "reference": ", ".join(sorted(e.labels)),
-         "prediction": ", ".join(sorted(named)), "nats": line.sum().item(), "decisions": len(line),
+        {"where": e.row.where, "unit": unit, "prompt": e.row.prompt, "reference": e.between.join(sorted(e.labels)),
+         "prediction": e.between.join(sorted(named)), "nats": line.sum().item(), "decisions": len(line),
          "subset_accuracy": float(named == e.labels), "f1_samples": labels.row(labels.f1, e.labels, named),
          "jaccard_samples": labels.row(labels.jaccard, e.labels, named)}
         for e, unit, named, line in zip(rows, splits.units(e.row for e in rows), chosen, nats, strict=True)

@@ -252,6 +252,14 @@ def test_labels_of_a_list_are_parted_by_commas_alone(genres):
         classify.render([row], model.tokenizer(run.model), genres("trainer.multi_label=false"))
 
 
+@pytest.mark.parametrize(("given", "between"), [("null", ", "), ("','", ", "), ("'|'", "|"), ("' / '", " / ")])
+def test_labels_are_shown_as_the_rows_have_them(genres, given, between):
+    run = genres(f"eval.labels={given}")
+    rows = classify.render([Row("fine", f"b{between}a", "x:1")], model.tokenizer(run.model), run)
+    scored, _ = classify.score(torch.ones(1, 2), rows, ["a", "b"], True, {"a": 0.5, "b": 0.5})
+    assert (scored.table[0]["reference"], scored.table[0]["prediction"]) == (f"a{between}b", f"a{between}b")
+
+
 def test_what_a_classifier_cannot_do_is_refused(genres):
     for given, message in (
         ("eval.forgetting=python-docs", "predicts no text"),
