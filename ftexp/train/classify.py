@@ -295,21 +295,24 @@ def cross_decided(
 def baseline(rows: list[Example], valid: list[Example], known: list[str], many: bool) -> torch.Tensor:
     """Logits of what needs no language model: TF-IDF of words and pairs of words, and logistic regression.
 
-    Every classifier is shown beside it. A label of one class among the training rows is told by its frequency.
+    Every classifier is shown beside it. Words have two letters or more; where the training rows have none, all labels
+    are told by their frequency, and so is a label of one class among them.
     """
     import torch
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
     words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
-    seen = words.fit_transform([e.row.prompt for e in rows])
-    asked = words.transform([e.row.prompt for e in valid])
+    found = words.build_analyzer()
+    worded = any(found(e.row.prompt) for e in rows)
+    seen = words.fit_transform([e.row.prompt for e in rows]) if worded else None
+    asked = words.transform([e.row.prompt for e in valid]) if worded else None
     truth = targets(rows, known, many).numpy()
     least = 1 / (2 * len(rows))
     if many:
         columns = []
         for column in truth.T:
-            if 0 < column.sum() < len(rows):
+            if worded and 0 < column.sum() < len(rows):
                 fitted = LogisticRegression(C=10.0, max_iter=1000).fit(seen, column)
                 columns.append(fitted.decision_function(asked).tolist())
             else:
@@ -318,9 +321,10 @@ def baseline(rows: list[Example], valid: list[Example], known: list[str], many: 
         return torch.tensor(columns, dtype=torch.float64).T
     shares = torch.full((len(valid), len(known)), least, dtype=torch.float64)
     present = sorted(set(truth.tolist()))
-    if len(present) == 1:
-        shares[:, present] = 1.0
-    else:
+    if worded and len(present) > 1:
         fitted = LogisticRegression(C=10.0, max_iter=1000).fit(seen, truth)
         shares[:, present] = torch.tensor(fitted.predict_proba(asked), dtype=torch.float64).clamp(min=least)
+    else:
+        for label in present:
+            shares[:, label] = float((truth == label).mean())
     return shares.log()

@@ -222,6 +222,17 @@ def test_baseline_knows_words_and_frequencies():
     assert shares.argmax(-1).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("asked", ["\U0001f600", "a b", "", "two words"])
+def test_baseline_of_texts_without_words_tells_frequencies(asked):
+    texts = [("\U0001f600", {"a"}), ("b", {"a"}), ("!", {"a"}), ("c d", {"b"})] * 5
+    rows = [classify.Example(Row(text, "", f"t:{n}"), (5,), frozenset(told)) for n, (text, told) in enumerate(texts)]
+    valid = [classify.Example(Row(asked, "", "t:v"), (5,), frozenset({"a"}))]
+    told = classify.baseline(rows, valid, ["a", "b", "c"], True)
+    assert told.sigmoid().tolist() == [pytest.approx([0.75, 0.25, 1 / 40])]
+    told = classify.baseline(rows, valid, ["a", "b", "c"], False)
+    assert told.exp().tolist() == [pytest.approx([0.75, 0.25, 1 / 40])]
+
+
 @pytest.mark.parametrize(
     ("text", "told", "given", "message"),
     [
