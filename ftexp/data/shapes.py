@@ -37,6 +37,9 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
 }  # fmt: skip
 
+CALLS = ("tool_calls", "function_call")
+"""What a message of OpenAI's API has beside its text."""
+
 Turn = tuple[str, str]
 """Role and text."""
 
@@ -223,18 +226,22 @@ def check_separator(row: Row, separator: str | None) -> None:
 
 
 def _turns(record: dict[str, Any], name: str, where: str) -> list[Turn]:
-    """Read a list of messages, under the names of either convention."""
+    """Read a list of messages, under the names of either convention; what would be left out of them is refused."""
     if name not in record:
         _missing(name, record, where, "")
     messages = record[name]
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: column {name!r} must be a list of messages, got {messages!r:.60}")
+    if record.get("tools"):
+        raise DataError(f"{where}: column 'tools' must be empty: messages are rendered without tools")
     turns = []
     for number, message in enumerate(messages, 1):
         what = f"message {number} of {name!r}"
         if not isinstance(message, dict):
             raise DataError(f"{where}: {what} must have role and content, got {message!r:.60}")
         held = {key: value for key, value in message.items() if value is not None}  # parquet fills up with nulls
+        if (call := next((key for key in CALLS if held.get(key)), None)) is not None:
+            raise DataError(f"{where}: {what} must be text alone, it has {call!r}: no call of a tool is rendered")
         keys = ("from", "value") if "from" in held else ("role", "content")
         for key in keys:
             if key not in held:
@@ -246,6 +253,10 @@ def _turns(record: dict[str, Any], name: str, where: str) -> list[Turn]:
             raise DataError(f"{where}: the role of {what} must be one of {', '.join(ROLES)}, got {role!r:.60}")
         if not text.strip():
             raise DataError(f"{where}: {what} must have text, got {text!r}")
+        if ROLES[role] == "assistant" and held.get("weight", 1) != 1:
+            raise DataError(
+                f"{where}: 'weight' of {what} must be 1, got {held['weight']!r:.60}: every answer is learned"
+            )
         turns.append((ROLES[role], text))
     return turns
 

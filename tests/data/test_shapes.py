@@ -60,6 +60,46 @@ def test_conversation_keeps_its_turns(form, column):
     assert row.supervised() == "Hello.Goodbye."
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("answer", "columns", "told"),
+    [
+        (
+            {"tool_calls": [CALL], "content": None},
+            {},
+            "message 2 of 'messages' must be text alone, it has 'tool_calls'",
+        ),
+        ({"tool_calls": [CALL]}, {}, "message 2 of 'messages' must be text alone, it has 'tool_calls'"),
+        ({"function_call": CALL["function"]}, {}, "message 2 of 'messages' must be text alone, it has 'function_call'"),
+        ({}, {"tools": [CALL]}, "column 'tools' must be empty"),
+        ({"weight": 0}, {}, "'weight' of message 2 of 'messages' must be 1, got 0: every answer is learned"),
+        ({"weight": 0.5}, {}, "'weight' of message 2 of 'messages' must be 1, got 0.5"),
+    ],
+)
+def test_what_would_be_left_out_of_messages_is_refused(answer, columns, told):
+    turns = messages(TALK)
+    turns[1] |= answer
+    with pytest.raises(DataError, match=f"^t:1: {told}"):
+        one({"messages": turns, **columns})
+    pair = {"prompt": turns[:1], "chosen": turns[1:2], "rejected": messages([("assistant", "No.")]), **columns}
+    with pytest.raises(DataError, match=f"^t:1: {told.replace('messages', 'chosen')}"):
+        one(pair)
+
+
+def test_messages_without_tools_may_have_their_empty_keys():
+    turns = messages(TALK)
+    turns[0] |= {"weight": 0, "tool_calls": None}
+    turns[1] |= {"weight": 1, "tool_calls": [], "function_call": None}
+    turns[3] |= {"weight": None, "tool_calls": None}
+    assert (
+        one({"messages": turns, "tools": None})
+        == one({"messages": turns, "tools": []})
+        == one({"messages": messages(TALK)})
+    )
+
+
 def test_format_strings_win_over_a_shape():
     record = {"instruction": "Add.", "output": "3", "prompt": "p"}
     assert one(record, prompt="Do: {instruction}", completion="{output}!").completion == "3!"
