@@ -120,8 +120,8 @@ def _renamed(record: dict[str, Any], where: str, data: Data) -> dict[str, Any]:
     for ours, theirs in data.columns.items():
         if theirs not in record:
             _missing(theirs, record, where, f"data.columns.{ours} names it")
-        record = {**{k: v for k, v in record.items() if k != theirs}, ours: record[theirs]}
-    return record
+    others = {name: value for name, value in record.items() if name not in data.columns.values()}
+    return others | {ours: record[theirs] for ours, theirs in data.columns.items()}
 
 
 def _row(record: dict[str, Any], where: str, shape: Shape, data: Data) -> Row:

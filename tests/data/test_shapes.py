@@ -123,6 +123,20 @@ def test_columns_are_mapped():
         one(record, columns={"text": "plot"})
 
 
+@pytest.mark.parametrize(
+    ("columns", "prompt", "completion"),
+    [
+        ({"prompt": "completion", "completion": "prompt"}, "c", "p"),
+        ({"completion": "prompt", "prompt": "note"}, "n", "p"),
+        ({"prompt": "note", "completion": "note"}, "n", "n"),
+        ({"prompt": "prompt"}, "p", "c"),
+    ],
+)
+def test_columns_are_all_taken_before_they_are_put(columns, prompt, completion):
+    row = one({"prompt": "p", "completion": "c", "note": "n"}, columns=columns)
+    assert (row.prompt, row.completion) == (prompt, completion)
+
+
 def test_shape_is_that_of_the_first_row():
     with pytest.raises(DataError, match="t:2: column 'text' is missing"):
         list(shapes.rows([({"text": "a"}, "t:1"), ({"prompt": "a", "completion": "b"}, "t:2")], Data()))
