@@ -26,6 +26,8 @@ KNOWN = frozenset({
 TURNS = [("user", "hello"), ("assistant", "hello"), ("user", "good bye")]
 SLOW, LARGE = 86, 87
 """Exit codes of the process."""
+FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What rendering raises beside Jinja's own errors where a template, or what it is given, is wrong."""
 
 
 def digest(template: str) -> str:
@@ -58,26 +60,34 @@ def check(template: str) -> None:
 
 
 DAY = {
-    "%d": "26", "%-d": "26", "%e": "26", "%j": "208", "%a": "Fri", "%A": "Friday", "%b": "Jul", "%B": "July",
-    "%m": "07", "%-m": "7", "%y": "24", "%Y": "2024", "%F": "2024-07-26", "%H": "12", "%I": "12", "%p": "PM",
-    "%M": "00", "%S": "00",
+    "%a": "Fri", "%A": "Friday", "%u": "5", "%w": "5",
+    "%d": "26", "%-d": "26", "%e": "26", "%j": "208", "%-j": "208", "%U": "29", "%V": "30", "%W": "30",
+    "%b": "Jul", "%h": "Jul", "%B": "July", "%m": "07", "%-m": "7",
+    "%y": "24", "%-y": "24", "%g": "24", "%Y": "2024", "%G": "2024", "%C": "20",
+    "%H": "12", "%-H": "12", "%k": "12", "%I": "12", "%-I": "12", "%l": "12", "%p": "PM", "%P": "pm",
+    "%M": "00", "%-M": "0", "%S": "00", "%-S": "0", "%f": "000000", "%z": "", "%Z": "",
+    "%D": "07/26/24", "%x": "07/26/24", "%F": "2024-07-26", "%R": "12:00", "%T": "12:00:00", "%X": "12:00:00",
+    "%r": "12:00:00 PM", "%c": "Fri Jul 26 12:00:00 2024", "%n": "\n", "%t": "\t",
 }  # fmt: skip
-"""The 26th of July 2024, the day that Llama 3's own template takes where it is told none."""
+"""The 26th of July 2024 at noon, the day that Llama 3's own template takes where it is told none: what C's strftime
+makes of each code, `%%` beside them."""
 
 
 def dated(template: str) -> str:
     """Let a template that prints today's date print one day always, so that a row has the same tokens tomorrow.
 
     The function is transformers' `strftime_now`; those of Llama 3.2, SmolLM3 and gpt-oss call it. A macro of the same
-    name takes its place.
+    name takes its place, in a line of its own, which transformers' environment takes away whole: the template's first
+    line is read as before.
 
     >>> dated("{{ messages }}")
     '{{ messages }}'
     """
     if "strftime_now" not in template:
         return template
-    filters = "".join(f"|replace('{sign}', '{text}')" for sign, text in DAY.items())
-    return f"{{%- macro strftime_now(form) -%}}{{{{ form{filters} }}}}{{%- endmacro -%}}{template}"
+    codes = {"%%": "\0", **DAY, "\0": "%"}  # a doubled sign begins no code
+    filters = "".join(f"|replace({code!r}, {text!r})" for code, text in codes.items())
+    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{template}"
 
 
 OTHER = "use data.template=chatml or plain, or a model you trust"
@@ -98,12 +108,12 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_CPU, (int(spent) + SECONDS + 1, int(spent) + SECONDS + 2))
     turns = [{"role": role, "content": text} for role, text in TURNS]
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    made.globals |= {"raise_exception": _raise, "strftime_now": lambda form: form, "tools": None, "documents": None}
+    made.globals |= {"raise_exception": _raise, "strftime_now": lambda format: format, "tools": None, "documents": None}
     try:
         made.from_string(template).render(messages=turns, add_generation_prompt=True, bos_token="", eos_token="")
     except MemoryError:
         return LARGE
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError):
+    except (TemplateError, *FAULTS):
         return 0  # told with the row
     return 0
 

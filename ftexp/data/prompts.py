@@ -223,7 +223,7 @@ def _templated(
 
     try:
         return cast(str, tokenizer.apply_chat_template(turns, chat_template=form, tokenize=False, **more))
-    except TemplateError as error:
+    except (TemplateError, *chat.FAULTS) as error:
         raise DataError(f"{row.where}: the chat template cannot render this row: {error}") from error
 
 

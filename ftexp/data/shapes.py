@@ -37,6 +37,9 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
 }  # fmt: skip
 
+CALLS = ("tool_calls", "function_call")
+"""What a message of OpenAI's API has beside its text."""
+
 Turn = tuple[str, str]
 """Role and text."""
 
@@ -59,6 +62,8 @@ class Row:
     """Value of `data.group_by`."""
     stratum: str = ""
     """Value of `data.stratify_by`."""
+    listed: bool = False
+    """Whether the completion joins the labels of a list, with commas."""
 
     def text(self) -> str:
         """Return all the row says, for comparison with other rows."""
@@ -115,8 +120,8 @@ def _renamed(record: dict[str, Any], where: str, data: Data) -> dict[str, Any]:
     for ours, theirs in data.columns.items():
         if theirs not in record:
             _missing(theirs, record, where, f"data.columns.{ours} names it")
-        record = {**{k: v for k, v in record.items() if k != theirs}, ours: record[theirs]}
-    return record
+    others = {name: value for name, value in record.items() if name not in data.columns.values()}
+    return others | {ours: record[theirs] for ours, theirs in data.columns.items()}
 
 
 def _row(record: dict[str, Any], where: str, shape: Shape, data: Data) -> Row:
@@ -131,7 +136,7 @@ def _row(record: dict[str, Any], where: str, shape: Shape, data: Data) -> Row:
             made = Row(f"{asked}\n\n{given}" if given.strip() else asked, _text(record, "output", where), where)
         case Shape.labels:
             name = "label" if "label" in record and "labels" not in record else "labels"
-            made = Row(_text(record, "text", where), _value(record, name, where), where)
+            made = _labelled(record, name, where)
         case Shape.text:
             own = data.completion != "{completion}"
             made = Row("", _filled(data.completion, record, where) if own else _text(record, "text", where), where)
@@ -187,24 +192,56 @@ def _value(record: dict[str, Any], name: str, where: str, hint: str = "") -> str
     texts = [str(p) if type(p) is int else _checked(p, f"column {name!r}", where) for p in parts]
     if not texts or not all(text.strip() for text in texts):
         raise DataError(f"{where}: column {name!r} must hold a label, got {value!r:.60}")
-    if isinstance(value, list) and (held := next((text for text in texts if "," in text), None)) is not None:
-        raise DataError(f"{where}: a label in a list must have no comma, which parts labels, got {held!r}")
     return ", ".join(texts)
 
 
+def _labelled(record: dict[str, Any], name: str, where: str) -> Row:
+    text, told = _text(record, "text", where), _value(record, name, where)
+    value = record[name]
+    if not isinstance(value, list):
+        return Row(text, told, where)
+    held = next((label for label in value if isinstance(label, str) and "," in label), None)
+    if held is not None:
+        raise DataError(
+            f"{where}: a label in a list must have no comma, which parts labels, got {held!r}; write the labels of a "
+            "row as one text, like 'war|Hong Kong, China', and set eval.labels='|'"
+        )
+    return Row(text, told, where, listed=True)
+
+
+def check_separator(row: Row, separator: str | None) -> None:
+    """Refuse labels of a list, which commas part, where they are to be parted by something else.
+
+    Args:
+        row: any row.
+        separator: `eval.labels`.
+
+    Raises:
+        DataError: each combination of labels would be one label.
+    """
+    if row.listed and separator is not None and separator.strip() != ",":
+        raise DataError(
+            f"{row.where}: eval.labels must be ', ' or null where labels are a list, as in this row, got {separator!r}"
+        )
+
+
 def _turns(record: dict[str, Any], name: str, where: str) -> list[Turn]:
-    """Read a list of messages, under the names of either convention."""
+    """Read a list of messages, under the names of either convention; what would be left out of them is refused."""
     if name not in record:
         _missing(name, record, where, "")
     messages = record[name]
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: column {name!r} must be a list of messages, got {messages!r:.60}")
+    if record.get("tools"):
+        raise DataError(f"{where}: column 'tools' must be empty: messages are rendered without tools")
     turns = []
     for number, message in enumerate(messages, 1):
         what = f"message {number} of {name!r}"
         if not isinstance(message, dict):
             raise DataError(f"{where}: {what} must have role and content, got {message!r:.60}")
         held = {key: value for key, value in message.items() if value is not None}  # parquet fills up with nulls
+        if (call := next((key for key in CALLS if held.get(key)), None)) is not None:
+            raise DataError(f"{where}: {what} must be text alone, it has {call!r}: no call of a tool is rendered")
         keys = ("from", "value") if "from" in held else ("role", "content")
         for key in keys:
             if key not in held:
@@ -216,6 +253,10 @@ def _turns(record: dict[str, Any], name: str, where: str) -> list[Turn]:
             raise DataError(f"{where}: the role of {what} must be one of {', '.join(ROLES)}, got {role!r:.60}")
         if not text.strip():
             raise DataError(f"{where}: {what} must have text, got {text!r}")
+        if ROLES[role] == "assistant" and held.get("weight", 1) != 1:
+            raise DataError(
+                f"{where}: 'weight' of {what} must be 1, got {held['weight']!r:.60}: every answer is learned"
+            )
         turns.append((ROLES[role], text))
     return turns
 

@@ -107,7 +107,7 @@ def split(rows: list[Row], data: Data, source: str, given: dict[str, list[Row]] 
         if len(parts[name]) != wanted[name] or (name == "valid" and not parts[name]):
             together = _together(kept["train"], data)
             if not parts[name] or not together:
-                told = f"cannot be held out of {len(kept['train'])} different rows{together}"
+                told = f"cannot be held out of {_different(kept['train'])}{together}"
                 raise DataError(f"{source}: data.{name}={amounts[name]} rows {told}")
             say(f"{name}: {len(parts[name])} rows of data.{name}={amounts[name]} are held out{together}")
     if not parts["train"]:
@@ -122,15 +122,26 @@ def split(rows: list[Row], data: Data, source: str, given: dict[str, list[Row]] 
     return Splits(*(tuple(parts[name]) for name in ("train", "valid", "test")), read=read, copies=tuple(copies))
 
 
+def _different(rows: list[Row]) -> str:
+    different = len({tuple(_content(row)) for row in rows})
+    if different < len(rows):
+        return f"{len(rows)} rows, {different} different"
+    return f"{different} different row{'s' * (different != 1)}"
+
+
 def _together(rows: list[Row], data: Data) -> str:
     """Tell what keeps rows together when they are drawn; nothing where each stands alone."""
     if not data.shuffle:
         return ""
+    groups = grouped(rows, by_prompt=Gate.leaks not in data.allow)
     if data.group_by:
-        return f" in groups of equal {data.group_by}"
-    smallest = min(map(len, grouped(rows, by_prompt=Gate.leaks not in data.allow).values()), default=1)
+        return f": rows of equal {data.group_by} stay together, in {len(groups)} group{'s' * (len(groups) != 1)}"
+    smallest = min(map(len, groups.values()), default=1)
     if smallest == 1:
         return ""
+    equal = min(map(len, grouped(rows, by_prompt=False).values()))
+    if equal > 1:
+        return f": equal rows stay together, at least {equal} of them; data.dedup=exact leaves copies out"
     return f": rows of one prompt stay together, at least {smallest} of them; data.allow=[leaks] parts them"
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import labels, metrics, passes
 from ftexp.config import Eval, Run
-from ftexp.data import splits
+from ftexp.data import shapes, splits
 from ftexp.data.rows import Row
 from ftexp.errors import DataError
 from ftexp.evaluate import Scored
@@ -44,23 +44,29 @@ class Example:
     """Token ids of the text."""
     labels: frozenset[str]
     """What is true of it."""
+    between: str = ", "
+    """What stands between labels where they are shown."""
 
 
 def render(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, run: Run) -> list[Example]:
     """Tokenise texts and read labels.
 
     Raises:
-        DataError: a text is too long or holds the padding token, or a row has not one label where one is wanted.
+        DataError: a text is too long or holds the padding token, a row has not one label where one is wanted, or labels
+            of a list are to be parted by other than commas.
     """
-    made = []
+    made, separator = [], run.eval.labels or ","
+    between = ", " if separator.strip() == "," else separator
     for row in rows:
         ids = text_ids(row, tokenizer, run)
-        told = labels.parse(row.completion, run.eval.labels or ",")
+        shapes.check_separator(row, run.eval.labels)
+        told = labels.parse(row.completion, separator)
         if not told or (not run.trainer.multi_label and len(told) > 1):
             wanted = "a label" if run.trainer.multi_label else "one label (trainer.multi_label=false)"
-            hint = "; eval.labels='|' takes commas as part of a label" if told and run.eval.labels is None else ""
+            text = told and run.eval.labels is None and not row.listed
+            hint = "; eval.labels='|' takes commas as part of a label" if text else ""
             raise DataError(f"{row.where}: the completion must name {wanted}, got {row.completion!r}{hint}")
-        made.append(Example(row, ids, told))
+        made.append(Example(row, ids, told, between))
     return made
 
 
@@ -256,8 +262,8 @@ def score(
     scores |= {"roc_auc_macro": macro, "roc_auc_micro": labels.roc_auc_micro(truth, shares, known)}
     scores |= {"rows": float(len(rows)), "roc_auc_undefined": float(undefined)}
     table = [
-        {"where": e.row.where, "unit": unit, "prompt": e.row.prompt, "reference": ", ".join(sorted(e.labels)),
-         "prediction": ", ".join(sorted(named)), "nats": line.sum().item(), "decisions": len(line),
+        {"where": e.row.where, "unit": unit, "prompt": e.row.prompt, "reference": e.between.join(sorted(e.labels)),
+         "prediction": e.between.join(sorted(named)), "nats": line.sum().item(), "decisions": len(line),
          "subset_accuracy": float(named == e.labels), "f1_samples": labels.row(labels.f1, e.labels, named),
          "jaccard_samples": labels.row(labels.jaccard, e.labels, named)}
         for e, unit, named, line in zip(rows, splits.units(e.row for e in rows), chosen, nats, strict=True)
@@ -289,21 +295,24 @@ def cross_decided(
 def baseline(rows: list[Example], valid: list[Example], known: list[str], many: bool) -> torch.Tensor:
     """Logits of what needs no language model: TF-IDF of words and pairs of words, and logistic regression.
 
-    Every classifier is shown beside it. A label of one class among the training rows is told by its frequency.
+    Every classifier is shown beside it. Words have two letters or more; where the training rows have none, all labels
+    are told by their frequency, and so is a label of one class among them.
     """
     import torch
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
     words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
-    seen = words.fit_transform([e.row.prompt for e in rows])
-    asked = words.transform([e.row.prompt for e in valid])
+    found = words.build_analyzer()
+    worded = any(found(e.row.prompt) for e in rows)
+    seen = words.fit_transform([e.row.prompt for e in rows]) if worded else None
+    asked = words.transform([e.row.prompt for e in valid]) if worded else None
     truth = targets(rows, known, many).numpy()
     least = 1 / (2 * len(rows))
     if many:
         columns = []
         for column in truth.T:
-            if 0 < column.sum() < len(rows):
+            if worded and 0 < column.sum() < len(rows):
                 fitted = LogisticRegression(C=10.0, max_iter=1000).fit(seen, column)
                 columns.append(fitted.decision_function(asked).tolist())
             else:
@@ -312,9 +321,10 @@ def baseline(rows: list[Example], valid: list[Example], known: list[str], many: 
         return torch.tensor(columns, dtype=torch.float64).T
     shares = torch.full((len(valid), len(known)), least, dtype=torch.float64)
     present = sorted(set(truth.tolist()))
-    if len(present) == 1:
-        shares[:, present] = 1.0
-    else:
+    if worded and len(present) > 1:
         fitted = LogisticRegression(C=10.0, max_iter=1000).fit(seen, truth)
         shares[:, present] = torch.tensor(fitted.predict_proba(asked), dtype=torch.float64).clamp(min=least)
+    else:
+        for label in present:
+            shares[:, label] = float((truth == label).mean())
     return shares.log()

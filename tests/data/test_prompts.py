@@ -115,9 +115,14 @@ def test_row_of_any_length_goes_into_torn_packs(tokenizer):
         one(tokenizer, long, max_length=8, packing=Packing.bfd)
 
 
-def test_template_that_cannot_render_is_named(tokenizer):
+@pytest.mark.parametrize(
+    "wrong",
+    ["messages[7]['content']", "raise_exception('no')", "messages(1)", "1 / 0", "{}.pop('a')", "'a'.index('b')",
+     "strftime_now(day='%d')", "strftime_now('%d', 1)"],
+)  # fmt: skip
+def test_template_that_cannot_render_is_named(tokenizer, wrong):
     tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = "{{ messages[7]['content'] }}"
+    tokenizer.chat_template = f"{{{{ {wrong} }}}}"
     with pytest.raises(DataError, match=r"t:1: the chat template cannot render this row"):
         one(tokenizer)
 

@@ -60,6 +60,46 @@ def test_conversation_keeps_its_turns(form, column):
     assert row.supervised() == "Hello.Goodbye."
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("answer", "columns", "told"),
+    [
+        (
+            {"tool_calls": [CALL], "content": None},
+            {},
+            "message 2 of 'messages' must be text alone, it has 'tool_calls'",
+        ),
+        ({"tool_calls": [CALL]}, {}, "message 2 of 'messages' must be text alone, it has 'tool_calls'"),
+        ({"function_call": CALL["function"]}, {}, "message 2 of 'messages' must be text alone, it has 'function_call'"),
+        ({}, {"tools": [CALL]}, "column 'tools' must be empty"),
+        ({"weight": 0}, {}, "'weight' of message 2 of 'messages' must be 1, got 0: every answer is learned"),
+        ({"weight": 0.5}, {}, "'weight' of message 2 of 'messages' must be 1, got 0.5"),
+    ],
+)
+def test_what_would_be_left_out_of_messages_is_refused(answer, columns, told):
+    turns = messages(TALK)
+    turns[1] |= answer
+    with pytest.raises(DataError, match=f"^t:1: {told}"):
+        one({"messages": turns, **columns})
+    pair = {"prompt": turns[:1], "chosen": turns[1:2], "rejected": messages([("assistant", "No.")]), **columns}
+    with pytest.raises(DataError, match=f"^t:1: {told.replace('messages', 'chosen')}"):
+        one(pair)
+
+
+def test_messages_without_tools_may_have_their_empty_keys():
+    turns = messages(TALK)
+    turns[0] |= {"weight": 0, "tool_calls": None}
+    turns[1] |= {"weight": 1, "tool_calls": [], "function_call": None}
+    turns[3] |= {"weight": None, "tool_calls": None}
+    assert (
+        one({"messages": turns, "tools": None})
+        == one({"messages": turns, "tools": []})
+        == one({"messages": messages(TALK)})
+    )
+
+
 def test_format_strings_win_over_a_shape():
     record = {"instruction": "Add.", "output": "3", "prompt": "p"}
     assert one(record, prompt="Do: {instruction}", completion="{output}!").completion == "3!"
@@ -81,6 +121,20 @@ def test_columns_are_mapped():
         DataError, match=r"t:1: column 'plot' is missing, the row has synopsis, genres; data\.columns\.text"
     ):
         one(record, columns={"text": "plot"})
+
+
+@pytest.mark.parametrize(
+    ("columns", "prompt", "completion"),
+    [
+        ({"prompt": "completion", "completion": "prompt"}, "c", "p"),
+        ({"completion": "prompt", "prompt": "note"}, "n", "p"),
+        ({"prompt": "note", "completion": "note"}, "n", "n"),
+        ({"prompt": "prompt"}, "p", "c"),
+    ],
+)
+def test_columns_are_all_taken_before_they_are_put(columns, prompt, completion):
+    row = one({"prompt": "p", "completion": "c", "note": "n"}, columns=columns)
+    assert (row.prompt, row.completion) == (prompt, completion)
 
 
 def test_shape_is_that_of_the_first_row():
@@ -110,11 +164,27 @@ def test_prompts_of_messages_are_read_as_trl_writes_them():
 
 
 def test_label_in_a_list_that_would_be_parted_is_refused():
-    with pytest.raises(
-        DataError, match="t:1: a label in a list must have no comma, which parts labels, got 'Hong Kong, C"
-    ):
-        one({"text": "a film", "labels": ["war", "Hong Kong, China"]})
+    told = (
+        r"t:1: a label in a list must have no comma, which parts labels, got 'Macau, China'; .* set eval\.labels='\|'$"
+    )
+    with pytest.raises(DataError, match=told):
+        one({"text": "a film", "labels": ["war", "Macau, China"]})
     assert one({"text": "a film", "labels": "war, drama"}).completion == "war, drama"
+    grouped = {"text": "a film", "label": "war", "by": ["me, myself"]}
+    assert one(grouped, group_by="by").group == "me, myself"
+
+
+@pytest.mark.parametrize(("separator", "right"), [(None, True), (",", True), (", ", True), (";", False), (" ", False)])
+def test_labels_of_a_list_are_parted_by_commas_alone(separator, right):
+    row = one({"text": "a film", "labels": ["war", "drama"]})
+    if right:
+        shapes.check_separator(row, separator)
+    else:
+        with pytest.raises(
+            DataError, match=rf"t:1: eval\.labels must be ', ' or null where .* list, .* {separator!r}$"
+        ):
+            shapes.check_separator(row, separator)
+    shapes.check_separator(one({"text": "a film", "labels": "war;drama"}), separator)
 
 
 def test_every_format_gives_the_same_rows(tmp_path):

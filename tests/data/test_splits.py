@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftexp.config import Data, Gate, Source
+from ftexp.config import Data, Dedup, Gate, Source
 from ftexp.data import load, units
 from ftexp.data.hygiene import normalise
 from ftexp.data.rows import Row
@@ -175,8 +175,31 @@ def test_order_of_groups_is_of_no_account():
 
 def test_group_larger_than_what_is_held_out_is_told():
     rows = [replace(r, group="all") for r in made(*map(str, range(9)))]
-    with pytest.raises(DataError, match="cannot be held out of 9 different rows in groups of equal author"):
+    told = "cannot be held out of 9 different rows: rows of equal author stay together, in 1 group$"
+    with pytest.raises(DataError, match=told):
         split(rows, Data(valid=3, group_by="author"), "t")
+    rows[0] = replace(rows[0], group="other")
+    with pytest.raises(DataError, match="stay together, in 2 groups$"):
+        split(rows[:4], Data(valid=2, test=1, group_by="author"), "t")
+
+
+@pytest.mark.parametrize(
+    ("valid", "keys", "told"),
+    [
+        (3, {}, "1 different row$"),
+        (3, {"shuffle": False}, "1 different row$"),
+        (21, {"dedup": Dedup.none, "shuffle": False}, "20 rows, 1 different$"),
+        (3, {"dedup": Dedup.none}, "20 rows, 1 different: equal rows .*, at least 20 of them; data.dedup=exact leaves"),
+        (
+            3,
+            {"dedup": Dedup.none, "allow": [Gate.leaks]},
+            "20 rows, 1 different: equal rows stay together, at least 20",
+        ),
+    ],
+)
+def test_equal_rows_are_not_told_as_different(valid, keys, told):
+    with pytest.raises(DataError, match=f"^t: data.valid={valid} rows cannot be held out of {told}"):
+        split([Row("a", "b", f"t:{n}") for n in range(20)], Data(valid=valid, **keys), "t")
 
 
 def test_labels_are_held_out_in_proportion():

@@ -222,6 +222,17 @@ def test_baseline_knows_words_and_frequencies():
     assert shares.argmax(-1).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("asked", ["\U0001f600", "a b", "", "two words"])
+def test_baseline_of_texts_without_words_tells_frequencies(asked):
+    texts = [("\U0001f600", {"a"}), ("b", {"a"}), ("!", {"a"}), ("c d", {"b"})] * 5
+    rows = [classify.Example(Row(text, "", f"t:{n}"), (5,), frozenset(told)) for n, (text, told) in enumerate(texts)]
+    valid = [classify.Example(Row(asked, "", "t:v"), (5,), frozenset({"a"}))]
+    told = classify.baseline(rows, valid, ["a", "b", "c"], True)
+    assert told.sigmoid().tolist() == [pytest.approx([0.75, 0.25, 1 / 40])]
+    told = classify.baseline(rows, valid, ["a", "b", "c"], False)
+    assert told.exp().tolist() == [pytest.approx([0.75, 0.25, 1 / 40])]
+
+
 @pytest.mark.parametrize(
     ("text", "told", "given", "message"),
     [
@@ -240,6 +251,24 @@ def test_baseline_knows_words_and_frequencies():
 def test_row_that_cannot_be_classified_is_refused(genres, text, told, given, message):
     with pytest.raises(DataError, match=message):
         classify.render([Row(text, told, "x:1")], model.tokenizer(genres().model), genres(*given))
+
+
+def test_labels_of_a_list_are_parted_by_commas_alone(genres):
+    run = genres("eval.labels=';'")
+    row = Row("fine", "a, b", "x:1", listed=True)
+    with pytest.raises(DataError, match=r"x:1: eval\.labels must be ', ' or null where labels are a list"):
+        classify.render([row], model.tokenizer(run.model), run)
+    assert classify.render([row], model.tokenizer(run.model), genres())[0].labels == {"a", "b"}
+    with pytest.raises(DataError, match=r"one label \(trainer.multi_label=false\), got 'a, b'$"):
+        classify.render([row], model.tokenizer(run.model), genres("trainer.multi_label=false"))
+
+
+@pytest.mark.parametrize(("given", "between"), [("null", ", "), ("','", ", "), ("'|'", "|"), ("' / '", " / ")])
+def test_labels_are_shown_as_the_rows_have_them(genres, given, between):
+    run = genres(f"eval.labels={given}")
+    rows = classify.render([Row("fine", f"b{between}a", "x:1")], model.tokenizer(run.model), run)
+    scored, _ = classify.score(torch.ones(1, 2), rows, ["a", "b"], True, {"a": 0.5, "b": 0.5})
+    assert (scored.table[0]["reference"], scored.table[0]["prediction"]) == (f"a{between}b", f"a{between}b")
 
 
 def test_what_a_classifier_cannot_do_is_refused(genres):
