@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import config, data, estimate, evaluate, facts, handed, labels, metrics, model, passes, ranks, track
 from ftexp.config import Engine, Format, Kind, Long, Loss, Method, Packing, Run, Template, Tracker, Variant
-from ftexp.data import gates, general, prompts, tokens
+from ftexp.data import gates, general, prompts, shapes, tokens
 from ftexp.errors import ConfigError, DataError, FtexpError, MachineError, Preempted, Pruned, out_of_memory
 from ftexp.files import cache, naming, no_room, read_json, write_json
 from ftexp.model import Base, compute, sizes
@@ -248,6 +248,7 @@ def _check_steps(run: Run, train: Sequence[prompts.Example]) -> None:
 def _check_labels(run: Run, splits: data.Splits) -> None:
     """Refuse a row without a label, where completions are lists of labels."""
     for row in (*splits.train, *splits.valid) if run.eval.labels is not None else ():
+        shapes.check_separator(row, run.eval.labels)
         if not labels.parse(row.completion, run.eval.labels or ""):
             raise DataError(f"{row.where}: with eval.labels the completion must name a label, got {row.completion!r}")
 

@@ -250,6 +250,11 @@ def test_failure_is_recorded_and_raised(tiny, tmp_path, monkeypatch):
             DataError,
             r"dots\.jsonl:2: .*must name a label, got '\.'",
         ),
+        (
+            ["eval.labels=';'", "data=jsonl", "data.path=listed.jsonl", "eval.generate=true"],
+            DataError,
+            r"listed\.jsonl:1: eval\.labels must be ', ' or null where labels are a list",
+        ),
         (["eval.forgetting=none.txt"], DataError, "none.txt: eval.forgetting must be python-docs or a text file"),
         (["data.valid=500"], DataError, "data.valid=500 rows cannot be held out"),
     ],
@@ -258,6 +263,8 @@ def test_check_refuses_before_anything_runs(tiny, tmp_path, monkeypatch, given, 
     monkeypatch.chdir(tmp_path)
     rows = [json.dumps({"prompt": f"p{n}", "completion": "." if n == 1 else "a. b"}) for n in range(120)]
     (tmp_path / "dots.jsonl").write_text("\n".join(rows))
+    listed = [json.dumps({"text": f"p{n}", "labels": ["a", "b"]}) for n in range(120)]
+    (tmp_path / "listed.jsonl").write_text("\n".join(listed))
     with pytest.raises(error, match=message):
         experiment.check(tiny(*given), tmp_path)
 
