@@ -311,7 +311,7 @@ def _result(plan: Plan, entry: dict[str, Any]) -> dict[str, Any]:
     return {
         "objective": plan.verdict.objective, "unit": _unit(plan.verdict.objective), "rows": len(tables[0][0]["prompt"]),
         "groups": None if groups is None else len(set(groups)),
-        "expected_optimism": None if plan.verdict.comparison is None else plan.verdict.comparison.optimism,
+        "expected_optimism": None if plan.verdict.comparison is None else _finite(plan.verdict.comparison.optimism),
         "points": len(plan.verdict.points), "replicates": plan.sweep.options.replicates,
         "members": [
             {"role": member.role, "label": member.label, "trials": member.trials,
