@@ -176,6 +176,14 @@ def test_front_of_two_objectives(sweep):
     assert "On the Pareto front: lora.r=64; lora.r=16." in compare.lines(found)
 
 
+def test_scores_of_different_kinds_have_no_front(sweep):
+    of = [{"facts": {"tokenizer_sha256": name}} for name in "ab"]
+    folder = sweep((64, 0, of[0]), (16, 0.5, of[1]), objectives=["valid/loss", "cost/trainable"])
+    assert read(folder).front == ()
+    assert figures.front(report.gather(folder), "cost/trainable") == []
+    assert "No point is on the front." in page.cost(report.gather(folder))
+
+
 def test_of_many_points_the_best_are_compared(sweep, monkeypatch):
     monkeypatch.setattr(compare, "MOST_POINTS", 3)
     found = read(sweep((64, 0.5, {}), (32, 0, {}), (16, 0.9, {}), (8, 0.3, {}), (4, 0.7, {})))

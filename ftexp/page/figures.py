@@ -117,9 +117,13 @@ def against(sweep: Sweep) -> dict[str, str]:
 def front(sweep: Sweep, other: str) -> list[Point]:
     """Return the points that none beats in both the objective and another score, the best by that first.
 
-    As on the terminal, a point above a bound of `sweep.at_most` is not on it and beats none.
+    As on the terminal, a point above a bound of `sweep.at_most` is not on it and beats none, and scores of different
+    kinds have no front.
     """
     name, known = sweep.board.objective, [p for p in _known(sweep, other) if p.within]
+    trials = [t for p in known for t in p.trials]
+    if any(boards.other_scale(trials[0], t, score) for t in trials for score in (name, other)):
+        return []
     ways = [METRICS[other].direction, METRICS[name].direction]
     on = explain.pareto([[p.scores[other], p.scores[name]] for p in known], ways) if known else []
     found = sorted((p for p, kept in zip(known, on, strict=True) if kept), key=lambda p: p.scores[other])

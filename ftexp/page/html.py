@@ -440,7 +440,7 @@ def cost(sweep: Sweep) -> str:
             more = f" and {len(on) - 8} more" if len(on) > 8 else ""
             cheap, good = f"both cheaper in {what} and better", f"better in both {sweep.board.objective} and {what}"
             both = cheap if name.startswith("cost/") else good
-            told = f"On the front, no other is {both}: {listed}{more}."
+            told = f"On the front, no other is {both}: {listed}{more}." if on else "No point is on the front."
             found.append(f"<figure>{drawn}<figcaption>{_e(told)}</figcaption></figure>")
     over = "" if all(p.within for p in sweep.complete) else " Points above a bound of sweep.at_most are on none."
     note = f"<p>The filled square is the best point, rings are on the front.{over}</p>"
