@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import random
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -120,12 +121,10 @@ def _as_found() -> Iterator[None]:
     That is environment, levels of logging, warnings, random numbers and garbage collection. A tracking server that did
     not answer an earlier run is asked again.
     """
-    import numpy as np
-    import torch
-
+    np, torch = sys.modules.get("numpy"), sys.modules.get("torch")  # one that is not there yet has drawn nothing
     loggers = [logging.getLogger(name) for name in (*LOUD, "alembic", "mlflow")]
     levels, environment = [logger.level for logger in loggers], dict(os.environ)
-    drawn = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    drawn = random.getstate(), np and np.random.get_state(), torch and torch.random.get_rng_state()
     track.hope()
     try:
         with warnings.catch_warnings():
@@ -139,8 +138,10 @@ def _as_found() -> Iterator[None]:
             del os.environ[name]
         os.environ.update(environment)
         random.setstate(drawn[0])
-        np.random.set_state(drawn[1])
-        torch.random.set_rng_state(drawn[2])
+        if np is not None:
+            np.random.set_state(drawn[1])
+        if torch is not None:
+            torch.random.set_rng_state(drawn[2])
         gc.unfreeze()
         control.LEAVE.clear()
 
