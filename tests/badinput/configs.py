@@ -158,8 +158,9 @@ sweep.at_most.cost/trainable=9000 lora.r=2,4
 'sweep.at_most={cost/nope: 9}' lora.r=2,4
 'sweep.at_most={cost/trainable: many}' lora.r=2,4
 'sweep.at_most={cost/trainable: nan}' lora.r=2,4
-'sweep.baselines=[{lora.r: 3}]' lora.r=2,4
-'sweep.baselines=[{seed: 3}]' lora.r=2,4
+'sweep.baselines=[{lora.r: 3}]' lora.r=2,4 sweep.sampler=tpe sweep.n_trials=2
+'sweep.baselines=[{seed: 3}]' lora.r=2,4 sweep.sampler=tpe sweep.n_trials=2
+'sweep.baselines=[{lora.r: 4}]' lora.r=2,4
 sweep.baselines=[3] lora.r=2,4
 sweep.nope=1 lora.r=2,4
 sweep=nope
