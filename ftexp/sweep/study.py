@@ -292,6 +292,18 @@ def excess(trial: FrozenTrial, at_most: dict[str, float], folder: Path) -> dict[
     return told
 
 
+_bounded: dict[int, tuple[FrozenTrial, dict[str, float], FrozenTrial]] = {}
+
+
+def bounded(trial: FrozenTrial, at_most: dict[str, float], folder: Path) -> FrozenTrial:
+    """Return a complete trial with the bounds of now as its constraints; made once in a process: it never changes."""
+    kept, bounds, made = _bounded.get(id(trial), (None, None, trial))
+    if kept is not trial or bounds != at_most:
+        made = constrained(trial, excess(trial, at_most, folder))
+        _bounded[id(trial)] = trial, at_most, made
+    return made
+
+
 def constrained(trial: FrozenTrial, over: dict[str, float]) -> FrozenTrial:
     """Return a trial with these constraints and no others."""
     if trial.constraints == over:

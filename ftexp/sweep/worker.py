@@ -303,12 +303,11 @@ def history(sweep: Frozen, record: Study) -> list[FrozenTrial]:
     """
     from optuna.trial import TrialState, create_trial
 
-    known = [t for t in study.counted(record) if t.params]
-    bounds = sweep.options.at_most
-    over = {study.ticket(t): study.excess(t, bounds, sweep.folder) for t in known if t.state is TrialState.COMPLETE}
+    bounds, where = sweep.options.at_most, sweep.folder
+    known = [study.bounded(t, bounds, where) if t.state is TrialState.COMPLETE else t for t in study.counted(record)]
+    known = [t for t in known if t.params]
     if sweep.options.replicates == 1:
-        known = [t for t in known if t.state is not TrialState.FAIL]
-        return [study.constrained(t, over.get(study.ticket(t), {})) for t in known]
+        return [t for t in known if t.state is not TrialState.FAIL]
     points: dict[int, list[FrozenTrial]] = {}
     for t in known:
         points.setdefault(study.ticket(t) // sweep.options.replicates, []).append(t)
@@ -323,7 +322,7 @@ def history(sweep: Frozen, record: Study) -> list[FrozenTrial]:
         values = [metrics.mean(n, column) for n, column in zip(sweep.objectives, columns, strict=False)] or None
         made = create_trial(state=state, values=values, params=first.params, distributions=first.distributions,
                             system_attrs=first.system_attrs, intermediate_values=first.intermediate_values)  # fmt: skip
-        passed = [over[study.ticket(t)] for t in done] if state is TrialState.COMPLETE else []
+        passed = [t.constraints for t in done] if state is TrialState.COMPLETE else []
         told.append(study.constrained(made, {name: max(o[name] for o in passed) for name in (passed or [{}])[0]}))
     return told
 
