@@ -354,6 +354,8 @@ class _Counting:
 
 
 def _numbered(trial: FrozenTrial) -> FrozenTrial:
+    if trial.number == ticket(trial):  # of all but those that were queued again
+        return trial
     made = copy(trial)
     made.number = ticket(trial)
     return made
