@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ftexp import board as boards
-from ftexp import runs, sealed, track, verb
+from ftexp import config, overrides, runs, sealed, track, verb
 from ftexp.board import Board, read
 from ftexp.errors import MachineError
 from ftexp.files import read_json, write_text
@@ -104,7 +105,52 @@ def command(place: Path, trial: dict[str, Any]) -> tuple[str, ...]:
     sweep = read_json(place.parent / "sweep.json") if place.name.isdigit() else None
     own = _config_dir(place) if sweep is None else sweep.get("config_dir")
     flags = () if own is None else ("--config-dir", own)
+    files = [word.partition("=")[2] for word in words if word.startswith("sweep=")]
+    words = [word for word in words if not word.startswith("sweep=")]
+    for file in files:
+        words = [*_beside_the_search(file, own, trial, words), *words]
     return ("python", "-m", "ftexp.run", *flags, *words, *([f"seed={seed}"] if seed else []))
+
+
+def _beside_the_search(file: str, own: str | None, trial: dict[str, Any], words: list[str]) -> list[str]:
+    """Write what a file of `sweeps/` chooses for all trials as overrides; with `sweep=` the words would search again.
+
+    Args:
+        file: its name.
+        own: folder of the launch's `--config-dir`.
+        trial: whose values count, since the file may have been edited.
+        words: overrides of the trial, which win.
+    """
+    import yaml
+
+    places = [overrides.SWEEPS, *([] if own is None else [Path(own) / "sweeps"])]
+    path = next((p for p in (place / f"{file}.yaml" for place in places) if p.exists()), None)
+    told = {} if path is None else yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    given = {word.lstrip("+").partition("=")[0] for word in words}
+    entries = [entry for entry in told.get("defaults", []) if isinstance(entry, dict)]
+    groups = {key.removeprefix("override ").lstrip("/"): value for entry in entries for key, value in entry.items()}
+    keys = config.flat({key: value for key, value in told.items() if key not in ("hydra", "defaults")})
+    values = {key: trial["config"][key] for key in keys if key in trial["config"]}
+    sign = {key: "++" if key.startswith(overrides.OPEN) else "" for key in values}
+    return [
+        *(f"{key}={value}" for key, value in groups.items() if key not in given),
+        *(f"{sign[key]}{key}={_spelled(value)}" for key, value in values.items() if key not in given),
+    ]
+
+
+def _spelled(value: Any) -> str:
+    """Write a value of a config as an override has it.
+
+    >>> _spelled([1, None, True, "all-linear", "a b"])
+    '[1,null,true,all-linear,"a b"]'
+    """
+    if isinstance(value, list):
+        return f"[{','.join(map(_spelled, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}: {_spelled(part)}' for key, part in value.items())}}}"
+    plain = not isinstance(value, str) or re.fullmatch(r"[\w./:@+-]+", value)
+    told = value if isinstance(value, str) else json.dumps(value)
+    return told if plain else json.dumps(value, ensure_ascii=False)
 
 
 def _config_dir(place: Path) -> str | None:

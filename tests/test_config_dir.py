@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import yaml
 from conftest import TINY
 
 from ftexp import api, completion, config, overrides, report
@@ -131,3 +132,33 @@ def test_folder_of_a_project_may_hold_others(mine, tmp_path):
     folder = mine(experiment__ours=RECIPE, lora__wide="r: 48\n")
     (folder / "models").mkdir()  # weights, near the name of a group
     assert api.compose([f"--config-dir={folder}", "experiment=ours"]).lora.r == 48
+
+
+def test_command_of_a_trial_runs_it_alone_with_what_its_sweep_chose_for_all(cli, mine, tmp_path):
+    """`sweep=` among its words would search again, and the file holds more than the search."""
+    params = "hydra:\n  sweeper:\n    params:\n      lora.r: 2,4\n"
+    more = "objectives: [valid/loss, cost/seconds]\ntrainer:\n  neftune: 5\n  extra: {adam_beta1: 0.8}\n"
+    mine(sweeps__ours=f"{more}{params}")
+    code, _, err = cli("--config-dir=mine", *TINY, "track=none", "eval=loss", "sweep=ours", "name=s")
+    assert code == 0, err
+    trial = json.loads((tmp_path / "outputs/sweeps/s/1/trial.json").read_text())
+    words = report.command(tmp_path / "outputs/sweeps/s/1", trial)
+    assert {"objectives=[valid/loss,cost/seconds]", "trainer.neftune=5.0", "++trainer.extra.adam_beta1=0.8"} <= set(
+        words
+    )
+    assert not any(word.startswith("sweep=") for word in words)
+    code, _, err = cli(*words[3:], "track=none", "name=again")
+    assert code == 0, err
+    again = json.loads((tmp_path / "outputs/runs/again/trial.json").read_text())
+    assert again["config"] == trial["config"]
+    assert again["scores"]["valid/loss"] == trial["scores"]["valid/loss"]
+
+
+@pytest.mark.parametrize("path", sorted(overrides.SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_what_a_shipped_sweep_chooses_for_all_can_be_an_override(path):
+    """Composed as a single run, it has the values of the file."""
+    told = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "hydra"}
+    plain = config.flat(api.compose(["trainer.steps=3"]))
+    words = report._beside_the_search(path.stem, None, {"config": plain | config.flat(told)}, [])
+    found = config.flat(api.compose(["trainer.steps=3", *words]))
+    assert {key: found[key] for key in config.flat(told)} == config.flat(told)
