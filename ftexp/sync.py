@@ -200,9 +200,9 @@ def _parent(
 
 
 def _end_of_sweep(folder: Path, sweep: dict[str, Any]) -> str | None:
-    """Tell how a sweep ended, as MLflow says it; None of one that has trials left."""
+    """Tell how a sweep ended, as MLflow says it; None of one that has trials left, or does not say how many it has."""
     states = {(read_json(path) or {}).get("state") for path in folder.glob("[0-9]*/trial.json")}
-    whole = len(list(folder.glob("[0-9]*/trial.json"))) >= sweep.get("tickets", 0)
+    whole = 0 < sweep.get("tickets", 0) <= len(list(folder.glob("[0-9]*/trial.json")))
     if whole and states <= {"complete", "pruned", "skipped", "failed"}:
         return "FAILED" if "failed" in states else "FINISHED"
     return None
