@@ -14,6 +14,7 @@ from ftexp.config import Track
 from ftexp.errors import ConfigError, DataError, MachineError
 from ftexp.files import read_json
 from ftexp.sweep import plugin
+from ftexp.train import control
 
 KEYS = ["model=tiny", "track=none", "trainer.steps=2", "data.valid=4", "eval=loss"]
 ROWS = [{"prompt": f"Say {n} now", "completion": f"{n}!"} for n in range(20)]
@@ -149,7 +150,10 @@ def test_run_leaves_the_process_as_it_was(tmp_path, monkeypatch):
         random.seed(1), np.random.seed(1), torch.manual_seed(1)
 
     monkeypatch.chdir(tmp_path)
-    api.run(*TINY, folder="warm")  # imports set what they set
+    monkeypatch.setenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "mine")
+    environment = dict(os.environ)
+    api.run(*TINY, folder="warm")  # imports set what they set, but for this
+    assert dict(os.environ) == environment
     seed()
     before = state()
     seed()
@@ -182,6 +186,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_next_call_goes_on(tmp_path):
     (kept,) = tmp_path.glob("r/checkpoints/checkpoint-*")
     step = int(kept.name.removeprefix("checkpoint-"))
     assert 0 < step < 400
+    assert not control.LEAVE.is_set()
     api.run(*keys, "data.max_length=256", folder=tmp_path / "r")
     assert read_json(tmp_path / "r" / "trial.json")["resumed_at"] == [step]
 

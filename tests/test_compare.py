@@ -452,6 +452,7 @@ def test_none_of_scores_that_are_not_of_one_kind_is_best(sweep, capsys):
     assert "Best point" not in page and "no point is best" in page and '<tr class="best' not in page
     assert "best" not in report.export(folder, "md")
     assert [p["best"] for p in json.loads(report.export(folder, "json"))["points"]] == [False, False]
+    assert report.read(folder).best is None
     with pytest.raises(
         MachineError, match="this sweep has no winner, trials 0 and 1 were scored in tokens of different"
     ):

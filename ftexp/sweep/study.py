@@ -572,7 +572,7 @@ def settle(
         if attrs.get("ftexp:lost") is not False:
             continue
         retries = attrs.get("ftexp:retries", 0) + (FAULT not in attrs)
-        if FAULT in attrs or retries <= max_retries:  # the machine has been mended, or `max_retries` was smaller
+        if retries <= max_retries:  # the machine may have been mended, or `max_retries` was smaller
             requeue(study, trial, retries)
     queue(study, points)
     for trial in counted(study):  # of a launch with more trials
