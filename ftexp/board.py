@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ftexp import metrics
 from ftexp.errors import MachineError
-from ftexp.files import read_json
+from ftexp.files import read_json, read_trial
 from ftexp.metrics import METRICS, Direction
 
 SCORES = {  # column title -> metric without its split, format
@@ -141,12 +142,13 @@ def read(folder: Path) -> Board:
     if sweep is None and not (folder / "trial.json").exists():
         raise MachineError(f"{folder}: must be the folder of a sweep or a run; there is no sweep.json or trial.json")
     if sweep is None:
-        trials = [{"number": 0, **(read_json(folder / "trial.json") or {})}]
+        trials = [{"number": 0, **(read_trial(folder) or {})}]
     else:
         there = sorted(int(p.parent.name) for p in folder.glob("[0-9]*/trial.json"))
-        trials = [{"number": n, **(read_json(folder / str(n) / "trial.json") or {})} for n in there]
+        trials = [{"number": n, **(read_trial(folder / str(n)) or {})} for n in there]
     config = next((t["config"] for t in trials if "config" in t), {"objectives": ["valid/loss"]})
     objectives = tuple((sweep or config)["objectives"])
+    trials = trials if sweep is None else [trial | undefined(trial, objectives) for trial in trials]
     objective = objectives[0]
     size = (sweep or {}).get("options", {}).get("replicates", 1)
     groups: dict[int, list[dict[str, Any]]] = {}
@@ -163,6 +165,16 @@ def read(folder: Path) -> Board:
     absent = max(0, (sweep or {}).get("tickets", 0) - len(trials))
     best = metrics.best(values, METRICS[objective].direction)
     return Board(trials, points, objective, objectives, best, absent, unlike)
+
+
+def undefined(trial: dict[str, Any], objectives: Iterable[str]) -> dict[str, str]:
+    """Return state and error of a sweep's trial that was scored, and has no value of an objective; else nothing.
+
+    The sweep's record has it as failed, since no sampler can use it; its other scores are in its folder.
+    """
+    scores = trial.get("scores", {}) if trial.get("state") == "complete" else {}
+    unknown = next((name for name in objectives if math.isnan(scores.get(name, 0.0))), None)
+    return {} if unknown is None else {"state": "failed", "error": f"{unknown} {metrics.UNDEFINED}"}
 
 
 def _point(trials: list[dict[str, Any]], size: int, objective: str, bounds: dict[str, float]) -> Point:

@@ -29,7 +29,7 @@ from rich.console import Console
 from ftexp import config, data, experiment, facts, metrics, registry, report, track, verb
 from ftexp.config import Run, Track
 from ftexp.errors import ConfigError, DataError, Diverged, MachineError, TrialsFailed
-from ftexp.files import read_json, write_json
+from ftexp.files import read_trial, write_json
 from ftexp.metrics import METRICS, SCORES, Direction
 from ftexp.progress import Sheet, quiet_libraries, say, warn
 from ftexp.sealed import FILE, line, lines, number, openings, ranged, times
@@ -291,7 +291,7 @@ def _result(plan: Plan, entry: dict[str, Any]) -> dict[str, Any]:
     tables: list[list[dict[str, list[Any]]]] = [[] for _ in plan.members]
     for planned in entry["runs"]:
         folder = _folder(plan.sweep, planned)
-        trial, table = read_json(folder / "trial.json") or {}, compare.read_table(folder / "test.parquet")
+        trial, table = read_trial(folder) or {}, compare.read_table(folder / "test.parquet")
         if trial.get("state") == "complete" and table is not None:
             ran[planned["member"]].append(trial)
             tables[planned["member"]].append(table)
@@ -464,7 +464,7 @@ def register(folder: Path, entry: dict[str, Any], name: str) -> registry.Version
     """
     winner = entry["result"]["members"][0]
     number = winner["trials"][0]
-    trial = read_json(folder / str(number) / "trial.json") or {}
+    trial = read_trial(folder / str(number)) or {}
     if "track" not in trial or not trial.get("mlflow_run"):
         raise MachineError(f"trial {number} of {folder.name} is not in MLflow; bring it with: python -m ftexp.sync")
     where = Track(uri=trial["track"]["uri"], experiment=trial["track"]["experiment"])

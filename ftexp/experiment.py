@@ -14,7 +14,7 @@ from ftexp import config, data, estimate, evaluate, facts, handed, labels, metri
 from ftexp.config import Engine, Format, Kind, Long, Loss, Method, Packing, Run, Template, Tracker, Variant
 from ftexp.data import gates, general, prompts, shapes, tokens
 from ftexp.errors import ConfigError, DataError, FtexpError, MachineError, Preempted, Pruned, out_of_memory
-from ftexp.files import cache, naming, no_room, read_json, write_json
+from ftexp.files import cache, naming, no_room, read_json, read_trial, write_json
 from ftexp.model import Base, compute, sizes
 from ftexp.model.compute import Compute
 from ftexp.overrides import ROOT
@@ -62,7 +62,7 @@ def check(run: Run, folder: Path | None) -> None:
             f"quant.kind={run.quant.kind.value} needs stored weights: model=embedded or hub, got {kind}"
             + (f"; ftexp export {run.model.path} --form merged stores them" if kind == "run" else "")
         )
-    kept = None if folder is None else read_json(folder / "trial.json")
+    kept = None if folder is None else read_trial(folder)
     if kept is not None and kept["config"] != identity(run):
         raise ConfigError(
             f"name={run.name} is taken by another run in {folder}: {_difference(kept['config'], identity(run))}"
@@ -284,7 +284,7 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 def complete(run: Run, folder: Path) -> dict[str, float] | None:
     """Return the scores of a run that is already in its folder and ended well."""
-    kept = read_json(folder / "trial.json")
+    kept = read_trial(folder)
     if kept and kept["state"] == "complete" and kept["config"] == identity(run) and has_results(folder):
         return kept["scores"]
     return None
@@ -298,7 +298,7 @@ def has_results(folder: Path) -> bool:
 
 def stale(folder: Path) -> str:
     """Name what has changed since a run was made, of all that decides its result beside config and rows."""
-    told = (read_json(folder / "trial.json") or {}).get("facts", {})
+    told = (read_trial(folder) or {}).get("facts", {})
     old = {**told.get("versions", {}), "code": told.get("code_sha256", "")[:12]}
     new = {**facts.versions(), "code": facts.code()[:12]}
     return ", ".join(f"{key} ({old.get(key)} -> {value})" for key, value in new.items() if old.get(key) != value)
@@ -402,7 +402,7 @@ def _trial(asked: Asked) -> Steps:
         if made_with := stale(folder):
             say(f"{label}: stale, it was made with other {made_with}; without that folder it is trained again")
         return kept
-    before = read_json(folder / "trial.json") or {}
+    before = read_trial(folder) or {}
     trial: dict[str, Any] = {"label": label, "state": "running", "config": identity(run), "folder": str(folder)}
     trial |= {key: before[key] for key in ("mlflow_run", "resumed_at") if key in before}
     trial |= {"opened": asked.opened} if asked.opened else {}

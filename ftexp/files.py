@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -49,8 +50,8 @@ def sha256(path: Path, sync: bool = False) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file that a reader, or a restart after a kill, sees whole or not at all."""
-    text = json.dumps(content, indent=1, allow_nan=True)
+    """Write a file that a reader, or a restart after a kill, sees whole or not at all; null is what is not finite."""
+    text = json.dumps(finite(content), indent=1)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
@@ -142,3 +143,34 @@ def read_json(path: Path) -> Any | None:
         return None
     except ValueError as error:
         raise MachineError(f"{path}: is damaged, it must be JSON ({error}); put it back or remove it") from error
+
+
+def finite(value: Any) -> Any:
+    """Put None for NaN and the infinities, which JSON does not have, however deep."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_trial(folder: Path) -> dict[str, Any] | None:
+    """Read the `trial.json` of a run's folder, scores that are null as NaN; None where there is none.
+
+    Raises:
+        MachineError: what is there is not JSON.
+    """
+    told = read_json(folder / "trial.json")
+    return told | {"scores": _numbers(told["scores"])} if told and "scores" in told else told
+
+
+def read_points(path: Path) -> list[dict[str, Any]]:
+    """Read the points of a file of metrics, in order, null as NaN; a last line that a kill tore is left out."""
+    if not path.exists():
+        return []
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [_numbers(json.loads(line)) for line in whole]
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: math.nan if value is None else value for name, value in values.items()}

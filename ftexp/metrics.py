@@ -123,6 +123,8 @@ LOSS_UNITS = {
     Method.dpo: "nats a pair", Method.rloo: "what divergence costs less the reward, a row",
 }  # fmt: skip
 """What the loss of a method is a mean over."""
+UNDEFINED = "cannot be told of these held-out rows"
+"""What is said of a score that is NaN."""
 COUNTS = {
     "rows": "rows scored; all of them, so also the denominator of every share and mean over rows",
     "tokens": "supervised tokens scored; the denominator of the loss",

@@ -19,7 +19,7 @@ from ftexp import board as boards
 from ftexp import config, overrides, runs, sealed, track, verb
 from ftexp.board import Board, read
 from ftexp.errors import MachineError
-from ftexp.files import read_json, write_text
+from ftexp.files import finite, read_json, write_text
 from ftexp.page.text import visible
 from ftexp.progress import Sheet
 
@@ -229,7 +229,7 @@ def data(sweep: Sweep) -> dict[str, Any]:
             "between_seeds": point.spread, "reasons": [t["error"] for t in point.trials if "error" in t],
             "scores": point.scores,
         })  # fmt: skip
-    return verb.finite({
+    return finite({
         "name": sweep.name, "objective": board.objective, "trials": len(board.trials) + board.absent,
         "not_begun": board.absent, "points": points, "rows": verdict.rows,
         "detectable": verdict.detectable, "untested": verdict.untested, "cost": verdict.cost,

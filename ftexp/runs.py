@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from ftexp import config
 from ftexp.config import Run
 from ftexp.errors import MachineError
-from ftexp.files import read_json, sha256
+from ftexp.files import read_points, read_trial, sha256
 
 OUTPUTS = Path("outputs")
 
@@ -31,10 +30,7 @@ class Kept:
 
     def points(self) -> list[dict[str, float]]:
         """Read the points of `metrics.jsonl`, in order; a line that a kill tore is left out."""
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return []
-        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return read_points(self.folder / "metrics.jsonl")
 
     @property
     def whole(self) -> bool:
@@ -79,11 +75,11 @@ def find(target: str) -> Kept:
         MachineError: there is none, or several begin so.
     """
     folder = place(target, "trial.json")
-    if (kept := read_json(folder / "trial.json")) is not None:
+    if (kept := read_trial(folder)) is not None:
         return Kept(folder, kept)
     found = []
     for path in sorted(OUTPUTS.glob("**/trial.json")) if len(target) >= 8 else ():
-        kept = read_json(path) or {}
+        kept = read_trial(path.parent) or {}
         if str(kept.get("mlflow_run") or "").startswith(target) and "repeats" not in kept:  # which took another's
             found.append(Kept(path.parent, kept))
     if len(found) != 1:

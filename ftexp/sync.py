@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from ftexp import config, experiment, runs, sealed, track, verb
+from ftexp import board, config, experiment, runs, sealed, track, verb
 from ftexp.config import Track
 from ftexp.errors import MachineError
-from ftexp.files import read_json, write_json
+from ftexp.files import read_json, read_trial, write_json
 from ftexp.progress import progress, quiet_libraries
 from ftexp.runs import Kept
 from ftexp.track import Log
@@ -60,7 +60,7 @@ def sync(folders: list[Path], uri: str | None = None) -> Brought:
     with progress("bringing runs", len(found)) as advance:
         for path in found:
             with FileLock(path.parent.parent / LOCK):  # of the sweep: another node may be bringing it
-                kept = Kept(path.parent, read_json(path) or {})
+                kept = Kept(path.parent, read_trial(path.parent) or {})
                 if "track" in kept.trial and kept.trial.get("state") == "running":
                     told.running += 1
                 elif "track" in kept.trial and "repeats" not in kept.trial:  # one run for a point and seed
@@ -201,8 +201,9 @@ def _parent(
 
 def _end_of_sweep(folder: Path, sweep: dict[str, Any]) -> str | None:
     """Tell how a sweep ended, as MLflow says it; None of one that has trials left, or does not say how many it has."""
-    states = {(read_json(path) or {}).get("state") for path in folder.glob("[0-9]*/trial.json")}
-    whole = 0 < sweep.get("tickets", 0) <= len(list(folder.glob("[0-9]*/trial.json")))
+    trials = [read_trial(path.parent) or {} for path in folder.glob("[0-9]*/trial.json")]
+    states = {(trial | board.undefined(trial, sweep.get("objectives", ()))).get("state") for trial in trials}
+    whole = 0 < sweep.get("tickets", 0) <= len(trials)
     if whole and states <= {"complete", "pruned", "skipped", "failed"}:
         return "FAILED" if "failed" in states else "FINISHED"
     return None

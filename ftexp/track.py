@@ -20,7 +20,7 @@ from filelock import FileLock
 from ftexp import config
 from ftexp.config import Run, Track, Tracker
 from ftexp.errors import MachineError, Pruned
-from ftexp.files import naming, write_text
+from ftexp.files import finite, naming, read_points, write_text
 from ftexp.progress import say, warn
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Log:
         """Report metrics of an optimizer step."""
         now = int(time.time() * 1000)
         with naming(self.folder / FILE), (self.folder / FILE).open("a", encoding="utf-8") as out:
-            out.write(json.dumps({"step": step, "time": now, **values}) + "\n")
+            out.write(json.dumps(finite({"step": step, "time": now, **values})) + "\n")
         known = self._single if step == 0 else {k: v for k, v in values.items() if step <= self._last.get(k, -1)}
         self._points += [(k, v, now, step) for k, v in values.items() if known.get(k) != v]
         if time.monotonic() - self._sent > FLUSH_SECONDS or len(self._points) >= BATCH:
@@ -203,22 +203,14 @@ def start(
 
 def curve(path: Path, name: str) -> list[tuple[float, int]]:
     """Return the points of a metric that a file of metrics holds, as (value, step)."""
-    return [(point[name], point["step"]) for point in _lines(path) if name in point]
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file of metrics; a last line that a kill tore is left out."""
-    if not path.exists():
-        return []
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    return [json.loads(line) for line in whole]
+    return [(point[name], point["step"]) for point in read_points(path) if name in point]
 
 
 def _cut(path: Path, done: int) -> None:
     """Keep the points of the first `done` steps."""
     if path.exists():
-        kept = [point for point in _lines(path) if 0 < point["step"] <= done]
-        write_text(path, "".join(json.dumps(point) + "\n" for point in kept))
+        kept = [point for point in read_points(path) if 0 < point["step"] <= done]
+        write_text(path, "".join(json.dumps(finite(point)) + "\n" for point in kept))
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import signal
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ftexp.errors import FtexpError, Preempted
-from ftexp.files import no_room
+from ftexp.files import finite, no_room
 
 INTERRUPTED = 130
 PIPE = 128 + signal.SIGPIPE
@@ -53,12 +52,3 @@ def as_json(value: Any, indent: int | None = 1) -> str:
     '{"loss": null, "p": [0.5, null]}'
     """
     return json.dumps(finite(value), indent=indent)
-
-
-def finite(value: Any) -> Any:
-    """Put None for NaN and the infinities, however deep."""
-    if isinstance(value, dict):
-        return {key: finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,9 +1,12 @@
 """Lines of the leaderboard; `test_report` and `page/test_html` read them as people do."""
 
+import math
+
 from made import sweep
 
 from ftexp import board
 from ftexp.board import Line
+from ftexp.files import read_trial, write_json
 
 
 def test_a_line_has_a_cell_for_each_title(tmp_path):
@@ -18,3 +21,20 @@ def test_a_line_has_a_cell_for_each_title(tmp_path):
 def test_point_of_its_trials(tmp_path):
     found = board.read(sweep(tmp_path / "s", 6, replicates=2))
     assert board.point_of(found, (2, 3)) is found.points[1]
+
+
+def test_trial_whose_objective_has_no_value_failed_as_the_record_says(tmp_path):
+    """A second objective that is undefined left a trial complete, and best, on the leaderboard, and failed in the record."""
+    folder = sweep(tmp_path / "s", 3, objectives=["valid/loss", "valid/roc_auc_macro"])
+    for n, value in enumerate((math.nan, 0.5, 0.6)):
+        told = read_trial(folder / str(n))
+        scores = told["scores"] | {"valid/loss": float(n), "valid/roc_auc_macro": value}
+        write_json(folder / str(n) / "trial.json", told | {"scores": scores})
+    found = board.read(folder)
+    assert [t["state"] for t in found.trials] == ["failed", "complete", "complete"]
+    assert found.trials[0]["error"] == "valid/roc_auc_macro cannot be told of these held-out rows"
+    assert found.points[found.best].numbers == "1"
+    one = tmp_path / "one"  # alone it is a run as any other: nothing ranks it
+    one.mkdir()
+    (folder / "0").rename(one / "r")
+    assert board.read(one / "r").trials[0]["state"] == "complete"

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -83,3 +84,27 @@ def test_folder_that_is_taken_is_refused(tmp_path):
 def current_umask():
     os.umask(mask := os.umask(0))
     return mask
+
+
+def test_what_is_not_finite_is_null_in_files_and_nan_to_who_reads_scores(tmp_path):
+    """A bare NaN is no JSON: jq, JavaScript and pandas stumble over it."""
+
+    def strict(name):
+        raise AssertionError(name)
+
+    files.write_json(tmp_path / "trial.json", {"scores": {"valid/f1": float("nan"), "valid/loss": 0.5}, "steps": None})
+    kept = json.loads((tmp_path / "trial.json").read_text(), parse_constant=strict)
+    assert kept["scores"] == {"valid/f1": None, "valid/loss": 0.5}
+    told = files.read_trial(tmp_path)
+    assert math.isnan(told["scores"].pop("valid/f1")) and told == {"scores": {"valid/loss": 0.5}, "steps": None}
+    assert files.read_trial(tmp_path / "none") is None
+    (tmp_path / "trial.json").write_text('{"scores": {"valid/f1": NaN}}')  # as older versions wrote it
+    assert math.isnan(files.read_trial(tmp_path)["scores"]["valid/f1"])
+
+
+def test_points_of_a_file_of_metrics_end_before_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert files.read_points(path) == []
+    path.write_text('{"step": 1, "valid/loss": 2.0}\n{"step": 2, "valid/f1": null}\n{"step": 3, "val')
+    first, second = files.read_points(path)
+    assert first == {"step": 1, "valid/loss": 2.0} and math.isnan(second["valid/f1"])

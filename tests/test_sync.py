@@ -1,6 +1,7 @@
 """A tracking store that was not there: training is unharmed, and every point is brought later, once."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -253,6 +254,11 @@ def test_sweep_whose_launch_was_killed_at_its_end_is_closed_in_the_store_with_it
         write_json(folder / "sweep.json", read_json(folder / "sweep.json") | {"tickets": tickets})
         assert json.loads(verb("--json")[1])["runs"] == 0
         assert told()[0] == "RUNNING"
+    write_json(folder / "sweep.json", read_json(folder / "sweep.json") | {"tickets": 2})
+    trial = read_json(folder / "1/trial.json")
+    write_json(folder / "1/trial.json", trial | {"scores": trial["scores"] | {"valid/loss": math.nan}})
+    verb("--json")
+    assert told()[0] == "FAILED"  # as its launch would have called a sweep with a score that is undefined
 
 
 def test_dead_store_is_named(cli, verb, tmp_path):

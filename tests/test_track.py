@@ -1,6 +1,7 @@
 """MLflow as the view: what arrives, eight openers of an empty store, and a server that is not there."""
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -65,6 +66,17 @@ def test_files_hold_every_point_without_a_store(tiny, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line.pop("time") > 1e12 for line in lines] == [True, True]
     assert lines == [{"step": 1, "train/loss": 2.0, "train/lr": 0.1}, {"step": 1, "valid/loss": 1.5}]
+
+
+def test_points_that_are_not_finite_are_json_and_go_on_as_they_were(tiny, tmp_path):
+    """A bare NaN is none; a run that goes on writes the points before again."""
+    for done in (0, 1):
+        with track.start(tiny(), tmp_path, "x", None, done=done) as log:
+            log.metrics({"valid/f1": math.nan}, 1 + done)
+    told = (tmp_path / "metrics.jsonl").read_text()
+    assert [json.loads(line, parse_constant=pytest.fail)["valid/f1"] for line in told.splitlines()] == [None, None]
+    assert [(math.isnan(value), step) for value, step in track.curve(tmp_path / "metrics.jsonl", "valid/f1")] == [
+        (True, 1), (True, 2)]  # fmt: skip
 
 
 def test_failed_run_says_why(tracked, tmp_path):

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ftexp import config
 from ftexp.errors import MachineError
-from ftexp.files import read_json
+from ftexp.files import read_trial
 from ftexp.progress import Sheet, quiet_libraries, say, warn
 from ftexp.sweep import frozen
 from ftexp.sweep.frozen import Frozen
@@ -169,7 +169,7 @@ def rows_of(sweep: Frozen, record: Study) -> list[dict[str, Any]]:
     size = sweep.options.replicates
     for trial in study.counted(record):
         number = study.ticket(trial)
-        kept = read_json(sweep.folder / str(number) / "trial.json") or {}
+        kept = read_trial(sweep.folder / str(number)) or {}
         point = trial.params or trial.system_attrs.get("fixed_params") or {}
         config = kept.get("config", {})  # where a value is a number, not the text of an override
         point = {key: config.get(key, value) for key, value in point.items()}

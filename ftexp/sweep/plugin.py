@@ -469,8 +469,10 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
     if record.user_attrs.get(worker.FULL):
         raise NoRoom(stop)
     if failed or stop:
+        reasons = {t.user_attrs.get("ftexp:reason") or "" for t in trials if study.ticket(t) in failed}
+        why = f" ({reason})" if len(reasons) == 1 and (reason := reasons.pop()) else ""
         raise TrialsFailed(
-            f"{len(failed)} of {len(trials)} trials failed: {', '.join(map(str, failed))}"
+            f"{len(failed)} of {len(trials)} trials failed: {', '.join(map(str, failed))}{why}"
             f"{f'; stopped: {stop}' if stop else ''}; see {os.path.relpath(sweep.folder)}"
         )
 

@@ -16,7 +16,7 @@ from rich.console import Group
 from rich.live import Live
 
 from ftexp import metrics
-from ftexp.files import read_json
+from ftexp.files import read_trial
 from ftexp.progress import Sheet, console, quiet, say
 from ftexp.sweep import study
 from ftexp.sweep.frozen import Frozen
@@ -153,10 +153,10 @@ def _step(folder: Path) -> tuple[str, str]:
     except FileNotFoundError:
         return "", ""
     points = [json.loads(text) for text in last if text.endswith(b"\n")]
-    losses = [p for p in points if "train/loss" in p]
+    losses = [p for p in points if p.get("train/loss") is not None]
     if not losses:
         return "", ""
-    steps = (read_json(folder / "trial.json") or {}).get("steps")
+    steps = (read_trial(folder) or {}).get("steps")
     return f"{losses[-1]['step']}/{steps}" if steps else str(losses[-1]["step"]), f"{losses[-1]['train/loss']:.3f}"
 
 

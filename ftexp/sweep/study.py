@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import experiment
 from ftexp.errors import ConfigError, MachineError
-from ftexp.files import read_json
+from ftexp.files import read_trial
 from ftexp.sweep import race
 from ftexp.sweep.options import Options, Pruner, Sampler
 from ftexp.sweep.space import Space
@@ -316,7 +316,7 @@ def constrained(trial: FrozenTrial, over: dict[str, float]) -> FrozenTrial:
 
 
 def _score(folder: Path, name: str) -> float:
-    return (read_json(folder / "trial.json") or {}).get("scores", {}).get(name, math.inf)
+    return (read_trial(folder) or {}).get("scores", {}).get(name, math.inf)
 
 
 def judged(study: Study, trial_id: int) -> tuple[Study, FrozenTrial]:

@@ -37,7 +37,7 @@ from ftexp.errors import (
     Skipped,
     Unusable,
 )
-from ftexp.files import no_room, read_json, write_json
+from ftexp.files import no_room, read_trial, write_json
 from ftexp.model import compute
 from ftexp.progress import console, quiet_libraries, say
 from ftexp.sweep import frozen, limits, packs, race, study
@@ -375,7 +375,7 @@ def _valued(
         trial.set_constraint(f"{name} at most {bound!r}", math.inf if math.isnan(over) else over)
     unknown = [name for name, value in zip(sweep.objectives, values, strict=True) if math.isnan(value)]
     if unknown:  # Optuna takes no such value
-        return Outcome("failed", "undefined", f"{unknown[0]} cannot be told of these held-out rows"), None
+        return Outcome("failed", "undefined", f"{unknown[0]} {metrics.UNDEFINED}"), None
     return outcome, values
 
 
@@ -442,7 +442,7 @@ def take_over(sweep: Frozen, trial: Trial, point: dict[str, Any], run: config.Ru
             continue
         left = shutil.ignore_patterns("trial.json", ".hydra")
         shutil.copytree(source, folder, ignore=left, copy_function=_copied, dirs_exist_ok=True)
-        told = read_json(source / "trial.json") or {}
+        told = read_trial(source) or {}
         write_json(folder / "trial.json", told | {"folder": str(folder), "repeats": there})
         say(f"trial {number} is trial {there} again: its result is taken", always=True)
         return

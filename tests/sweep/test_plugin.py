@@ -68,7 +68,7 @@ def test_diverged_trial_is_recorded_and_the_others_go_on(cli, tmp_path, monkeypa
     assert [t["state"] for t in trials] == ["failed", "complete"]
     assert trials[0]["error"].startswith("diverged at step 2: ")
     assert code == 5
-    assert "1 of 2 trials failed: 0" in err
+    assert f"1 of 2 trials failed: 0 ({trials[0]['error']}); see " in err
     assert "diverged at step 2" in out
     assert "1 best" in out
 
