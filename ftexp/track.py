@@ -302,10 +302,11 @@ def reopen_parent(track: Track, run_id: str | None) -> None:
         Log(Path(), store(track)[0], run_id)._try(lambda client, run_id: client.update_run(run_id, status="RUNNING"))
 
 
-def close_parent(
-    track: Track, run_id: str | None, tags: dict[str, Any], metrics: dict[str, float], status: str
-) -> None:
-    """Close the run of a sweep with its summary; MLflow knows FINISHED, FAILED, and KILLED for one that was stopped."""
+def end(track: Track, run_id: str | None, tags: dict[str, Any], metrics: dict[str, float], status: str) -> None:
+    """Close a run that was opened before, as a sweep's, with its summary.
+
+    MLflow knows FINISHED, FAILED, and KILLED for one that was stopped.
+    """
     if run_id is None or not _reached(track):
         return
     log = Log(Path(), store(track)[0], run_id)

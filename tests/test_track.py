@@ -38,7 +38,7 @@ def test_run_arrives_whole(tracked, tmp_path):
             log.metrics({"train/loss": 1 / (step + 1)}, step)
         log.table([{"prompt": "a", "prediction": "b"}], "examples")
         log.files(tmp_path / "file.txt")
-    track.close_parent(tracked.track, parent, {}, {"trials": 1.0}, "FINISHED")
+    track.end(tracked.track, parent, {}, {"trials": 1.0}, "FINISHED")
     client, experiment = track.store(tracked.track)
     runs = {r.info.run_name: r for r in client.search_runs([experiment])}
     trial = runs["lora.r=4"]
@@ -121,7 +121,7 @@ def test_dead_server_is_named_soon(monkeypatch):
 def test_four_processes_open_an_empty_store(tmp_path):
     code = (
         "import sys; from pathlib import Path; from ftexp import track; from ftexp.config import Track\n"
-        "t = Track(uri=sys.argv[1]); p = track.open_parent(t, 'x', Path('.'), {}); track.close_parent(t, p, {}, {'a': 1.0}, 'FINISHED')"
+        "t = Track(uri=sys.argv[1]); p = track.open_parent(t, 'x', Path('.'), {}); track.end(t, p, {}, {'a': 1.0}, 'FINISHED')"
     )
     uri = f"sqlite:///{tmp_path}/ml.db"
     children = [
@@ -134,7 +134,7 @@ def test_four_processes_open_an_empty_store(tmp_path):
 
 def test_no_tracker_opens_nothing(tmp_path):
     assert track.open_parent(Track(kind=Tracker.none), "x", tmp_path, {}) is None
-    track.close_parent(Track(kind=Tracker.none), None, {}, {}, "FINISHED")
+    track.end(Track(kind=Tracker.none), None, {}, {}, "FINISHED")
 
 
 def test_parameter_that_changed_between_attempts_is_a_tag_and_nothing_is_lost(composed, tmp_path):

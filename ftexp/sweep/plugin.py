@@ -463,7 +463,7 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
     stop = record.user_attrs.get(worker.STOP)
     left = record.user_attrs.get(worker.LEAVE) or (stop and not failed)
     status = "KILLED" if left else "FAILED" if failed else "FINISHED"
-    track.close_parent(run.track, sweep.mlflow_run, tags, told, status)
+    track.end(run.track, sweep.mlflow_run, tags, told, status)
     if record.user_attrs.get(worker.LEAVE):
         raise control.left(f"sweep {sweep.name} was stopped: {screen.line(sweep, record)}")
     if record.user_attrs.get(worker.FULL):

@@ -467,6 +467,8 @@ _beats: dict[tuple[int, int, float], tuple[float | None, float]] = {}
 
 FAULT = "ftexp:fault"
 """Trial attribute: what was amiss with the machine that its worker left."""
+MACHINE = "machine"
+"""Kind of failure of a trial that met something amiss with the machine where no worker else could be asked."""
 FAULTS, MOST_FAULTS = "ftexp:faults", 2
 """Trial attribute: earlier attempts of its ticket that met such a fault; and how many a ticket may meet."""
 REACHED = "ftexp:reached"
@@ -569,6 +571,8 @@ def settle(
     reap(study, max_retries, folder=folder)
     for trial in counted(study):
         attrs = trial.user_attrs
+        if attrs.get("ftexp:kind") == MACHINE:
+            requeue(study, trial, attrs.get("ftexp:retries", 0))
         if attrs.get("ftexp:lost") is not False:
             continue
         retries = attrs.get("ftexp:retries", 0) + (FAULT not in attrs)

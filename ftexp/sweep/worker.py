@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ftexp import config, data, experiment, facts, metrics, ranks
+from ftexp import config, data, experiment, facts, metrics, ranks, track
 from ftexp.errors import (
     ConfigError,
     DataError,
@@ -83,7 +83,7 @@ class Outcome:
     state: str
     """complete, pruned, skipped or failed."""
     kind: str = ""
-    """Of a failure: diverged, oom, data, crash, timeout, or undefined for an objective without a value."""
+    """Of a failure: diverged, oom, data, crash, timeout, machine, or undefined for an objective without a value."""
     reason: str = ""
     """In words."""
 
@@ -300,6 +300,7 @@ def history(sweep: Frozen, record: Study) -> list[FrozenTrial]:
     """List one attempt for each point that has been chosen: replicates as their mean, pending while one is.
 
     Each has the bounds of now as its constraints, and replicates those of the one that passes most, as in the report.
+    A point that a sampler must avoid with one seed, as one that diverges, is to be avoided: it ranks nowhere.
     """
     from optuna.trial import TrialState, create_trial
 
@@ -315,13 +316,16 @@ def history(sweep: Frozen, record: Study) -> list[FrozenTrial]:
     for members in points.values():
         first, done = members[0], [t for t in members if t.state is TrialState.COMPLETE]
         pending = any(not t.state.is_finished() for t in members)
-        state = TrialState.RUNNING if pending else TrialState.COMPLETE if done else TrialState.PRUNED
+        avoided = next((t for t in members if t.state is TrialState.PRUNED), None)
+        scored = TrialState.COMPLETE if done and avoided is None else TrialState.PRUNED
+        state = TrialState.RUNNING if pending else scored
         if first.state is TrialState.FAIL and not done and not pending:
             continue
         columns = zip(*(t.values for t in done), strict=True) if state is TrialState.COMPLETE else []
         values = [metrics.mean(n, column) for n, column in zip(sweep.objectives, columns, strict=False)] or None
         made = create_trial(state=state, values=values, params=first.params, distributions=first.distributions,
-                            system_attrs=first.system_attrs, intermediate_values=first.intermediate_values)  # fmt: skip
+                            system_attrs=first.system_attrs,
+                            intermediate_values=(avoided or first).intermediate_values)  # fmt: skip
         passed = [t.constraints for t in done] if state is TrialState.COMPLETE else []
         told.append(study.constrained(made, {name: max(o[name] for o in passed) for name in (passed or [{}])[0]}))
     return told
@@ -396,7 +400,7 @@ def _ended(
     except MachineError as error:
         if os.environ.get(TOKEN) and ranks.count() == 1 and not isinstance(error, Unusable):
             raise
-        return Outcome("failed", "crash", str(error)), None
+        return Outcome("failed", "crash" if isinstance(error, Unusable) else study.MACHINE, str(error)), None
     except Skipped as error:
         return Outcome("skipped", "", str(error)), None
     except Pruned as error:
@@ -442,8 +446,10 @@ def take_over(sweep: Frozen, trial: Trial, point: dict[str, Any], run: config.Ru
             continue
         left = shutil.ignore_patterns("trial.json", ".hydra")
         shutil.copytree(source, folder, ignore=left, copy_function=_copied, dirs_exist_ok=True)
-        told = read_trial(source) or {}
+        told, begun = read_trial(source) or {}, (read_trial(folder) or {}).get("mlflow_run")
         write_json(folder / "trial.json", told | {"folder": str(folder), "repeats": there})
+        if begun not in (None, told.get("mlflow_run")):  # by an attempt that was killed
+            track.end(run.track, begun, {"ftexp.repeats": there}, {}, "KILLED")
         say(f"trial {number} is trial {there} again: its result is taken", always=True)
         return
 

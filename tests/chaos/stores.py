@@ -104,7 +104,7 @@ def openers(place: Path, rounds: int) -> dict[str, int]:
         def work(how: Track = how, at: float = at) -> int:
             time.sleep(max(0.0, at - time.time()))
             parent = track.open_parent(how, "x", place, {})
-            track.close_parent(how, parent, {}, {"a": 1.0}, "FINISHED")
+            track.end(how, parent, {}, {"a": 1.0}, "FINISHED")
             return 0
 
         children = [Child(work, place / "openers.txt") for _ in range(PROCESSES)]

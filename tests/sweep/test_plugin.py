@@ -8,7 +8,8 @@ import pytest
 from conftest import TINY
 from hydra.core.plugins import Plugins
 
-from ftexp import experiment, runs
+from ftexp import experiment, runs, track
+from ftexp.config import Track
 from ftexp.files import read_json, write_json
 from ftexp.sweep import plugin
 
@@ -611,6 +612,13 @@ def test_point_that_is_drawn_again_takes_the_result_there_is(cli, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     first = min(repeats.values())
     assert runs.find(told[first]["mlflow_run"]).folder.name == str(first)  # one run in MLflow, and one folder of it
+    where, n = Track(uri="sqlite:///m.db"), max(repeats)
+    killed = track.create(where, "killed", folder / str(n), None)  # as of an attempt before, when it was no repeat
+    write_json(folder / str(n) / "trial.json", told[n] | {"mlflow_run": killed, "state": "running"})
+    shutil.rmtree(folder / str(n) / "adapter")
+    assert cli(*given, "track.uri=sqlite:///m.db", "name=again")[0] == 0
+    run = track.store(where)[0].get_run(killed)
+    assert (run.info.status, run.data.tags["ftexp.repeats"]) == ("KILLED", str(repeats[n]))
 
 
 def test_sabotage_point_of_other_versions_is_trained_again(cli, tmp_path, monkeypatch):

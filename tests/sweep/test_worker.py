@@ -30,13 +30,18 @@ def sweep(tmp_path, composed, monkeypatch):
         made.save()
         monkeypatch.setattr(frozen.Frozen, "run", lambda self, point, replicate: run)
         record = worker.open_study(made)
-        from ftexp.sweep.plugin import tickets
-
-        grid = [] if made.options.sampler is not Sampler.grid else searched.grid()
-        study.settle(record, tickets(grid, made.options, searched), made.options.max_retries)
+        settle(made, record)
         return made, record
 
     return make
+
+
+def settle(made, record):
+    """Do what a launch does with the record first."""
+    from ftexp.sweep.plugin import tickets
+
+    grid = [] if made.options.sampler is not Sampler.grid else made.space.grid()
+    study.settle(record, tickets(grid, made.options, made.space), made.options.max_retries)
 
 
 def trials(monkeypatch, outcomes):
@@ -168,7 +173,19 @@ def test_fault_of_the_machine_fails_its_trial_where_there_is_no_other_worker(swe
     made, record = sweep("a=1,2")
     trials(monkeypatch, [MachineError("no network"), {"valid/loss": 0.5}])
     worker.work(made, record)
-    assert told(record) == [("FAIL", "crash", "no network"), ("COMPLETE", "", "")]
+    assert told(record) == [("FAIL", "machine", "no network"), ("COMPLETE", "", "")]
+    settle(made, record)  # the next launch tries it again: what was amiss may have been mended
+    trials(monkeypatch, [{"valid/loss": 0.25}])
+    worker.work(made, record)
+    assert told(record) == [("COMPLETE", "", "")] * 2
+
+
+def test_what_no_machine_can_use_is_not_tried_again(sweep, monkeypatch):
+    made, record = sweep("a=1")
+    trials(monkeypatch, [Unusable("model.path=/m: its weights are damaged")])
+    worker.work(made, record)
+    settle(made, record)
+    assert told(record) == [("FAIL", "crash", "model.path=/m: its weights are damaged")]
 
 
 @pytest.mark.parametrize(
@@ -247,6 +264,16 @@ def test_score_that_is_undefined_fails_its_trial_and_ends_no_sweep(sweep, monkey
     assert told(record) == [("FAIL", "undefined", why), ("COMPLETE", "", "")]
     assert study.counted(record)[1].constraints == {"valid/f1_macro at most 0.5": math.inf}
     assert not study.within(study.counted(record)[1], {"valid/f1_macro": 0.5}, made.folder)
+
+
+def test_point_that_diverges_with_one_seed_is_avoided(sweep, monkeypatch):
+    """Its other seed is no score of the point: the sampler went on around it, and no such point can be ranked."""
+    made, record = sweep("a=interval(0.0,1.0)", sampler=Sampler.tpe, n_trials=2, replicates=2)
+    bad = Diverged("diverged at step 3")
+    trials(monkeypatch, [{"valid/loss": 0.5}, bad, {"valid/loss": 2.0}, {"valid/loss": 4.0}])
+    worker.work(made, record)
+    points = [(t.state.name, t.values) for t in worker.history(made, record)]
+    assert points == [("PRUNED", None), ("COMPLETE", [3.0])]
 
 
 def test_replicates_share_their_point_and_count_as_their_mean(sweep, monkeypatch):
