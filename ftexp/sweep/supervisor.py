@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.2
 SILENT_SECONDS = 60.0
 """Time that a database may take to come back."""
+REST_SECONDS, LONGEST_REST = 10.0, 60.0
+"""Rest of a place after a fault of the machine; after each further one in a row twice as long, up to the second."""
 IDLE_SECONDS = 30.0
 """After which a job of a cluster is cancelled that has no trial while none waits."""
 
@@ -50,6 +52,8 @@ class Slot:
     """Workers of this slot that died since one saw a trial to its end."""
     faults: int = 0
     """Workers of this slot in a row that left for a fault of the machine."""
+    rests: float = 0.0
+    """Until when it starts no worker, on the monotonic clock: a mount or a server may be back by then."""
     shut: bool = False
     """Whether it starts no further worker: what kills them is in the place, or in every trial."""
     cancelled: bool = False
@@ -219,16 +223,23 @@ def _tend(
         died = code not in (0, PREEMPTED, RENEWED) and not slot.cancelled
         fresh = not died or _saw_an_end(record, slot.token)
         slot.deaths = int(died) + (0 if fresh else slot.deaths)
-        slot.faults = int(died and _met_a_fault(record, slot.token)) + (0 if fresh else slot.faults)
+        faulty = died and _met_a_fault(record, slot.token)
+        slot.faults = int(faulty) + (0 if fresh else slot.faults)
+        rest = min(REST_SECONDS * 2 ** (slot.faults - 1), LONGEST_REST) if faulty else 0.0
+        slot.rests = time.monotonic() + rest
         if died:
-            say(f"worker {slot.name} died (exit {code}); see {sweep.folder}/workers/{slot.name}.log", always=True)
+            log, rests = f"{sweep.folder}/workers/{slot.name}.log", f"; it rests {rest:.0f} s" if rest else ""
+            say(f"worker {slot.name} died (exit {code}); see {log}{rests}", always=True)
     if slot.shut or record.user_attrs.get(STOP) or not _waiting(record):
         return
     others = [other for other in places if other is not slot and not other.shut]
-    if slot.deaths > 3 + sweep.options.max_retries or (slot.faults > 1 and others):
+    alone = any(not other.faults for other in others)  # what all places meet is in none of them
+    if slot.deaths > 3 + sweep.options.max_retries or (slot.faults > 1 and alone):
         slot.shut = True
         if others:
             say(f"worker {slot.name} died {slot.deaths} times in a row; the others go on without it", always=True)
+        return
+    if time.monotonic() < slot.rests:
         return
     slot.token, slot.cancelled = uuid.uuid4().hex, False
     slot.process = start(slot.name, slot.token, slot.env, slot.cores)

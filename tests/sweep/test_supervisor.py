@@ -209,8 +209,9 @@ def test_place_where_every_worker_dies_is_shut_and_the_others_go_on(queued, capf
     assert record.user_attrs[supervisor.STOP] == "worker 1 died 6 times in a row"
 
 
-def test_place_with_two_faults_of_the_machine_in_a_row_is_shut_while_there_are_others(queued, capfd):
+def test_place_with_two_faults_of_the_machine_in_a_row_is_shut_while_there_are_others(queued, capfd, monkeypatch):
     """The GPU of one place is broken: it fails no ticket, and takes each once at most before it is left alone."""
+    monkeypatch.setattr(supervisor, "REST_SECONDS", 0.0)
     sweep, record = queued
     places = [supervisor.Slot("0", {}, token="a"), supervisor.Slot("1", {}, token="b")]
     taken = []
@@ -227,6 +228,27 @@ def test_place_with_two_faults_of_the_machine_in_a_row_is_shut_while_there_are_o
     study.reap(record, 2, ended={token})
     last = [study.ticket(study.claim(record, "b")._cached_frozen_trial) for _ in range(4)]
     assert last == [2, 3, 0, 1]  # those that met a fault come last
+
+
+def test_fault_that_all_places_meet_shuts_none_of_them_and_each_rests(queued, monkeypatch):
+    """A mount is gone for a minute: no place is to blame, and one that tried at once would meet it again."""
+    sweep, record = queued
+    clock = [0.0]
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: clock[0])
+    places, began = [supervisor.Slot(name, {}) for name in "01"], []
+
+    def start(name, token, env, cores):
+        began.append((clock[0], name))
+        study.claim(record, token).set_user_attr(study.FAULT, "no folder /mnt/m")
+        return Job(4)
+
+    for second in range(150):
+        clock[0] = float(second)
+        for place in places:
+            supervisor._tend(sweep, record, place, places, start, ended := set())
+            study.reap(record, 2, ended)
+        assert not any(place.shut for place in places)
+    assert [when for when, name in began if name == "0"] == [0.0, 11.0, 32.0, 73.0, 134.0]
 
 
 def test_trial_that_kills_its_workers_counts_as_a_failure_of_the_sweep(queued, monkeypatch):
