@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ftexp import metrics
-from ftexp.errors import MachineError
+from ftexp.errors import ConfigError, MachineError
 from ftexp.files import read_json, read_trial
 from ftexp.metrics import METRICS, Direction
 
@@ -72,13 +72,27 @@ class Board:
     """Trials of the sweep that have not begun."""
     unlike: str | None = None
     """Why scores of complete trials are numbers of different kinds, so that none is the best."""
+    asked: str | None = None
+    """What the sweep itself ranks by, where the reader chose another metric."""
+    own: str | None = None
+    """Names the function of one's own that ranks, as `scores.py:number`."""
+
+    @property
+    def ranking(self) -> str:
+        """What ranks, in full."""
+        return self.objective if self.own is None else f"{self.objective}, {self.own}"
 
     def line(self) -> str:
-        """Tell that the ranking is not of the whole sweep; empty where it is."""
-        whole = len(self.trials) + self.absent
-        return (
-            f"{self.absent} of {whole} trials have not begun: this is a ranking of the others." if self.absent else ""
-        )
+        """Tell that the ranking is not of the whole sweep, or not its own; empty where it is both."""
+        whole, told = len(self.trials) + self.absent, []
+        if self.absent:
+            told.append(f"{self.absent} of {whole} trials have not begun: this is a ranking of the others.")
+        if self.asked is not None:
+            told.append(
+                f"Ranked by {self.ranking}, chosen afterwards; the sweep's own is {self.asked}: by it points were "
+                "drawn, and trials stopped early."
+            )
+        return " ".join(told)
 
     @property
     def first(self) -> Point | None:
@@ -132,12 +146,23 @@ def other_scale(trial: dict[str, Any], other: dict[str, Any], objective: str) ->
     return None
 
 
-def read(folder: Path) -> Board:
+Scores = Callable[[Path], dict[str, float]]
+"""Scores that a trial's folder holds and its `trial.json` does not."""
+
+
+def read(folder: Path, by: str | None = None, own: tuple[str, Scores] | None = None) -> Board:
     """Read a sweep's folder, or a single run's.
+
+    Args:
+        folder: of the sweep or the run.
+        by: the metric that ranks; None takes the first of its objectives.
+        own: name of a function of one's own, and what reads its scores from a trial's folder.
 
     Raises:
         MachineError: the folder holds neither.
+        ConfigError: a complete trial has no score of `by`.
     """
+    trials: list[dict[str, Any]]
     sweep = read_json(folder / "sweep.json")
     if sweep is None and not (folder / "trial.json").exists():
         raise MachineError(f"{folder}: must be the folder of a sweep or a run; there is no sweep.json or trial.json")
@@ -149,7 +174,15 @@ def read(folder: Path) -> Board:
     config = next((t["config"] for t in trials if "config" in t), {"objectives": ["valid/loss"]})
     objectives = tuple((sweep or config)["objectives"])
     trials = trials if sweep is None else [trial | undefined(trial, objectives) for trial in trials]
-    objective = objectives[0]
+    scored = [trial for trial in trials if trial.get("state") == "complete"]
+    if own is not None:
+        for trial in scored:
+            place = folder if sweep is None else folder / str(trial["number"])
+            trial["scores"] = {**trial["scores"], **own[1](place)}
+    if bare := [trial["number"] for trial in scored if by is not None and by not in trial["scores"]]:
+        raise ConfigError(f"--by {by}: trial {bare[0]} has no such score")
+    objective, asked = by or objectives[0], objectives[0]
+    objectives = (objective, *(name for name in objectives if name != objective))
     size = (sweep or {}).get("options", {}).get("replicates", 1)
     groups: dict[int, list[dict[str, Any]]] = {}
     for trial in trials:
@@ -164,7 +197,8 @@ def read(folder: Path) -> Board:
     values = [point.scores[objective] if point.within and unlike is None else None for point in points]
     absent = max(0, (sweep or {}).get("tickets", 0) - len(trials))
     best = metrics.best(values, METRICS[objective].direction)
-    return Board(trials, points, objective, objectives, best, absent, unlike)
+    asked = None if objective == asked else asked
+    return Board(trials, points, objective, objectives, best, absent, unlike, asked, own and own[0])
 
 
 def undefined(trial: dict[str, Any], objectives: Iterable[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,13 +89,18 @@ class Verdict:
     """Points that a sampler drew again: they are the first one's bits, and count once."""
 
 
-def read(folder: Path, trials: list[dict[str, Any]], objective: str) -> Verdict:
+Rows = Callable[[dict[str, list[Any]]], list[float]]
+"""Gives each row of a trial's table its score by a function of one's own."""
+
+
+def read(folder: Path, trials: list[dict[str, Any]], objective: str, own: Rows | None = None) -> Verdict:
     """Compare the trials of a sweep's folder, or show the interval of a single run.
 
     Args:
         folder: of the sweep or the run.
         trials: contents of each `trial.json`, with its `number`.
         objective: the metric that ranks.
+        own: what scores the rows where it is `metrics.OWN`.
     """
     sweep = read_json(folder / "sweep.json") or {}
     options, direction = sweep.get("options", {}), METRICS[objective].direction
@@ -110,7 +115,7 @@ def read(folder: Path, trials: list[dict[str, Any]], objective: str) -> Verdict:
     ranked = sorted(whole, key=lambda m: _mean(m, objective), reverse=direction is Direction.maximize)[:MOST_POINTS]
     kept = [members for members in whole if any(members is one for one in ranked)]
     means = [_mean(m, objective) for m in kept]
-    found = "no point is complete" if not kept else _columns(folder, kept, objective, single=not sweep)
+    found = "no point is complete" if not kept else _columns(folder, kept, objective, not sweep, own)
     verdict = Verdict(
         objective, tuple(Point(_numbers(m), _label(m), Interval(v, math.nan, math.nan), math.nan)
                          for m, v in zip(kept, means, strict=True)),
@@ -182,7 +187,7 @@ def _exp(interval: Interval) -> Interval:
 
 
 def _columns(
-    folder: Path, points: list[list[dict[str, Any]]], objective: str, single: bool
+    folder: Path, points: list[list[dict[str, Any]]], objective: str, single: bool, own: Rows | None
 ) -> tuple[list[list[Column]], list[Any] | None] | str:
     """Read the objective row by row, with the group of each row; or say why it cannot be tested."""
     if objective.startswith("cost/"):
@@ -199,7 +204,7 @@ def _columns(
             content = read_table(path)
             if content is None:
                 return f"trial {trial['number']} has no {path.name} that can be read"
-            found = column(content, objective)
+            found = columns.mean(own(content)) if own is not None else column(content, objective)
             if found is None:
                 return f"{path.name} of trial {trial['number']} has no rows of {objective}"
             told = trial["scores"][objective]
@@ -236,7 +241,7 @@ def unlike(
 def units(content: dict[str, list[Any]]) -> list[Any] | None:
     """Tell the unit of each row of a table; None where each row is one of its own.
 
-    Tables of before 2026-12 do not hold it: there rows of one prompt are one, and those without a prompt stand alone.
+    Tables of older versions do not hold it: there rows of one prompt are one, and those without a prompt stand alone.
 
     >>> units({"unit": [0, 0, 1], "prompt": ["a", "a", "b"]}), units({"prompt": ["", ""]})
     ([0, 0, 1], None)

@@ -43,6 +43,8 @@ class Metric:
     """Keys of which one must be switched on for it; empty where every run reports it."""
     sealed: bool = False
     """Whether it is of sealed rows, which only `ftexp confirm` opens: it ranks nothing."""
+    afterwards: bool = False
+    """Whether it ranks what is there already, and no run reports it."""
 
 
 def _least(unit: str, *needs: str) -> Metric:
@@ -102,11 +104,14 @@ def _of(kinds: tuple[str, ...], keys: tuple[str, ...] = ()) -> dict[str, Metric]
     return {name: replace(m, needs=left[name] or kinds) for name, m in SCORES.items() if left[name] or not m.needs}
 
 
+OWN = "valid/own"
+"""The score of a function of one's own."""
 METRICS = {
     **{f"valid/{name}": m for name, m in SCORES.items()},
     **{f"test/{name}": replace(m, sealed=True) for name, m in SCORES.items()},
     **{f"base/{name}": m for name, m in _of((SFT, DPO, RLOO), ("eval.generate", "eval.labels")).items()},
     **{f"tfidf/{name}": m for name, m in _of((CLASSIFY, REWARD)).items()},
+    OWN: Metric(Direction.maximize, "by a function of one's own, mean over rows", afterwards=True),
     "train/loss": _least("nats a token, last step"),
     "forgetting/loss": _least("nats a token of general text, after less before", "eval.forgetting"),
     "forgetting/before": _least("nats a token of general text, base", "eval.forgetting"),
@@ -116,7 +121,8 @@ METRICS = {
     "cost/gpu_memory_gib": _least("GiB, peak of the GPU"),
     "cost/seconds": _least("seconds of training and scoring"),
 }
-"""Every metric that improves in a direction (a number of `COUNTS` does in none); all but the sealed can rank trials."""
+"""Every metric that improves in a direction (a number of `COUNTS` does in none); all but the sealed can rank trials,
+`OWN` afterwards."""
 
 LOSS_UNITS = {
     Method.sft: "nats a token", Method.classify: "nats a decision", Method.reward: "nats a pair",
@@ -149,11 +155,13 @@ def check_objective(name: str, given: Collection[str], key: str = "objectives") 
     """
     if name in METRICS and METRICS[name].sealed:
         raise ConfigError(
-            f"objectives: {name} is of sealed rows, which rank nothing; use valid/{name.removeprefix('test/')}, then "
+            f"{key}: {name} is of sealed rows, which rank nothing; use valid/{name.removeprefix('test/')}, then "
             "ftexp confirm"
         )
+    if name == OWN:
+        raise ConfigError(f"{key}: {name} ranks a sweep that is there: ftexp report SWEEP --by scores.py:number")
     if name not in METRICS:
-        rankable = [n for n, metric in METRICS.items() if not metric.sealed]
+        rankable = [n for n, metric in METRICS.items() if not metric.sealed and not metric.afterwards]
         near = difflib.get_close_matches(name, rankable, n=1)
         known = ", ".join(n for n in rankable if not n.startswith(("base/", "tfidf/")))
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ftexp import board as boards
-from ftexp import config, overrides, runs, sealed, track, verb
+from ftexp import config, metrics, overrides, runs, sealed, track, verb
+from ftexp import own as owns
 from ftexp.board import Board, read
 from ftexp.errors import MachineError
 from ftexp.files import finite, read_json, write_text
+from ftexp.metrics import METRICS
 from ftexp.page.text import visible
 from ftexp.progress import Sheet
 
@@ -36,7 +38,7 @@ STYLES = {"base": "dim", "best": "bold", "unfinished": "dim"}
 def leaderboard(board: Board) -> Sheet:
     """Lay the leaderboard out for a terminal."""
     replicated = any(point.spread is not None for point in board.points)
-    title = f"ranked by {board.objective}" + (", means over seeds" if replicated else "")
+    title = f"ranked by {board.ranking}" + (", means over seeds" if replicated else "")
     table = Sheet(title)
     for n, column in enumerate(boards.titles(board)):
         table.column(column, right=n > 1, whole=n == 0)
@@ -45,26 +47,55 @@ def leaderboard(board: Board) -> Sheet:
     return table
 
 
-def gather(folder: Path) -> Sweep:
-    """Read all that the page and the notebooks show of a sweep, or of a single run.
+def gather(folder: Path, by: str | None = None) -> Sweep:
+    """Read all that the page and the notebooks show of a sweep, or of a single run; ranked as by `judge`.
 
     Raises:
-        MachineError: the folder holds neither.
+        FtexpError: as of `judge`.
     """
-    return beside(folder, *judge(folder))
+    return beside(folder, *judge(folder, by))
 
 
-def judge(folder: Path) -> tuple[Board, Verdict]:
+def judge(folder: Path, by: str | None = None) -> tuple[Board, Verdict]:
     """Read the leaderboard and what its ranking is worth; where scores are of different kinds none is best.
 
+    Args:
+        folder: of the sweep or the run.
+        by: a metric, or a function of one's own as `scores.py:number`; None ranks by the sweep's first objective.
+
     Raises:
-        MachineError: the folder holds neither sweep nor run.
+        MachineError: the folder holds neither sweep nor run, or a trial's completions cannot be read.
+        ConfigError: there is no such metric, function or score.
+        DataError: the function fails on a row.
     """
     from ftexp import compare  # numpy and scipy, after the command line is checked
 
-    board = read(folder)
-    verdict = compare.read(folder, board.trials, board.objective)
+    if by is None or (":" not in by and not by.endswith(".py")):
+        name, scorer, own = by and checked(by), None, None
+    else:
+        function = owns.load(by)
+        name, scorer, own = metrics.OWN, function.values, (by, lambda place: function.scores(_rows(place)))
+    board = read(folder, name, own)
+    verdict = compare.read(folder, board.trials, board.objective, scorer)
     return (replace(board, best=None) if isinstance(verdict.untested, compare.Unlike) else board), verdict
+
+
+def checked(by: str) -> str:
+    """Return the name of a metric that may rank.
+
+    Raises:
+        ConfigError: there is no such metric, or it ranks nothing.
+    """
+    metrics.check_objective(by, {key for metric in METRICS.values() for key in metric.needs}, "--by")
+    return by
+
+
+def _rows(place: Path) -> dict[str, list[Any]]:
+    from ftexp import compare
+
+    if (content := compare.read_table(place / "examples.parquet")) is None:
+        raise MachineError(f"{place / 'examples.parquet'}: must be the table of a trial's rows, it cannot be read")
+    return content
 
 
 def beside(folder: Path, board: Board, verdict: Verdict) -> Sweep:
@@ -165,22 +196,23 @@ def _config_dir(place: Path) -> str | None:
     return next((os.path.relpath(s["path"]) for s in sources if s["provider"] == "command-line"), None)
 
 
-def show(folder: Path, html: Path | None = None, page: bool = True) -> None:
+def show(folder: Path, html: Path | None = None, page: bool = True, by: str | None = None) -> None:
     """Print the leaderboard and what the ranking is worth, and write the page.
 
     Args:
         folder: of the sweep or the run.
         html: where the page goes; None takes `report.html` in the folder.
         page: whether there is one.
+        by: what ranks, as of `judge`; the page in the folder stays that of the sweep's own objective.
 
     Raises:
-        MachineError: the folder holds neither sweep nor run, or the page cannot be written.
+        FtexpError: as of `judge`, or the page cannot be written.
     """
     from ftexp import compare
     from ftexp.page import figures
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    board, verdict = judge(folder)
+    board, verdict = judge(folder, by)
     console.print(leaderboard(board))
     sweep = beside(folder, board, verdict)
     for line in [*filter(None, [board.line()]), *compare.lines(sweep.verdict), *figures.confirmed(sweep)]:
@@ -188,7 +220,7 @@ def show(folder: Path, html: Path | None = None, page: bool = True) -> None:
     for trial in board.trials:
         if "error" in trial:
             console.print(f"trial {trial['number']} {trial['state']}: {trial['error']}", markup=False)
-    if page:
+    if page and (by is None or html is not None):
         path = write_page(folder, sweep, html)
         console.print(f"page: {path}", markup=False, highlight=False, soft_wrap=True)
 
@@ -240,14 +272,14 @@ def data(sweep: Sweep) -> dict[str, Any]:
     })  # fmt: skip
 
 
-def export(folder: Path, form: str) -> str:
+def export(folder: Path, form: str, by: str | None = None) -> str:
     """Write a sweep as a Markdown leaderboard, as CSV with one line a point, or as JSON."""
     if form == "md":
-        board, _ = judge(folder)
+        board, _ = judge(folder, by)
         rows = [boards.titles(board), *(line.cells for line in boards.lines(board))]
         told = ["| " + " | ".join(markdown(c) for c in row) + " |" for row in rows]
         return "\n".join([told[0], "|---|---|" + "---:|" * (len(rows[0]) - 2), *told[1:]]) + "\n"
-    found = data(gather(folder))
+    found = data(gather(folder, by))
     return json.dumps(found, indent=1) + "\n" if form == "json" else _csv(found["points"])
 
 
@@ -283,6 +315,10 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("folder", type=Path, help="of a sweep or a run, below outputs/")
     made.add_argument("--html", type=Path, metavar="PATH", help="where the page goes; default FOLDER/report.html")
+    made.add_argument(
+        "--by", metavar="WHAT", help="rank by another metric, as valid/chrf, or by a function of your own, as "
+        "scores.py:number, of completion, reference and prompt; higher is better",
+    )  # fmt: skip
     made.add_argument("--no-html", action="store_true", help="write no page")
     made.add_argument("--format", choices=("md", "csv", "json"), help="print data only, and no page without --html")
     made.add_argument("--json", action="store_const", const="json", dest="format", help="short for --format json")
@@ -301,11 +337,11 @@ def main() -> int:
 def _main(args: argparse.Namespace) -> int:
     args.folder = runs.place(args.folder, "sweep.json", "trial.json")
     if args.format is None:
-        show(args.folder, args.html, not args.no_html)
+        show(args.folder, args.html, not args.no_html, args.by)
         return 0
-    sys.stdout.write(export(args.folder, args.format))
+    sys.stdout.write(export(args.folder, args.format, args.by))
     if args.html is not None and not args.no_html:
-        write_page(args.folder, gather(args.folder), args.html)
+        write_page(args.folder, gather(args.folder, args.by), args.html)
     return 0
 
 

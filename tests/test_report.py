@@ -274,3 +274,92 @@ def test_damaged_file_is_named_in_one_line(sweep, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert err.startswith(f"ftexp: {folder}/0/trial.json: is damaged, it must be JSON")
     assert len(err.splitlines()) == 1
+
+
+OWN = """
+def vowels(completion, reference):
+    return -abs(sum(c in "aeiou" for c in completion) - sum(c in "aeiou" for c in reference))
+"""
+
+
+@pytest.fixture
+def scored(tmp_path, monkeypatch):
+    """A sweep of three with completions, and a file that scores them; as seen from the folder of both."""
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.chdir(tmp_path)
+    folder = made.sweep(tmp_path / "s", 3)
+    (tmp_path / "scores.py").write_text(OWN)
+    means = []
+    for n in range(3):
+        path = folder / str(n) / "examples.parquet"
+        rows = pyarrow.parquet.read_table(path).to_pydict()
+        rows["prediction"] = [reference + "aeiou"[: (n + 1 + i) % 3] for i, reference in enumerate(rows["reference"])]
+        pyarrow.parquet.write_table(pyarrow.table(rows), path)
+        means.append(-sum((n + 1 + i) % 3 for i in range(made.ROWS)) / made.ROWS)
+    return folder, means
+
+
+def run_report(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["ftexp report", *map(str, words)])
+    code = report.main()
+    return code, *capsys.readouterr()
+
+
+def test_another_metric_ranks_afterwards_with_tests_of_its_own(scored, monkeypatch, capsys):
+    folder, _ = scored
+    asked = json.loads(run_report(monkeypatch, capsys, folder, "--json", "--by", "valid/exact_match")[1])
+    sweep = read_json(folder / "sweep.json")
+    write_json(folder / "sweep.json", sweep | {"objectives": ["valid/exact_match"]})
+    assert json.loads(run_report(monkeypatch, capsys, folder, "--json")[1]) == asked  # as if it had been the objective
+    write_json(folder / "sweep.json", sweep)
+    code, out, err = run_report(monkeypatch, capsys, folder, "--by", "valid/exact_match")
+    assert (code, err) == (0, "")
+    told = " ".join(out.split())
+    assert "ranked by valid/exact_match" in told
+    assert "Ranked by valid/exact_match, chosen afterwards; the sweep's own is valid/loss" in told
+    assert not (folder / "report.html").exists()  # which is of the sweep's own objective
+    assert "chosen afterwards" not in run_report(monkeypatch, capsys, folder, "--by", "valid/loss", "--no-html")[1]
+
+
+def test_function_of_ones_own_ranks_a_sweep_that_is_there(scored, monkeypatch, capsys):
+    folder, means = scored
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    told = json.loads(run_report(monkeypatch, capsys, folder, "--json", "--by", "scores.py:vowels")[1])
+    assert [p["scores"]["valid/own"] for p in told["points"]] == pytest.approx(means)
+    assert told["objective"] == "valid/own" and told["rows"] == made.ROWS
+    best = next(p for p in told["points"] if p["best"])
+    assert best["low"] < best["scores"]["valid/own"] < best["high"]
+    code, out, _ = run_report(monkeypatch, capsys, folder, "--by", "scores.py:vowels", "--html", "own.html")
+    assert code == 0 and "ranked by valid/own, scores.py:vowels" in " ".join(out.split())
+    page = (folder.parent / "own.html").read_text()
+    assert (
+        "Ranked by valid/own, scores.py:vowels (by a function of one&#x27;s own, mean over rows; higher is better)"
+        in page
+    )
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("by", "rule"),
+    [
+        ("valid/chr", r"--by must be among .*did you mean valid/chrf\?"),
+        ("test/loss", "--by: test/loss is of sealed rows"),
+        ("valid/own", r"--by: valid/own ranks a sweep that is there: ftexp report SWEEP --by scores\.py:number"),
+        ("valid/kl", "--by valid/kl: trial 0 has no such score"),
+        ("scores.py:none", r"scores\.py:none: must name a function of scores\.py, which has vowels"),
+        ("scores.py", "must be a function of a file"),
+    ],
+)
+def test_what_cannot_rank_is_refused(scored, monkeypatch, capsys, by, rule):
+    for form in ([], ["--json"], ["--format", "md"]):
+        code, out, err = run_report(monkeypatch, capsys, scored[0], "--by", by, *form)
+        assert (code, out) == (2, "") and re.search(rule, err), err
+
+
+def test_torn_table_is_named_by_a_function_of_ones_own(scored, monkeypatch, capsys):
+    folder, _ = scored
+    (folder / "1" / "examples.parquet").write_bytes(b"torn")
+    code, _, err = run_report(monkeypatch, capsys, folder, "--by", "scores.py:vowels")
+    assert code == 4 and "s/1/examples.parquet: must be the table of a trial's rows, it cannot be read" in err

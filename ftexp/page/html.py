@@ -72,7 +72,7 @@ def _header(sweep: Sweep) -> str:
     way = "lower" if metric.direction is Direction.minimize else "higher"
     return (
         f"<header><h1>{_e(sweep.name)}</h1><p>{count} trial{plural}: {_e(told)}. Ranked by "
-        f"{_e(sweep.board.objective)} ({_e(unit)}; {way} is better).</p>"
+        f"{_e(sweep.board.ranking)} ({_e(unit)}; {way} is better).</p>"
     )
 
 
