@@ -42,7 +42,7 @@ from ftexp.model import compute
 from ftexp.progress import console, quiet_libraries, say
 from ftexp.sweep import frozen, limits, packs, race, study
 from ftexp.sweep.frozen import Frozen
-from ftexp.sweep.options import Pruner
+from ftexp.sweep.options import Pruner, Sampler
 from ftexp.train import control
 from ftexp.train.control import Control, Judge, Rung
 
@@ -277,7 +277,7 @@ def choose(sweep: Frozen, record: Study, trial: Trial, number: int) -> dict[str,
             given = _replicated(sweep, record, number)
         if given is None:
             made = study.propose(sweep.space, sweep.options, [d.name.lower() for d in record.directions],
-                                 history(sweep, record), number // sweep.options.replicates)  # fmt: skip
+                                 history(sweep, record), _place(sweep, number))  # fmt: skip
             given = made.params
             for key, value in made.system_attrs.items():
                 record._storage.set_trial_system_attr(trial._trial_id, key, value)
@@ -285,6 +285,13 @@ def choose(sweep: Frozen, record: Study, trial: Trial, number: int) -> dict[str,
         fixed = optuna.trial.Trial(record, trial._trial_id)
         active = [axis for axis in sweep.space.axes if axis.key in given]
         return {axis.key: fixed._suggest(axis.key, axis.distribution()) for axis in active}
+
+
+def _place(sweep: Frozen, number: int) -> int:
+    """Return the number of a ticket's point; sweeps of before 2026-12 skipped as many points of qmc as baselines."""
+    point, kept = number // sweep.options.replicates, read_json(sweep.folder / "identity.json") or {}
+    skips = sweep.options.sampler is Sampler.qmc and kept and study.ARGS not in kept
+    return point + len(sweep.options.baselines) if skips else point
 
 
 def _replicated(sweep: Frozen, record: Study, number: int) -> dict[str, Any] | None:
