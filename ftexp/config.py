@@ -1011,6 +1011,16 @@ def rebuild(told: dict[str, Any]) -> Run:
     return build(cast(DictConfig, cfg))
 
 
+def filled(kept: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Add to a flat config the keys that the ftexp which kept it did not have, where another has their defaults.
+
+    >>> filled({"seed": 1}, {"seed": 2, "quant.kind": "none", "lora.r": 3})
+    {'seed': 1, 'quant.kind': 'none'}
+    """
+    usual = flat(Run())
+    return kept | {k: v for k, v in now.items() if k not in kept and k in usual and usual[k] == v}
+
+
 def _first_line(error: Exception) -> str:
     key = getattr(error, "full_key", None)
     text = str(error).strip().splitlines()[0]
@@ -1089,6 +1099,6 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def digest(*nodes: Any) -> str:
-    """Hash config dataclasses: equal configs give equal digests in any process."""
-    text = json.dumps([plain(node) for node in nodes], sort_keys=True)
+    """Hash config dataclasses, or what `plain` made of them: equal configs give equal digests in any process."""
+    text = json.dumps([plain(node) if is_dataclass(node) else node for node in nodes], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ftexp import board, metrics, runs, verb
+from ftexp import board, config, metrics, runs, verb
 from ftexp.metrics import METRICS
 from ftexp.progress import Sheet
 from ftexp.runs import Kept
@@ -59,8 +59,9 @@ def difference(first: Kept, second: Kept) -> Difference:
     a, b = tables
     same = a is not None and b is not None and compare.unlike(first.trial, a, second.trial, b) is None
     names = [n for n in METRICS if any(n in kept.trial.get("scores", {}) for kept in (first, second))]
+    one, other = first.trial["config"], second.trial["config"]
     return Difference(
-        runs.changed(first.trial["config"], second.trial["config"]),
+        runs.changed(config.filled(one, other), config.filled(other, one)),
         runs.changed(runs.facts(first), runs.facts(second)),
         {name: _score(name, first, second, tables if same else None) for name in names},
         same,

@@ -63,10 +63,8 @@ def check(run: Run, folder: Path | None) -> None:
             + (f"; ftexp export {run.model.path} --form merged stores them" if kind == "run" else "")
         )
     kept = None if folder is None else read_trial(folder)
-    if kept is not None and kept["config"] != identity(run):
-        raise ConfigError(
-            f"name={run.name} is taken by another run in {folder}: {_difference(kept['config'], identity(run))}"
-        )
+    if kept is not None and (was := config.filled(kept["config"], identity(run))) != identity(run):
+        raise ConfigError(f"name={run.name} is taken by another run in {folder}: {_difference(was, identity(run))}")
     _check_lengths(run)
     splits = data.load(run.data)
     _check_shape(run, splits)
@@ -285,9 +283,9 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 def complete(run: Run, folder: Path) -> dict[str, float] | None:
     """Return the scores of a run that is already in its folder and ended well."""
     kept = read_trial(folder)
-    if kept and kept["state"] == "complete" and kept["config"] == identity(run) and has_results(folder):
-        return kept["scores"]
-    return None
+    if not kept or kept["state"] != "complete" or not has_results(folder):
+        return None
+    return kept["scores"] if config.filled(kept["config"], identity(run)) == identity(run) else None
 
 
 def has_results(folder: Path) -> bool:
@@ -297,11 +295,11 @@ def has_results(folder: Path) -> bool:
 
 
 def stale(folder: Path) -> str:
-    """Name what has changed since a run was made, of all that decides its result beside config and rows."""
+    """Name what has changed since a run was made, of what it has on record beside config and rows."""
     told = (read_trial(folder) or {}).get("facts", {})
     old = {**told.get("versions", {}), "code": told.get("code_sha256", "")[:12]}
     new = {**facts.versions(), "code": facts.code()[:12]}
-    return ", ".join(f"{key} ({old.get(key)} -> {value})" for key, value in new.items() if old.get(key) != value)
+    return ", ".join(f"{key} ({old[key]} -> {new[key]})" for key in new if key in old and old[key] != new[key])
 
 
 @dataclass(frozen=True)

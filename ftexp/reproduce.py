@@ -118,7 +118,9 @@ def told(result: Result) -> list[str]:
     if result.first_difference is not None:
         lines.append(f"first difference: {result.first_difference}; largest {result.largest:.2g} of the loss")
     if result.causes:
-        lines += [f"not shared: {key}: {old} -> {new}" for key, (old, new) in result.causes.items()]
+        for key, both in result.causes.items():
+            old, new = ("absent" if value is None else value for value in both)
+            lines.append(f"not shared: {key}: {old} -> {new}")
     elif result.verdict != "bit-exact":
         lines.append("nothing that is recorded differs: the device rounds otherwise from run to run (GPUs do)")
     return lines

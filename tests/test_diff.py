@@ -44,6 +44,14 @@ def made(folder, right, prompts=("p",) * 40, **facts):
     return runs.Kept(folder, read_json(folder / "trial.json"))
 
 
+def test_keys_that_an_earlier_ftexp_had_not_are_no_difference_at_their_defaults(tmp_path):
+    """011d5ae had no `data.packing` and no `trainer.beta`."""
+    one, two = (made(tmp_path / n, [1.0, 0.0] * 20) for n in "ab")
+    two.trial["config"] |= {"data.packing": "none", "trainer.beta": 0.5}
+    assert diff.difference(one, two).config == {"trainer.beta": (None, 0.5)}
+    assert diff.difference(two, one).config == {"trainer.beta": (0.5, None)}
+
+
 def test_equal_runs_are_no_difference(tmp_path):
     one, two = (made(tmp_path / n, [1.0, 0.0] * 20) for n in "ab")
     told = diff.difference(one, two)

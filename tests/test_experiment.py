@@ -122,6 +122,23 @@ def test_complete_run_of_other_code_or_versions_is_kept_and_called_stale(tiny, t
     assert "code (000000000000 -> " in told
 
 
+def test_complete_run_of_an_ftexp_with_fewer_keys_is_kept(tiny, tmp_path, monkeypatch, capfd):
+    """As 011d5ae left it: no `data.packing` or `trainer.engine`, and no version of tokenizers on record."""
+    scores = experiment.execute(tiny(), tmp_path / "a", "x")
+    kept = read_json(tmp_path / "a" / "trial.json")
+    del kept["config"]["data.packing"], kept["config"]["trainer.engine"], kept["facts"]["versions"]["tokenizers"]
+    kept["facts"]["code_sha256"] = "0" * 64
+    write_json(tmp_path / "a" / "trial.json", kept)
+    monkeypatch.setattr(experiment, "_execute", lambda *_: pytest.fail("was run again"))
+    experiment.check(tiny(), tmp_path / "a")
+    assert experiment.execute(tiny(), tmp_path / "a", "x") == scores
+    told = capfd.readouterr().err
+    assert "x: stale, it was made with other code (000000000000 -> " in told
+    assert "tokenizers" not in told
+    with pytest.raises(ConfigError, match=r"another run in .*: data\.packing None -> 'bfd'; choose"):
+        experiment.check(tiny("data.packing=bfd"), tmp_path / "a")
+
+
 def test_unfinished_run_is_run_again(tiny, tmp_path):
     run = tiny()
     write_json(tmp_path / "a" / "trial.json", {"state": "running", "config": experiment.identity(run)})

@@ -78,7 +78,9 @@ def folder(tmp_path_factory):
         {"prompt": f"what is {n}", "completion": f"{n} it is", "topic": f"t{n}", "quote": f"q{n}"} for n in range(200)
     ]
     (here / "my.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
-    for name, text in re.findall(r"```(?:yaml|python)\n# (\S+)\n(.*?)```", TEXT, re.DOTALL):  # files that the page writes
+    for name, text in re.findall(
+        r"```(?:yaml|python)\n# (\S+)\n(.*?)```", TEXT, re.DOTALL
+    ):  # files that the page writes
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_text(text)
     return here

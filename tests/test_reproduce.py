@@ -48,6 +48,11 @@ def test_causes_are_named(kept):
     assert result.causes == {"versions.torch": ("1.0", facts.versions()["torch"])}
 
 
+def test_fact_that_an_earlier_ftexp_did_not_keep_is_told_as_absent():
+    result = reproduce.Result("bit-exact", 6, None, 0.0, True, {"tokenizer_sha256": (None, "058b")})
+    assert reproduce.told(result)[1:] == ["not shared: tokenizer_sha256: absent -> 058b"]
+
+
 def test_small_differences_are_within_tolerance_and_larger_are_not(kept, tmp_path):
     again = tmp_path / "again"
     again.mkdir()

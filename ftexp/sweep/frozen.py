@@ -116,6 +116,13 @@ def load(folder: Path) -> Frozen:
     return Frozen(folder, kept["name"], space, options, *shared, **later)
 
 
+def keys(folder: Path) -> set[str]:
+    """Return the keys that the config had at the launch, and the groups they are in; an earlier ftexp had fewer."""
+    composed = [OmegaConf.to_container(OmegaConf.load(path)) for path in (folder / "frozen").glob("*.yaml")]
+    parts = [key.split(".") for node in composed for key in config.flat(node)]
+    return {".".join(path[:end]) for path in parts for end in range(1, len(path) + 1)}
+
+
 def variant(space: Space, point: dict[str, Any]) -> str:
     """Name the composed config of a point: one for each combination of chosen group options."""
     return hashlib.sha256("\n".join(_chosen(space, point)).encode()).hexdigest()[:12]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import fcntl
+import json
 import os
 import shutil
 import socket
@@ -218,7 +219,7 @@ def launch(
     identity = study.Identity.of(
         searched, options, objectives, _shared(searched, runs), _depending(searched, runs)
     ).known_to(kept)
-    identity.check(kept, runs[0].name)
+    identity.check(_filled(folder, kept), runs[0].name)
     searched = _as_begun(folder, searched)
     folder.mkdir(parents=True, exist_ok=True)
     if kept is None:
@@ -235,9 +236,7 @@ def launch(
     _same_record(before, options, runs[0].name)
     params = track.searched(identity.told)
     parent = before.get("mlflow_run") or track.open_parent(runs[0].track, runs[0].name, folder, params)
-    rows = {config.digest(r.data): data.load(r.data).digest() for r in runs}
-    if any(before.get("rows", {}).get(key, digest) != digest for key, digest in rows.items()):
-        raise ConfigError(f"name={runs[0].name}: the rows changed since the sweep was launched; choose another name")
+    rows = _rows(folder, runs, before.get("rows", {}), runs[0].name)
     rung, code = runs[0].trainer.report_steps, facts.code()
     own = os.path.relpath(overrides.Own.folder) if overrides.Own.folder else None
     grid = [] if options.sampler is not Sampler.grid else searched.grid() or [{}]
@@ -267,6 +266,31 @@ def _as_begun(folder: Path, searched: Space) -> Space:
         return searched
     begun = {axis.key: axis.whole for axis in frozen.load(folder).space.axes}
     return replace(searched, axes=tuple(replace(axis, whole=begun.get(axis.key, axis.whole)) for axis in searched.axes))
+
+
+def _filled(folder: Path, kept: dict[str, str] | None) -> dict[str, str] | None:
+    """Add to the identity of a launch the keys that its ftexp did not have: its trials have their defaults."""
+    had = frozen.keys(folder)
+    if kept is None or not had:
+        return kept
+    later = {key: value for key, value in experiment.identity(Run()).items() if key not in had}
+    return {f"config {key}": json.dumps(value) for key, value in later.items()} | kept
+
+
+def _rows(folder: Path, runs: list[Run], kept: dict[str, str], name: str) -> dict[str, str]:
+    """Digest the rows of each config of data, by its digest.
+
+    Raises:
+        ConfigError: they are not those of the launch, whose ftexp may have had fewer keys.
+    """
+    had, rows = frozen.keys(folder), {}
+    for run in {config.digest(run.data): run for run in runs}.values():
+        key, digest = config.digest(run.data), data.load(run.data).digest()
+        then = config.digest({k: v for k, v in config.plain(run.data).items() if f"data.{k}" in had})
+        if kept.get(key, kept.get(then, digest)) != digest:
+            raise ConfigError(f"name={name}: the rows changed since the sweep was launched; choose another name")
+        rows[key] = digest
+    return rows
 
 
 def _same_record(before: dict[str, Any], options: Options, name: str) -> None:
@@ -346,13 +370,11 @@ def go_on(sweep: Frozen, workers: int | None) -> None:
     searching = options.sampler is not Sampler.grid
     points = frozen.corners(sweep.space) if searching else sweep.space.grid()
     runs = [sweep.run(point, 0) for point in points or [{}]]
-    for run in runs:
-        kept = sweep.rows.get(config.digest(run.data))
-        if kept is not None and data.load(run.data).digest() != kept:
-            raise ConfigError(f"name={sweep.name}: the rows changed since the sweep was launched; choose another name")
+    rows = _rows(sweep.folder, runs, sweep.rows, sweep.name)
     if sweep.code != facts.code():
         say("the code of ftexp is not that of the launch; trials from now on run with the new code", always=True)
-    sweep = replace(sweep, options=options, code=facts.code())
+    total = len(tickets([] if searching else points or [{}], options, sweep.space))
+    sweep = replace(sweep, options=options, code=facts.code(), rows=rows, tickets=total)
     sweep.save()
     carry_out(sweep, runs[0])
 
@@ -389,7 +411,7 @@ def help_out(folder: Path, searched: Space, options: Options, runs: list[Run]) -
     kept = read_json(folder / "identity.json")
     shared, depending = _shared(searched, runs), _depending(searched, runs)
     identity = study.Identity.of(searched, options, runs[0].objectives, shared, depending).known_to(kept)
-    identity.check(kept, runs[0].name)
+    identity.check(_filled(folder, kept), runs[0].name)
     _same_record(read_json(folder / frozen.FILE) or {}, options, runs[0].name)
     sweep = replace(frozen.load(folder), options=options)
     record = worker.open_study(sweep)

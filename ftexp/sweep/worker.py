@@ -37,12 +37,12 @@ from ftexp.errors import (
     Skipped,
     Unusable,
 )
-from ftexp.files import no_room, read_trial, write_json
+from ftexp.files import no_room, read_json, read_trial, write_json
 from ftexp.model import compute
 from ftexp.progress import console, quiet_libraries, say
 from ftexp.sweep import frozen, limits, packs, race, study
 from ftexp.sweep.frozen import Frozen
-from ftexp.sweep.options import Pruner
+from ftexp.sweep.options import Pruner, Sampler
 from ftexp.train import control
 from ftexp.train.control import Control, Judge, Rung
 
@@ -277,7 +277,7 @@ def choose(sweep: Frozen, record: Study, trial: Trial, number: int) -> dict[str,
             given = _replicated(sweep, record, number)
         if given is None:
             made = study.propose(sweep.space, sweep.options, [d.name.lower() for d in record.directions],
-                                 history(sweep, record), number // sweep.options.replicates)  # fmt: skip
+                                 history(sweep, record), _place(sweep, number))  # fmt: skip
             given = made.params
             for key, value in made.system_attrs.items():
                 record._storage.set_trial_system_attr(trial._trial_id, key, value)
@@ -285,6 +285,15 @@ def choose(sweep: Frozen, record: Study, trial: Trial, number: int) -> dict[str,
         fixed = optuna.trial.Trial(record, trial._trial_id)
         active = [axis for axis in sweep.space.axes if axis.key in given]
         return {axis.key: fixed._suggest(axis.key, axis.distribution()) for axis in active}
+
+
+def _place(sweep: Frozen, number: int) -> int:
+    """Return the number of a ticket's point; sweeps of older versions skipped as many points of qmc as baselines."""
+    point = number // sweep.options.replicates
+    if sweep.options.sampler is not Sampler.qmc or not sweep.options.baselines:
+        return point
+    kept = read_json(sweep.folder / "identity.json")
+    return point + len(sweep.options.baselines) if kept and study.ARGS not in kept else point
 
 
 def _replicated(sweep: Frozen, record: Study, number: int) -> dict[str, Any] | None:

@@ -3,15 +3,18 @@
 import hashlib
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
+import yaml
 from conftest import TINY
 from hydra.core.plugins import Plugins
 
-from ftexp import experiment, runs, track
+from ftexp import config, experiment, runs, track
 from ftexp.config import Track
+from ftexp.errors import ConfigError
 from ftexp.files import read_json, write_json
-from ftexp.sweep import plugin
+from ftexp.sweep import frozen, plugin
 
 SWEEP = [*TINY, "track=none", "name=s"]
 
@@ -659,6 +662,49 @@ def test_command_line_wins_over_a_file_in_open_keys_too(cli, tmp_path):
     code, _, err = cli(*given, "sweep.sampler=random", "sweep.n_trials=2", "name=base",
                        "sweep.baselines=[{lora.r: 4, trainer.extra.adam_beta1: 0.8}]")  # fmt: skip
     assert code == 0, err
+
+
+def aged(folder):
+    """Make of a sweep one of 011d5ae, which had no `data.packing` and `trainer.engine`, and did not say `tickets`."""
+    later = ("data.packing", "trainer.engine")
+    identity, sweep = read_json(folder / "identity.json"), read_json(folder / "sweep.json")
+    write_json(
+        folder / "identity.json", {k: v for k, v in identity.items() if not k.endswith((*later, "sampler_args"))}
+    )
+    [path] = (folder / "frozen").glob("*.yaml")
+    composed = yaml.safe_load(path.read_text())
+    del composed["data"]["packing"], composed["trainer"]["engine"]
+    path.write_text(yaml.safe_dump(composed))
+    [digest] = sweep["rows"].values()
+    sweep |= {"rows": {config.digest(composed["data"]): digest}, "code": "0" * 64}
+    del sweep["tickets"], sweep["config_dir"], sweep["cwd"]
+    write_json(folder / "sweep.json", sweep)
+
+
+def test_sweep_of_an_ftexp_with_fewer_keys_goes_on(cli, tmp_path):
+    (tmp_path / "my.jsonl").write_text(lines := "".join(f'{{"text": "row {n} of many"}}\n' for n in range(40)))
+    given = [t for t in TINY if not t.startswith("data.")]
+    given += ["data=jsonl", "data.path=my.jsonl", "data.valid=8", "track=none", "eval=loss", "lora.r=2", "name=s", "-m"]
+    folder = tmp_path / "outputs/sweeps/s"
+    assert cli(*given)[0] == 0
+    aged(folder)
+    code, _, err = cli(*given, "data.packing=bfd")
+    assert code == 2
+    assert 'another search space: config data.packing: "none" -> "bfd"; choose another name' in err
+    (tmp_path / "my.jsonl").write_text(lines.replace("many", "more"))
+    code, _, err = cli(*given)
+    assert code == 2
+    assert "the rows changed since the sweep was launched" in err
+    with pytest.raises(ConfigError, match="the rows changed since the sweep was launched"):
+        plugin.go_on(frozen.load(folder), None)
+    (tmp_path / "my.jsonl").write_text(lines)
+    code, _, err = cli(*given)
+    assert code == 0, err
+    assert "the code of ftexp is not that of the launch" in err
+    assert "0 of 1 trials to do" in err
+    assert frozen.load(folder).tickets == 1
+    plugin.go_on(replace(frozen.load(folder), tickets=0), None)
+    assert frozen.load(folder).tickets == 1
 
 
 def test_range_goes_on_in_the_numbers_it_was_begun_in(cli, tmp_path):

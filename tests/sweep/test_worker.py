@@ -64,6 +64,20 @@ def told(record):
     ]
 
 
+def test_qmc_with_baselines_goes_on_in_the_sequence_as_it_was_begun(sweep):
+    """c229c32 gave ticket n the point n, baselines or not, and kept no `sweep.sampler_args` in identity.json."""
+    made, record = sweep("lr=interval(0.0,1.0)", sampler=Sampler.qmc, n_trials=4, baselines=[{"lr": 0.5}])
+    drawn = [study._sobol(made.space, replace(made.options, baselines=[]), n) for n in range(4)]
+
+    def chosen(number):
+        return worker.choose(made, record, optuna.trial.Trial(record, record.trials[number]._trial_id), number)
+
+    write_json(made.folder / "identity.json", {"sweep.sampler": "qmc"})
+    assert [chosen(0), chosen(2), chosen(3)] == [{"lr": 0.5}, drawn[2], drawn[3]]
+    write_json(made.folder / "identity.json", {"sweep.sampler": "qmc", study.ARGS: "{}"})
+    assert chosen(1) == drawn[0]
+
+
 def test_every_outcome_has_its_state_and_reason(sweep, monkeypatch):
     made, record = sweep("a=1,2,3,4,5,6,7,8")
     trials(monkeypatch, [
