@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class Board:
     absent: int = 0
     """Trials of the sweep that have not begun."""
     unlike: str | None = None
-    """Why scores of complete trials are numbers of different kinds, so that none is the best."""
+    """Why scores of points within the bounds are of different kinds or of other rows, so that none is the best."""
 
     def line(self) -> str:
         """Tell that the ranking is not of the whole sweep; empty where it is."""
@@ -101,6 +102,7 @@ BY_TOKEN = ("perplexity", "chosen_loss", "kl", "length")
 """Scores that are means over tokens, or a number of them; so is the loss of supervised training."""
 LEARNED = {"trainer.loss": "nll", "trainer.loss_strength": None, "trainer.loss_sha256": ""}
 """Keys that say what is learned from a token, and their defaults, which runs of before them had."""
+PARTS = "on other parts of the rows: data.long=cut leaves more of them at a larger data.max_length"
 
 
 def other_scale(trial: dict[str, Any], other: dict[str, Any], objective: str) -> str | None:
@@ -131,6 +133,29 @@ def other_scale(trial: dict[str, Any], other: dict[str, Any], objective: str) ->
     return None
 
 
+def _other_rows(trial: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """Tell how the held-out rows of two trials are apart, of those that note them."""
+    first, second = ([(s["sha256"], s["rows"]) for s in t.get("inputs", ()) if s["context"] == "validation"]
+                     for t in (trial, other))  # fmt: skip
+    if first and second and first != second:
+        return "on other rows"
+    cut = {t.get("scores", {}).get("valid/tokens_cut") for t in (trial, other)}
+    if len(cut) > 1 and None not in cut and not tokenizers_differ(trial, other):
+        return PARTS
+    return None
+
+
+def unlike(trials: Sequence[dict[str, Any]], objective: str) -> str | None:
+    """Tell why an objective of trials is of different kinds, or of other rows; None where they can be ranked."""
+    for trial in trials[1:]:
+        how = other_scale(trials[0], trial, objective)
+        if how is None and objective.startswith("valid/"):
+            how = _other_rows(trials[0], trial)
+        if how is not None:
+            return f"trials {trials[0]['number']} and {trial['number']} were scored {how}"
+    return None
+
+
 def read(folder: Path) -> Board:
     """Read a sweep's folder, or a single run's.
 
@@ -154,15 +179,11 @@ def read(folder: Path) -> Board:
         groups.setdefault(trial["number"] // size, []).append(trial)
     bounds = (sweep or {}).get("options", {}).get("at_most", {})
     points = [_point(members, size, objective, bounds) for members in groups.values()]
-    done = [trial for point in points if point.complete for trial in point.trials]
-    unlike = next(
-        (f"trials {done[0]['number']} and {trial['number']} were scored {how}"
-         for trial in done[1:] if (how := other_scale(done[0], trial, objective))), None,
-    )  # fmt: skip
-    values = [point.scores[objective] if point.within and unlike is None else None for point in points]
+    why = unlike([trial for point in points if point.within for trial in point.trials], objective)
+    values = [point.scores[objective] if point.within and why is None else None for point in points]
     absent = max(0, (sweep or {}).get("tickets", 0) - len(trials))
     best = metrics.best(values, METRICS[objective].direction)
-    return Board(trials, points, objective, objectives, best, absent, unlike)
+    return Board(trials, points, objective, objectives, best, absent, why)
 
 
 def _point(trials: list[dict[str, Any]], size: int, objective: str, bounds: dict[str, float]) -> Point:
