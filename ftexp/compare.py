@@ -333,7 +333,7 @@ def _front(points: list[list[dict[str, Any]]], sweep: dict[str, Any]) -> tuple[s
     trials = [t for members in points for t in members]
     if len(names) < 2 or not all(name in t["scores"] for t in trials for name in names):
         return ()
-    if any(boards.other_scale(trials[0], t, name) for t in trials for name in names):
+    if any(boards.unlike(trials, name) for name in names):
         return ()
     on = explain.pareto([[_mean(m, name) for name in names] for m in points], [METRICS[n].direction for n in names])
     return tuple(_label(members) for members, kept in zip(points, on, strict=True) if kept)

@@ -485,8 +485,9 @@ def test_sweep_of_other_held_out_rows_has_no_winner_for_any_reader(sweep, other,
     """What goes on from a winner reads no rows; it must know what the leaderboard knows."""
     from ftexp import handed
 
-    folder = sweep((4, 0, held_out("a")), (8, 0.1, other))
+    folder = sweep((4, 0, held_out("a")), (8, 0.1, other), objectives=["valid/loss", "cost/trainable"])
     assert f"trials 0 and 1 were scored {told}" in read(folder).untested
+    assert (read(folder).front, figures.front(report.gather(folder), "cost/trainable")) == ((), [])
     with pytest.raises(MachineError, match=f"this sweep has no winner, trials 0 and 1 were scored {told}"):
         handed.winner(folder)
 
