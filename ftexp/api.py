@@ -17,7 +17,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +43,18 @@ def compose(given: list[str]) -> Run:
     if stray := [text for text in given if not isinstance(text, str)]:
         raise ConfigError(f"an override must be text such as 'lora.r=8', got {stray[0]!r}")
     plugin.register()
-    told = io.StringIO()
-    try:
-        with redirect_stderr(told):
-            prepared = overrides.prepare(given)
-    except SystemExit as error:  # of Hydra's command line
-        raise ConfigError(f"{' '.join(given)}: {told.getvalue().strip().splitlines()[-1]}") from error
-    if overrides.runs(prepared) != "single":
-        raise ConfigError(
-            f"{' '.join(given)}: ftexp.api takes the overrides of one run; sweeps and --help are for the command line"
-        )
-    given = overrides.given(prepared)
-    with _ONE, config.registered():
+    alone = f"{' '.join(given)}: ftexp.api takes the overrides of one run; sweeps and --help are for the command line"
+    with _ONE, config.registered():  # prepared here too: options of --config-dir are one for the process
+        told = io.StringIO()
+        try:
+            with redirect_stderr(told), redirect_stdout(told):
+                prepared = overrides.prepare(given)
+        except SystemExit as error:  # of Hydra's command line
+            why = f"{' '.join(given)}: {told.getvalue().strip().splitlines()[-1]}" if error.code else alone  # --version
+            raise ConfigError(why) from error
+        if overrides.runs(prepared) != "single":
+            raise ConfigError(alone)
+        given = overrides.given(prepared)
         outer = GlobalHydra.instance().hydra
         GlobalHydra.instance().clear()  # of the caller, who may be an application of Hydra's
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ class Board:
     absent: int = 0
     """Trials of the sweep that have not begun."""
     unlike: str | None = None
-    """Why scores of complete trials are numbers of different kinds, so that none is the best."""
+    """Why scores of points within the bounds are of different kinds or of other rows, so that none is the best."""
     asked: str | None = None
     """What the sweep itself ranks by, where the reader chose another metric."""
     own: str | None = None
@@ -103,8 +103,10 @@ class Board:
 
 
 def tokenizers_differ(*trials: dict[str, Any]) -> bool:
-    """Whether trials count other tokens."""
+    """Whether trials count other tokens; where older versions kept no hash of the tokenizer, the model tells."""
     told = {t.get("facts", {}).get("tokenizer_sha256") for t in trials}
+    if None in told:
+        told = {tuple(t.get("config", {}).get(f"model.{key}") for key in ("kind", "path")) for t in trials}
     return len(told) > 1
 
 
@@ -116,6 +118,7 @@ BY_TOKEN = ("perplexity", "chosen_loss", "kl", "length")
 """Scores that are means over tokens, or a number of them; so is the loss of supervised training."""
 LEARNED = {"trainer.loss": "nll", "trainer.loss_strength": None, "trainer.loss_sha256": ""}
 """Keys that say what is learned from a token, and their defaults, which runs of before them had."""
+PARTS = "on other parts of the rows: data.long=cut leaves more of them at a larger data.max_length"
 
 
 def other_scale(trial: dict[str, Any], other: dict[str, Any], objective: str) -> str | None:
@@ -143,6 +146,29 @@ def other_scale(trial: dict[str, Any], other: dict[str, Any], objective: str) ->
     if name in BY_BETA.get(kind, ()) and its.get("trainer.beta") != config.get("trainer.beta"):
         better = "valid/reward" if kind == "rloo" else "valid/accuracy"
         return f"with different trainer.beta, which {objective} grows with: objectives=[{better}] compares them"
+    return None
+
+
+def _other_rows(trial: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """Tell how the held-out rows of two trials are apart, of those that note them."""
+    first, second = ([(s["sha256"], s["rows"]) for s in t.get("inputs", ()) if s["context"] == "validation"]
+                     for t in (trial, other))  # fmt: skip
+    if first and second and first != second:
+        return "on other rows"
+    cut = {t.get("scores", {}).get("valid/tokens_cut") for t in (trial, other)}
+    if len(cut) > 1 and None not in cut and not tokenizers_differ(trial, other):
+        return PARTS
+    return None
+
+
+def unlike(trials: Sequence[dict[str, Any]], objective: str) -> str | None:
+    """Tell why an objective of trials is of different kinds, or of other rows; None where they can be ranked."""
+    for trial in trials[1:]:
+        how = other_scale(trials[0], trial, objective)
+        if how is None and objective.startswith("valid/"):
+            how = _other_rows(trials[0], trial)
+        if how is not None:
+            return f"trials {trials[0]['number']} and {trial['number']} were scored {how}"
     return None
 
 
@@ -189,16 +215,12 @@ def read(folder: Path, by: str | None = None, own: tuple[str, Scores] | None = N
         groups.setdefault(trial["number"] // size, []).append(trial)
     bounds = (sweep or {}).get("options", {}).get("at_most", {})
     points = [_point(members, size, objective, bounds) for members in groups.values()]
-    done = [trial for point in points if point.complete for trial in point.trials]
-    unlike = next(
-        (f"trials {done[0]['number']} and {trial['number']} were scored {how}"
-         for trial in done[1:] if (how := other_scale(done[0], trial, objective))), None,
-    )  # fmt: skip
-    values = [point.scores[objective] if point.within and unlike is None else None for point in points]
+    why = unlike([trial for point in points if point.within for trial in point.trials], objective)
+    values = [point.scores[objective] if point.within and why is None else None for point in points]
     absent = max(0, (sweep or {}).get("tickets", 0) - len(trials))
     best = metrics.best(values, METRICS[objective].direction)
     asked = None if objective == asked else asked
-    return Board(trials, points, objective, objectives, best, absent, unlike, asked, own and own[0])
+    return Board(trials, points, objective, objectives, best, absent, why, asked, own and own[0])
 
 
 def undefined(trial: dict[str, Any], objectives: Iterable[str]) -> dict[str, str]:

@@ -80,7 +80,8 @@ class Verdict:
     rows: int
     """Held-out rows, or groups of rows with one prompt or `data.group_by`; 0 where nothing was tested."""
     importance: dict[str, Interval]
-    """Share of each searched key in what sets the best points apart; empty for few points or one key."""
+    """Share of each searched key in what sets the best points apart; empty for few points or one key, and without a
+    best."""
     front: tuple[str, ...]
     """Labels of the points no other beats in all objectives; empty for one objective."""
     rate: explain.Together | None = None
@@ -115,15 +116,18 @@ def read(folder: Path, trials: list[dict[str, Any]], objective: str, own: Rows |
     ranked = sorted(whole, key=lambda m: _mean(m, objective), reverse=direction is Direction.maximize)[:MOST_POINTS]
     kept = [members for members in whole if any(members is one for one in ranked)]
     means = [_mean(m, objective) for m in kept]
-    found = "no point is complete" if not kept else _columns(folder, kept, objective, not sweep, own)
+    why = boards.unlike([t for members in whole for t in members], objective)
+    found = _columns(folder, kept, objective, not sweep, own) if why is None else Unlike(why)
+    found = found if kept else "no point is complete"
     verdict = Verdict(
         objective, tuple(Point(_numbers(m), _label(m), Interval(v, math.nan, math.nan), math.nan)
                          for m, v in zip(kept, means, strict=True)),
         len(whole) - len(kept), len(grouped) - len(whole) - repeated, found if isinstance(found, str) else None,
-        None if isinstance(found, Unlike) else metrics.best(means, direction), (), None, None, None, math.nan, 0,
-        _importance(whole, sweep, objective),
+        metrics.best(means, direction), (), None, None, None, math.nan, 0, _importance(whole, sweep, objective),
         _front(whole, sweep), _rate(whole, sweep, objective), repeated,
     )  # fmt: skip
+    if isinstance(found, Unlike):
+        return replace(verdict, best=None, importance={}, rate=None)
     return verdict if isinstance(found, str) else _tested(verdict, kept, *found)
 
 
@@ -192,10 +196,6 @@ def _columns(
     """Read the objective row by row, with the group of each row; or say why it cannot be tested."""
     if objective.startswith("cost/"):
         return f"{objective} is one number a trial, not one a row: nothing to test"
-    start, *others = (trial for members in points for trial in members)
-    for trial in others:
-        if (how := boards.other_scale(start, trial, objective)) is not None:
-            return Unlike(f"trials {start['number']} and {trial['number']} were scored {how}")
     table, first, unit = [], None, None
     for members in points:
         table.append([])
@@ -234,7 +234,7 @@ def unlike(
     if any(content[name] != its[name] for name in ("prompt", "reference")):
         return "on other rows"
     if not boards.tokenizers_differ(trial, other) and content.get("bytes") != its.get("bytes"):
-        return "on other parts of the rows: data.long=cut leaves more of them at a larger data.max_length"
+        return boards.PARTS
     return None
 
 
@@ -338,7 +338,7 @@ def _front(points: list[list[dict[str, Any]]], sweep: dict[str, Any]) -> tuple[s
     trials = [t for members in points for t in members]
     if len(names) < 2 or not all(name in t["scores"] for t in trials for name in names):
         return ()
-    if any(boards.other_scale(trials[0], t, name) for t in trials for name in names):
+    if any(boards.unlike(trials, name) for name in names):
         return ()
     on = explain.pareto([[_mean(m, name) for name in names] for m in points], [METRICS[n].direction for n in names])
     return tuple(_label(members) for members, kept in zip(points, on, strict=True) if kept)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.override_parser.types import Quote, QuotedString
 from rich.console import Console
 
 from ftexp import board as boards
@@ -179,9 +180,9 @@ def _spelled(value: Any) -> str:
         return f"[{','.join(map(_spelled, value))}]"
     if isinstance(value, dict):
         return f"{{{','.join(f'{key}: {_spelled(part)}' for key, part in value.items())}}}"
-    plain = not isinstance(value, str) or re.fullmatch(r"[\w./:@+-]+", value)
-    told = value if isinstance(value, str) else json.dumps(value)
-    return told if plain else json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, str):
+        return json.dumps(value)
+    return value if re.fullmatch(r"[\w./:@+-]+", value) else QuotedString(value, Quote.double).with_quotes()
 
 
 def _config_dir(place: Path) -> str | None:

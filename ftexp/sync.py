@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,7 +185,8 @@ def _parent(
             client.set_tag(parents[folder], name, value)
         end = _end_of_sweep(folder, sweep) or ("KILLED" if known is None else None)
         if end is not None and client.get_run(parents[folder]).info.status != end:
-            client.set_terminated(parents[folder], end)
+            tags, scores = ({}, {}) if end == "KILLED" else _summary(folder)
+            track.end(where, parents[folder], tags, scores, end)
         if known is None:
             Log(folder, client, parents[folder]).params(track.searched(read_json(folder / "identity.json") or {}))
             if own:
@@ -207,6 +209,19 @@ def _end_of_sweep(folder: Path, sweep: dict[str, Any]) -> str | None:
     if whole and states <= {"complete", "pruned", "skipped", "failed"}:
         return "FAILED" if "failed" in states else "FINISHED"
     return None
+
+
+def _summary(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return the tags and metrics that the launch of a sweep gives its run at the end."""
+    found = board.read(folder)
+    states = Counter(trial["state"] for trial in found.trials)
+    told = {"trials": float(len(found.trials)), "failed": float(states["failed"])}
+    told |= {"skipped": float(states["skipped"])} if states["skipped"] else {}
+    if found.best is None:
+        return {}, told
+    best = found.points[found.best]
+    numbers = ",".join(str(trial["number"]) for trial in best.trials)
+    return {"ftexp.best_trial": numbers}, told | {found.objective: best.scores[found.objective]}
 
 
 def _points(kept: Kept, client: MlflowClient, log: Log, told: Brought) -> None:

@@ -81,11 +81,12 @@ def test_run_that_another_process_is_at_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "more", [["sweep=rank"], ["lora.r=2", "-m"], ["sweep.workers=2"], ["--cfg", "job"], ["--help"]]
+    "more", [["sweep=rank"], ["lora.r=2", "-m"], ["sweep.workers=2"], ["--cfg", "job"], ["--help"], ["--version"]]
 )
-def test_what_asks_for_more_than_one_run_is_refused(more):
+def test_what_asks_for_more_than_one_run_is_refused(more, capfd):
     with pytest.raises(ConfigError, match=r"ftexp\.api takes the overrides of one run"):
         api.run("model=tiny", *more)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_run_within_an_application_of_hydra_leaves_it_its_own(tmp_path):

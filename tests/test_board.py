@@ -38,3 +38,16 @@ def test_trial_whose_objective_has_no_value_failed_as_the_record_says(tmp_path):
     one.mkdir()
     (folder / "0").rename(one / "r")
     assert board.read(one / "r").trials[0]["state"] == "complete"
+
+
+def test_trials_of_a_version_that_kept_no_hash_of_the_tokenizer_are_ranked_with_later_ones(tmp_path):
+    """Sweeps that were begun before 24 November 2026 and went on after it had no best point."""
+    folder = sweep(tmp_path / "s", 3)
+    for n, (path, digest) in enumerate([("m", None), ("m", "ab"), ("m", "ab")]):
+        told = read_trial(folder / str(n))
+        told["facts"] |= {} if digest is None else {"tokenizer_sha256": digest}
+        write_json(folder / str(n) / "trial.json", told | {"config": told["config"] | {"model.path": path}})
+    assert board.read(folder).unlike is None
+    told = read_trial(folder / "1")
+    write_json(folder / "1" / "trial.json", told | {"config": told["config"] | {"model.path": "other"}})
+    assert "trials 0 and 1 were scored in tokens of different tokenizers" in board.read(folder).unlike

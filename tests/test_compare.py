@@ -462,6 +462,58 @@ def test_none_of_scores_that_are_not_of_one_kind_is_best(sweep, capsys):
     assert told[1] == "So the leaderboard's order is no ranking, and no point is best."
 
 
+def held_out(digest, rows=40, cut=0.0, **keys):
+    """Return the keys of a trial that notes its held-out rows."""
+    inputs = [{"context": "training", "sha256": digest * 2, "rows": 9},
+              {"context": "validation", "sha256": digest, "rows": rows}]  # fmt: skip
+    scores = {
+        "valid/loss": 0.5,
+        "valid/tokens_cut": cut,
+        "cost/trainable": 1e6,
+        "cost/seconds": 9.0,
+        "cost/memory_gib": 2.0,
+    }
+    return {"inputs": inputs, "scores": scores, "facts": {"tokenizer_sha256": "a"}} | keys
+
+
+@pytest.mark.parametrize(("other", "told"), [
+    (held_out("b"), "on other rows"), (held_out("a", rows=39), "on other rows"),
+    (held_out("a", cut=3.0), "on other parts of the rows: data.long=cut leaves more of them at a larger data.max_length"),
+    (held_out("a", cut=3.0, facts={"tokenizer_sha256": "b"}), "in tokens of different tokenizers"),
+])  # fmt: skip
+def test_sweep_of_other_held_out_rows_has_no_winner_for_any_reader(sweep, other, told):
+    """What goes on from a winner reads no rows; it must know what the leaderboard knows."""
+    from ftexp import handed
+
+    folder = sweep((4, 0, held_out("a")), (8, 0.1, other), objectives=["valid/loss", "cost/trainable"])
+    assert f"trials 0 and 1 were scored {told}" in read(folder).untested
+    assert (read(folder).front, figures.front(report.gather(folder), "cost/trainable")) == ((), [])
+    with pytest.raises(MachineError, match=f"this sweep has no winner, trials 0 and 1 were scored {told}"):
+        handed.winner(folder)
+
+
+def test_points_above_a_bound_may_be_of_another_kind(sweep):
+    """Leaderboard, verdict and what goes on from the winner agree that the others have a best."""
+    from ftexp import handed
+
+    of = [{"facts": {"tokenizer_sha256": name}} for name in "aab"]
+    folder = sweep((4, 0, of[0]), (8, 0.1, of[1]), (64, 0.2, of[2]), at_most={"cost/trainable": 9e6})
+    board, verdict = report.judge(folder)
+    assert (board.best, verdict.best, handed.winner(folder).folder.name) == (0, 0, "0")
+
+
+def test_keys_have_no_share_in_scores_of_different_kinds(sweep):
+    keys = ("trainer.kind", "lora.r", "lora.alpha", "trainer.lr")
+    grid = [("dpo", r, a, lr) for r in (4, 8) for a in (4.0, 16.0) for lr in (1e-3, 2e-3, 4e-3, 8e-3)]
+    points = [chosen(dict(zip(keys, point, strict=True))) for point in grid]
+    folder = sweep(*((8, 0.1 * n, p) for n, p in enumerate(points)), axes=[{"key": key} for key in keys])
+    assert read(folder).importance and read(folder).rate
+    points[3]["config"]["trainer.kind"] = "sft"
+    found = read(sweep(*((8, 0.1 * n, p) for n, p in enumerate(points)), axes=[{"key": key} for key in keys]))
+    assert isinstance(found.untested, compare.Unlike)
+    assert (found.importance, found.rate) == ({}, None)
+
+
 def test_sweep_whose_points_all_pass_a_bound_says_so(sweep):
     folder = sweep((4, 0, {}), (8, 0.1, {}))
     kept = read_json(folder / "sweep.json")

@@ -28,6 +28,27 @@ def mine(tmp_path):
     overrides.choose(None)
 
 
+def test_folder_of_one_thread_is_not_that_of_another(mine, monkeypatch):
+    """Options of `--config-dir` are one for the process: another thread must wait until they have been read."""
+    import threading
+
+    folder = mine(experiment__ours="# @package _global_\nseed: 5\n")
+    prepare, chosen = overrides.prepare, threading.Event()
+
+    def slow(given):
+        made = prepare(given)
+        if not chosen.is_set():
+            chosen.set()
+            other.join(1)
+        return made
+
+    monkeypatch.setattr(overrides, "prepare", slow)
+    other = threading.Thread(target=lambda: (chosen.wait(), api.compose(["model=tiny"])))
+    other.start()
+    assert api.compose([f"--config-dir={folder}", "experiment=ours"]).seed == 5
+    other.join()
+
+
 RECIPE = "# @package _global_\ndefaults:\n  - override /lora: wide\ntrainer:\n  neftune: 3\n"
 
 
@@ -162,3 +183,9 @@ def test_what_a_shipped_sweep_chooses_for_all_can_be_an_override(path):
     words = report._beside_the_search(path.stem, None, {"config": plain | config.flat(told)}, [])
     found = config.flat(api.compose(["trainer.steps=3", *words]))
     assert {key: found[key] for key in config.flat(told)} == config.flat(told)
+
+
+@pytest.mark.parametrize("text", ["Yoda:\n{prompt}", "C:\\x {prompt}\\", """say \\"{prompt}" or '{prompt}'"""])
+def test_text_of_a_file_of_sweeps_is_itself_as_an_override(text):
+    made = api.compose([f"data.prompt={report._spelled(text)}", f"lora.targets={report._spelled([text])}"])
+    assert (made.data.prompt, made.lora.targets) == (text, [text])

@@ -72,6 +72,9 @@ def test_sweep_without_its_server_ends_well_and_is_brought_later_once(cli, verb,
     assert {r.info.status for r in runs.values()} == {"FINISHED"}
     assert runs["lora.r=2"].data.tags["mlflow.parentRunId"] == runs["s"].info.run_id
     assert runs["lora.r=4"].data.params["lora.r"] == "4"
+    scores = [read_json(tmp_path / f"outputs/sweeps/s/{n}/trial.json")["scores"]["valid/loss"] for n in range(2)]
+    assert runs["s"].data.metrics == {"trials": 2.0, "failed": 0.0, "valid/loss": min(scores)}  # as the launch tells it
+    assert runs["s"].data.tags["ftexp.best_trial"] == str(scores.index(min(scores)))
     paths = {f.path for f in client.list_artifacts(runs["lora.r=4"].info.run_id)}
     assert paths == {"adapter", "examples.json", "examples.parquet"}  # as of a run whose server was there
     assert {f.path for f in client.list_artifacts(runs["s"].info.run_id)} == {"report.html"}

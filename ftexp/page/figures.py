@@ -122,7 +122,7 @@ def front(sweep: Sweep, other: str) -> list[Point]:
     """
     name, known = sweep.board.objective, [p for p in _known(sweep, other) if p.within]
     trials = [t for p in known for t in p.trials]
-    if any(boards.other_scale(trials[0], t, score) for t in trials for score in (name, other)):
+    if any(boards.unlike(trials, score) for score in (name, other)):
         return []
     ways = [METRICS[other].direction, METRICS[name].direction]
     on = explain.pareto([[p.scores[other], p.scores[name]] for p in known], ways) if known else []

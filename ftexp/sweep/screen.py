@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.live import Live
 
-from ftexp import metrics
+from ftexp import board, metrics
 from ftexp.files import read_trial
 from ftexp.progress import Sheet, console, quiet, say
 from ftexp.sweep import study
@@ -63,7 +64,7 @@ def glance(sweep: Frozen, record: Study) -> Glance:
 def best_point(sweep: Frozen, trials: list[FrozenTrial]) -> tuple[list[int], float] | None:
     """Find the best point among those whose replicates are all complete, by the mean of the first objective.
 
-    Points that break a bound of `sweep.at_most` are left out.
+    Points that break a bound of `sweep.at_most` are left out. None is best where scores are of different kinds.
     """
     points: dict[int, list[FrozenTrial]] = {}
     for trial in trials:
@@ -73,9 +74,26 @@ def best_point(sweep: Frozen, trials: list[FrozenTrial]) -> tuple[list[int], flo
         p for p in points.values()
         if all(t.state.name == "COMPLETE" and study.within(t, at_most, sweep.folder) for t in p)
     ]  # fmt: skip
+    if board.unlike([_told(sweep.folder, study.ticket(t)) for p in whole for t in p], sweep.objectives[0]):
+        return None
     means = [metrics.mean(sweep.objectives[0], [t.values[0] for t in p]) for p in whole]
     found = metrics.best(means, metrics.METRICS[sweep.objectives[0]].direction)
     return None if found is None else ([study.ticket(t) for t in whole[found]], means[found])
+
+
+def _told(folder: Path, number: int) -> dict[str, Any]:
+    """Read what says of which kind the scores of a complete trial are."""
+    place = folder / str(number)
+    try:
+        return {"number": number, **_kind(place, (place / "trial.json").stat().st_mtime_ns)}
+    except FileNotFoundError:
+        return {"number": number}
+
+
+@cache
+def _kind(folder: Path, written: int) -> dict[str, Any]:
+    kept = read_trial(folder) or {}
+    return {key: kept[key] for key in ("config", "facts", "inputs", "scores") if key in kept}
 
 
 def _left(trials: list[FrozenTrial]) -> float | None:

@@ -230,9 +230,11 @@ def _axis(key: str, override: Override) -> Axis:
         return Axis(key, texts)
     low, high, log = value.start, value.end, "log" in value.tags
     whole = config.is_whole(key) or (not config.is_real(key) and WHOLE.search(str(override.input_line)) is not None)
-    low, high = (math.ceil(low), math.floor(high)) if whole else (low, high)
     if not low < high:
         raise ConfigError(f"{override.input_line}: the lower end must be below the upper, got {low} and {high}")
+    if whole and not math.ceil(low) < math.floor(high):
+        raise ConfigError(f"{override.input_line}: must hold two whole numbers or more, as {key} takes no others")
+    low, high = (math.ceil(low), math.floor(high)) if whole else (low, high)
     if log and low <= 0:
         raise ConfigError(f"{override.input_line}: a log range must be above 0, got {low}")
     return Axis(key, low=low, high=high, whole=whole, log=log)

@@ -88,6 +88,17 @@ def test_bounds_that_were_changed_since_are_those_that_count(sweep, tmp_path, at
     assert (None if found is None else found[0]) == (None if best is None else [best])
 
 
+@pytest.mark.parametrize(("config", "digest"), [({"trainer.beta": 0.5}, "a"), ({}, "b")])
+def test_none_is_best_where_scores_are_of_different_kinds_or_of_other_rows(sweep, tmp_path, config, digest):
+    made, record = sweep()
+    for n, (keys, rows) in enumerate([({}, "a"), (config, digest)]):
+        add(record, n, "COMPLETE", 0.5 - 0.1 * n)
+        inputs = [{"context": "validation", "sha256": rows, "rows": 9}]
+        told = {"trainer.kind": "dpo", "trainer.beta": 0.1} | keys
+        write_json(tmp_path / str(n) / "trial.json", {"config": told, "inputs": inputs})
+    assert screen.line(made, record) == "2 complete"
+
+
 def test_nothing_done_says_so(sweep):
     made, record = sweep()
     add(record, 0, "WAITING")
