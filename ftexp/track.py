@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ from filelock import FileLock
 from ftexp import config
 from ftexp.config import Run, Track, Tracker
 from ftexp.errors import MachineError, Pruned
-from ftexp.files import finite, naming, read_points, write_text
+from ftexp.files import cache, finite, naming, read_points, write_text
 from ftexp.progress import say, warn
 
 if TYPE_CHECKING:
@@ -410,7 +412,7 @@ def _connect(track: Track, moved: bool = False) -> tuple[MlflowClient, str]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    artifacts, address = None, track.uri
+    artifacts, address, path = None, track.uri, None
     lock: Any = _unlocked()
     try:
         if track.uri.startswith(SQLITE):
@@ -420,6 +422,8 @@ def _connect(track: Track, moved: bool = False) -> tuple[MlflowClient, str]:
             lock = FileLock(f"{path}.lock")
             address = f"{SQLITE}{path.resolve()}" if moved else track.uri
         with lock:
+            if path is not None and not path.exists():
+                _begin(path)
             client = MlflowClient(tracking_uri=address)
             found = client.get_experiment_by_name(track.experiment)
             experiment = found.experiment_id if found else client.create_experiment(track.experiment, artifacts, KIND)
@@ -427,6 +431,36 @@ def _connect(track: Track, moved: bool = False) -> tuple[MlflowClient, str]:
         kind = Unreachable if track.uri.startswith("http") else MachineError
         raise kind(f"track.uri={track.uri} cannot be opened: {str(error).splitlines()[0][:200]}") from error
     return client, experiment
+
+
+def _begin(path: Path) -> None:
+    """Put an empty store in place, from one that is kept for this version of MLflow; to make its tables takes seconds.
+
+    Where none can be kept, MLflow makes the tables itself as it opens the store.
+    """
+    import logging
+
+    import mlflow
+    from mlflow.db import upgrade
+
+    make: Any = upgrade.callback  # what `mlflow db upgrade` does
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # tells that it makes tables
+    kept = cache() / f"mlflow-{mlflow.__version__}.db"
+    with suppress(OSError):
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            _whole(kept, lambda made: make(f"{SQLITE}{made}"))
+        _whole(path, lambda made: shutil.copyfile(kept, made))
+
+
+def _whole(path: Path, make: Callable[[Path], object]) -> None:
+    """Have a file made under another name, so that it is whole or absent."""
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        make(fresh)
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 @contextmanager
