@@ -55,10 +55,17 @@ def test_newest_sweep_is_a_view_of_its_trials_best_first_and_its_link_is_printed
     assert cli(*given, "lora.r=2", "trainer.steps=2", "name=alone")[0] == 0
     assert track.viewed(uri) is None
     assert cli(*given, "lora.r=2,4", "lora=default,dora", "name=first", "-m")[0] == 0
-    assert cli(*given, "lora.r=2,4", "name=s", "objectives=[train/loss]", "-m")[0] == 0
     client, experiment = track.store(Track(uri=uri))
-    [told] = [json.loads(v) for k, v in client.get_experiment(experiment).tags.items() if k.startswith(track.VIEWS)]
-    state = json.loads(zlib.decompress(base64.b64decode(told["state"].removeprefix("deflate;"))))
+
+    def view():
+        [told] = [json.loads(v) for k, v in client.get_experiment(experiment).tags.items() if k.startswith(track.VIEWS)]
+        return told, json.loads(zlib.decompress(base64.b64decode(told["state"].removeprefix("deflate;"))))
+
+    assert [c for c in view()[1]["selectedColumns"] if c.startswith("params.")] == [
+        "params.`lora.r`"
+    ]  # lora is no one key
+    assert cli(*given, "lora.r=2,4", "name=s", "objectives=[train/loss]", "-m")[0] == 0
+    told, state = view()
     order = f"{state['orderByKey']} {'ASC' if state['orderByAsc'] else 'DESC'}"
     found = client.search_runs([experiment], state["searchFilter"], order_by=[order])
     assert (told["name"], {run.info.run_name for run in found}) == ("sweep s", {"lora.r=2", "lora.r=4"})
