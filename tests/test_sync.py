@@ -278,6 +278,13 @@ def test_run_without_tracking_is_left_out(cli, verb):
     assert json.loads(verb("--json")[1]) == {"runs": 0, "points": 0, "files": 0, "running": 0}
 
 
+def test_help_names_the_folder_that_is_searched(verb, capsys):
+    with pytest.raises(SystemExit):
+        verb("--help")
+    out = capsys.readouterr().out
+    assert "default: outputs" in " ".join(out.split()) and "PosixPath" not in out
+
+
 def test_interruption_ends_in_one_line(monkeypatch, capsys):
     def interrupted(folders, uri):
         raise KeyboardInterrupt
