@@ -336,19 +336,23 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
             always=True,
         )
     left = sum(not t.state.is_finished() for t in study.counted(record))
-    if left:
-        track.reopen_parent(run.track, sweep.mlflow_run)
-        probe.refuse(probe.quick(run, sweep.folder))  # of a sweep that goes on: elsewhere, or with other versions
-    count = layout.workers(sweep, record, left)
-    where = f"{min(count, left)} workers" if count else "in this process"
-    where += "" if options.engine is Engine.local else f" on {options.engine.value}"
-    say(
-        f"sweep {sweep.name}: {left} of {len(points)} trials to do, {options.sampler.value}, {where}, "
-        f"in {os.path.relpath(sweep.folder)}"
-    )
-    if started is not None:
-        started(sweep.folder)
-    _run_left(sweep, record, left, count)
+    try:
+        if left:
+            track.reopen_parent(run.track, sweep.mlflow_run)
+            probe.refuse(probe.quick(run, sweep.folder))  # of a sweep that goes on: elsewhere, or with other versions
+        count = layout.workers(sweep, record, left)
+        where = f"{min(count, left)} workers" if count else "in this process"
+        where += "" if options.engine is Engine.local else f" on {options.engine.value}"
+        say(
+            f"sweep {sweep.name}: {left} of {len(points)} trials to do, {options.sampler.value}, {where}, "
+            f"in {os.path.relpath(sweep.folder)}"
+        )
+        if started is not None:
+            started(sweep.folder)
+        _run_left(sweep, record, left, count)
+    except BaseException:  # above all a signal, at which there is no end to tell
+        track.end(run.track, sweep.mlflow_run, {}, {}, "KILLED")
+        raise
     if left:
         say(screen.line(sweep, record))
     _finish(sweep, record, run)
