@@ -330,6 +330,7 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
         record.set_user_attr(worker.FULL, None)
         gone = study.settle(record, points, options.max_retries, sweep.folder)
         study.skipped_again(record, limits.mark(options))
+    record.set_user_attr(worker.LAUNCH, _holder(sweep.folder))
     if gone:
         say(
             f"sweep {sweep.name}: files of trials {', '.join(map(str, gone))} are gone; they run again",
@@ -419,9 +420,19 @@ def help_out(folder: Path, searched: Space, options: Options, runs: list[Run]) -
     _same_record(read_json(folder / frozen.FILE) or {}, options, runs[0].name)
     sweep = replace(frozen.load(folder), options=options)
     record = worker.open_study(sweep)
+    while _unsettled(record, folder) and running(folder) is not None:
+        time.sleep(0.2)
     waiting = sum(t.state.name == "WAITING" for t in study.counted(record))
     say(f"sweep {sweep.name}: helping process {_holder(folder)}; {waiting} trials wait")
     _run_left(sweep, record, waiting, supervisor.workers(options), helps=True)
+
+
+def _unsettled(record: Any, folder: Path) -> bool:
+    """Whether the launch has yet to queue its tickets, or to take back what stopped the one before it."""
+    from ftexp.sweep import study, worker
+
+    attrs = record.user_attrs
+    return attrs.get(worker.LAUNCH) != _holder(folder) and bool(attrs.get(worker.STOP) or not study.counted(record))
 
 
 def _params(params: dict[str, Any], arguments: list[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
