@@ -246,6 +246,7 @@ def launch(
         str(Path.cwd()),
     )  # fmt: skip
     if kept is None and options.storage is not None and study.counted(worker.open_study(sweep)):
+        track.end(runs[0].track, parent, {}, {}, "KILLED")
         raise ConfigError(
             f"name={sweep.name}: sweep.storage={options.storage} holds another sweep of this name; choose another name"
         )

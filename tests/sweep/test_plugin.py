@@ -467,9 +467,12 @@ def test_storage_that_holds_another_sweep_of_the_name_is_refused(cli, tmp_path):
     given = [*SWEEP, "eval=loss", f"sweep.storage=sqlite:///{tmp_path}/x.db", "-m"]
     assert cli("lora.r=2", *given)[0] == 0
     shutil.rmtree(tmp_path / "outputs")
-    code, _, err = cli("lora.r=4", *given)
+    told = Track(uri=f"sqlite:///{tmp_path}/ml.db")
+    code, _, err = cli("lora.r=4", *[text for text in given if text != "track=none"], f"track.uri={told.uri}")
     assert code == 2
     assert "holds another sweep of this name" in err
+    client, experiment = track.store(told)
+    assert [run.info.status for run in client.search_runs([experiment])] == ["KILLED"]
 
 
 def test_helper_of_a_launch_that_died_before_its_trials_does_not_wait_for_ever(tmp_path, composed):
