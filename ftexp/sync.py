@@ -189,6 +189,8 @@ def _parent(
             track.end(where, parents[folder], tags, scores, end)
         if known is None:
             Log(folder, client, parents[folder]).params(track.searched(read_json(folder / "identity.json") or {}))
+            keys = [axis["key"] for axis in sweep.get("axes", ()) if not axis.get("composes")]
+            track.view(where, parents[folder], sweep["name"], sweep["objectives"], keys)
             if own:
                 write_json(folder / "sweep.json", sweep | {"mlflow_run": parents[folder]})
             else:

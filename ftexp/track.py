@@ -6,11 +6,15 @@ in mid-run costs one warning and never a trial.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import secrets
+import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +24,8 @@ from filelock import FileLock
 from ftexp import config
 from ftexp.config import Run, Track, Tracker
 from ftexp.errors import MachineError, Pruned
-from ftexp.files import finite, naming, read_points, write_text
+from ftexp.files import cache, finite, naming, read_points, write_text
+from ftexp.metrics import METRICS, Direction
 from ftexp.progress import say, warn
 
 if TYPE_CHECKING:
@@ -39,6 +44,8 @@ CONFIRMED = "ftexp.confirmed"
 ENDS = {PRUNED, ERROR}
 """Tags that tell how an attempt ended."""
 SQLITE = "sqlite:///"
+VIEWS, VIEW = "mlflow.sharedViewState.", "ftexp"
+"""Tag of an experiment that holds a view of its runs, and the key of ours."""
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 """Opens the experiment among the UI's pages for training, not those for agents."""
 
@@ -280,8 +287,55 @@ def open_parent(track: Track, name: str, folder: Path, params: dict[str, Any]) -
     return None
 
 
-def attach(uri: str, run_id: str, path: Path) -> None:
-    """Show a file with a run of the tracking store; a store that is not here, or fails, costs one line."""
+def view(track: Track, parent: str | None, name: str, objectives: Sequence[str], keys: Sequence[str]) -> None:
+    """Save how the MLflow UI shows a sweep, in its menu "Views": the trials best first, what was searched, and scores.
+
+    An experiment keeps one such view, of its newest sweep, since the UI stops at 40. The tag is as MLflow's own "Save"
+    writes it; a server that knows no views keeps a tag that says nothing to it.
+
+    Args:
+        track: the store.
+        parent: run of the sweep; None where there is none.
+        name: of the sweep.
+        objectives: metrics, the first of which ranks.
+        keys: that are searched.
+    """
+    if parent is None or not _reached(track):
+        return
+    scores = dict.fromkeys((*objectives, "valid/loss", "cost/trainable", "cost/seconds"))
+    state = {
+        "searchFilter": f"tags.`mlflow.parentRunId` = '{parent}'",
+        "orderByKey": f"metrics.`{objectives[0]}`",
+        "orderByAsc": METRICS[objectives[0]].direction is Direction.minimize,
+        "selectedColumns": [*(f"metrics.`{score}`" for score in scores), *(f"params.`{key}`" for key in keys)],
+    }
+    packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
+    told = {"name": f"sweep {name}", "createdAt": int(time.time() * 1000), "state": f"deflate;{packed}"}
+    with _failing():
+        client, experiment = store(track)
+        client.set_experiment_tag(experiment, f"{VIEWS}{VIEW}", json.dumps(told))
+
+
+def viewed(uri: str) -> str | None:
+    """Return where in the MLflow UI of a store the newest sweep is shown; None where none is on record."""
+    _restrain()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        found = MlflowClient(tracking_uri=uri).search_experiments()
+    except (MlflowException, SQLAlchemyError, OSError):
+        return None
+    dated = [(json.loads(one.tags[key])["createdAt"], one.experiment_id) for one in found
+             if (key := f"{VIEWS}{VIEW}") in one.tags]  # fmt: skip
+    if not dated:
+        return None
+    return f"#/experiments/{max(dated)[1]}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
+
+
+def attach(uri: str, run_id: str, path: Path, note: str) -> None:
+    """Show a file and a description with a run of the tracking store; one not here, or that fails, costs a line."""
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
         say(f"{path.name} is not in MLflow: {uri} is not here", always=True)
         return
@@ -291,7 +345,9 @@ def attach(uri: str, run_id: str, path: Path) -> None:
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        MlflowClient(tracking_uri=uri).log_artifact(run_id, str(path))
+        client = MlflowClient(tracking_uri=uri)
+        client.log_artifact(run_id, str(path))
+        client.set_tag(run_id, "mlflow.note.content", note)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         warn(f"{path.name} is not in MLflow: {str(error).splitlines()[0]}")
 
@@ -410,7 +466,7 @@ def _connect(track: Track, moved: bool = False) -> tuple[MlflowClient, str]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    artifacts, address = None, track.uri
+    artifacts, address, path = None, track.uri, None
     lock: Any = _unlocked()
     try:
         if track.uri.startswith(SQLITE):
@@ -420,6 +476,8 @@ def _connect(track: Track, moved: bool = False) -> tuple[MlflowClient, str]:
             lock = FileLock(f"{path}.lock")
             address = f"{SQLITE}{path.resolve()}" if moved else track.uri
         with lock:
+            if path is not None and not path.exists():
+                _begin(path)
             client = MlflowClient(tracking_uri=address)
             found = client.get_experiment_by_name(track.experiment)
             experiment = found.experiment_id if found else client.create_experiment(track.experiment, artifacts, KIND)
@@ -427,6 +485,36 @@ def _connect(track: Track, moved: bool = False) -> tuple[MlflowClient, str]:
         kind = Unreachable if track.uri.startswith("http") else MachineError
         raise kind(f"track.uri={track.uri} cannot be opened: {str(error).splitlines()[0][:200]}") from error
     return client, experiment
+
+
+def _begin(path: Path) -> None:
+    """Put an empty store in place, from one that is kept for this version of MLflow; to make its tables takes seconds.
+
+    Where none can be kept, MLflow makes the tables itself as it opens the store.
+    """
+    import logging
+
+    import mlflow
+    from mlflow.db import upgrade
+
+    make: Any = upgrade.callback  # what `mlflow db upgrade` does
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # tells that it makes tables
+    kept = cache() / f"mlflow-{mlflow.__version__}.db"
+    with suppress(OSError):
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            _whole(kept, lambda made: make(f"{SQLITE}{made}"))
+        _whole(path, lambda made: shutil.copyfile(kept, made))
+
+
+def _whole(path: Path, make: Callable[[Path], object]) -> None:
+    """Have a file made under another name, so that it is whole or absent."""
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        make(fresh)
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -160,3 +160,40 @@ def test_store_prints_nothing_on_our_stdout():
 
     track._restrain()
     assert MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.get() is True
+
+
+def test_empty_store_is_copied_where_one_is_kept(tmp_path, monkeypatch):
+    """MLflow takes seconds to make the tables of one; a copy has the same tables, and experiments of its own place."""
+    import sqlite3
+    from contextlib import closing
+
+    from mlflow.db import upgrade
+
+    monkeypatch.setenv("FTEXP_CACHE", str(tmp_path / "cache"))
+    made, honest = [], upgrade.callback
+    monkeypatch.setattr(upgrade, "callback", lambda url: (made.append(url), honest(url)))
+    honest(f"sqlite:///{tmp_path}/own.db")
+    (tmp_path / "a").mkdir()
+    client, experiment = track.store(Track(uri=f"sqlite:///{tmp_path}/a/first.db"))
+    track.store(Track(uri=f"sqlite:///{tmp_path}/b/second.db"))
+    assert len(made) == 1
+    assert client.get_experiment(experiment).artifact_location == f"file://{tmp_path}/a/mlartifacts"
+
+    def told(path):
+        with closing(sqlite3.connect(path)) as store:
+            tables = store.execute("select name from sqlite_master order by name").fetchall()
+            return tables, store.execute("select * from alembic_version").fetchall()
+
+    assert told(tmp_path / "a/first.db") == told(tmp_path / "b/second.db") == told(tmp_path / "own.db")
+    assert sorted(path.name for path in (tmp_path / "b").iterdir() if path.name.startswith("second")) == [
+        "second.db",
+        "second.db.lock",
+    ]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_store_is_made_where_none_can_be_kept(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("FTEXP_CACHE", str(tmp_path / "file" / "cache"))
+    client, experiment = track.store(Track(uri=f"sqlite:///{tmp_path}/m.db"))
+    assert client.get_experiment(experiment).name == "ftexp"

@@ -341,6 +341,8 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
     try:
         if left:
             track.reopen_parent(run.track, sweep.mlflow_run)
+            keys = [axis.key for axis in sweep.space.axes if not axis.composes]
+            track.view(run.track, sweep.mlflow_run, sweep.name, sweep.objectives, keys)
             probe.refuse(probe.quick(run, sweep.folder))  # of a sweep that goes on: elsewhere, or with other versions
         count = layout.workers(sweep, record, left)
         where = f"{min(count, left)} workers" if count else "in this process"

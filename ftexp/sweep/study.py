@@ -771,5 +771,6 @@ class Identity:
         other = [k for k in other if not k.startswith(DEPENDING)] or other  # what follows from the space is other too
         changed = [f"{k}: {kept.get(k, 'absent')} -> {self.told.get(k, 'absent')}" for k in other]
         raise ConfigError(
-            f"name={name} is a sweep begun with another search space: {'; '.join(changed[:8])}; choose another name"
+            f"name={name} is a sweep begun with another search space: {'; '.join(changed[:8])}; choose another name, "
+            f"or go on as it was begun: python -m ftexp.sweep resume {name}"
         )

@@ -718,7 +718,7 @@ def test_sweep_of_an_ftexp_with_fewer_keys_goes_on(cli, tmp_path):
     aged(folder)
     code, _, err = cli(*given, "data.packing=bfd")
     assert code == 2
-    assert 'another search space: config data.packing: "none" -> "bfd"; choose another name' in err
+    assert 'another search space: config data.packing: "none" -> "bfd"; choose another name, or go on' in err
     (tmp_path / "my.jsonl").write_text(lines.replace("many", "more"))
     code, _, err = cli(*given)
     assert code == 2
