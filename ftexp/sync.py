@@ -244,7 +244,7 @@ def _points(kept: Kept, client: MlflowClient, log: Log, told: Brought) -> None:
 def main() -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser("ftexp sync", description="Bring to MLflow what its store missed.")
-    parser.add_argument("folders", nargs="*", type=Path, default=[runs.OUTPUTS], help="default: %(default)s")
+    parser.add_argument("folders", nargs="*", type=Path, default=[runs.OUTPUTS], help=f"default: {runs.OUTPUTS}")
     parser.add_argument("--uri", help="tracking store; default: the one each run was started with")
     parser.add_argument("--json", action="store_true", help="for scripts")
     args = parser.parse_args()

@@ -379,6 +379,8 @@ def _sample(look: str) -> str:
 
 def effects(sweep: Sweep) -> str:
     """Write what each searched key did to the objective, and its share in what sets the best points apart."""
+    if why := figures.unlike(sweep):
+        return f"<p>No mean over values of a key is drawn: {_e(why)}.</p>"
     found = figures.effects(sweep)
     if not found:
         return ""
