@@ -33,6 +33,8 @@ from ftexp.progress import LOUD, quiet_libraries
 from ftexp.sweep import plugin
 from ftexp.train import control, losses
 
+ALONE = "ftexp.api takes the overrides of one run, as ftexp show does; a sweep is for ftexp run"
+
 
 def compose(given: list[str]) -> Run:
     """Compose and check a run from overrides, and Hydra's `--config-dir` where options of one's own are chosen.
@@ -48,7 +50,7 @@ def compose(given: list[str]) -> Run:
         told = io.StringIO()
         try:
             with redirect_stderr(told), redirect_stdout(told):
-                prepared = overrides.prepare(given)
+                prepared = overrides.prepare(given, several=ALONE)
         except SystemExit as error:  # of Hydra's command line
             why = f"{' '.join(given)}: {told.getvalue().strip().splitlines()[-1]}" if error.code else alone  # --version
             raise ConfigError(why) from error

@@ -231,7 +231,7 @@ def _fresh(plan: Plan, kept: list[dict[str, Any]], seeds: int) -> list[int]:
 def _purpose(entry: dict[str, Any]) -> str:
     points = " and ".join(member["label"] for member in entry["plan"])
     ended = "" if "result" in entry else ", not finished"
-    return f"{points} on {len(entry['seeds'])} seeds{ended}"
+    return f"{points} on {len(entry['seeds'])} seed{'s' * (len(entry['seeds']) > 1)}{ended}"
 
 
 def _who() -> str:

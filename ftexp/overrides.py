@@ -107,11 +107,12 @@ def choose(folder: str | None) -> None:
             config.store_sweep(path)
 
 
-def prepare(argv: list[str]) -> list[str]:
+def prepare(argv: list[str], several: str = "add -m for a sweep over them") -> list[str]:
     """Check the overrides of a command line and put its flags in front, where Hydra 1.3 wants them.
 
     Options of `--config-dir` are known from here on. A `name=` is added where none is given: the other overrides in
-    letters a folder may have, so that the same command finds its folder again.
+    letters a folder may have, so that the same command finds its folder again. `several` is the advice for a key that
+    has several values where no sweep is asked for.
 
     Returns:
         The arguments for Hydra: flags, then overrides.
@@ -141,8 +142,8 @@ def prepare(argv: list[str]) -> list[str]:
     searches = any(text.lstrip("+").startswith(("sweep=", "hydra.sweeper.")) for text in overrides)
     if searches and not (args.multirun or args.cfg):
         flags.append("-m")
-    elif not args.multirun and (several := next((text for text in overrides if is_sweep(text)), None)) is not None:
-        raise ConfigError(f"{several} has several values: add -m for a sweep over them")
+    elif not args.multirun and (swept := next((text for text in overrides if is_sweep(text)), None)) is not None:
+        raise ConfigError(f"{swept} has several values: {several}")
     return flags + overrides
 
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 WIDTH = 132
 """Columns of the table where the output is not a terminal."""
 PAGE = "report.html"
+NOTE = 5000
+"""Letters of a description; MLflow takes 8000 bytes of a tag."""
 STYLES = {"base": "dim", "best": "bold", "unfinished": "dim"}
 
 
@@ -243,8 +245,16 @@ def write_page(folder: Path, sweep: Sweep, html: Path | None = None) -> Path:
         raise MachineError(f"the page cannot be written to {path}: {error}; --html PATH names another place") from error
     kept = read_json(folder / "sweep.json") or {}
     if html is None and kept.get("mlflow_run"):
-        track.attach(kept["track_uri"], kept["mlflow_run"], path)
+        track.attach(kept["track_uri"], kept["mlflow_run"], path, _note(sweep))
     return path
+
+
+def _note(sweep: Sweep) -> str:
+    """Write what the ranking is worth as Markdown, for the description of the sweep's run."""
+    from ftexp import compare
+
+    told = [*filter(None, [sweep.board.line()]), *compare.lines(sweep.verdict)]
+    return "\n".join(f"- {markdown(line)}" for line in told)[:NOTE]
 
 
 def data(sweep: Sweep) -> dict[str, Any]:

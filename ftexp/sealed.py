@@ -43,7 +43,7 @@ def lines(entry: dict[str, Any]) -> list[str]:
         equal = f"; were all {result['points']} points equal, {number(expected)} would be expected"
         said.append(
             f"The winner looked {_off(winner['optimism'], result['unit'])} in the sweep than on sealed rows"
-            f"{equal if math.isfinite(expected) else ''}."
+            f"{equal if math.isfinite(expected) and result['points'] > 1 else ''}."
         )
     if result["replicates"] == 1:
         said.append("One run a point in the sweep: its noise between seeds is not in the interval of the optimism.")

@@ -189,6 +189,8 @@ def _parent(
             track.end(where, parents[folder], tags, scores, end)
         if known is None:
             Log(folder, client, parents[folder]).params(track.searched(read_json(folder / "identity.json") or {}))
+            keys = [axis["key"] for axis in sweep.get("axes", ()) if not axis.get("composes")]
+            track.view(where, parents[folder], sweep["name"], sweep["objectives"], keys)
             if own:
                 write_json(folder / "sweep.json", sweep | {"mlflow_run": parents[folder]})
             else:
@@ -242,7 +244,7 @@ def _points(kept: Kept, client: MlflowClient, log: Log, told: Brought) -> None:
 def main() -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser("ftexp sync", description="Bring to MLflow what its store missed.")
-    parser.add_argument("folders", nargs="*", type=Path, default=[runs.OUTPUTS], help="default: %(default)s")
+    parser.add_argument("folders", nargs="*", type=Path, default=[runs.OUTPUTS], help=f"default: {runs.OUTPUTS}")
     parser.add_argument("--uri", help="tracking store; default: the one each run was started with")
     parser.add_argument("--json", action="store_true", help="for scripts")
     args = parser.parse_args()

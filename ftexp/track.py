@@ -6,13 +6,15 @@ in mid-run costs one warning and never a trial.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import secrets
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,7 @@ from ftexp import config
 from ftexp.config import Run, Track, Tracker
 from ftexp.errors import MachineError, Pruned
 from ftexp.files import cache, finite, naming, read_points, write_text
+from ftexp.metrics import METRICS, Direction
 from ftexp.progress import say, warn
 
 if TYPE_CHECKING:
@@ -42,6 +45,8 @@ CONFIRMED = "ftexp.confirmed"
 ENDS = {PRUNED, ERROR}
 """Tags that tell how an attempt ended."""
 SQLITE = "sqlite:///"
+VIEWS, VIEW = "mlflow.sharedViewState.", "ftexp"
+"""Tag of an experiment that holds a view of its runs, and the key of ours."""
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 """Opens the experiment among the UI's pages for training, not those for agents."""
 
@@ -283,8 +288,55 @@ def open_parent(track: Track, name: str, folder: Path, params: dict[str, Any]) -
     return None
 
 
-def attach(uri: str, run_id: str, path: Path) -> None:
-    """Show a file with a run of the tracking store; a store that is not here, or fails, costs one line."""
+def view(track: Track, parent: str | None, name: str, objectives: Sequence[str], keys: Sequence[str]) -> None:
+    """Save how the MLflow UI shows a sweep, in its menu "Views": the trials best first, what was searched, and scores.
+
+    An experiment keeps one such view, of its newest sweep, since the UI stops at 40. The tag is as MLflow's own "Save"
+    writes it; a server that knows no views keeps a tag that says nothing to it.
+
+    Args:
+        track: the store.
+        parent: run of the sweep; None where there is none.
+        name: of the sweep.
+        objectives: metrics, the first of which ranks.
+        keys: that are searched.
+    """
+    if parent is None or not _reached(track):
+        return
+    scores = dict.fromkeys((*objectives, "valid/loss", "cost/trainable", "cost/seconds"))
+    state = {
+        "searchFilter": f"tags.`mlflow.parentRunId` = '{parent}'",
+        "orderByKey": f"metrics.`{objectives[0]}`",
+        "orderByAsc": METRICS[objectives[0]].direction is Direction.minimize,
+        "selectedColumns": [*(f"metrics.`{score}`" for score in scores), *(f"params.`{key}`" for key in keys)],
+    }
+    packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
+    told = {"name": f"sweep {name}", "createdAt": int(time.time() * 1000), "state": f"deflate;{packed}"}
+    with _failing():
+        client, experiment = store(track)
+        client.set_experiment_tag(experiment, f"{VIEWS}{VIEW}", json.dumps(told))
+
+
+def viewed(uri: str) -> str | None:
+    """Return where in the MLflow UI of a store the newest sweep is shown; None where none is on record."""
+    _restrain()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        found = MlflowClient(tracking_uri=uri).search_experiments()
+    except (MlflowException, SQLAlchemyError, OSError):
+        return None
+    dated = [(json.loads(one.tags[key])["createdAt"], one.experiment_id) for one in found
+             if (key := f"{VIEWS}{VIEW}") in one.tags]  # fmt: skip
+    if not dated:
+        return None
+    return f"#/experiments/{max(dated)[1]}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
+
+
+def attach(uri: str, run_id: str, path: Path, note: str) -> None:
+    """Show a file and a description with a run of the tracking store; one not here, or that fails, costs a line."""
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
         say(f"{path.name} is not in MLflow: {uri} is not here", always=True)
         return
@@ -294,7 +346,9 @@ def attach(uri: str, run_id: str, path: Path) -> None:
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        MlflowClient(tracking_uri=uri).log_artifact(run_id, str(path))
+        client = MlflowClient(tracking_uri=uri)
+        client.log_artifact(run_id, str(path))
+        client.set_tag(run_id, "mlflow.note.content", note)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         warn(f"{path.name} is not in MLflow: {str(error).splitlines()[0]}")
 

@@ -8,7 +8,7 @@ import socket
 import sys
 from pathlib import Path
 
-from ftexp import verb
+from ftexp import track, verb
 from ftexp.config import Track, require
 from ftexp.errors import MachineError
 
@@ -74,6 +74,8 @@ def _main(args: argparse.Namespace) -> int:
     serve = command(args.uri, args.port)
     check_port(args.port)
     print(f"MLflow UI: http://{HOST}:{args.port}  (stop with ctrl-c)", flush=True)
+    if (place := track.viewed(args.uri)) is not None:
+        print(f"newest sweep: http://{HOST}:{args.port}/{place}", flush=True)
     os.execv(serve[0], serve)
 
 

@@ -81,7 +81,16 @@ def test_run_that_another_process_is_at_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "more", [["sweep=rank"], ["lora.r=2", "-m"], ["sweep.workers=2"], ["--cfg", "job"], ["--help"], ["--version"]]
+    "more",
+    [
+        ["sweep=rank"],
+        ["lora.r=2", "-m"],
+        ["sweep.workers=2"],
+        ["--cfg", "job"],
+        ["--help"],
+        ["--version"],
+        ["lora.r=2,4"],
+    ],
 )
 def test_what_asks_for_more_than_one_run_is_refused(more, capfd):
     with pytest.raises(ConfigError, match=r"ftexp\.api takes the overrides of one run"):

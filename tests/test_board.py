@@ -29,7 +29,8 @@ def test_trial_whose_objective_has_no_value_failed_as_the_record_says(tmp_path):
     for n, value in enumerate((math.nan, 0.5, 0.6)):
         told = read_trial(folder / str(n))
         scores = told["scores"] | {"valid/loss": float(n), "valid/roc_auc_macro": value}
-        write_json(folder / str(n) / "trial.json", told | {"scores": scores})
+        config = told["config"] | {"objectives": ["valid/loss", "valid/roc_auc_macro"]}
+        write_json(folder / str(n) / "trial.json", told | {"scores": scores, "config": config})
     found = board.read(folder)
     assert [t["state"] for t in found.trials] == ["failed", "complete", "complete"]
     assert found.trials[0]["error"] == "valid/roc_auc_macro cannot be told of these held-out rows"

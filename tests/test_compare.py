@@ -87,7 +87,7 @@ def test_clear_winner_is_called_one(sweep):
     found = read(sweep((64, 0, {}), (16, 0.4, {}), (8, 0.5, {})))
     assert found.same == (0,)
     assert found.cheapest is None
-    assert compare.lines(found)[0].endswith("told apart from all others (p at most <0.001).")
+    assert compare.lines(found)[0].endswith("told apart from all others (p <0.001).")
 
 
 def test_replicates_are_one_point(sweep):

@@ -183,6 +183,12 @@ def test_report_shows_one_line(sweep, quick, capsys):
     assert capsys.readouterr().out.count("Confirmed on 20 sealed rows and 3 fresh seeds: lora.r=") == 1
 
 
+def test_one_seed_is_told_as_one():
+    entry = {"plan": [{"label": "lora.r=2"}], "seeds": [1]}
+    assert confirm._purpose(entry) == "lora.r=2 on 1 seed, not finished"
+    assert confirm._purpose(entry | {"seeds": [1, 2], "result": {}}) == "lora.r=2 on 2 seeds"
+
+
 def test_second_opening_is_refused_or_marked(sweep, quick, cli):
     confirm.confirm(sweep, 2)
     kept = (sweep / "confirm.json").read_bytes()

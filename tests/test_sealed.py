@@ -34,6 +34,8 @@ def test_optimism_below_zero_is_worse(low, value, high, told, tmp_path):
 def test_what_one_row_cannot_tell_of_equals_is_left_out(tmp_path):
     (entry,) = sealed.openings(confirmed(sweep(tmp_path / "s")))
     assert "better in the sweep than on sealed rows; were all 3 points equal, 0.0099 would" in sealed.lines(entry)[1]
+    alone = {**entry, "result": entry["result"] | {"points": 1, "expected_optimism": 0.0}}  # of one point, nor equals
+    assert sealed.lines(alone)[1].endswith(" better in the sweep than on sealed rows.")
     entry["result"]["expected_optimism"] = math.nan
     assert sealed.lines(entry)[1].endswith(" better in the sweep than on sealed rows.")
 

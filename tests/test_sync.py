@@ -11,7 +11,7 @@ from conftest import TINY
 
 from ftexp import sync, track
 from ftexp.config import Track
-from ftexp.errors import MachineError
+from ftexp.errors import MachineError, Preempted
 from ftexp.files import read_json, write_json
 from ftexp.sweep import worker
 
@@ -278,6 +278,13 @@ def test_run_without_tracking_is_left_out(cli, verb):
     assert json.loads(verb("--json")[1]) == {"runs": 0, "points": 0, "files": 0, "running": 0}
 
 
+def test_help_names_the_folder_that_is_searched(verb, capsys):
+    with pytest.raises(SystemExit):
+        verb("--help")
+    out = capsys.readouterr().out
+    assert "default: outputs" in " ".join(out.split()) and "PosixPath" not in out
+
+
 def test_interruption_ends_in_one_line(monkeypatch, capsys):
     def interrupted(folders, uri):
         raise KeyboardInterrupt
@@ -352,13 +359,24 @@ def test_run_that_failed_says_why_in_the_store_it_is_brought_to_and_when_it_was(
     assert "diverged" in run.data.tags[track.ERROR]
 
 
-def test_sweep_that_was_stopped_is_killed_in_the_store_and_runs_again_when_it_goes_on(cli, tmp_path, monkeypatch):
+def stopped(sweep, record, *_):
+    record.set_user_attr(worker.LEAVE, True)
+
+
+def asked_by_a_signal(*_):
+    raise Preempted("asked to leave at step 1 of 2")
+
+
+@pytest.mark.parametrize("ended", [stopped, asked_by_a_signal])
+def test_sweep_that_was_stopped_is_killed_in_the_store_and_runs_again_when_it_goes_on(
+    cli, tmp_path, monkeypatch, ended
+):
     from ftexp.sweep import plugin
 
     uri = f"sqlite:///{tmp_path}/ml.db"
     given = [*TINY, "lora.r=2,4", "name=s", f"track.uri={uri}", "eval=loss", "-m"]
     honest, seen = plugin._run_left, []
-    monkeypatch.setattr(plugin, "_run_left", lambda sweep, record, *_: record.set_user_attr(worker.LEAVE, True))
+    monkeypatch.setattr(plugin, "_run_left", ended)
     assert cli(*given)[0] == 75
     client, experiment = track.store(Track(uri=uri))
     parent = read_json(tmp_path / "outputs/sweeps/s/sweep.json")["mlflow_run"]

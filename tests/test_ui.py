@@ -1,10 +1,16 @@
+import base64
+import json
 import socket
 import sys
+import zlib
 
 import pytest
+from conftest import TINY
 
-from ftexp import ui
+from ftexp import track, ui
+from ftexp.config import Track
 from ftexp.errors import MachineError
+from ftexp.files import read_json
 
 
 def test_store_that_is_not_there_is_named(tmp_path):
@@ -40,3 +46,47 @@ def test_port_that_does_not_exist_is_refused(tmp_path, monkeypatch, capsys, port
     monkeypatch.setattr(sys, "argv", ["ui", "--uri", f"sqlite:///{tmp_path}/a.db", "--port", port])
     assert ui.main() == 2
     assert f"--port must be from 1 to 65535, got {port}" in capsys.readouterr().err
+
+
+def test_newest_sweep_is_a_view_of_its_trials_best_first_and_its_link_is_printed(cli, tmp_path, monkeypatch, capsys):
+    """The table of runs shows no score by itself, and the pages for agents first."""
+    uri = f"sqlite:///{tmp_path}/m.db"
+    given = [*TINY, "eval=loss", f"track.uri={uri}"]
+    assert cli(*given, "lora.r=2", "trainer.steps=2", "name=alone")[0] == 0
+    assert track.viewed(uri) is None
+    assert cli(*given, "lora.r=2,4", "lora=default,dora", "name=first", "-m")[0] == 0
+    client, experiment = track.store(Track(uri=uri))
+
+    def view():
+        [told] = [json.loads(v) for k, v in client.get_experiment(experiment).tags.items() if k.startswith(track.VIEWS)]
+        return told, json.loads(zlib.decompress(base64.b64decode(told["state"].removeprefix("deflate;"))))
+
+    assert [c for c in view()[1]["selectedColumns"] if c.startswith("params.")] == [
+        "params.`lora.r`"
+    ]  # lora is no one key
+    assert cli(*given, "lora.r=2,4", "name=s", "objectives=[train/loss]", "-m")[0] == 0
+    told, state = view()
+    order = f"{state['orderByKey']} {'ASC' if state['orderByAsc'] else 'DESC'}"
+    found = client.search_runs([experiment], state["searchFilter"], order_by=[order])
+    assert (told["name"], {run.info.run_name for run in found}) == ("sweep s", {"lora.r=2", "lora.r=4"})
+    assert found[0].data.metrics["train/loss"] < found[1].data.metrics["train/loss"]
+    there = {f"metrics.`{k}`" for k in found[0].data.metrics} | {f"params.`{k}`" for k in found[0].data.params}
+    assert {"metrics.`train/loss`", "params.`lora.r`"} <= set(state["selectedColumns"]) <= there
+    monkeypatch.setattr(ui.os, "execv", lambda *_: None)
+    with socket.socket() as free:
+        free.bind((ui.HOST, 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(sys, "argv", ["ui", "--uri", uri, "--port", str(port)])
+    ui.main()
+    link = (
+        f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey=ftexp"
+    )
+    assert f"newest sweep: {link}\n" in capsys.readouterr().out
+
+
+def test_run_of_a_sweep_describes_what_its_ranking_is_worth(cli, tmp_path):
+    uri = f"sqlite:///{tmp_path}/m.db"
+    assert cli(*TINY, "eval=loss", f"track.uri={uri}", "lora.r=2,4", "name=s", "-m")[0] == 0
+    parent = read_json(tmp_path / "outputs/sweeps/s/sweep.json")["mlflow_run"]
+    note = track.store(Track(uri=uri))[0].get_run(parent).data.tags["mlflow.note.content"]
+    assert note.startswith("- lora.r=") and " is best (loss " in note and "\n- 12 rows: " in note

@@ -156,11 +156,18 @@ def values(sweep: Sweep, key: str) -> list[Any]:
     return [compare.value_of(point.trials[0], key, sweep.axes) for point in sweep.complete]
 
 
+def unlike(sweep: Sweep) -> str | None:
+    """Tell why the complete points, above a bound or not, have no mean: scores of different kinds, or of other rows."""
+    return boards.unlike([t for p in sweep.complete for t in p.trials], sweep.board.objective)
+
+
 def effects(sweep: Sweep) -> dict[str, list[Bin]]:
     """Mean objective by value of each searched key, over whatever the other keys were; keys with one value are out.
 
-    Points at which a key is not searched are its last bin, `NOT`.
+    Points at which a key is not searched are its last bin, `NOT`. Scores that are `unlike` have no means.
     """
+    if unlike(sweep):
+        return {}
     scores = [p.scores[sweep.board.objective] for p in sweep.complete]
     found = {}
     for key in sweep.axes:

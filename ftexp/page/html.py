@@ -126,7 +126,8 @@ def _same(sweep: Sweep) -> str:
         return f"Not tested: {_e(verdict.untested)}."
     others = [verdict.points[n] for n in verdict.same if n != verdict.best]
     if not others:
-        return f"None of the other {len(verdict.points) - 1} points: the best is told apart from all of them."
+        rest = len(verdict.points) - 1
+        return "Not the other point." if rest == 1 else f"None of the other {rest} points."
     listed = "".join(f"<li>{_e(p.label)} (p={_e(_p(p.p))})</li>" for p in others[:6])
     more = f"<li>and {len(others) - 6} more, below</li>" if len(others) > 6 else ""
     cheap = None if verdict.cheapest is None else verdict.points[verdict.cheapest]
@@ -378,6 +379,8 @@ def _sample(look: str) -> str:
 
 def effects(sweep: Sweep) -> str:
     """Write what each searched key did to the objective, and its share in what sets the best points apart."""
+    if why := figures.unlike(sweep):
+        return f"<p>No mean over values of a key is drawn: {_e(why)}.</p>"
     found = figures.effects(sweep)
     if not found:
         return ""

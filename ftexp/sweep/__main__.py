@@ -52,9 +52,25 @@ def opened(folder: Path) -> tuple[Frozen, Study]:
     return sweep, worker.open_study(sweep)
 
 
+def run_by(folder: Path, record: Study) -> str | None:
+    """Tell which process runs a sweep, as `<pid> on <host>`; None where none does.
+
+    Where the launch is gone that is one of this machine that is still at a trial: a helper, or a worker that was left.
+    """
+    from optuna.trial import TrialState
+
+    from ftexp.sweep import plugin, study
+
+    if (holder := plugin.running(folder)) is not None:
+        return holder
+    running = record.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    signed = (t.user_attrs["ftexp:worker"] for t in running if "ftexp:worker" in t.user_attrs and study.alive(t))
+    return next((f"{w['pid']} on {w['host']}" for w in signed if w["host"] == study.HOST), None)
+
+
 def summary(folder: Path) -> dict[str, Any]:
     """Sum a sweep up for `ls`: name, states, best point and who runs it."""
-    from ftexp.sweep import plugin, screen
+    from ftexp.sweep import screen
 
     sweep, record = opened(folder)
     at = screen.glance(sweep, record)
@@ -62,7 +78,7 @@ def summary(folder: Path) -> dict[str, Any]:
     return {
         "name": sweep.name, "trials": total, **{s: at.counts.get(s, 0) for s in screen.STATES},
         "objective": sweep.objectives[0], "best_trials": at.best[0] if at.best else None,
-        "best": at.best[1] if at.best else None, "run_by": plugin.running(folder), "folder": str(folder),
+        "best": at.best[1] if at.best else None, "run_by": run_by(folder, record), "folder": str(folder),
     }  # fmt: skip
 
 
@@ -96,7 +112,7 @@ def _numbers(trials: list[int]) -> str:
 
 def show(args: argparse.Namespace) -> int:
     """Show the trials of a sweep as they stand; with `--watch` until it ends."""
-    from ftexp.sweep import plugin, screen
+    from ftexp.sweep import screen
 
     folder = find(args.name)
     sweep, record = opened(folder)
@@ -106,7 +122,7 @@ def show(args: argparse.Namespace) -> int:
         return 0
     if args.watch and console.is_terminal:
         with screen.live(sweep, record) as refresh:
-            while plugin.running(folder):
+            while run_by(folder, record):
                 refresh()
                 time.sleep(screen.FRESH_SECONDS)
     console.print(screen.table(sweep, record))
@@ -115,11 +131,11 @@ def show(args: argparse.Namespace) -> int:
 
 def stop(args: argparse.Namespace) -> int:
     """Have a sweep's running trials keep a checkpoint and end; none is lost."""
-    from ftexp.sweep import plugin, screen, worker
+    from ftexp.sweep import screen, worker
 
     folder = find(args.name)
     sweep, record = opened(folder)
-    holder = plugin.running(folder)
+    holder = run_by(folder, record)
     if holder is None:
         _told(args, folder, f"{sweep.name} is not running: {screen.line(sweep, record)}")
         return 0
@@ -127,9 +143,9 @@ def stop(args: argparse.Namespace) -> int:
     record.set_user_attr(worker.LEAVE, True)
     say(f"asked process {holder} to stop; waiting for its running trials to keep a checkpoint")
     until = time.monotonic() + STOP_SECONDS
-    while plugin.running(folder) and time.monotonic() < until:
+    while run_by(folder, record) and time.monotonic() < until:
         time.sleep(0.2)
-    if plugin.running(folder):
+    if holder := run_by(folder, record):
         raise MachineError(f"{sweep.name}: process {holder} still runs; it ends after the step or score under way")
     line = screen.line(sweep, record)
     _told(args, folder, f"{sweep.name} stopped: {line}; goes on with: ftexp sweep resume {sweep.name}")

@@ -246,6 +246,7 @@ def launch(
         str(Path.cwd()),
     )  # fmt: skip
     if kept is None and options.storage is not None and study.counted(worker.open_study(sweep)):
+        track.end(runs[0].track, parent, {}, {}, "KILLED")
         raise ConfigError(
             f"name={sweep.name}: sweep.storage={options.storage} holds another sweep of this name; choose another name"
         )
@@ -330,25 +331,32 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
         record.set_user_attr(worker.FULL, None)
         gone = study.settle(record, points, options.max_retries, sweep.folder)
         study.skipped_again(record, limits.mark(options))
+    record.set_user_attr(worker.LAUNCH, _holder(sweep.folder))
     if gone:
         say(
             f"sweep {sweep.name}: files of trials {', '.join(map(str, gone))} are gone; they run again",
             always=True,
         )
     left = sum(not t.state.is_finished() for t in study.counted(record))
-    if left:
-        track.reopen_parent(run.track, sweep.mlflow_run)
-        probe.refuse(probe.quick(run, sweep.folder))  # of a sweep that goes on: elsewhere, or with other versions
-    count = layout.workers(sweep, record, left)
-    where = f"{min(count, left)} workers" if count else "in this process"
-    where += "" if options.engine is Engine.local else f" on {options.engine.value}"
-    say(
-        f"sweep {sweep.name}: {left} of {len(points)} trials to do, {options.sampler.value}, {where}, "
-        f"in {os.path.relpath(sweep.folder)}"
-    )
-    if started is not None:
-        started(sweep.folder)
-    _run_left(sweep, record, left, count)
+    try:
+        if left:
+            track.reopen_parent(run.track, sweep.mlflow_run)
+            keys = [axis.key for axis in sweep.space.axes if not axis.composes]
+            track.view(run.track, sweep.mlflow_run, sweep.name, sweep.objectives, keys)
+            probe.refuse(probe.quick(run, sweep.folder))  # of a sweep that goes on: elsewhere, or with other versions
+        count = layout.workers(sweep, record, left)
+        where = f"{min(count, left)} workers" if count else "in this process"
+        where += "" if options.engine is Engine.local else f" on {options.engine.value}"
+        say(
+            f"sweep {sweep.name}: {left} of {len(points)} trials to do, {options.sampler.value}, {where}, "
+            f"in {os.path.relpath(sweep.folder)}"
+        )
+        if started is not None:
+            started(sweep.folder)
+        _run_left(sweep, record, left, count)
+    except BaseException:  # above all a signal, at which there is no end to tell
+        track.end(run.track, sweep.mlflow_run, {}, {}, "KILLED")
+        raise
     if left:
         say(screen.line(sweep, record))
     _finish(sweep, record, run)
@@ -415,9 +423,19 @@ def help_out(folder: Path, searched: Space, options: Options, runs: list[Run]) -
     _same_record(read_json(folder / frozen.FILE) or {}, options, runs[0].name)
     sweep = replace(frozen.load(folder), options=options)
     record = worker.open_study(sweep)
+    while _unsettled(record, folder) and running(folder) is not None:
+        time.sleep(0.2)
     waiting = sum(t.state.name == "WAITING" for t in study.counted(record))
     say(f"sweep {sweep.name}: helping process {_holder(folder)}; {waiting} trials wait")
     _run_left(sweep, record, waiting, supervisor.workers(options), helps=True)
+
+
+def _unsettled(record: Any, folder: Path) -> bool:
+    """Whether the launch has yet to queue its tickets, or to take back what stopped the one before it."""
+    from ftexp.sweep import study, worker
+
+    attrs = record.user_attrs
+    return attrs.get(worker.LAUNCH) != _holder(folder) and bool(attrs.get(worker.STOP) or not study.counted(record))
 
 
 def _params(params: dict[str, Any], arguments: list[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:

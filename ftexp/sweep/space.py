@@ -181,6 +181,7 @@ def parse(given: Sequence[str], conditions: dict[str, dict[str, Any]] | None = N
     for key, override in last.items():
         if override.is_sweep_override():
             condition = (conditions or {}).get(key, {})
+            _check_fixed(key, condition, told, last)
             if not all(other not in never and _holds(last.get(other), given) for other, given in condition.items()):
                 never.add(key)
                 continue
@@ -198,6 +199,23 @@ def _holds(override: Override | None, given: Any) -> bool:
         return True
     axis = Axis(override.get_key_element().lstrip("+"), (str(override.input_line).partition("=")[2],))
     return any(_texts(axis, value) for value in (given if isinstance(given, list) else [given]))
+
+
+def _check_fixed(key: str, condition: dict[str, Any], told: Sequence[Override], last: dict[str, Override]) -> None:
+    """Refuse a value in a condition on a key that is fixed, where a file searches that key or it is a group.
+
+    It would not be met, as one that another value of the key meets.
+    """
+    options = overrides.groups()
+    for other, given in condition.items():
+        if other not in last or last[other].is_sweep_override():
+            continue
+        values = given if isinstance(given, list) else [given]
+        searched = [o for o in told if o.get_key_element().lstrip("+") == other and o.is_discrete_sweep()]
+        axis = _axis(other, searched[-1]) if searched else Axis(other, tuple(options.get(other, ())))
+        known = [_texts(axis, value) or (value is None and not searched) for value in values]  # experiment=null
+        if axis.discrete and not (known and all(known)):
+            raise ConfigError(f"sweep.params.{key}.when.{other} must be among {','.join(axis.texts)}, got {given!r}")
 
 
 def _when(key: str, condition: dict[str, Any], before: list[Axis]) -> tuple[tuple[str, tuple[str, ...]], ...]:

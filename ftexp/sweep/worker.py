@@ -60,6 +60,8 @@ LOOK_SECONDS = 2.0
 """A worker looks this often whether its sweep was told to leave; with more than 100 workers less often."""
 LOOKS_A_SECOND = 50
 """Of all workers together: at one every two seconds each, a thousand would keep a database busy with nothing else."""
+LAUNCH = "ftexp:launch"
+"""Study attribute: which launch brought the record in order last, as its lock names it."""
 STOP = "ftexp:stop"
 """Study attribute: the reason why no further ticket is taken."""
 PREEMPTED = 75

@@ -135,3 +135,19 @@ def test_a_key_is_drawn_where_it_is_searched(tmp_path):
     *ranges, rest = figures.effects(found)["trainer.lr"]
     assert [b.trials for b in ranges] == [3, 3, 3, 3]
     assert (rest.low, rest.trials) == ("(not searched)", 2)
+
+
+def test_scores_of_different_kinds_have_no_means(tmp_path):
+    """The page says why; a point above a bound counts too, since it stands in the means."""
+    scores = [{"cost/memory_gib": gib} for gib in (1.0, 3.0, 1.0)]
+    options = {"replicates": 1, "at_most": {"cost/memory_gib": 2.5}}
+    folder = edited(sweep(tmp_path / "s", 3, options=options), scores)
+    assert figures.effects(report.gather(folder))
+    told = read_json(folder / "1" / "trial.json")
+    write_json(folder / "1" / "trial.json", told | {"config": told["config"] | {"trainer.kind": "dpo"}})
+    found = report.gather(folder)
+    assert figures.effects(found) == {} and found.board.unlike is None
+    assert page.effects(found) == (
+        "<p>No mean over values of a key is drawn: trials 0 and 1 were scored by different trainer.kind, whose "
+        "valid/loss is of another kind.</p>"
+    )

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -127,6 +128,25 @@ def test_stop_of_a_sweep_that_does_not_run_changes_nothing(cli, verb):
     code, out, _ = verb("stop", "s")
     assert code == 0
     assert out.startswith("s is not running: 1 complete")
+
+
+def test_helper_that_outlives_the_launch_is_told_and_stopped(cli, verb, tmp_path, monkeypatch):
+    """It is at a trial, and nobody holds the lock of the launch: `ls` said "stopped", and `stop` did nothing."""
+    from ftexp.sweep import study, worker
+
+    assert cli("lora.r=2", *SWEEP, "-m")[0] == 0
+    _, record = verbs.opened(tmp_path / "outputs" / "sweeps" / "s")
+    study.queue(record, [None, {"lora.r": "4"}])
+    study.claim(record)
+    me = f"{os.getpid()} on {study.HOST}"
+    assert json.loads(verb("ls", "--json")[1])[0]["run_by"] == me
+    monkeypatch.setattr(verbs, "STOP_SECONDS", 0)
+    code, _, err = verb("stop", "s")
+    assert code == 4 and f"s: process {me} still runs" in err
+    assert record.user_attrs[worker.LEAVE] and record.user_attrs[worker.STOP]
+    monkeypatch.setattr(study, "started", lambda pid: None)
+    assert json.loads(verb("ls", "--json")[1])[0]["run_by"] is None
+    assert verb("stop", "s")[1].startswith("s is not running: 1 complete, 1 running")
 
 
 @pytest.mark.slow

@@ -467,9 +467,12 @@ def test_storage_that_holds_another_sweep_of_the_name_is_refused(cli, tmp_path):
     given = [*SWEEP, "eval=loss", f"sweep.storage=sqlite:///{tmp_path}/x.db", "-m"]
     assert cli("lora.r=2", *given)[0] == 0
     shutil.rmtree(tmp_path / "outputs")
-    code, _, err = cli("lora.r=4", *given)
+    told = Track(uri=f"sqlite:///{tmp_path}/ml.db")
+    code, _, err = cli("lora.r=4", *[text for text in given if text != "track=none"], f"track.uri={told.uri}")
     assert code == 2
     assert "holds another sweep of this name" in err
+    client, experiment = track.store(told)
+    assert [run.info.status for run in client.search_runs([experiment])] == ["KILLED"]
 
 
 def test_helper_of_a_launch_that_died_before_its_trials_does_not_wait_for_ever(tmp_path, composed):
@@ -479,6 +482,31 @@ def test_helper_of_a_launch_that_died_before_its_trials_does_not_wait_for_ever(t
 
     with pytest.raises(MachineError, match="name=s: the launch to help ended before its trials began"):
         plugin.help_out(tmp_path, space.parse(["lora.r=2,4"]), Options(), [composed("name=s")])
+
+
+def test_helper_waits_until_the_launch_takes_back_an_old_order_to_stop(cli, tmp_path, monkeypatch):
+    """Both are started at once after `ftexp sweep stop`: the helper left again, and had helped nobody."""
+    from ftexp.sweep import __main__ as verbs
+    from ftexp.sweep import worker
+
+    given = [*TINY, "lora.r=2,4", "track=none", "eval=loss", "name=h", "-m"]
+    assert cli(*given)[0] == 0
+    folder = tmp_path / "outputs/sweeps/h"
+    _, record = verbs.opened(folder)
+    record.set_user_attr(worker.STOP, "stopped by `ftexp sweep stop`")
+    record.set_user_attr(worker.LAUNCH, "1 on another")
+    seen, honest = [], plugin.time.sleep
+
+    def settled(seconds):
+        record.set_user_attr(worker.STOP, None)
+        record.set_user_attr(worker.LAUNCH, plugin._holder(folder))
+        honest(0)
+
+    monkeypatch.setattr(plugin.time, "sleep", settled)
+    monkeypatch.setattr(plugin, "_run_left", lambda sweep, its, *_, **__: seen.append(its.user_attrs[worker.STOP]))
+    with plugin.only_supervisor(folder, "h"):
+        code, _, err = cli(*given, "sweep.join=true")
+    assert (code, seen) == (0, [None]), err
 
 
 def test_launch_waits_for_the_trials_of_its_helpers(tmp_path, composed, monkeypatch):

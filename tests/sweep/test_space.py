@@ -100,6 +100,28 @@ def test_condition_on_what_has_one_value_holds_or_drops_its_key():
     assert space.parse(["a=y", "b=2", "c=3,4"], {"c": {"b": 2}}).grid() == [{"c": "3"}, {"c": "4"}]
 
 
+@pytest.mark.parametrize(
+    ("given", "conditions"),
+    [
+        (["lora=default,dora", "lora.r=2,4", "lora=default"], {"lora.r": {"lora": "dorra"}}),
+        (["lora.r=2,4", "lora=dora"], {"lora.r": {"lora": ["dora", "dorra"]}}),
+        (["a=1,2", "b=3,4", "a=7"], {"b": {"a": 3}}),
+        (["a=1,2", "b=3,4", "a=7"], {"b": {"a": []}}),
+    ],
+)
+def test_condition_that_nothing_can_meet_is_refused_where_its_key_is_fixed_too(given, conditions):
+    """The command line fixes what the file searches, or chooses of a group."""
+    with pytest.raises(ConfigError, match=r"sweep\.params\.\S+\.when\.(a|lora) must be among"):
+        space.parse(given, conditions)
+
+
+def test_condition_on_a_group_without_a_choice_is_none_of_its_files():
+    given = ["lora.r=2,4", "experiment=yoda_smollm2"]
+    assert space.parse(given, {"lora.r": {"experiment": [None, "yoda_smollm2"]}}).grid() == [
+        {"lora.r": "2"}, {"lora.r": "4"}
+    ]  # fmt: skip
+
+
 def test_condition_on_null_and_on_numbers_takes_them_as_they_are_written():
     searched = space.parse(["a=null,0.10", "b=1,2"], {"b": {"a": [None, 0.1]}})
     assert searched.axes[1].when == (("a", ("null", "0.1")),)
