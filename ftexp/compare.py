@@ -210,6 +210,8 @@ def _columns(
             told = trial["scores"][objective]
             recomputed = math.exp(found.value) if objective == "valid/perplexity" else found.value
             if not math.isclose(recomputed, told, rel_tol=1e-6, abs_tol=1e-9):
+                if own is not None:
+                    return Unlike(f"trial {trial['number']} got {told:.6g}, then {recomputed:.6g} by the same function")
                 return (
                     f"{path.name} of trial {trial['number']} gives {objective} {recomputed:.6g}, trial.json {told:.6g}"
                 )

@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 
 from ftexp import config, overrides, power
 from ftexp.errors import ConfigError
+from ftexp.metrics import METRICS
 
 OPTIONS = {
     "run": ("--cfg", "--config-dir", "--help", "--multirun"),
@@ -23,7 +24,7 @@ OPTIONS = {
     "plan": ("--budget-usd", "--config-dir", "--help", "--json", "--labels", "--memory-gib", "--multirun", "--probe",
              "--rows", "--tokens", "--tokens-per-second", "--usd-per-hour"),
     "show": ("--config-dir", "--help", "--json", "--png", "--rows", "--split"),
-    "report": ("--format", "--help", "--html", "--json", "--no-html"),
+    "report": ("--by", "--format", "--help", "--html", "--json", "--no-html"),
     "confirm": ("--again", "--help", "--json", "--register", "--seeds"),
     "diff": ("--help", "--json"),
     "reproduce": ("--help", "--json", "--tolerance"),
@@ -127,6 +128,8 @@ def _all(before: list[str], word: str) -> list[str]:
             return ["ls", "show", "stop", "resume", "export"]
         case "sweep show" | "sweep stop" | "sweep resume" | "sweep export" | "confirm":
             return _names("outputs/sweeps")
+        case "report" if before[-1] == "--by":
+            return [name for name, metric in METRICS.items() if not metric.sealed and not metric.afterwards]
         case "report" | "notebooks" | "sync":
             return [f"{folder}/{name}" for folder in ("outputs/sweeps", "outputs/runs") for name in _names(folder)]
         case "diff" | "reproduce" | "generate" | "export":

@@ -104,8 +104,9 @@ def show(difference: Difference, names: list[str]) -> None:
         if score.first is None or score.second is None:
             table.row(name, _number(score.first), _number(score.second), "", "", "")
             continue
+        less = score.second - score.first
         better = score.untested is None and metrics.better(score.second, score.first, METRICS[name].direction)
-        change = _number(score.second - score.first) + (" better" if better else "")
+        change = _number(less) + (" better" if better and math.isfinite(less) else "")
         ends = "" if score.low is None else f"{_number(score.low)} to {_number(score.high)}"
         table.row(
             name, _number(score.first), _number(score.second), change, ends, "" if score.p is None else f"{score.p:.2g}"

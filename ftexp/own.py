@@ -11,7 +11,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,11 +53,12 @@ class Own:
     def _value(self, where: str, *row: Any) -> float:
         told = dict(zip(self.asks, row, strict=True))
         try:
-            value = self.function(**told)
-        except Exception as error:
+            with redirect_stdout(sys.stderr):  # data may go to stdout
+                value = self.function(**told)
+        except (Exception, SystemExit) as error:
             raise DataError(f"{where}: {self.name} failed ({type(error).__name__}: {error}) on {told}") from error
         number = math.nan
-        with suppress(TypeError, ValueError):  # numpy's and torch's scalars are numbers too
+        with suppress(TypeError, ValueError, OverflowError):  # numpy's and torch's scalars are numbers too
             number = math.nan if isinstance(value, str | bytes) else float(value)
         if not math.isfinite(number):
             raise DataError(f"{where}: {self.name} must return a finite number, got {value!r} on {told}")
@@ -95,8 +96,10 @@ def load(text: str) -> Own:
         raise ConfigError(f"{text}: must be a function of a file of Python, whose name ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent))
+    sys.modules[spec.name] = module  # where dataclasses look their module up
     try:
-        spec.loader.exec_module(module)
+        with redirect_stdout(sys.stderr):
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else _line(error, path)
         where = f"{path}:{line}" if line else str(path)
@@ -120,7 +123,10 @@ def _line(error: BaseException, path: Path) -> int | None:
 
 def _asks(text: str, function: Callable[..., Any]) -> tuple[str, ...]:
     """Return the parameters of a function; one with a default that is none of ours keeps it."""
-    known = inspect.signature(function).parameters.values()
+    try:
+        known = inspect.signature(function).parameters.values()
+    except ValueError as error:  # of some functions of C
+        raise ConfigError(f"{text}: must tell its parameters: {error}") from error
     asks = tuple(p.name for p in known if p.name in COLUMNS)
     usual = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     stray = [p.name for p in known if p.name not in COLUMNS and p.default is p.empty and p.kind not in usual]

@@ -11,10 +11,11 @@ import json
 import os
 import secrets
 import shutil
+import sqlite3
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -470,11 +471,12 @@ def _connect(track: Track, moved: bool = False) -> tuple[MlflowClient, str]:
     lock: Any = _unlocked()
     try:
         if track.uri.startswith(SQLITE):
-            path = Path(track.uri.removeprefix(SQLITE))
+            name, mark, query = track.uri.removeprefix(SQLITE).partition("?")
+            path = Path(name)
             path.parent.mkdir(parents=True, exist_ok=True)
             artifacts = (path.parent / "mlartifacts").resolve().as_uri()
             lock = FileLock(f"{path}.lock")
-            address = f"{SQLITE}{path.resolve()}" if moved else track.uri
+            address = f"{SQLITE}{path.resolve()}{mark}{query}" if moved else track.uri
         with lock:
             if path is not None and not path.exists():
                 _begin(path)
@@ -490,7 +492,7 @@ def _connect(track: Track, moved: bool = False) -> tuple[MlflowClient, str]:
 def _begin(path: Path) -> None:
     """Put an empty store in place, from one that is kept for this version of MLflow; to make its tables takes seconds.
 
-    Where none can be kept, MLflow makes the tables itself as it opens the store.
+    Where none is kept, the tables are made in place, and a copy is kept if one can be.
     """
     import logging
 
@@ -499,12 +501,22 @@ def _begin(path: Path) -> None:
 
     make: Any = upgrade.callback  # what `mlflow db upgrade` does
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # tells that it makes tables
-    kept = cache() / f"mlflow-{mlflow.__version__}.db"
+    kept, path = cache() / f"mlflow-{mlflow.__version__}.db", path.resolve()  # a link stays one
+    with suppress(OSError, sqlite3.Error):
+        _whole(path, lambda made: _copy_sound(kept, made))
+        return
+    _whole(path, lambda made: make(f"{SQLITE}{made}"))
     with suppress(OSError):
-        if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            _whole(kept, lambda made: make(f"{SQLITE}{made}"))
-        _whole(path, lambda made: shutil.copyfile(kept, made))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        _whole(kept, lambda made: shutil.copyfile(path, made))
+
+
+def _copy_sound(kept: Path, made: Path) -> None:
+    """Copy a database; raise where it is torn."""
+    shutil.copyfile(kept, made)
+    with closing(sqlite3.connect(made)) as base:
+        if base.execute("PRAGMA quick_check").fetchone() != ("ok",):
+            raise sqlite3.DatabaseError(f"{kept}: is torn")
 
 
 def _whole(path: Path, make: Callable[[Path], object]) -> None:

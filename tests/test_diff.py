@@ -99,6 +99,8 @@ def test_what_the_report_does_not_compare_is_not_compared_here(tmp_path, capsys)
     assert "better" not in next(line for line in out.splitlines() if "valid/loss" in line)
     two.trial["scores"]["valid/exact_match"] = float("nan")
     assert diff.difference(one, two).scores["valid/exact_match"].p is None
+    diff.show(diff.difference(two, one), ["b", "a"])
+    assert "better" not in next(line for line in capsys.readouterr().out.splitlines() if "valid/exact_match" in line)
 
 
 def test_scores_of_the_base_by_another_method_are_not_compared(tmp_path, capsys):

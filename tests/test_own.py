@@ -55,6 +55,7 @@ def test_modules_beside_the_file_can_be_imported(file, monkeypatch):
         ("def f(completion, /):\n    return 1\n", "f", "it takes completion"),
         ("def f(completion:\n", "f", r"scores\.py:1: cannot be run: SyntaxError"),
         ("import re\n\nre.compile('(')\n", "f", r"scores\.py:3: cannot be run: \w+: missing \)"),
+        ("f = max\n", "f", r"scores\.py:f: must tell its parameters: no signature found for builtin"),
         ("raise SystemExit(3)\n", "f", r"scores\.py:1: cannot be run: SystemExit: 3"),
     ],
 )  # fmt: skip
@@ -78,6 +79,8 @@ def test_what_is_no_file_of_python_is_refused(file, monkeypatch, tmp_path, given
         ("'1'", "got '1'"),
         ("float('nan')", "got nan"),
         ("1j", "got 1j"),
+        ("10**400", "got 10+ on"),
+        ("exit(3)", r"a:1: \S+scores\.py:f failed \(SystemExit: 3\) on"),
         ("1 / 0", r"a:1: \S+scores\.py:f failed \(ZeroDivisionError: division by zero\) on \{'completion': '1'\}"),
     ],
 )
@@ -96,3 +99,18 @@ def test_numbers_of_numpy_count(file):
     text = "import numpy\ndef f(completion):\n    return numpy.float32(0.25)\ndef g(completion):\n    return numpy.bool_(True)\n"
     assert own.load(f"{file(text)}:f").scores(ROWS)["valid/own"] == 0.25
     assert own.load(f"{file(text)}:g").scores(ROWS)["valid/own"] == 1.0
+
+
+def test_file_can_hold_dataclasses(file):
+    text = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
+        "def f(completion):\n    return A(2).x\n"
+    )
+    assert own.load(f"{file(text)}:f").values(ROWS) == [2.0, 2.0]
+
+
+def test_what_a_file_prints_is_no_data(file, capsys):
+    made = own.load(
+        f"{file('print(1)' + chr(10) + 'def f(completion):' + chr(10) + '    print(2)' + chr(10) + '    return 1')}:f"
+    )
+    assert made.values(ROWS) == [1.0, 1.0] and capsys.readouterr() == ("", "1\n2\n2\n")

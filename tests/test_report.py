@@ -358,6 +358,17 @@ def test_what_cannot_rank_is_refused(scored, monkeypatch, capsys, by, rule):
         assert (code, out) == (2, "") and re.search(rule, err), err
 
 
+def test_function_that_gives_other_numbers_each_time_ranks_nothing(scored, monkeypatch, capsys):
+    folder, _ = scored
+    (folder.parent / "scores.py").write_text(
+        "import itertools\nN = itertools.count()\ndef f(completion):\n    return next(N)\n"
+    )
+    _, out, _ = run_report(monkeypatch, capsys, folder, "--by", "scores.py:f")
+    told = " ".join(out.split())
+    assert re.search(r"trial 0 got [\d.]+, then [\d.]+ by the same function", told), told
+    assert "no point is best" in told and "2 best" not in told
+
+
 def test_torn_table_is_named_by_a_function_of_ones_own(scored, monkeypatch, capsys):
     folder, _ = scored
     (folder / "1" / "examples.parquet").write_bytes(b"torn")

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -197,3 +198,30 @@ def test_store_is_made_where_none_can_be_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("FTEXP_CACHE", str(tmp_path / "file" / "cache"))
     client, experiment = track.store(Track(uri=f"sqlite:///{tmp_path}/m.db"))
     assert client.get_experiment(experiment).name == "ftexp"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that is there and takes no file")
+def test_store_is_made_where_the_cache_is_there_and_takes_no_file(tmp_path, monkeypatch):
+    """MLflow would ask a base that cannot be made for minutes, and then fail."""
+    monkeypatch.setenv("FTEXP_CACHE", "/proc/self")
+    track.store(Track(uri=f"sqlite:///{tmp_path}/m.db"))
+    assert (tmp_path / "m.db").stat().st_size > 100_000
+
+
+def test_torn_cached_store_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTEXP_CACHE", str(tmp_path / "cache"))
+    track.store(Track(uri=f"sqlite:///{tmp_path}/a.db"))
+    (kept,) = (tmp_path / "cache").iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:50_000])
+    track.store(Track(uri=f"sqlite:///{tmp_path}/b.db"))
+    assert len(kept.read_bytes()) == len(whole)
+
+
+def test_store_with_a_query_or_behind_a_link_is_where_it_was_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTEXP_CACHE", str(tmp_path / "cache"))
+    track.store(Track(uri=f"sqlite:///{tmp_path}/a/m.db?timeout=5"))
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["m.db", "m.db.lock"]
+    (tmp_path / "m.db").symlink_to("a/there.db")
+    track.store(Track(uri=f"sqlite:///{tmp_path}/m.db"))
+    assert (tmp_path / "m.db").is_symlink() and (tmp_path / "a/there.db").is_file()

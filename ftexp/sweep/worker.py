@@ -388,8 +388,8 @@ def _valued(
     for name, bound in sweep.options.at_most.items():
         over = scores.get(name, math.inf) - bound
         trial.set_constraint(f"{name} at most {bound!r}", math.inf if math.isnan(over) else over)
-    unknown = [name for name, value in zip(sweep.objectives, values, strict=True) if math.isnan(value)]
-    if unknown:  # Optuna takes no such value
+    unknown = [name for name, value in zip(sweep.objectives, values, strict=True) if not math.isfinite(value)]
+    if unknown:  # Optuna takes no NaN, and files have no infinity
         return Outcome("failed", "undefined", f"{unknown[0]} {metrics.UNDEFINED}"), None
     return outcome, values
 

@@ -263,12 +263,16 @@ def test_interrupted_ticket_goes_back_with_its_point_and_no_retry_counted(sweep,
     assert done[0].user_attrs["ftexp:retries"] == 0
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("pack", [1, 2])
-def test_score_that_is_undefined_fails_its_trial_and_ends_no_sweep(sweep, monkeypatch, pack):
-    """ROC-AUC of held-out rows that all have one label; Optuna takes no NaN, neither as value nor as bound."""
+def test_score_that_is_undefined_fails_its_trial_and_ends_no_sweep(sweep, monkeypatch, pack, value):
+    """ROC-AUC of held-out rows that all have one label; Optuna takes no NaN, neither as value nor as bound.
+
+    An infinite perplexity is null in `trial.json`, where readers take it for undefined too.
+    """
     made, record = sweep("a=1,2", objectives=("valid/roc_auc_macro",), at_most={"valid/f1_macro": 0.5}, pack=pack)
     ends = [
-        {"valid/roc_auc_macro": math.nan, "valid/f1_macro": 0.1},
+        {"valid/roc_auc_macro": value, "valid/f1_macro": 0.1},
         {"valid/roc_auc_macro": 0.5, "valid/f1_macro": math.nan},
     ]
     trials(monkeypatch, ends)
