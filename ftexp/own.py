@@ -89,6 +89,8 @@ def load(text: str) -> Own:
     """
     file, _, name = text.rpartition(":")
     path = Path(file)
+    if not file:
+        raise ConfigError(f"{text}: must be a function of a file, as scores.py:number; it names no function")
     if not path.is_file():
         raise ConfigError(f"{text}: must be a function of a file, as scores.py:number; there is no file {path}")
     spec = importlib.util.spec_from_file_location(f"ftexp_own_{path.stem}", path)
