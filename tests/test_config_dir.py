@@ -35,8 +35,8 @@ def test_folder_of_one_thread_is_not_that_of_another(mine, monkeypatch):
     folder = mine(experiment__ours="# @package _global_\nseed: 5\n")
     prepare, chosen = overrides.prepare, threading.Event()
 
-    def slow(given):
-        made = prepare(given)
+    def slow(given, **how):
+        made = prepare(given, **how)
         if not chosen.is_set():
             chosen.set()
             other.join(1)
