@@ -83,8 +83,8 @@ def test_export_is_json_on_any_terminal(monkeypatch):
 
     from ftexp import report
 
-    monkeypatch.setattr(report, "read", lambda _: None)
-    monkeypatch.setattr(report, "gather", lambda _: None)
+    monkeypatch.setattr(report, "read", lambda *_: None)
+    monkeypatch.setattr(report, "gather", lambda *_: None)
     monkeypatch.setattr(report, "data", lambda _: {"label": "caf\u00e9"})
     text = report.export(SimpleNamespace(), "json")
     assert text.isascii() and json.loads(text) == {"label": "caf\u00e9"}
