@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,26 +73,46 @@ def best_point(sweep: Frozen, trials: list[FrozenTrial]) -> tuple[list[int], flo
         p for p in points.values()
         if all(t.state.name == "COMPLETE" and study.within(t, at_most, sweep.folder) for t in p)
     ]  # fmt: skip
-    if board.unlike([_told(sweep.folder, study.ticket(t)) for p in whole for t in p], sweep.objectives[0]):
+    if _unlike(sweep, [study.ticket(t) for p in whole for t in p]):
         return None
     means = [metrics.mean(sweep.objectives[0], [t.values[0] for t in p]) for p in whole]
     found = metrics.best(means, metrics.METRICS[sweep.objectives[0]].direction)
     return None if found is None else ([study.ticket(t) for t in whole[found]], means[found])
 
 
+@dataclass
+class _Kinds:
+    """What is known of the kinds of a sweep's scores: the line of progress asks at each end of thousands of trials."""
+
+    sweep: Frozen
+    first: dict[str, Any]
+    """Its first complete trial, the only one that is kept."""
+    seen: set[int]
+    """Trials that were compared with it."""
+    unlike: bool = False
+    """Whether one of them is of another kind."""
+
+
+_kinds: _Kinds | None = None
+
+
+def _unlike(sweep: Frozen, numbers: list[int]) -> bool:
+    """Whether scores of complete trials are of different kinds; each is read once, unless one is left out again."""
+    global _kinds
+    if not numbers:
+        return False
+    if _kinds is None or _kinds.sweep is not sweep or not _kinds.seen <= set(numbers):
+        _kinds = _Kinds(sweep, _told(sweep.folder, numbers[0]), set())
+    for number in numbers:
+        if number not in _kinds.seen:
+            _kinds.seen.add(number)
+            both = [_kinds.first, _told(sweep.folder, number)]
+            _kinds.unlike |= board.unlike(both, sweep.objectives[0]) is not None
+    return _kinds.unlike
+
+
 def _told(folder: Path, number: int) -> dict[str, Any]:
-    """Read what says of which kind the scores of a complete trial are."""
-    place = folder / str(number)
-    try:
-        return {"number": number, **_kind(place, (place / "trial.json").stat().st_mtime_ns)}
-    except FileNotFoundError:
-        return {"number": number}
-
-
-@cache
-def _kind(folder: Path, written: int) -> dict[str, Any]:
-    kept = read_trial(folder) or {}
-    return {key: kept[key] for key in ("config", "facts", "inputs", "scores") if key in kept}
+    return {"number": number, **(read_trial(folder / str(number)) or {})}
 
 
 def _left(trials: list[FrozenTrial]) -> float | None:

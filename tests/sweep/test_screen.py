@@ -99,6 +99,21 @@ def test_none_is_best_where_scores_are_of_different_kinds_or_of_other_rows(sweep
     assert screen.line(made, record) == "2 complete"
 
 
+def test_kinds_of_scores_are_read_once_for_each_trial_and_only_the_first_is_kept(sweep, tmp_path, monkeypatch):
+    """The line of progress is told at each end of a trial: it took 0.1 s after 2,000, and 20 kB of each were kept."""
+    made, record = sweep()
+    honest, read = screen.read_trial, []
+    monkeypatch.setattr(screen, "read_trial", lambda folder: (read.append(folder.name), honest(folder))[1])
+    for n in range(4):
+        add(record, n, "COMPLETE", 0.5 - 0.1 * n)
+        write_json(tmp_path / str(n) / "trial.json", {"config": {"trainer.kind": "sft"}})
+        assert screen.line(made, record).startswith(f"{n + 1} complete; best trial {n}")
+    assert read == ["0", "0", "1", "2", "3"]
+    assert screen._kinds.first["number"] == 0 and screen._kinds.seen == {0, 1, 2, 3}
+    write_json(tmp_path / "1" / "trial.json", {"config": {"trainer.kind": "dpo"}})
+    assert screen.line(sweep()[0], record) == "4 complete"  # another launch looks anew
+
+
 def test_nothing_done_says_so(sweep):
     made, record = sweep()
     add(record, 0, "WAITING")
