@@ -117,9 +117,14 @@ def load(folder: Path) -> Frozen:
 
 
 def keys(folder: Path) -> set[str]:
-    """Return the keys that the config had at the launch, and the groups they are in; an earlier ftexp had fewer."""
-    composed = [OmegaConf.to_container(OmegaConf.load(path)) for path in (folder / "frozen").glob("*.yaml")]
-    parts = [key.split(".") for node in composed for key in config.flat(node)]
+    """Return the keys that the config had at the launch, and the groups they are in; an earlier ftexp had fewer.
+
+    All points have the same; empty before the first launch.
+    """
+    composed = next((folder / "frozen").glob("*.yaml"), None)
+    if composed is None:
+        return set()
+    parts = [key.split(".") for key in config.flat(OmegaConf.to_container(OmegaConf.load(composed)))]
     return {".".join(path[:end]) for path in parts for end in range(1, len(path) + 1)}
 
 

@@ -271,8 +271,7 @@ def _as_begun(folder: Path, searched: Space) -> Space:
 
 def _filled(folder: Path, kept: dict[str, str] | None) -> dict[str, str] | None:
     """Add to the identity of a launch the keys that its ftexp did not have: its trials have their defaults."""
-    had = frozen.keys(folder)
-    if kept is None or not had:
+    if kept is None or not (had := frozen.keys(folder)):
         return kept
     later = {key: value for key, value in experiment.identity(Run()).items() if key not in had}
     return {f"config {key}": json.dumps(value) for key, value in later.items()} | kept
@@ -284,7 +283,7 @@ def _rows(folder: Path, runs: list[Run], kept: dict[str, str], name: str) -> dic
     Raises:
         ConfigError: they are not those of the launch, whose ftexp may have had fewer keys.
     """
-    had, rows = frozen.keys(folder), {}
+    rows, had = {}, frozen.keys(folder) if kept else set()
     for run in {config.digest(run.data): run for run in runs}.values():
         key, digest = config.digest(run.data), data.load(run.data).digest()
         then = config.digest({k: v for k, v in config.plain(run.data).items() if f"data.{k}" in had})
