@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import secrets
 import shutil
 import sqlite3
 import time
@@ -25,7 +24,7 @@ from filelock import FileLock
 from ftexp import config
 from ftexp.config import Run, Track, Tracker
 from ftexp.errors import MachineError, Pruned
-from ftexp.files import cache, finite, naming, read_points, write_text
+from ftexp.files import cache, finite, naming, read_points, replacing, write_text
 from ftexp.metrics import METRICS, Direction
 from ftexp.progress import say, warn
 
@@ -502,13 +501,15 @@ def _begin(path: Path) -> None:
     make: Any = upgrade.callback  # what `mlflow db upgrade` does
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # tells that it makes tables
     kept, path = cache() / f"mlflow-{mlflow.__version__}.db", path.resolve()  # a link stays one
-    with suppress(OSError, sqlite3.Error):
-        _whole(path, lambda made: _copy_sound(kept, made))
+    with suppress(OSError, sqlite3.Error), replacing(path) as fresh:
+        _copy_sound(kept, fresh)
         return
-    _whole(path, lambda made: make(f"{SQLITE}{made}"))
+    with replacing(path) as fresh:
+        make(f"{SQLITE}{fresh}")
     with suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        _whole(kept, lambda made: shutil.copyfile(path, made))
+        with replacing(kept) as fresh:
+            shutil.copyfile(path, fresh)
 
 
 def _copy_sound(kept: Path, made: Path) -> None:
@@ -517,16 +518,6 @@ def _copy_sound(kept: Path, made: Path) -> None:
     with closing(sqlite3.connect(made)) as base:
         if base.execute("PRAGMA quick_check").fetchone() != ("ok",):
             raise sqlite3.DatabaseError(f"{kept}: is torn")
-
-
-def _whole(path: Path, make: Callable[[Path], object]) -> None:
-    """Have a file made under another name, so that it is whole or absent."""
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        make(fresh)
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 @contextmanager
