@@ -216,14 +216,9 @@ def _end_of_sweep(folder: Path, sweep: dict[str, Any]) -> str | None:
 def _summary(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
     """Return the tags and metrics that the launch of a sweep gives its run at the end."""
     found = board.read(folder)
-    states = Counter(trial["state"] for trial in found.trials)
-    told = {"trials": float(len(found.trials)), "failed": float(states["failed"])}
-    told |= {"skipped": float(states["skipped"])} if states["skipped"] else {}
-    if found.best is None:
-        return {}, told
-    best = found.points[found.best]
-    numbers = ",".join(str(trial["number"]) for trial in best.trials)
-    return {"ftexp.best_trial": numbers}, told | {found.objective: best.scores[found.objective]}
+    point = None if found.best is None else found.points[found.best]
+    best = point and ([trial["number"] for trial in point.trials], point.scores[found.objective])
+    return track.outcome(Counter(trial["state"] for trial in found.trials), found.objective, best)
 
 
 def _points(kept: Kept, client: MlflowClient, log: Log, told: Brought) -> None:

@@ -358,6 +358,23 @@ def reopen_parent(track: Track, run_id: str | None) -> None:
         Log(Path(), store(track)[0], run_id)._try(lambda client, run_id: client.update_run(run_id, status="RUNNING"))
 
 
+def outcome(
+    counts: dict[str, int], objective: str, best: tuple[list[int], float] | None
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return the tags and metrics that a sweep's run is closed with.
+
+    Args:
+        counts: state -> trials.
+        objective: what ranks.
+        best: trials of the best point and its score; None where none is.
+    """
+    told = {"trials": float(sum(counts.values())), "failed": float(counts.get("failed", 0))}
+    told |= {"skipped": float(counts["skipped"])} if counts.get("skipped") else {}
+    if best is None:
+        return {}, told
+    return {"ftexp.best_trial": ",".join(map(str, best[0]))}, told | {objective: best[1]}
+
+
 def end(track: Track, run_id: str | None, tags: dict[str, Any], metrics: dict[str, float], status: str) -> None:
     """Close a run that was opened before, as a sweep's, with its summary.
 

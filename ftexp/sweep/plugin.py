@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -492,13 +493,8 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
 
     trials = study.counted(record)
     failed = [study.ticket(t) for t in trials if t.user_attrs.get("ftexp:kind") or t.state.name == "FAIL"]
-    best = screen.best_point(sweep, trials)
-    left_out = sum(screen.state_of(t) == "skipped" for t in trials)
-    told = {"trials": float(len(trials)), "failed": float(len(failed))}
-    told |= {"skipped": float(left_out)} if left_out else {}
-    if best is not None:
-        told[sweep.objectives[0]] = best[1]
-    tags = {} if best is None else {"ftexp.best_trial": ",".join(map(str, best[0]))}
+    states = Counter(map(screen.state_of, trials))
+    tags, told = track.outcome(states, sweep.objectives[0], screen.best_point(sweep, trials))
     stop = record.user_attrs.get(worker.STOP)
     left = record.user_attrs.get(worker.LEAVE) or (stop and not failed)
     status = "KILLED" if left else "FAILED" if failed else "FINISHED"
