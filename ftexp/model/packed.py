@@ -25,6 +25,9 @@ from torch import nn
 from torch.nn import functional
 
 from ftexp.errors import ConfigError
+from ftexp.model.attention import Batch, attend, batch
+from ftexp.model.block import Block, fits
+from ftexp.model.linear import Linear
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,13 +42,15 @@ FEWEST = 16
 """A member's tokens in a forward pass are filled up to so many."""
 SMALL = 16**3
 """Multiplications up to which oneDNN leaves a product to another kernel (PyTorch's `mkldnn_gemm` rule)."""
+SHORT = 64
+"""Rows up to so many tokens are filled up to the longest of them in attention."""
 ALIKE_LENGTH = 0.75
 """Rows of at least this share of another's length are filled up to it in attention: fewer and larger products."""
 MANY, ROWS = 2048, (16, 17, 24, 33, 48, 65, 91, 128, 200, 231, 300, 453, 700, 912, 1386)
 """Rows of a product whose bits are compared with those of some of them, and how many."""
 CHUNK = 512
 """Rows of logits that are in memory at once."""
-ALIKE = {torch.float64: 1e-9, torch.float32: 1e-4}
+ALIKE = {torch.float64: 1e-6, torch.float32: 1e-4}
 """Largest error against the model's own logits, as a share of the largest; of 16-bit and quantized weights `ROUGH`."""
 ROUGH = 5e-2
 
@@ -95,37 +100,6 @@ def put(tuned: PeftModel | PreTrainedModel, weights: Weights) -> None:
         for name, (a, b) in weights.items():
             cast(Any, layers[name]).lora_A["default"].weight.copy_(a)
             cast(Any, layers[name]).lora_B["default"].weight.copy_(b)
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Rows that attention takes as rows of one length, the shorter ones filled up at their ends."""
-
-    length: int
-    """Tokens of a row, filled up."""
-    where: Any
-    """Token at each place, (row * length): a slice of one row, else an index; filling repeats the row's last one."""
-    inside: torch.Tensor | None
-    """Places that are no filling, (token); None where all are."""
-    outside: torch.Tensor | None
-    """The others, (place); None where there are none."""
-    tokens: Any
-    """Tokens of the rows, as `inside` has them."""
-
-
-def batch(length: int, rows: list[tuple[int, int]], device: Any) -> Batch:
-    """Index rows, each of them begin and length, filled up to a length."""
-    if len(rows) == 1:
-        begin = rows[0][0]
-        return Batch(length, slice(begin, begin + length), None, None, slice(begin, begin + length))
-    begins, lengths = (torch.tensor(numbers, device=device)[:, None] for numbers in zip(*rows, strict=True))
-    places = torch.arange(length, device=device)
-    where = (begins + torch.minimum(places, lengths - 1)).view(-1)
-    if all(size == length for _, size in rows):
-        return Batch(length, where, None, None, where)
-    full = (places < lengths).view(-1)
-    inside = full.nonzero()[:, 0]
-    return Batch(length, where, inside, (~full).nonzero()[:, 0], where[inside])
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +174,7 @@ def _shared(lengths: list[int]) -> list[int]:
     """
     filled, longest = [0] * len(lengths), 0
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        if lengths[n] < ALIKE_LENGTH * longest or not longest:
+        if not longest or (longest > SHORT and lengths[n] < ALIKE_LENGTH * longest):
             longest = lengths[n]
         filled[n] = longest
     return filled
@@ -232,10 +206,14 @@ class Pack:
         was: dict[str, nn.Module] = {}
         try:
             _choose(self.model, ATTENTION)
+            whole = ""
             for name, module in list(self.model.named_modules(remove_duplicate=False)):
+                if whole and name.startswith(f"{whole}."):
+                    continue  # within a layer that is computed as a whole
                 if (made := self._instead(name, module, names)) is not None:
                     was[name] = module
                     self.model.set_submodule(name, made)
+                    whole = name if isinstance(made, Block) else ""
             yield
         finally:
             for name, module in was.items():
@@ -244,6 +222,8 @@ class Pack:
 
     def _instead(self, name: str, module: nn.Module, names: set[str]) -> nn.Module | None:
         """Return what stands in for a module: for a linear layer with adapters, and for what is done by member."""
+        if fits(module):
+            return Block(module, name, self)
         frozen = self.apart and isinstance(module, nn.Linear) and module is not self.model.get_output_embeddings()
         if name in names or frozen:
             return Linear(module, name, self)
@@ -320,111 +300,6 @@ def _choose(model: PreTrainedModel, attention: str) -> None:
         raise ConfigError(f"trainer.engine must be trl: {type(model).__name__} does not let its attention be chosen")
 
 
-class Linear(nn.Module):
-    """A linear layer of the base, and every member's adapter on its stretch."""
-
-    def __init__(self, base: nn.Module, name: str, pack: Pack) -> None:
-        super().__init__()
-        self.base, self.name, self._pack = base, name, (pack,)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Take inputs (1, position, in) to outputs (1, position, out)."""
-        layout = cast(Layout, self._pack[0].layout)
-        if x.shape[:-1] != layout.ids.shape:
-            raise ConfigError(
-                f"trainer.engine must be trl: {self.name} sees {tuple(x.shape[:-1])} tokens of "
-                f"{tuple(layout.ids.shape)}"
-            )
-        parts, weights = [], []
-        for adapter, begin, end in layout.members:
-            if self.name in adapter.weights:
-                dropout = adapter.dropout if layout.training else 0.0
-                parts.append((begin, end, adapter.scales[self.name], dropout, adapter.draw))
-                weights += adapter.weights[self.name]
-        sizes = layout.sizes if self._pack[0].apart else [len(x[0])]
-        return _Product.apply(x.squeeze(0), self.base, sizes, parts, *weights)[None]  # type: ignore
-
-
-def dense(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """Return the weights (out, in) of a linear layer, unpacked where they are quantized."""
-    layer = cast(Any, base)
-    if (state := getattr(layer.weight, "quant_state", None)) is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(layer.weight.data, state).to(dtype)
-    if hasattr(layer.weight, "SCB"):
-        kept = layer.state if layer.state.CB is not None else layer.weight
-        return kept.CB.to(dtype, copy=True).mul_(kept.SCB.unsqueeze(1).mul(1 / 127))
-    return layer.weight
-
-
-def _product(base: nn.Module, x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    if x.is_cuda and hasattr(base.weight, "SCB"):
-        return base(x)  # LLM.int8(): inputs are quantized too; on a CPU bitsandbytes trains with unpacked weights
-    weight, bias = dense(base, x.dtype), cast(Any, base).bias
-    if len(sizes) == 1:
-        return functional.linear(x, weight, bias)
-    y = x.new_empty(len(x), len(weight))
-    for mine, out in zip(x.split(sizes), y.split(sizes), strict=True):
-        if bias is None:
-            torch.mm(mine, weight.t(), out=out)
-        else:
-            torch.addmm(bias, mine, weight.t(), out=out)
-    return y
-
-
-def _returned(base: nn.Module, g: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """Gradient at the inputs of a frozen layer, (token, in), of that at its outputs, (token, out)."""
-    weight = dense(base, g.dtype)
-    if len(sizes) == 1:
-        return g @ weight
-    gx = g.new_empty(len(g), weight.shape[1])
-    for mine, out in zip(g.split(sizes), gx.split(sizes), strict=True):
-        torch.mm(mine, weight, out=out)
-    return gx
-
-
-class _Product(torch.autograd.Function):
-    """y = x W^T + bias, and s (drop(x) A^T) B^T on each member's stretch. W is frozen and has no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x, base, sizes, parts, *weights):
-        y = _product(base, x, sizes)
-        inner, masks = [], []
-        for n, (begin, end, scale, dropout, draw) in enumerate(parts):
-            a, b = weights[2 * n], weights[2 * n + 1]
-            mine = x[begin:end]
-            if dropout:
-                kept = torch.rand(mine.shape, generator=draw, device=x.device) >= dropout
-                masks.append(kept.to(x.dtype).mul_(1 / (1 - dropout)))
-                mine = mine * masks[-1]
-            h = torch.mm(mine, a.t()).mul_(scale)
-            y[begin:end].addmm_(h, b.t())
-            inner.append(h)
-        ctx.save_for_backward(x, *weights, *inner, *masks)
-        ctx.base, ctx.sizes, ctx.parts = base, sizes, parts
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, g):  # type: ignore
-        count = len(ctx.parts)
-        x, *rest = ctx.saved_tensors
-        weights, inner, masks = rest[: 2 * count], rest[2 * count : 3 * count], iter(rest[3 * count :])
-        g = g.contiguous()
-        gx = _returned(ctx.base, g, ctx.sizes) if ctx.needs_input_grad[0] else None
-        found = []
-        for n, (begin, end, scale, dropout, _) in enumerate(ctx.parts):
-            a, b, mine, mask = weights[2 * n], weights[2 * n + 1], x[begin:end], next(masks) if dropout else None
-            gh = torch.mm(g[begin:end], b).mul_(scale)
-            ga = torch.mm(gh.t(), mine if mask is None else mine * mask)
-            found += [ga, torch.mm(g[begin:end].t(), inner[n])]
-            if gx is not None and mask is None:
-                gx[begin:end].addmm_(gh, a)
-            elif gx is not None:
-                gx[begin:end] += torch.mm(gh, a).mul_(cast(torch.Tensor, mask))
-        return gx, None, None, None, *found
-
-
 class Elementwise(nn.Module):
     """An activation function, taken of each member's stretch: its kernel treats the last few values otherwise."""
 
@@ -450,98 +325,6 @@ class Rotary(nn.Module):
         layout = cast(Layout, self._pack[0].layout)
         made = [self.base(x, part, *more, **named) for part in position_ids.split(layout.sizes, 1)]
         return tuple(torch.cat(parts, 1) for parts in zip(*made, strict=True))
-
-
-def attend(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
-    scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None,
-    sliding_window: int | None = None, layout: Layout | None = None, **_: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Attend within rows, as transformers calls it.
-
-    Takes query, key and value (1, head, position, width), and returns (1, position, head, width). Rows of about equal
-    length are one product. Short rows, and soft caps, whose kernel ends otherwise, are taken one by one.
-    """
-    if layout is None:
-        raise ConfigError(f"trainer.engine must be trl: {type(module).__name__} does not pass on where rows begin")
-    heads, width = query.shape[1], query.shape[3]
-    groups = layout.attended(heads, width, softcap is not None)
-    scale = width**-0.5 if scaling is None else scaling
-    return _Attention.apply(query, key, value, groups, scale, softcap, sliding_window), None  # type: ignore
-
-
-class _Attention(torch.autograd.Function):
-    """Causal attention within rows; heads that share keys are one product."""
-
-    @staticmethod
-    def forward(ctx: Any, query, key, value, groups, scale, softcap, window):
-        out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
-        kept = []
-        for rows in groups:
-            length = rows.length
-            q, k, v = (_gathered(x, rows, key.shape[1]) for x in (query, key, value))
-            scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
-            bent = None
-            if softcap is not None:
-                bent = scores.div_(softcap).tanh_()
-                scores = bent * softcap
-            hide = _hidden(length, window, query.device)
-            scores = scores.view(len(k), -1, length, length).masked_fill_(hide, -torch.inf)
-            precise = torch.promote_types(query.dtype, torch.float32)
-            p = torch.softmax(scores, -1, dtype=precise).to(query.dtype).view(len(k), -1, length)
-            _scatter(out, rows, torch.bmm(p, v))
-            kept += [p] if bent is None else [p, bent]
-        ctx.save_for_backward(query, key, value, *kept)
-        ctx.groups, ctx.scale, ctx.softcap = groups, scale, softcap
-        return out[None]
-
-    @staticmethod
-    def backward(ctx: Any, g):  # type: ignore
-        query, key, value, *kept = ctx.saved_tensors
-        found = [x.new_empty(x.shape[2], x.shape[1], x.shape[3]) for x in (query, key, value)]
-        kept = iter(kept)
-        precise = torch.promote_types(query.dtype, torch.float32)
-        for rows in ctx.groups:
-            q, k, v = (_gathered(x, rows, key.shape[1]) for x in (query, key, value))
-            go = _gathered(g.transpose(1, 2), rows, key.shape[1], bare=True)
-            p = next(kept)
-            gv = torch.bmm(p.transpose(1, 2), go)
-            weight = p.to(precise)
-            gs = torch.bmm(go, v.transpose(1, 2)).to(precise).mul_(weight)
-            gs = torch.addcmul(gs, weight, gs.sum(-1, keepdim=True), value=-1)
-            if ctx.softcap is not None:
-                gs = gs * (1 - next(kept).to(precise).square())
-            gs = gs.mul_(ctx.scale).to(query.dtype)
-            _scatter(found[0], rows, torch.bmm(gs, k))
-            _scatter(found[1], rows, torch.bmm(gs.transpose(1, 2), q))
-            _scatter(found[2], rows, gv)
-        return *(x.transpose(0, 1)[None] for x in found), None, None, None, None
-
-
-def _gathered(x: torch.Tensor, rows: Batch, shared: int, bare: bool = False) -> torch.Tensor:
-    """Take rows out of (1, head, position, width), as (row * shared, heads that share * position, width).
-
-    What fills up is the row's last token, which no query within the row sees, or zero where `bare`.
-    """
-    taken = x[0].transpose(0, 1)[rows.where]  # (row * position, head, width)
-    if bare and rows.outside is not None:
-        taken[rows.outside] = 0
-    taken = taken.unflatten(0, (-1, rows.length)).transpose(1, 2)  # (row, head, position, width)
-    return taken.reshape(len(taken) * shared, -1, x.shape[3])
-
-
-def _scatter(out: torch.Tensor, rows: Batch, made: torch.Tensor) -> None:
-    """Put rows back into (position, head, width), without what filled them up."""
-    apart = made.view(-1, out.shape[1], rows.length, made.shape[-1]).transpose(1, 2)
-    apart = apart.reshape(-1, out.shape[1], made.shape[-1])
-    out[rows.tokens] = apart if rows.inside is None else apart[rows.inside]
-
-
-@cache
-def _hidden(length: int, window: int | None, device: Any) -> torch.Tensor:
-    """Mark the keys a query does not see, (query, key): those after it, and those `window` or more before it."""
-    hide = torch.ones(length, length, dtype=torch.bool, device=device).triu_(1)
-    return hide if window is None else hide | torch.ones_like(hide).tril_(-window)
 
 
 def head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:

@@ -249,7 +249,8 @@ def _axis(key: str, override: Override) -> Axis:
     low, high, log = value.start, value.end, "log" in value.tags
     whole = config.is_whole(key) or (not config.is_real(key) and WHOLE.search(str(override.input_line)) is not None)
     if not low < high:
-        raise ConfigError(f"{override.input_line}: the lower end must be below the upper, got {low:.12g} and {high:.12g}")
+        told = f"{low:.12g} and {high:.12g}"
+        raise ConfigError(f"{override.input_line}: the lower end must be below the upper, got {told}")
     if whole and not math.ceil(low) < math.floor(high):
         raise ConfigError(f"{override.input_line}: must hold two whole numbers or more, as {key} takes no others")
     low, high = (math.ceil(low), math.floor(high)) if whole else (low, high)

@@ -285,7 +285,7 @@ def _drop_gradients(trial: _Trial) -> None:
 def _pass(base: Base, pack: Pack, number: int, trials: list[_Trial]) -> None:
     """Add the gradients of one forward pass of each member to those before it in the step."""
     rows = [t.now[number] for t in trials]
-    given = [(t.adapter, [e.ids for e in mine]) for t, mine in zip(trials, rows, strict=True)]
+    given = [(t.adapter, [_read(e) for e in mine]) for t, mine in zip(trials, rows, strict=True)]
     layout = lay_out(given, _pad(base), base.model.device, True)
     hidden = pack.hidden(layout, _noise(base, trials, layout, number))
     gradient, found = torch.zeros_like(hidden), []
@@ -323,6 +323,11 @@ def _tokens(trial: _Trial) -> int:
     return max(1, sum(e.supervised for rows in trial.now for e in rows))
 
 
+def _read(row: Example) -> list[int]:
+    """Return the tokens that a pass reads: the last one of a row is predicted, and nothing after it."""
+    return row.ids[:-1] or row.ids
+
+
 def _supervised(rows: Sequence[Example], begins: Sequence[int], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the positions that predict a supervised token, and those tokens."""
     where, targets = [], []
@@ -350,7 +355,7 @@ def _noise(base: Base, trials: list[_Trial], layout: Layout, number: int) -> dic
         drawn = torch.empty(len(rows), longest, width, device=layout.ids.device)
         drawn.uniform_(-most, most, generator=trial.adapter.draw)
         for row, begin, mine in zip(rows, begins, drawn, strict=True):
-            made[begin] = mine[: len(row.ids)].to(base.model.dtype)
+            made[begin] = mine[: len(_read(row))].to(base.model.dtype)
     return made
 
 
@@ -432,7 +437,7 @@ def _curve(base: Base, pack: Pack, trials: list[_Trial], together: int) -> int:
 
     def score(some: list[_Trial], numbers: list[list[int]]) -> None:
         rows = [[t.member.valid[n] for n in mine] for t, mine in zip(some, numbers, strict=True)]
-        given = [(t.adapter, [e.ids for e in mine]) for t, mine in zip(some, rows, strict=True)]
+        given = [(t.adapter, [_read(e) for e in mine]) for t, mine in zip(some, rows, strict=True)]
         layout = lay_out(given, _pad(base), base.model.device, False)
         with torch.no_grad():
             hidden = pack.hidden(layout, {})

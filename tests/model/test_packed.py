@@ -1,6 +1,7 @@
 """Several adapters in one pass: against separate peft models, and bit for bit against each of them alone."""
 
 import copy
+import importlib
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from ftexp.errors import ConfigError
-from ftexp.model import packed
+from ftexp.model import attention, block, linear, packed
 from ftexp.model.packed import Adapter, Pack
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -52,6 +53,20 @@ def made(name: str, dtype: torch.dtype, **more):
     config = kind(**{**SMALL, **ARCHITECTURES[name], **more}, attn_implementation="exact")
     model = getattr(transformers, f"{name}ForCausalLM")(config).to(dtype).eval()
     return model.requires_grad_(False)
+
+
+@pytest.fixture
+def precise(monkeypatch):
+    """Norms in the format of their inputs, as the packed engine takes them: transformers' own round to float32."""
+
+    def normed(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    for name in ("Llama", "Mistral", "Qwen2"):
+        kind = getattr(
+            importlib.import_module(f"transformers.models.{name.lower()}.modeling_{name.lower()}"), f"{name}RMSNorm"
+        )
+        monkeypatch.setattr(kind, "forward", normed)
 
 
 def adapters(base, dropout=0.0, targets="all-linear"):
@@ -99,17 +114,19 @@ def gradients(model, members, texts, training=True):
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_attention_equals_that_of_each_row_alone(window):
-    """Rows of 9, 7, 8 and 3 tokens, of which the first three are filled up to one length; all tokens have gradients."""
+@pytest.mark.parametrize(("short", "shared"), [(4, [9, 9, 9, 3]), (64, [9, 9, 9, 9])])
+def test_attention_equals_that_of_each_row_alone(monkeypatch, window, short, shared):
+    """Rows of 9, 7, 8 and 3 tokens, of which three or all are filled up to one length; all tokens have gradients."""
     torch.manual_seed(0)
+    monkeypatch.setattr(packed, "SHORT", short)
     lengths, module = [9, 7, 8, 3], torch.nn.Module()
     layout = packed.lay_out([(Adapter({}, {}, 0.0, torch.Generator()), [[1] * n for n in lengths])], 0, "cpu", True)
-    assert [(length, shared) for _, length, shared in layout.rows] == [(9, 9), (7, 9), (8, 9), (3, 3)]
+    assert [(length, filled) for _, length, filled in layout.rows] == list(zip(lengths, shared, strict=True))
     q, k, v = (torch.randn(1, h, 27, 16, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
-    out, _ = packed.attend(module, q, k, v, None, sliding_window=window, layout=layout)
+    out, _ = attention.attend(module, q, k, v, None, sliding_window=window, layout=layout)
     g = torch.randn_like(out)
     found = torch.autograd.grad(out, (q, k, v), g)
-    assert [b.length for b in layout.attended(4, 16, False)] == [9, 3]
+    assert [b.length for b in layout.attended(4, 16, False)] == sorted(set(shared), reverse=True)
     begin, parts = 0, []
     for n in lengths:
         mine = slice(begin, begin := begin + n)
@@ -124,7 +141,7 @@ def test_attention_equals_that_of_each_row_alone(window):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_gradients_equal_those_of_separate_peft_models(name):
+def test_gradients_equal_those_of_separate_peft_models(name, precise):
     base = made(name, torch.float64)
     tuned, members = adapters(base)
     texts = rows(4)
@@ -144,6 +161,44 @@ def test_gradients_equal_those_of_separate_peft_models(name):
             worst = max(worst, *((a - b).norm().item() / b.norm().item() for a, b in zip(pair, theirs, strict=True)))
         assert len(grads) == sum(hasattr(layer, "lora_A") for layer in layers.values())
     assert worst < 1e-12
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_as_one_function_is_the_layer_step_by_step(monkeypatch, precise, name, training):
+    """Against transformers' own layer with stand-ins for its linear layers; members with dropout and without, with
+    adapters on different layers, and with other scales on some."""
+    more = {} if name == "Qwen2" else {"rms_norm_eps": 1e-3}
+    base = made(name, torch.float64, **more)
+    for weight in (w for n, w in base.named_parameters() if "norm" in n or "bias" in n):
+        torch.nn.init.normal_(weight, 0.5)
+    _, members = adapters(base)
+    members[1].weights = {k: w for k, w in members[1].weights.items() if "k_proj" not in k and "down" not in k}
+    members[2].weights = {k: w for k, w in members[2].weights.items() if "up_proj" in k}
+    members[3].scales = {k: 3.0 if "gate" in k or "v_proj" in k else s for k, s in members[3].scales.items()}
+    members[0].dropout = members[2].dropout = 0.4
+    states, texts = [m.draw.get_state() for m in members], rows(4)
+    told, found = gradients(base, members, texts, training)
+    for member, state in zip(members, states, strict=True):
+        member.draw.set_state(state)
+    whole = []
+    monkeypatch.setattr(packed, "fits", lambda module: whole.append(block.fits(module)))
+    nats, wanted = gradients(base, members, texts, training)
+    assert sum(map(bool, whole)) == 2  # both layers were taken as one function before
+    for mine, theirs in zip([*told, *(w for f in found for p in f.values() for w in p)],
+                            [*nats, *(w for f in wanted for p in f.values() for w in p)], strict=True):  # fmt: skip
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-13)
+    assert [set(f) for f in found] == [set(m.weights) for m in members]
+
+
+@pytest.mark.parametrize(("name", "more", "taken"), [
+    ("Llama", {}, True), ("Mistral", {}, True), ("Qwen2", {}, True), ("Llama", {"hidden_act": "gelu"}, False),
+    ("Gemma2", {}, False), ("Qwen3", {}, False), ("Phi3", {}, False),
+])  # fmt: skip
+def test_layers_that_are_taken_as_one_function(name, more, taken):
+    base = made(name, torch.float32, **more)
+    assert block.fits(base.model.layers[0]) is taken
+    packed.check_alike(base, [[3, 4, 5], [7, 8, 9, 10, 11]], 0, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -236,6 +291,7 @@ def test_functions_are_taken_of_each_member():
     x = 3 * torch.randn(1, 4 * 17, 37)
     alone = [kernel(part) for part in x.split(17, 1)]
     assert torch.equal(packed.Elementwise(kernel, pack)(x), torch.cat(alone, 1))
+    assert torch.equal(block._each(kernel, pack.layout, x[0]), torch.cat(alone, 1)[0])
     assert not torch.equal(kernel(x), torch.cat(alone, 1))  # sabotage: all at once
 
 
@@ -269,7 +325,7 @@ def test_dropout_is_that_of_the_formula():
     layer = torch.nn.Linear(6, 5, dtype=torch.float64).requires_grad_(False)
     x, a, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((9, 6), (2, 6), (5, 2)))
     draw = torch.Generator().manual_seed(3)
-    y = packed._Product.apply(x, layer, [9], [(2, 7, 1.5, 0.4, draw)], a, b)
+    y = linear._Product.apply(x, layer, [9], [(2, 7, 1.5, 0.4, draw)], a, b)
     kept = torch.rand(5, 6, generator=torch.Generator().manual_seed(3)) >= 0.4
     assert 0 < kept.sum() < 30
     more = 1.5 * (x[2:7] * kept / 0.6) @ a.T @ b.T
@@ -287,7 +343,7 @@ def test_the_base_is_as_it_was_after_a_pack():
     before = {name: type(m) for name, m in base.named_modules()}
     pack = Pack(base, 2)
     with pytest.raises(RuntimeError, match="stop"), pack.on(set(members[0].weights)):
-        assert any(isinstance(m, packed.Linear) for m in base.modules())
+        assert any(isinstance(m, linear.Linear) for m in base.modules())
         raise RuntimeError("stop")
     assert {name: type(m) for name, m in base.named_modules()} == before
     assert base.config._attn_implementation == "exact"
