@@ -6,7 +6,6 @@ line, whose processes can be killed.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import io
 import json
@@ -25,7 +24,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 
-from ftexp import config, data, experiment, overrides, track
+from ftexp import config, data, experiment, model, overrides, track
 from ftexp.config import Run
 from ftexp.errors import ConfigError
 from ftexp.files import check_folder
@@ -144,7 +143,7 @@ def _as_found() -> Iterator[None]:
             np.random.set_state(drawn[1])
         if torch is not None:
             torch.random.set_rng_state(drawn[2])
-        gc.unfreeze()
+        model.thaw()
         control.LEAVE.clear()
 
 

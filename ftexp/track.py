@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from ftexp import config
+from ftexp import config, garbage
 from ftexp.config import Run, Track, Tracker
 from ftexp.errors import MachineError, Pruned
 from ftexp.files import cache, finite, naming, read_points, replacing, write_text
@@ -484,8 +484,9 @@ def _restrain() -> None:
 def _connect(track: Track, moved: bool = False) -> tuple[MlflowClient, str]:
     """Connect; `moved` where this process knows the name from another folder, and MLflow would hand out that store."""
     _restrain()
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
+    with garbage.postponed():
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     artifacts, address, path = None, track.uri, None

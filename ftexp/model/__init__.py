@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ftexp import config, handed
+from ftexp import config, garbage, handed
 from ftexp.config import Format, Kind, Lora, Method, Model, Quant, Variant
 from ftexp.errors import ConfigError, MachineError, Unusable, out_of_memory
 from ftexp.files import read_json, write_json
@@ -184,6 +184,10 @@ def loading(place: str, key: str = "") -> Iterator[None]:
 
 
 _warm: Base | None = None
+_begun = False
+"""Whether a base has been loaded in this process."""
+_settled = False
+"""Whether the base in memory is set aside from garbage collection; `gc.get_freeze_count` takes long to tell."""
 
 
 def load(model: Model, quant: Quant, labels: int = 0, longest: int = 0) -> Base:
@@ -200,24 +204,44 @@ def load(model: Model, quant: Quant, labels: int = 0, longest: int = 0) -> Base:
     Raises:
         MachineError: the model cannot be found or loaded.
     """
-    global _warm
+    global _warm, _begun, _settled
+    libraries()
     long = longest >= compute.LONG
     key = config.digest(model, quant) + (f"-{labels}" if labels else "") + ("-long" if long else "") + version(model)
     if model.kind is Kind.run:  # a run of that name may have been trained again
         key += str(handed.identity(handed.find(model.path, aloud=False)))
     if _warm is None or _warm.key != key:
+        _warm, _settled = None, False  # frees the other model before this one is loaded
         gc.unfreeze()
-        if _warm is not None:
-            _warm = None  # frees the other model before this one is loaded
+        if _begun:
             gc.collect()
             compute.give_back_pages()
+        gc.freeze()  # libraries, which are there to stay; not the base
+        _begun = True
         _warm = _load(model, quant, key, labels, longest)
-    elif not gc.get_freeze_count():
-        # A second trial: libraries and base are there to stay. Each trial has garbage collected twice, by accelerate
-        # and before memory is read, and looking through a million objects of theirs takes a quarter of a second.
+    elif not _settled:  # a second trial: the base is there to stay too
         gc.collect()
         gc.freeze()
+        _settled = True
     return _warm
+
+
+def libraries() -> None:
+    """Import peft, and with it torch and transformers: their million objects are not looked through meanwhile.
+
+    Each trial has garbage collected twice, by accelerate and before memory is read. To look through what libraries
+    bring takes a quarter of a second or more each time, and an eighth of the time in which they are imported; so they
+    are set aside by `load`.
+    """
+    with garbage.postponed():
+        import peft  # noqa: F401
+
+
+def thaw() -> None:
+    """Let all that was set aside be collected again, as at the end of a call from another program."""
+    global _settled
+    gc.unfreeze()
+    _settled = False
 
 
 def forget() -> None:
@@ -411,6 +435,7 @@ def adapter(lora: Lora, head: tuple[str, ...] = ()) -> LoraConfig:
     Raises:
         ConfigError: `lora.extra` names a keyword peft does not know, or gives one that the schema has.
     """
+    libraries()
     from peft import LoraConfig
 
     targets: str | list[str] = "all-linear" if lora.targets == ["all-linear"] else list(lora.targets)
