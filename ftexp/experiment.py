@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ftexp import config, data, estimate, evaluate, facts, handed, labels, metrics, model, passes, ranks, track
 from ftexp.config import Engine, Format, Kind, Long, Loss, Method, Packing, Run, Template, Tracker, Variant
 from ftexp.data import gates, general, prompts, shapes, tokens
-from ftexp.errors import ConfigError, DataError, FtexpError, MachineError, Preempted, Pruned, out_of_memory
+from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, MachineError, Preempted, Pruned, out_of_memory
 from ftexp.files import cache, naming, no_room, read_json, read_trial, write_json
 from ftexp.model import Base, compute, sizes
 from ftexp.model.compute import Compute
@@ -423,6 +423,8 @@ def _trial(asked: Asked) -> Steps:
         ends = ((Pruned, "pruned"), (KeyboardInterrupt, "preempted"))
         state = next((name for kind, name in ends if isinstance(error, kind)), "failed")
         write_json(folder / "trial.json", trial | {"state": state, "error": reason.splitlines()[0]})
+        if isinstance(error, Pruned | Diverged):  # nothing goes on with it
+            checkpoints.clear(folder / "checkpoints")
         raise
     checkpoints.clear(folder / "checkpoints")
     return scores

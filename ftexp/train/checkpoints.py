@@ -67,7 +67,7 @@ class Store:
 
 
 def clear(folder: Path) -> None:
-    """Remove all of them, once the run is on record as complete; the adapter that came of them is kept elsewhere."""
+    """Remove all of them, once the run is on record as complete, pruned or diverged: none of these goes on."""
     shutil.rmtree(folder, ignore_errors=True)
 
 

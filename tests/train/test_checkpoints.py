@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 from conftest import TINY
 
 from ftexp import experiment
-from ftexp.errors import Preempted
+from ftexp.errors import Diverged, Preempted, Pruned
 from ftexp.files import read_json, write_json
 from ftexp.train import checkpoints
 from ftexp.train.control import Control
@@ -216,6 +217,25 @@ def test_killed_run_goes_on_with_the_same_command(cli, tmp_path):
 
 def _step(run):
     return max((int(p.parent.name.split("-")[1]) for p in run.glob("checkpoints/*/manifest.json")), default=0)
+
+
+@pytest.mark.parametrize("engine", ["trl", "packed"])
+@pytest.mark.parametrize(("end", "kept"), [(None, False), ("behind", False), (Diverged, False), (OSError, True)])
+def test_who_is_pruned_or_diverges_leaves_no_checkpoint(tiny, tmp_path, engine, end, kept):
+    """Nothing goes on with those; a trial that failed otherwise may be tried again, and goes on."""
+    run = tiny("trainer.checkpoint_minutes=0", f"trainer.engine={engine}", "eval=loss")
+    seen = []
+
+    def judge(rung, step):
+        seen.append((tmp_path / "checkpoints").exists())
+        if isinstance(end, type):
+            raise end("as by chance")
+        return end
+
+    with nullcontext() if end is None else pytest.raises(end if isinstance(end, type) else Pruned):
+        experiment.execute(run, tmp_path, "t", control=Control(judge))
+    assert seen[0]  # it had one
+    assert (tmp_path / "checkpoints").exists() is kept
 
 
 def test_older_checkpoints_go_once_a_newer_one_is_sealed(tmp_path):
