@@ -88,6 +88,14 @@ class Verdict:
     """Where alpha and learning rate were both searched: how far their product explains the objective."""
     repeated: int = 0
     """Points that a sampler drew again: they are the first one's bits, and count once."""
+    bounded: bool = False
+    """Whether the sweep has bounds in `sweep.at_most`."""
+
+    @property
+    def nothing(self) -> str:
+        """Say that there is no point to compare."""
+        within = " and within the bounds of sweep.at_most" if self.bounded else ""
+        return f"No point is complete{within}: there is nothing to choose from."
 
 
 Rows = Callable[[dict[str, list[Any]]], list[float]]
@@ -124,7 +132,7 @@ def read(folder: Path, trials: list[dict[str, Any]], objective: str, own: Rows |
                          for m, v in zip(kept, means, strict=True)),
         len(whole) - len(kept), len(grouped) - len(whole) - repeated, found if isinstance(found, str) else None,
         metrics.best(means, direction), (), None, None, None, math.nan, 0, _importance(whole, sweep, objective),
-        _front(whole, sweep), _rate(whole, sweep, objective), repeated,
+        _front(whole, sweep), _rate(whole, sweep, objective), repeated, bool(options.get("at_most")),
     )  # fmt: skip
     if isinstance(found, Unlike):
         return replace(verdict, best=None, importance={}, rate=None)
@@ -369,10 +377,11 @@ def lines(verdict: Verdict) -> list[str]:
         points = "1 point was" if verdict.repeated == 1 else f"{verdict.repeated} points were"
         told.append(f"{points} drawn again, with the same config and seed: such a point counts once.")
     if verdict.left_out and not verdict.points:
-        told.append("No point is complete and within the bounds of sweep.at_most: there is nothing to choose from.")
+        told.append(verdict.nothing)
     elif verdict.left_out:
         points = "1 point" if verdict.left_out == 1 else f"{verdict.left_out} points"
-        told.append(f"Left out of the comparison: {points}, not complete or above a bound.")
+        or_bound = " or above a bound" if verdict.bounded else ""
+        told.append(f"Left out of the comparison: {points}, not complete{or_bound}.")
     return told
 
 

@@ -246,7 +246,11 @@ def test_a_store_that_is_gone_costs_a_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("bound", "said"), [(200.0, "above a bound of sweep.at_most"), (1.0, "nothing to choose from")]
+    ("bound", "said"),
+    [
+        (200.0, "above a bound of sweep.at_most"),
+        (1.0, "complete and within the bounds of sweep.at_most: there is nothing"),
+    ],
 )
 def test_point_above_a_bound_is_not_the_winner(tmp_path, bound, said):
     folder = made.sweep(tmp_path / "s")

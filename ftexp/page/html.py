@@ -82,9 +82,7 @@ def decision(sweep: Sweep) -> str:
         told = [*filter(None, [sweep.board.line()]), *compare.lines(sweep.verdict)]
         return "".join(f'<p class="warn">{_e(line)}</p>' for line in told)
     if sweep.winner is None:
-        return (
-            "<p>No point is complete and within the bounds of sweep.at_most: there is nothing to choose from yet.</p>"
-        )
+        return f"<p>{_e(sweep.verdict.nothing)}</p>"
     items = [
         ("Best point", _best(sweep, sweep.winner), ""),
         ("Cannot be told from it", _same(sweep), ""),

@@ -188,7 +188,7 @@ def test_hostile_text_is_caught_where_escaping_breaks(module, folders, monkeypat
 
 def test_page_without_a_result_says_so(folders):
     page = html.page(report.gather(folders["none"]))
-    assert "nothing to choose from yet" in page and "failed at step 4" in page
+    assert "No point is complete: there is nothing to choose from." in page and "failed at step 4" in page
 
 
 def section(folder, key):
