@@ -76,11 +76,16 @@ class Sweeper(HydraSweeper):
                 experiment.prepare(run)
             limits.refuse(self._named(searched, options, runs), options)
             probe.refuse(probe.quick(runs[0], folder))
+        deserted = False
         with only_supervisor(folder, runs[0].name, options.join) as alone:
             if alone:
                 launch(folder, searched, options, runs, self._compose, self.master, type(self).started)
             else:
-                help_out(folder, searched, options, runs)
+                deserted = help_out(folder, searched, options, runs)
+        if deserted:  # who helped closes it
+            with only_supervisor(folder, runs[0].name, options.join) as alone:
+                if alone:  # and is not one of several
+                    launch(folder, searched, options, runs, self._compose, self.master, type(self).started)
 
     def _named(self, searched: Space, options: Options, runs: list[Run]) -> list[tuple[str, Run]]:
         """Name the points that `_checked` built."""
@@ -402,8 +407,11 @@ def _run_left(sweep: Frozen, record: Any, left: int, count: int, helps: bool = F
         time.sleep(supervisor.POLL_SECONDS)  # a helper is at the last trials, and may give one back
 
 
-def help_out(folder: Path, searched: Space, options: Options, runs: list[Run]) -> None:
+def help_out(folder: Path, searched: Space, options: Options, runs: list[Run]) -> bool:
     """Run tickets of a sweep that another process launched and will close.
+
+    Returns:
+        Whether that process is gone, as after a kill, and has not closed it.
 
     Raises:
         ConfigError: it has another search space.
@@ -428,6 +436,7 @@ def help_out(folder: Path, searched: Space, options: Options, runs: list[Run]) -
     waiting = sum(t.state.name == "WAITING" for t in study.counted(record))
     say(f"sweep {sweep.name}: helping process {_holder(folder)}; {waiting} trials wait")
     _run_left(sweep, record, waiting, supervisor.workers(options), helps=True)
+    return running(folder) is None and record.user_attrs.get(worker.LAUNCH) is not None
 
 
 def _unsettled(record: Any, folder: Path) -> bool:
@@ -499,6 +508,7 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
     left = record.user_attrs.get(worker.LEAVE) or (stop and not failed)
     status = "KILLED" if left else "FAILED" if failed else "FINISHED"
     track.end(run.track, sweep.mlflow_run, tags, told, status)
+    record.set_user_attr(worker.LAUNCH, None)
     if record.user_attrs.get(worker.LEAVE):
         raise control.left(f"sweep {sweep.name} was stopped: {screen.line(sweep, record)}")
     if record.user_attrs.get(worker.FULL):

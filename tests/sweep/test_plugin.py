@@ -283,6 +283,40 @@ def test_second_launch_helps_when_asked_to(cli, tmp_path):
     assert sorted(ran) == list(range(6))
 
 
+@pytest.mark.parametrize("killed", [True, False])
+def test_who_helped_closes_the_sweep_of_a_launch_that_was_killed(cli, tmp_path, monkeypatch, killed):
+    """Its page and its run in MLflow stayed open until the same command was given again."""
+    import subprocess
+    import sys
+
+    from ftexp.sweep import worker
+
+    uri = f"track.uri=sqlite:///{tmp_path}/m.db"
+    given = [t for t in SWEEP if not t.startswith("track")]
+    assert cli("lora.r=2,4", *given, uri, "-m")[0] == 0
+    folder = tmp_path / "outputs" / "sweeps" / "s"
+    sweep = frozen.load(folder)
+    worker.open_study(sweep).set_user_attr(worker.LAUNCH, "1 on elsewhere" if killed else None)
+    track.reopen_parent(Track(uri=uri.removeprefix("track.uri=")), sweep.mlflow_run)
+    (folder / "report.html").unlink()
+    hold = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); time.sleep(99)"
+    other = subprocess.Popen([sys.executable, "-c", hold, folder / plugin.LOCK], stdout=subprocess.PIPE)
+    other.stdout.readline()
+    run_left = plugin._run_left
+
+    def helped(*given, **more):
+        run_left(*given, **more)
+        other.kill()
+        other.wait()
+
+    monkeypatch.setattr(plugin, "_run_left", helped)
+    code, out, err = cli("lora.r=2,4", *given, uri, "sweep.join=true", "-m")
+    assert code == 0, err
+    client, _ = track.store(Track(uri=uri.removeprefix("track.uri=")))
+    assert client.get_run(sweep.mlflow_run).info.status == ("FINISHED" if killed else "RUNNING")
+    assert (folder / "report.html").exists() is killed and ("ranked by" in out) is killed
+
+
 def test_helper_of_another_space_is_refused(cli, tmp_path):
     import fcntl
 
