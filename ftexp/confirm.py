@@ -86,27 +86,28 @@ class Plan:
         return self.verdict.objective.removeprefix("valid/")
 
 
-def confirm(folder: Path, seeds: int | None = None, again: bool = False) -> dict[str, Any]:
+def confirm(folder: Path, seeds: int | None = None, again: bool = False, by: str | None = None) -> dict[str, Any]:
     """Confirm a sweep, go on with what a kill left of it, or return what is kept.
 
     Args:
         folder: of the sweep.
         seeds: fresh seeds a point; None takes those of the kept plan, else `SEEDS`.
         again: open the sealed rows once more; every output then says how often they were opened.
+        by: score of held-out rows whose winner it is, as `valid/chrf`; None takes the sweep's first objective.
 
     Returns:
         The last entry of `confirm.json`: opening, plan and result.
 
     Raises:
-        ConfigError: the sweep has no sealed rows or ranks by something else than held-out scores, or its sealed rows
-            were opened for another plan.
+        ConfigError: the sweep has no sealed rows or ranks by something else than held-out scores, `by` is no score that
+            its trials have, or its sealed rows were opened for another plan.
         DataError: the rows are no longer those of the sweep.
         MachineError: the sweep is not finished, or no point is complete.
         TrialsFailed: the winner diverged on every fresh seed.
     """
     sweep, record = sweeps.opened(folder)
     with plugin.only_supervisor(sweep.folder, sweep.name):
-        plan = _plan(sweep, record)
+        plan = _plan(sweep, record, by)
         kept = openings(sweep.folder)
         last = kept[-1] if kept else None
         if last is not None and _asked_for(last, plan, seeds) and not (again and "result" in last):
@@ -121,12 +122,14 @@ def _keep(folder: Path, entries: list[dict[str, Any]]) -> None:
     write_json(folder / FILE, {"line": line(entries[-1]), "openings": entries})
 
 
-def _plan(sweep: Frozen, record: Any) -> Plan:
-    """Find the points to confirm in a finished sweep."""
+def _plan(sweep: Frozen, record: Any, by: str | None) -> Plan:
+    """Find the points to confirm in a finished sweep, by its own objective or another score."""
     from ftexp import compare  # numpy and scipy, after the command line is checked
     from ftexp.sweep import screen
 
-    objective = sweep.objectives[0]
+    objective = by or sweep.objectives[0]
+    if by is not None and objective.removeprefix("valid/") not in SCORES:
+        raise ConfigError(f"--by must be a score of held-out rows, as valid/chrf, got {by}")
     if not objective.startswith("valid/"):
         raise ConfigError(f"{sweep.name} ranks by {objective}, which no held-out row tells; only valid/ is confirmed")
     counts = screen.glance(sweep, record).counts
@@ -135,7 +138,7 @@ def _plan(sweep: Frozen, record: Any) -> Plan:
             f"{sweep.name} must be finished, {left} of {sum(counts.values())} trials are not; it goes on with: "
             f"ftexp sweep resume {sweep.name}"
         )
-    trials = {t["number"]: t for t in report.read(sweep.folder).trials}
+    trials = {t["number"]: t for t in report.read(sweep.folder, by).trials}
     verdict = compare.read(sweep.folder, list(trials.values()), objective)
     if isinstance(verdict.untested, compare.Unlike):
         raise MachineError(f"{sweep.name} has no winner to confirm: {verdict.untested}")
@@ -180,6 +183,8 @@ def _member(
 
 
 def _asked_for(entry: dict[str, Any], plan: Plan, seeds: int | None) -> bool:
+    if entry.get("by", plan.sweep.objectives[0]) != plan.verdict.objective:
+        return False
     return entry["plan"] == [member.told() for member in plan.members] and seeds in (None, len(entry["seeds"]))
 
 
@@ -204,7 +209,9 @@ def _opening(plan: Plan, seeds: int, again: bool, kept: list[dict[str, Any]]) ->
         {"number": number, "member": n, "seed": seed}
         for (n, seed), number in zip(((n, s) for n in range(len(plan.members)) for s in fresh), numbers, strict=False)
     ]
+    objective, usual = plan.verdict.objective, plan.sweep.objectives[0]
     return {
+        **({} if objective == usual else {"by": objective}),
         "opened": len(before) + 1, "date": datetime.now(UTC).isoformat(timespec="seconds"), "who": _who(),
         "test": {"sha256": digest, "rows": len(splits.test)}, "plan": [member.told() for member in plan.members],
         "seeds": fresh, "runs": runs, "elsewhere": _elsewhere(plan.sweep.folder, digest),
@@ -231,7 +238,8 @@ def _fresh(plan: Plan, kept: list[dict[str, Any]], seeds: int) -> list[int]:
 def _purpose(entry: dict[str, Any]) -> str:
     points = " and ".join(member["label"] for member in entry["plan"])
     ended = "" if "result" in entry else ", not finished"
-    return f"{points} on {len(entry['seeds'])} seed{'s' * (len(entry['seeds']) > 1)}{ended}"
+    by = f", first by {entry['by']}," if "by" in entry else ""
+    return f"{points}{by} on {len(entry['seeds'])} seed{'s' * (len(entry['seeds']) > 1)}{ended}"
 
 
 def _who() -> str:
@@ -501,6 +509,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("name", help="name of the sweep, or its folder")
     made.add_argument("--seeds", type=int, help=f"fresh seeds a point ({SEEDS})")
+    made.add_argument("--by", metavar="METRIC", help="confirm the winner by another score, as valid/chrf")
     made.add_argument("--again", action="store_true", help="open the sealed rows once more; every output says so")
     made.add_argument("--register", metavar="NAME",
                       help="make a version of this model in MLflow's registry from the winner's adapter")  # fmt: skip
@@ -527,7 +536,7 @@ def _main(args: argparse.Namespace) -> int:
     folder = sweeps.find(args.name).absolute()
     if args.register is not None:
         _check_register(folder, args.register)
-    entry = confirm(folder, args.seeds, args.again)
+    entry = confirm(folder, args.seeds, args.again, args.by)
     version = None if args.register is None else register(folder, entry, args.register)
     if args.json:
         print(verb.as_json(entry if version is None else entry | {"registered": asdict(version)}))

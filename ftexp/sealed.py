@@ -57,10 +57,14 @@ def lines(entry: dict[str, Any]) -> list[str]:
     return said
 
 
-def moved(entry: dict[str, Any], trials: list[int], label: str) -> str | None:
-    """Say that another point ranks first now than the one that was confirmed; None where it is the same."""
+def moved(entry: dict[str, Any], trials: list[int], label: str, ranking: str) -> str | None:
+    """Say that another point ranks first than the one that was confirmed; None where it is the same."""
     confirmed = entry["plan"][0]
-    return None if confirmed["trials"] == trials else f"Confirmed was {confirmed['label']}; first now is {label}."
+    if confirmed["trials"] == trials:
+        return None
+    by = entry.get("by")
+    first = f"first by {ranking}" if by not in (None, ranking) else "first now"
+    return f"Confirmed was {confirmed['label']}{f', first by {by}' if by else ''}; {first} is {label}."
 
 
 def labels(folder: Path) -> list[dict[str, Any]]:

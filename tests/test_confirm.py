@@ -81,7 +81,11 @@ def quick(monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         pyarrow.parquet.write_table(pyarrow.table(table), folder / "test.parquet")
         loss = sum(nats) / len(nats)
-        scores = {"valid/loss": loss, "test/loss": loss, "test/perplexity": math.exp(loss)}
+        scores = {
+            f"{split}/{k}": v
+            for split in ("valid", "test")
+            for k, v in (("loss", loss), ("perplexity", math.exp(loss)))
+        }
         write_json(folder / "trial.json", {"state": "complete", "config": experiment.identity(run), "scores": scores})
 
     monkeypatch.setattr(experiment, "execute", execute)
@@ -213,6 +217,25 @@ def test_another_winner_needs_another_opening(sweep, quick):
     edited(sweep / str(winner) / "trial.json", state="failed")
     with pytest.raises(ConfigError, match="--again"):
         confirm.confirm(sweep, 2)
+
+
+def test_winner_by_another_score_is_confirmed_by_that_score(sweep, quick, cli):
+    """A plan by another score is another plan, also where it names the same points."""
+    ranks = {n: read_json(sweep / str(n) / "trial.json")["config"]["lora.r"] for n in range(2)}
+    for n, rank in ranks.items():
+        path = sweep / str(n) / "trial.json"
+        edited(path, scores=read_json(path)["scores"] | {"valid/perplexity": 100.0 - rank})
+    code, out, err = cli("s", "--seeds", "2", "--by", "valid/perplexity", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["by"] == told["result"]["objective"] == "valid/perplexity"
+    assert told["plan"][0]["config"]["lora.r"] == max(ranks.values())
+    done = len(quick)
+    assert json.loads(cli("s", "--by", "valid/perplexity", "--json")[1]) == told and len(quick) == done
+    code, _, err = cli("s")
+    assert code == 2 and ", first by valid/perplexity, on 2 seeds; --again opens" in err
+    assert cli("s", "--again", "--seeds", "1")[0] == 0
+    assert "by" not in confirm.openings(sweep)[-1]
 
 
 def test_sweep_over_tokenizers_has_no_winner_to_confirm(sweep, quick):
@@ -386,6 +409,9 @@ def test_sweep_that_runs_is_refused(sweep):
     [
         (["s", "--seeds", "0"], 2, "--seeds must be between 1 and 100, got 0"),
         (["none"], 4, "none: no sweep of this name"),
+        (["s", "--by", "cost/seconds"], 2, "--by must be a score of held-out rows, as valid/chrf, got cost/seconds"),
+        (["s", "--by", "scores.py:number"], 2, "--by must be a score of held-out rows, as valid/chrf, got scores.py:"),
+        (["s", "--by", "valid/chrf"], 2, "chrf"),
     ],
 )
 def test_mistake_is_told_in_one_line(sweep, cli, argv, code, message):

@@ -61,5 +61,9 @@ def test_labels_of_the_cheapest_member_have_no_part(tmp_path):
 
 def test_another_winner_than_the_confirmed_one_is_told(tmp_path):
     (entry,) = sealed.openings(confirmed(sweep(tmp_path / "s"), trials=(1,)))
-    assert sealed.moved(entry, [1], "x") is None
-    assert sealed.moved(entry, [0], "lora.r=2") == f"Confirmed was {entry['plan'][0]['label']}; first now is lora.r=2."
+    assert sealed.moved(entry, [1], "x", "valid/loss") is None
+    was, told = f"Confirmed was {entry['plan'][0]['label']}", lambda e, by: sealed.moved(e, [0], "lora.r=2", by)
+    assert told(entry, "valid/loss") == f"{was}; first now is lora.r=2."
+    by = entry | {"by": "valid/f1"}
+    assert told(by, "valid/f1") == f"{was}, first by valid/f1; first now is lora.r=2."
+    assert told(by, "valid/loss") == f"{was}, first by valid/f1; first by valid/loss is lora.r=2."

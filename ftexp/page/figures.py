@@ -223,7 +223,7 @@ def confirmed(sweep: Sweep) -> list[str]:
         return []
     last, winner = dict(sweep.openings[-1]), sweep.winner
     trials = [] if winner is None else [t["number"] for t in winner.trials]
-    moved = None if winner is None else sealed.moved(last, trials, boards.label(winner))
+    moved = None if winner is None else sealed.moved(last, trials, boards.label(winner), sweep.board.ranking)
     return [*sealed.lines(last), *([] if moved is None else [moved])]
 
 

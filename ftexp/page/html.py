@@ -16,7 +16,7 @@ from ftexp import compare, config, examples, sealed
 from ftexp.board import Line, Point
 from ftexp.config import Method
 from ftexp.examples import Example
-from ftexp.metrics import LOSS_UNITS, METRICS, Direction
+from ftexp.metrics import LOSS_UNITS, METRICS, SCORES, Direction
 from ftexp.page import figures, style, svg
 from ftexp.page.figures import Sweep
 from ftexp.page.text import escape as _e
@@ -157,9 +157,12 @@ def _sealed(sweep: Sweep) -> str:
     """Say in the card what the winner was worth on rows that no trial saw, or how to learn it."""
     trials = [t for t in sweep.board.trials if t.get("facts", {}).get("rows", {}).get("test")]
     if not sweep.openings:
-        return (
-            f"Not opened. <code>ftexp confirm {_e(sweep.name)}</code> scores the winner on them once." if trials else ""
-        )
+        board = sweep.board
+        if board.asked is not None and board.objective.removeprefix("valid/") not in SCORES:
+            return "Not opened." if trials else ""  # by no score that is confirmed
+        by = "" if board.asked is None else f" --by {board.objective}"
+        told = f"Not opened. <code>ftexp confirm {_e(sweep.name + by)}</code> scores the winner on them once."
+        return told if trials else ""
     last = dict(sweep.openings[-1])
     if "result" not in last:
         return _e(sealed.line(last))

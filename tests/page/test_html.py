@@ -276,6 +276,10 @@ def test_sealed_rows_that_were_not_opened_say_how(tmp_path):
     told["facts"]["rows"] |= {"test": 24, "train": 76}
     write_json(folder / "0" / "trial.json", told)
     assert "Not opened. <code>ftexp confirm s</code>" in html.page(report.gather(folder))
+    assert "Not opened. <code>ftexp confirm s --by valid/perplexity</code>" in html.page(
+        report.gather(folder, "valid/perplexity")
+    )
+    assert "Not opened.</dd>" in html.page(report.gather(folder, "cost/seconds"))
 
 
 def test_examples_count_wins_and_losses(folders):
