@@ -165,7 +165,7 @@ class Log:
 
 
 def _warn(error: Exception) -> None:
-    warn(f"MLflow failed, the run goes on with files only: {str(error).splitlines()[0][:200]}; "
+    warn(f"MLflow failed, the run goes on with files only: {_first(error)}; "
          "bring them later with: python -m ftexp.sync")  # fmt: skip
 
 
@@ -218,6 +218,11 @@ def _cut(path: Path, done: int) -> None:
     if path.exists():
         kept = [point for point in read_points(path) if 0 < point["step"] <= done]
         write_text(path, "".join(json.dumps(finite(point)) + "\n" for point in kept))
+
+
+def _first(error: Exception) -> str:
+    """Return the first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextmanager
@@ -318,7 +323,7 @@ def view(track: Track, parent: str | None, name: str, objectives: Sequence[str],
         client, experiment = store(track)
         client.set_experiment_tag(experiment, f"{VIEWS}{VIEW}", json.dumps(told))
     except (MlflowException, SQLAlchemyError, OSError) as error:  # as of who may write runs alone
-        warn(f"sweep {name} is no view in MLflow: {str(error).splitlines()[0][:200]}")
+        warn(f"sweep {name} is no view in MLflow: {_first(error)}")
 
 
 def viewed(uri: str) -> str | None:
@@ -354,7 +359,7 @@ def attach(uri: str, run_id: str, path: Path, note: str) -> None:
         client.log_artifact(run_id, str(path))
         client.set_tag(run_id, "mlflow.note.content", note)
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        warn(f"{path.name} is not in MLflow: {str(error).splitlines()[0]}")
+        warn(f"{path.name} is not in MLflow: {_first(error)}")
 
 
 def reopen_parent(track: Track, run_id: str | None) -> None:
@@ -507,7 +512,7 @@ def _connect(track: Track, moved: bool = False) -> tuple[MlflowClient, str]:
             experiment = found.experiment_id if found else client.create_experiment(track.experiment, artifacts, KIND)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         kind = Unreachable if track.uri.startswith("http") else MachineError
-        raise kind(f"track.uri={track.uri} cannot be opened: {str(error).splitlines()[0][:200]}") from error
+        raise kind(f"track.uri={track.uri} cannot be opened: {_first(error)}") from error
     return client, experiment
 
 

@@ -84,19 +84,20 @@ def test_newest_sweep_is_a_view_of_its_trials_best_first_and_its_link_is_printed
     assert f"newest sweep: {link}\n" in capsys.readouterr().out
 
 
-def test_sweep_whose_view_is_refused_runs_all_the_same(cli, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("said", "told"), [("Permission denied", "Permission denied"), ("", "MlflowException")])
+def test_sweep_whose_view_is_refused_runs_all_the_same(cli, tmp_path, monkeypatch, said, told):
     """As by a server that lets a person write runs and no tags of the experiment."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     def refused(*_):
-        raise MlflowException("Permission denied")
+        raise MlflowException(said)
 
     monkeypatch.setattr(MlflowClient, "set_experiment_tag", refused)
     uri = f"sqlite:///{tmp_path}/m.db"
     code, _, err = cli(*TINY, "eval=loss", f"track.uri={uri}", "lora.r=2,4", "name=s", "-m")
     assert code == 0
-    assert "sweep s is no view in MLflow: Permission denied" in err and "files only" not in err
+    assert f"sweep s is no view in MLflow: {told}" in err and "files only" not in err
     client, experiment = track.store(Track(uri=uri))
     assert {run.info.status for run in client.search_runs([experiment])} == {"FINISHED"}
 
