@@ -181,12 +181,11 @@ class _Layer(torch.autograd.Function):
 def _normed(norm: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale rows of x (token, width) by 1 / root of their mean square; returns that factor (token, 1) and the result.
 
-    RMSNorm, arXiv:1910.07467, in at least float32 as transformers takes it.
+    RMSNorm, arXiv:1910.07467, in at least float32, with the roundings of transformers.
     """
-    precise = torch.promote_types(x.dtype, torch.float32)
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
-    inverse = size.square_().div_(x.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
-    return inverse, (x.to(precise) * inverse).to(x.dtype).mul_(norm.weight)
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    inverse = exact.square().mean(-1, keepdim=True).add_(norm.variance_epsilon).rsqrt_()
+    return inverse, (exact * inverse).to(x.dtype).mul_(norm.weight)
 
 
 def _unnormed(norm: Any, g: torch.Tensor, x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
@@ -200,15 +199,20 @@ def _unnormed(norm: Any, g: torch.Tensor, x: torch.Tensor, inverse: torch.Tensor
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool = False) -> torch.Tensor:
     """Turn (x1, x2), the halves of (token, head, width), to (x1 c1 - x2 s1, x2 c2 + x1 s2); `back` is the transpose.
 
-    Rotary positions, arXiv:2104.09864, with the halves that transformers pairs; tables are (token, width).
+    Rotary positions, arXiv:2104.09864, with the halves that transformers pairs, and its roundings; tables are
+    (token, width).
     """
     made, half = torch.empty_like(x), x.shape[-1] // 2
     (x1, x2), (y1, y2) = x.split(half, -1), made.split(half, -1)
     (c1, c2), (s1, s2) = (table[:, None].split(half, -1) for table in (cos, sin))
     torch.mul(x1, c1, out=y1)
     torch.mul(x2, c2, out=y2)
-    y1.addcmul_(x2, s2 if back else s1, value=1 if back else -1)
-    y2.addcmul_(x1, s1 if back else s2, value=-1 if back else 1)
+    if back:
+        y1.add_(x2 * s2)
+        y2.sub_(x1 * s1)
+    else:
+        y1.sub_(x2 * s1)
+        y2.add_(x1 * s2)
     return made
 
 
