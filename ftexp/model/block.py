@@ -1,9 +1,9 @@
 """A decoder layer of the Llama family with every member's adapters, as one function with its gradient written out.
 
 What autograd would record of a layer is some hundred small steps, each of which reads and writes all tokens; on a CPU,
-and on a GPU with few tokens, those take longer than the products. Here a layer keeps what its gradient needs, and no
-more: adapters of layers that read the same input are multiplied together, norms are taken in one reading, rotations
-without copies. That LoRA gains by gradients written out is known from Unsloth; the formulas are those of autograd.
+and on a GPU with few tokens, those take longer than the products. Here a layer keeps what its gradient needs and no
+more, and adapters of layers that read the same input are multiplied together. That LoRA gains by gradients written out
+is known from Unsloth; the formulas are those of autograd, and the roundings forward are those of transformers.
 """
 
 from __future__ import annotations
