@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 
 from ftexp import config, overrides, power
 from ftexp.errors import ConfigError
-from ftexp.metrics import METRICS
+from ftexp.metrics import METRICS, SCORES
 
 OPTIONS = {
     "run": ("--cfg", "--config-dir", "--help", "--multirun"),
@@ -25,7 +25,7 @@ OPTIONS = {
              "--rows", "--tokens", "--tokens-per-second", "--usd-per-hour"),
     "show": ("--config-dir", "--help", "--json", "--png", "--rows", "--split"),
     "report": ("--by", "--format", "--help", "--html", "--json", "--no-html"),
-    "confirm": ("--again", "--help", "--json", "--register", "--seeds"),
+    "confirm": ("--again", "--by", "--help", "--json", "--register", "--seeds"),
     "diff": ("--help", "--json"),
     "reproduce": ("--help", "--json", "--tolerance"),
     "generate": ("--file", "--help", "--json", "--max-new-tokens", "--no-base", "--seed", "--temperature", "--top-p"),
@@ -126,6 +126,8 @@ def _all(before: list[str], word: str) -> list[str]:
             return _overrides(word) if "data" in before else ["data"]
         case "sweep":
             return ["ls", "show", "stop", "resume", "export"]
+        case "confirm" if before[-1] == "--by":
+            return [f"valid/{name}" for name in SCORES]
         case "sweep show" | "sweep stop" | "sweep resume" | "sweep export" | "confirm":
             return _names("outputs/sweeps")
         case "report" if before[-1] == "--by":

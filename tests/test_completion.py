@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
      (["plan", "quant.double=t"], ["quant.double=true"]), (["run", "quant.kind=n"], ["quant.kind=nf4", "quant.kind=none"]),
      (["run", "sweep.samp"], ["sweep.sampler=", "sweep.sampler_args="]), (["run", "no.such=x"], []),
      (["power", "sd_r"], ["sd_rows="]), (["report", "--format", ""], ["csv", "json", "md"]),
+     (["confirm", "s", "--by", "valid/chr"], ["valid/chrf"]), (["confirm", "s", "--by", "cost/"], []),
      (["report", "--by", "valid/ch"], ["valid/chosen_likelier", "valid/chosen_loss", "valid/chrf"]),
      (["sweep", "export", "--format", ""], ["csv", "json"]), (["--completion", "z"], ["zsh"]), (["unknown", ""], [])],
 )  # fmt: skip
