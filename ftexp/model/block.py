@@ -8,7 +8,7 @@ is known from Unsloth; the formulas are those of autograd, and the roundings for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ftexp.errors import ConfigError
 from ftexp.model.attention import attended, slopes
-from ftexp.model.linear import product, returned
+from ftexp.model.linear import Read
 
 if TYPE_CHECKING:
     from ftexp.model.packed import Layout, Pack
@@ -27,8 +27,6 @@ KINDS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 READS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
          ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))  # fmt: skip
 """Linear layers that read the same input, in the order of the forward pass."""
-Kept = list[tuple[list[torch.Tensor], list[torch.Tensor]]]
-"""Of each member: inner products (token, rank) of its adapters on some layers, and masks of their dropout."""
 
 
 def fits(module: nn.Module) -> bool:
@@ -51,7 +49,9 @@ class Block(nn.Module):
             attention.sliding_window if hasattr(attention, "sliding_window")
             else getattr(attention.config, "sliding_window", None)
         )  # fmt: skip
-        self.reads = tuple(Read(base, name, names, pack) for names in READS)
+        self.reads = tuple(
+            Read([base.get_submodule(n) for n in names], [f"{name}.{n}" for n in names], pack) for names in READS
+        )
 
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: Any = None, layout: Layout | None = None, **_: Any
@@ -62,74 +62,6 @@ class Block(nn.Module):
         cos, sin = (table[0] for table in position_embeddings)
         weights = [w for read in self.reads for w in read.weights(layout)]
         return cast(Any, _Layer.apply(hidden_states[0], cos, sin, self, layout, *weights))[None]
-
-
-class Read:
-    """Linear layers of a block that read the same input."""
-
-    def __init__(self, base: nn.Module, name: str, names: Sequence[str], pack: Pack) -> None:
-        self.layers = [base.get_submodule(n) for n in names]
-        self.names = [f"{name}.{n}" for n in names]
-        self._pack = pack
-
-    def weights(self, layout: Layout) -> list[torch.Tensor]:
-        """List A and B of each adapter here, member by member."""
-        found = (a.weights[n] for a, _, _ in layout.members for n in self.names if n in a.weights)
-        return [w for pair in found for w in pair]
-
-    def _sizes(self, layout: Layout) -> list[int]:
-        return layout.sizes if self._pack.apart else [layout.ids.shape[1]]
-
-    def forward(self, x: torch.Tensor, layout: Layout) -> tuple[list[torch.Tensor], Kept]:
-        """Return the outputs of each layer for x (token, in), and what the gradient needs."""
-        made = {n: product(layer, x, self._sizes(layout)) for n, layer in zip(self.names, self.layers, strict=True)}
-        kept: Kept = []
-        for adapter, begin, end in layout.members:
-            mine, here = x[begin:end], [n for n in self.names if n in adapter.weights]
-            masks, inner = [], []
-            if layout.training and adapter.dropout:
-                for n in here:
-                    drawn = torch.rand(mine.shape, generator=adapter.draw, device=x.device) >= adapter.dropout
-                    masks.append(drawn.to(x.dtype).mul_(1 / (1 - adapter.dropout)))
-                    inner.append(torch.mm(mine * masks[-1], adapter.weights[n][0].t()))
-            elif here:
-                first = _joined([adapter.weights[n][0] for n in here])
-                inner = [*torch.mm(mine, first.t()).split([len(adapter.weights[n][0]) for n in here], 1)]
-            for n, h in zip(here, inner, strict=True):
-                made[n][begin:end].addmm_(h.mul_(adapter.scales[n]), adapter.weights[n][1].t())
-            kept.append((inner, masks))
-        return list(made.values()), kept
-
-    def backward(
-        self, gs: Sequence[torch.Tensor], x: torch.Tensor, kept: Kept, layout: Layout, further: bool
-    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """Return the gradient at x, if it goes further, and those of `weights`, from those at each layer's outputs."""
-        gx = None
-        for layer, g in zip(self.layers, gs, strict=True):
-            gx = returned(layer, g, self._sizes(layout), gx) if further else None
-        given, found = dict(zip(self.names, gs, strict=True)), []
-        for (adapter, begin, end), (inner, masks) in zip(layout.members, kept, strict=True):
-            mine, here = x[begin:end], [n for n in self.names if n in adapter.weights]
-            theirs = [given[n][begin:end] for n in here]
-            back = [torch.mm(g, adapter.weights[n][1]).mul_(adapter.scales[n])
-                    for n, g in zip(here, theirs, strict=True)]  # fmt: skip
-            if masks:
-                firsts = [torch.mm(b.t(), mine * mask) for b, mask in zip(back, masks, strict=True)]
-            elif here:
-                whole = torch.cat(back, 1) if len(back) > 1 else back[0]
-                firsts = [*torch.mm(whole.t(), mine).split([b.shape[1] for b in back])]
-            if gx is not None and masks:
-                for n, b, mask in zip(here, back, masks, strict=True):
-                    gx[begin:end] += torch.mm(b, adapter.weights[n][0]).mul_(mask)
-            elif gx is not None and here:
-                gx[begin:end].addmm_(whole, _joined([adapter.weights[n][0] for n in here]))
-            for g, first, h in zip(theirs, firsts if here else [], inner, strict=True):
-                found += [first, torch.mm(g.t(), h)]
-        return gx, found
-
-
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class _Layer(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,12 +15,17 @@ if TYPE_CHECKING:
     from ftexp.model.packed import Layout, Pack
 
 
+Kept = list[tuple[list[torch.Tensor], list[torch.Tensor]]]
+"""Of each member: inner products (token, rank) of its adapters on some layers, and masks of their dropout."""
+
+
 class Linear(nn.Module):
     """A linear layer of the base, and every member's adapter on its stretch."""
 
     def __init__(self, base: nn.Module, name: str, pack: Pack) -> None:
         super().__init__()
         self.base, self.name, self._pack = base, name, (pack,)
+        self._read = Read([base], [name], pack)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Take inputs (1, position, in) to outputs (1, position, out)."""
@@ -29,14 +35,7 @@ class Linear(nn.Module):
                 f"trainer.engine must be trl: {self.name} sees {tuple(x.shape[:-1])} tokens of "
                 f"{tuple(layout.ids.shape)}"
             )
-        parts, weights = [], []
-        for adapter, begin, end in layout.members:
-            if self.name in adapter.weights:
-                dropout = adapter.dropout if layout.training else 0.0
-                parts.append((begin, end, adapter.scales[self.name], dropout, adapter.draw))
-                weights += adapter.weights[self.name]
-        sizes = layout.sizes if self._pack[0].apart else [len(x[0])]
-        return _Product.apply(x.squeeze(0), self.base, sizes, parts, *weights)[None]  # type: ignore
+        return _Product.apply(x.squeeze(0), self._read, layout, *self._read.weights(layout))[None]  # type: ignore
 
 
 def dense(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
@@ -82,42 +81,83 @@ def returned(base: nn.Module, g: torch.Tensor, sizes: list[int], into: torch.Ten
     return gx
 
 
+class Read:
+    """Frozen linear layers that read the same input, W x + b, and on them s B A drop(x) of each member's adapters."""
+
+    def __init__(self, layers: Sequence[nn.Module], names: Sequence[str], pack: Pack) -> None:
+        self.layers, self.names, self._pack = layers, names, pack
+
+    def weights(self, layout: Layout) -> list[torch.Tensor]:
+        """List A and B of each adapter here, member by member."""
+        found = (a.weights[n] for a, _, _ in layout.members for n in self.names if n in a.weights)
+        return [w for pair in found for w in pair]
+
+    def _sizes(self, layout: Layout) -> list[int]:
+        return layout.sizes if self._pack.apart else [layout.ids.shape[1]]
+
+    def forward(self, x: torch.Tensor, layout: Layout) -> tuple[list[torch.Tensor], Kept]:
+        """Return the outputs of each layer for x (token, in), and what the gradient needs."""
+        made = {n: product(layer, x, self._sizes(layout)) for n, layer in zip(self.names, self.layers, strict=True)}
+        kept: Kept = []
+        for adapter, begin, end in layout.members:
+            mine, here = x[begin:end], [n for n in self.names if n in adapter.weights]
+            masks, inner = [], []
+            if layout.training and adapter.dropout:
+                for n in here:
+                    drawn = torch.rand(mine.shape, generator=adapter.draw, device=x.device) >= adapter.dropout
+                    masks.append(drawn.to(x.dtype).mul_(1 / (1 - adapter.dropout)))
+                    inner.append(torch.mm(mine * masks[-1], adapter.weights[n][0].t()))
+            elif here:
+                first = _joined([adapter.weights[n][0] for n in here])
+                inner = [*torch.mm(mine, first.t()).split([len(adapter.weights[n][0]) for n in here], 1)]
+            for n, h in zip(here, inner, strict=True):
+                made[n][begin:end].addmm_(h.mul_(adapter.scales[n]), adapter.weights[n][1].t())
+            kept.append((inner, masks))
+        return list(made.values()), kept
+
+    def backward(
+        self, gs: Sequence[torch.Tensor], x: torch.Tensor, kept: Kept, layout: Layout, further: bool
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """Return the gradient at x, if it goes further, and those of `weights`, from those at each layer's outputs."""
+        gx = None
+        for layer, g in zip(self.layers, gs, strict=True):
+            gx = returned(layer, g, self._sizes(layout), gx) if further else None
+        given, found = dict(zip(self.names, gs, strict=True)), []
+        for (adapter, begin, end), (inner, masks) in zip(layout.members, kept, strict=True):
+            mine, here = x[begin:end], [n for n in self.names if n in adapter.weights]
+            theirs = [given[n][begin:end] for n in here]
+            back = [torch.mm(g, adapter.weights[n][1]).mul_(adapter.scales[n])
+                    for n, g in zip(here, theirs, strict=True)]  # fmt: skip
+            if masks:
+                firsts = [torch.mm(b.t(), mine * mask) for b, mask in zip(back, masks, strict=True)]
+            elif here:
+                whole = torch.cat(back, 1) if len(back) > 1 else back[0]
+                firsts = [*torch.mm(whole.t(), mine).split([b.shape[1] for b in back])]
+            if gx is not None and masks:
+                for n, b, mask in zip(here, back, masks, strict=True):
+                    gx[begin:end] += torch.mm(b, adapter.weights[n][0]).mul_(mask)
+            elif gx is not None and here:
+                gx[begin:end].addmm_(whole, _joined([adapter.weights[n][0] for n in here]))
+            for g, first, h in zip(theirs, firsts if here else [], inner, strict=True):
+                found += [first, torch.mm(g.t(), h)]
+        return gx, found
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
 class _Product(torch.autograd.Function):
-    """y = x W^T + bias, and s (drop(x) A^T) B^T on each member's stretch. W is frozen and has no gradient."""
+    """One layer that reads an input alone."""
 
     @staticmethod
-    def forward(ctx: Any, x, base, sizes, parts, *weights):
-        y = product(base, x, sizes)
-        inner, masks = [], []
-        for n, (begin, end, scale, dropout, draw) in enumerate(parts):
-            a, b = weights[2 * n], weights[2 * n + 1]
-            mine = x[begin:end]
-            if dropout:
-                kept = torch.rand(mine.shape, generator=draw, device=x.device) >= dropout
-                masks.append(kept.to(x.dtype).mul_(1 / (1 - dropout)))
-                mine = mine * masks[-1]
-            h = torch.mm(mine, a.t()).mul_(scale)
-            y[begin:end].addmm_(h, b.t())
-            inner.append(h)
-        ctx.save_for_backward(x, *weights, *inner, *masks)
-        ctx.base, ctx.sizes, ctx.parts = base, sizes, parts
+    def forward(ctx: Any, x, read, layout, *weights):
+        (y,), kept = read.forward(x, layout)
+        ctx.read, ctx.layout, ctx.kept = read, layout, (x, kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, g):  # type: ignore
-        count = len(ctx.parts)
-        x, *rest = ctx.saved_tensors
-        weights, inner, masks = rest[: 2 * count], rest[2 * count : 3 * count], iter(rest[3 * count :])
-        g = g.contiguous()
-        gx = returned(ctx.base, g, ctx.sizes) if ctx.needs_input_grad[0] else None
-        found = []
-        for n, (begin, end, scale, dropout, _) in enumerate(ctx.parts):
-            a, b, mine, mask = weights[2 * n], weights[2 * n + 1], x[begin:end], next(masks) if dropout else None
-            gh = torch.mm(g[begin:end], b).mul_(scale)
-            ga = torch.mm(gh.t(), mine if mask is None else mine * mask)
-            found += [ga, torch.mm(g[begin:end].t(), inner[n])]
-            if gx is not None and mask is None:
-                gx[begin:end].addmm_(gh, a)
-            elif gx is not None:
-                gx[begin:end] += torch.mm(gh, a).mul_(cast(torch.Tensor, mask))
-        return gx, None, None, None, *found
+        (x, kept), ctx.kept = ctx.kept, None
+        gx, found = ctx.read.backward([g.contiguous()], x, kept, ctx.layout, ctx.needs_input_grad[0])
+        return gx, None, None, *found
