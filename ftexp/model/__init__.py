@@ -38,6 +38,8 @@ class Base:
     """Digest of the config it was loaded for."""
     made_from: Model
     """What it was loaded from."""
+    sums: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    """What `checksums` told of it when it was loaded."""
     head: tuple[str, ...] = ()
     """Names of the modules of a fresh head (of a classifier or a reward), which a trial trains whole."""
     start: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -271,7 +273,7 @@ def _load(model: Model, quant: Quant, key: str, labels: int = 0, longest: int = 
     if not labels:
         loaded.generation_config = _greedy(loaded)
         keep_head_whole(loaded)
-    return Base(loaded, text, chosen, fingerprint(loaded), key, model, head)
+    return Base(loaded, text, chosen, fingerprint(loaded), key, model, checksums(loaded), head)
 
 
 def keep_gradients(model: torch.nn.Module) -> None:
@@ -421,6 +423,25 @@ def fingerprint(model: torch.nn.Module) -> str:
     return total.hexdigest()
 
 
+def checksums(model: torch.nn.Module) -> dict[tuple[Any, ...], int]:
+    """Sum the bytes of each weight, as numbers of 64 bits that wrap around; by its name, format and shape.
+
+    They tell that a base is what it was when it was loaded, where its weights lie: a tenth of the time of `fingerprint`
+    on a CPU, and on a GPU nothing is copied. What moves values about within a weight and changes none goes unseen.
+    """
+    import torch
+
+    found = {}
+    for name, value in model.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            plain = value.detach().contiguous().reshape(-1).view(torch.uint8)
+            if plain.storage_offset() % 8:
+                plain = plain.clone()
+            whole = len(plain) // 8 * 8
+            found[name, value.dtype, value.shape] = (plain[:whole].view(torch.int64).sum(), plain[whole:].sum())
+    return {key: sum(int(part) for part in parts) for key, parts in found.items()}
+
+
 PISSA = "pissa_niter_16"
 """How peft finds the largest singular values: 16 rounds of a randomised decomposition, drawn from the seed."""
 TAKERS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -566,7 +587,7 @@ def adapted(base: Base, lora: Lora, seed: int) -> Iterator[PeftModel | PreTraine
             base.model.set_submodule(name, module.requires_grad_(False))
         for weight, value in changed:
             weight.data, weight.grad = value.to(weight.device), None
-        if fingerprint(base.model) != base.weights:
+        if checksums(base.model) != base.sums:
             _warm = None
 
 

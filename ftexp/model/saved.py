@@ -16,8 +16,8 @@ from ftexp.model import (
     _hooks,
     _quantization,
     _strip,
+    checksums,
     compute,
-    fingerprint,
     forget,
     loading,
     source,
@@ -79,7 +79,7 @@ def restored(base: Base, folder: Path) -> Iterator[PeftModel]:
         _strip(base, tuned, forward, hooks)
         for name, module in heads.items():  # peft leaves the trained one
             base.model.set_submodule(name, module.requires_grad_(False))
-        if fingerprint(base.model) != base.weights:
+        if checksums(base.model) != base.sums:
             forget()
 
 
