@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -482,7 +482,8 @@ def _execute(
         log.params(track.flat(run))
         log.inputs(trial["inputs"])
         task.ready(base)
-        before = task.before(base)
+        with _answering(run, base, base.model):
+            before = task.before(base)
         plan = planned(run, task, given, base.compute, ranks.count())
         check_share(plan, facts.shared_gpu_gib())
         resident = facts.resident_gib()
@@ -512,8 +513,9 @@ def _execute(
                 model.save(base, tuned, folder)
                 raise
             trial["plan"] = _against(plan, trial, trained, resident, log)
-            after = task.after(base, tuned)
-            tested = task.final(base, tuned, after) if task.test else None
+            with _answering(run, base, tuned) as scored:
+                after = task.after(base, scored)
+                tested = task.final(base, scored, after) if task.test else None
             model.save(base, tuned, folder)
         trial |= after.kept
         scores = {f"valid/{k}": v for k, v in after.scored.scores.items()}
@@ -588,6 +590,26 @@ def _member(
     with model.adapted(base, run.lora, run.seed) as fresh:
         start, scales = packed.taken(fresh)
     return Member(run, base, task.train, task.valid, start, scales, kept, log.metrics, control)
+
+
+@contextmanager
+def _answering(run: Run, base: Base, tuned: Any) -> Iterator[Any]:
+    """Lend out a model that scores as the packed engine trains, where there is one; else the given one."""
+    if not _how(run, base):
+        yield tuned
+        return
+    from ftexp.model import answer
+
+    theirs = answer.NOTHING if tuned is base.model else answer.adapter(tuned, base.model.dtype)
+    with answer.answering(base.model, theirs):
+        yield base.model
+
+
+def _how(run: Run, base: Base) -> str:
+    """Name how a model answers, where that is not transformers' own way: it rounds otherwise."""
+    from ftexp.model import answer
+
+    return " as trained" if run.trainer.engine is Engine.packed and answer.fits(base.model) else ""
 
 
 def _learned(tuned: Any, learned: Learned, trial: dict[str, Any]) -> dict[str, float]:
@@ -918,7 +940,7 @@ def base_scores(
     the weights, the model's config, tokenizer, template and end tokens, rows, scoring, how the machine computes, our
     code and the versions of libraries.
     """
-    key = f"{base.weights} {base.key} {rows} {config.digest(run.data, run.eval)}"
+    key = f"{base.weights} {base.key} {rows} {config.digest(run.data, run.eval)}{_how(run, base)}"
     if key not in _base_scores:
         own = {k: v for k, v in base.model.config.to_dict().items() if k != "use_cache"}  # a Trainer switches it off
         texts = (prompts.template_digest(base.tokenizer, run.data), prompts.tokenizer_digest(base.tokenizer),
@@ -973,7 +995,7 @@ def general_before(run: Run, base: Base) -> float:
     text = general_text(run, base.tokenizer)
     if not text:
         return 0.0
-    key = f"{base.weights} {base.key} {general.digest([e.row for e in text])}"
+    key = f"{base.weights} {base.key} {general.digest([e.row for e in text])}{_how(run, base)}"
     if key not in _general:
         _general[key] = general_loss(run, base, base.model, text, "base general text")
     return _general[key]

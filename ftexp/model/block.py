@@ -70,16 +70,16 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, cos, sin, block, layout, *weights):
         base, (qkv, out, wide, down) = block.base, block.reads
-        inverse, normed = _normed(base.input_layernorm, x)
+        inverse, normed = rms_normed(base.input_layernorm, x)
         (q, k, v), in_qkv = qkv.forward(normed, layout)
         q, k, v = (part.view(len(x), -1, block.width) for part in (q, k, v))
-        q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+        q, k = rotated(q, cos, sin), rotated(k, cos, sin)
         groups = layout.attended(q.shape[1], block.width, False)
         seen, shares = attended(q, k, v, groups, block.scale, None, block.window)
         seen = seen.view(len(x), -1)
         (y,), in_out = out.forward(seen, layout)
         middle = y.add_(x)
-        inverse2, normed2 = _normed(base.post_attention_layernorm, middle)
+        inverse2, normed2 = rms_normed(base.post_attention_layernorm, middle)
         (gate, up), in_wide = wide.forward(normed2, layout)
         bent = _each(functional.silu, layout, gate)
         most = bent * up
@@ -103,14 +103,14 @@ class _Layer(torch.autograd.Function):
         gmiddle = _unnormed(block.base.post_attention_layernorm, gnormed, middle, inverse2).add_(g)
         gseen, of_out = out.backward([gmiddle], seen, in_out, layout, True)
         gq, gk, gv = slopes(gseen.view(len(x), -1, block.width), q, k, v, shares, groups, block.scale, None)
-        gq, gk = _rotated(gq, cos, sin, back=True), _rotated(gk, cos, sin, back=True)
+        gq, gk = rotated(gq, cos, sin, back=True), rotated(gk, cos, sin, back=True)
         each = [part.view(len(x), -1) for part in (gq, gk, gv)]
         gnormed, of_qkv = qkv.backward(each, normed, in_qkv, layout, further)
         gx = _unnormed(block.base.input_layernorm, gnormed, x, inverse).add_(gmiddle) if further else None
         return gx, None, None, None, None, *of_qkv, *of_out, *of_wide, *of_down
 
 
-def _normed(norm: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def rms_normed(norm: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale rows of x (token, width) by 1 / root of their mean square; returns that factor (token, 1) and the result.
 
     RMSNorm, arXiv:1910.07467, in at least float32, with the roundings of transformers.
@@ -128,7 +128,7 @@ def _unnormed(norm: Any, g: torch.Tensor, x: torch.Tensor, inverse: torch.Tensor
     return slope.sub_(torch.mul(n, share.mean(-1, keepdim=True), out=share)).mul_(inverse).to(x.dtype)
 
 
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool = False) -> torch.Tensor:
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool = False) -> torch.Tensor:
     """Turn (x1, x2), the halves of (token, head, width), to (x1 c1 - x2 s1, x2 c2 + x1 s2); `back` is the transpose.
 
     Rotary positions, arXiv:2104.09864, with the halves that transformers pairs, and its roundings; tables are

@@ -11,7 +11,7 @@ Bonferroni it is enough to test at `alpha` over the number of other trials and t
 whatever order workers come, and however often a trial that was killed and resumed is judged again at a rung. Holm's
 steps would gain nothing: a trial is judged when it comes, not when all p-values are in.
 
-What is not: curves may cross after a rung. Warm-up rungs are for that.
+What is not: curves may cross after a rung. Rungs of the first steps are spared for that.
 """
 
 from __future__ import annotations

@@ -89,8 +89,8 @@ class Options:
     pruner: Pruner = Pruner.none
     """When a lagging trial is stopped."""
     pruner_args: dict[str, Any] = field(default_factory=dict)
-    """More keywords for Optuna's pruner. Of `race`: `alpha` (0.05), `warm_up` (0, rungs at which nothing is stopped),
-    `min_rows` (12, held-out rows below which it is refused)."""
+    """More keywords for Optuna's pruner. Of `race`: `alpha` (0.05), `spared` (0.2, share of the steps before which
+    nothing is stopped) or `warm_up` (0, rungs), `min_rows` (12, held-out rows below which it is refused)."""
     seed: int = 0
     """Seed of the search; trials have their own in `seed`."""
     replicates: int = 1

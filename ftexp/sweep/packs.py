@@ -126,6 +126,7 @@ def _measured(sweep: Frozen, most: int, workers: int) -> dict[str, Any]:
         return {"size": 1, "why": f"a trial's step has {tokens} tokens, enough for {threads} cores"}
     room = max(SIZES[-1], int(PASS * threads / tokens)) if on_cpu else SIZES[0]
     tried = next(n for n in SIZES if n <= min(most, fits, room))
+    seconds(run, base, train, valid, 1, STEPS)  # oneDNN compiles a product for each number of rows that is new to it
     together = seconds(run, base, train, valid, tried, STEPS)
     alone = seconds(run, base, train, valid, 1, len(together))  # of the same rows
     gain = median(tried * a / t for a, t in zip(alone, together, strict=True))

@@ -6,6 +6,7 @@ The rows lie in the trials' folders, so workers of any machine see what the othe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from ftexp.errors import ConfigError, DataError
 from ftexp.files import read_json, write_json
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import Options
+from ftexp.train.control import Recorded
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
@@ -36,6 +38,8 @@ class Rule:
     """Share of all sweeps that may stop the trial that is truly best at a rung."""
     warm_up: int = 0
     """Rungs at which nothing is stopped."""
+    spared: float = 0.2
+    """Share of a trial's steps before which nothing is stopped: early on, curves still cross."""
     min_rows: int = 12
     """Held-out rows that are enough for a test; a sweep with fewer is refused."""
 
@@ -44,6 +48,7 @@ class Rule:
         require(all(numbers), "sweep.pruner_args", vars(self), "numbers")
         require(0 < self.alpha < 1, "sweep.pruner_args.alpha", self.alpha, "above 0 and below 1")
         require(self.warm_up >= 0, "sweep.pruner_args.warm_up", self.warm_up, "at least 0")
+        require(0 <= self.spared < 1, "sweep.pruner_args.spared", self.spared, "at least 0 and below 1")
         require(self.min_rows >= 2, "sweep.pruner_args.min_rows", self.min_rows, "at least 2")
 
 
@@ -99,14 +104,17 @@ def judge(sweep: Frozen, trial: Trial, every: int) -> Judge:
 
     how, number = rule(sweep.options), study.ticket(trial._cached_frozen_trial)
 
+    def record(rung: Rung, step: int) -> None:
+        trial.report(rung.loss, step)
+        if rung.nats:  # else it was passed before a kill, and its rows are kept already
+            keep(sweep.folder / str(number), rung, step)
+
     def ask(rung: Rung, step: int) -> str | None:
         from ftexp.stats import racing
 
-        trial.report(rung.loss, step)
         if not rung.nats:
-            return None  # a rung that was passed before a kill; its rows are kept already
-        keep(sweep.folder / str(number), rung, step)
-        mine, place = _column(rung.nats, rung.counts), step // every - how.warm_up
+            return None
+        mine, place = _column(rung.nats, rung.counts), step // every - _spared(sweep.folder / str(number), how, every)
         rivals = list(others(sweep, study.counted(trial.study), number, step))
         if place < 1 or not rivals:
             return None
@@ -118,7 +126,13 @@ def judge(sweep: Frozen, trial: Trial, every: int) -> Judge:
             return None
         return f"pruned at step {step}: valid/loss {rung.loss:.4f}, trial {other} had {best.value:.4f} (p {p:.1e})"
 
-    return ask
+    return Recorded(record, ask)
+
+
+def _spared(folder: Path, how: Rule, every: int) -> int:
+    """Count the rungs of the trial in a folder at which nothing is stopped."""
+    steps = (read_json(folder / "trial.json") or {}).get("steps", 0)  # stands there before the first one
+    return max(how.warm_up, math.ceil(how.spared * steps / every) - 1)
 
 
 def keep(folder: Path, rung: Rung, step: int) -> None:

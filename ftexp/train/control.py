@@ -33,6 +33,29 @@ class Rung:
 Judge = Callable[[Rung, int], str | None]
 """Takes a held-out loss and its step; returns a reason to stop the trial, or None."""
 
+
+@dataclass
+class Recorded:
+    """A judge in two acts, so that trials that stand at a rung together are judged by what all of them are there."""
+
+    record: Callable[[Rung, int], None]
+    """Puts a rung on record, for the judges of other trials."""
+    ask: Judge
+    """Judges a rung that is on record."""
+    _told: int = -1
+
+    def tell(self, rung: Rung, step: int) -> None:
+        """Put a rung on record, once."""
+        if step != self._told:
+            self.record(rung, step)
+            self._told = step
+
+    def __call__(self, rung: Rung, step: int) -> str | None:
+        """Put a rung on record, where it is not yet, and judge it."""
+        self.tell(rung, step)
+        return self.ask(rung, step)
+
+
 LEAVE = threading.Event()
 """Set when this process was asked to leave: the step under way is the last, and its checkpoint is kept."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)

@@ -30,7 +30,7 @@ from ftexp.model.packed import Adapter, Layout, Pack, Weights, check_alike, lay_
 from ftexp.progress import progress, say
 from ftexp.train import sft
 from ftexp.train.checkpoints import Store
-from ftexp.train.control import Control, Report, Rung, at_work, left
+from ftexp.train.control import Control, Recorded, Report, Rung, at_work, left
 
 FILE = "member.safetensors"
 """What a checkpoint holds."""
@@ -152,15 +152,18 @@ def train(members: Sequence[Member]) -> Iterator[tuple[int, Learned]]:
 
 
 def seconds(members: Sequence[Member], steps: int, budget: float) -> list[float]:
-    """Time optimizer steps of members, after one that warms up: at most `steps`, and none after `budget` seconds."""
+    """Time optimizer steps of members, after two that warm up: at most `steps`, and none after `budget` seconds.
+
+    The first step makes the optimizers' states, and memory is asked for anew in the second too.
+    """
     base, trials, took = members[0].base, [_begun(member) for member in members], []
     pack = Pack(base.model, len(trials))
     with pack.on({name for t in trials for name in t.weights}):
-        while len(took) <= steps and sum(took[1:]) < budget:
+        while len(took) < 2 + steps and sum(took[2:]) < budget:
             began = time.perf_counter()
             _step(base, pack, trials, len(trials))
             took.append(time.perf_counter() - began)
-    return took[1:]
+    return took[2:]
 
 
 _alike: set[tuple[str, bool]] = set()
@@ -414,9 +417,13 @@ def _rungs(base: Base, pack: Pack, trials: list[_Trial], together: int) -> int:
         if not math.isfinite(trial.held_out.loss):
             trial.ended = Diverged(f"diverged at step {trial.step}: valid/loss is {trial.held_out.loss}")
             continue
-        judge = trial.member.control.judge
         with _own(trial):
             trial.member.report({"valid/loss": trial.held_out.loss}, trial.step)
+            if isinstance(judge := trial.member.control.judge, Recorded):
+                judge.tell(trial.held_out, trial.step)
+    for trial in (t for t in due if t.ended is None):
+        judge = trial.member.control.judge
+        with _own(trial):
             if judge is not None and (reason := judge(trial.held_out, trial.step)) is not None:
                 trial.ended = Pruned(reason)
     return together

@@ -7,7 +7,7 @@ from test_worker import sweep  # noqa: F401
 
 from ftexp import experiment
 from ftexp.errors import ConfigError, Pruned
-from ftexp.files import read_json
+from ftexp.files import read_json, write_json
 from ftexp.stats import racing
 from ftexp.sweep import race, study, worker
 from ftexp.sweep.options import Options, Pruner
@@ -69,6 +69,28 @@ def test_warm_up_stops_nothing_at_the_first_rungs(race_of, monkeypatch):
     run_trials(monkeypatch, [0.0, 0.5])
     worker.work(made, record)
     assert states(record) == ["COMPLETE", "COMPLETE"]
+
+
+@pytest.mark.parametrize(("args", "steps", "told"), [
+    ({}, 50, "step 10"), ({}, 51, "step 20"), ({"spared": 0.4}, 50, "step 20"), ({"spared": 0.0}, 1000, "step 10"),
+    ({"spared": 0.9, "warm_up": 1}, 22, "step 20"), ({"warm_up": 1}, 50, "step 20"),
+])  # fmt: skip
+def test_the_first_fifth_of_the_steps_stops_nothing(race_of, monkeypatch, args, steps, told):
+    """A rung at a fifth of the steps is judged, and the first of those that are counts as the first."""
+    made, record = race_of("a=1,2", pruner_args=args)
+    levels = []
+    monkeypatch.setattr(racing, "level", lambda alpha, rung, _: levels.append(rung) or alpha)
+    run_trials(monkeypatch, [0.0, 0.5])
+    told_by = experiment.execute
+
+    def execute(run, folder, *more):
+        write_json(folder / "trial.json", {"steps": steps})  # as a trial does before its first step
+        return told_by(run, folder, *more)
+
+    monkeypatch.setattr(experiment, "execute", execute)
+    worker.work(made, record)
+    assert study.counted(record)[1].user_attrs["ftexp:reason"].startswith(f"pruned at {told}:")
+    assert set(levels) == {1}
 
 
 def test_trial_that_breaks_a_bound_stops_nobody(race_of, monkeypatch):

@@ -11,7 +11,7 @@ from ftexp import data, experiment, model
 from ftexp.errors import Diverged, OutOfTime, Preempted, Pruned
 from ftexp.model import packed as passes
 from ftexp.train import checkpoints, lockstep, sft
-from ftexp.train.control import Control
+from ftexp.train.control import Control, Recorded
 
 POINTS = [
     ("lora.r=4",),
@@ -147,6 +147,19 @@ def test_who_is_pruned_leaves_the_others_as_they_are(point, tmp_path):
     assert told[1].steps == 2
     assert digest(told[1].weights) == lone
     assert [digest(told[n].weights) for n in (0, 2, 3, 4)] == [alone[n] for n in (0, 2, 3, 4)]
+
+
+def test_all_that_stand_at_a_rung_are_on_record_before_any_is_judged(point, tmp_path):
+    told = []
+
+    def judge(name):
+        return Recorded(
+            lambda rung, step: told.append((step, "told", name, rung.loss > 0)),
+            lambda rung, step: told.append((step, "asked", name, rung.loss > 0)),
+        )
+
+    ended([member(point("trainer.report_steps=2", "trainer.steps=6"), tmp_path / "x", judge=judge(n)) for n in "ab"])
+    assert told == [(step, what, name, True) for step in (2, 4) for what in ("told", "asked") for name in "ab"]
 
 
 def test_who_diverges_ends_alone(point, tmp_path):
