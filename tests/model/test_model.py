@@ -224,6 +224,22 @@ def test_base_that_changed_is_dropped(base):
     assert model.load(TINY, Quant()) is not base
 
 
+@pytest.mark.parametrize("place", [0, 3, 4, 6])
+def test_one_bit_of_one_weight_is_seen_and_so_is_another_name(place):
+    """Seven numbers of 16 bits: the last three are no whole number of 64; then the same bits from an odd address."""
+    made = torch.nn.Module()
+    made.register_buffer("weight", torch.arange(9, dtype=torch.bfloat16)[1:8])
+    before = model.checksums(made)
+    made.weight = torch.arange(1, 8, dtype=torch.bfloat16)
+    assert model.checksums(made) == before
+    made.weight.view(torch.int16)[place] ^= 1
+    assert model.checksums(made) != before
+    made.weight.view(torch.int16)[place] ^= 1
+    made.register_buffer("other", made.weight)
+    del made.weight
+    assert model.checksums(made) != before
+
+
 @pytest.mark.parametrize("r", [1, 8, 64])
 @pytest.mark.parametrize("variant", [Variant.lora, Variant.rslora])
 def test_scaling_is_alpha_over_rank_or_its_root(base, r, variant):

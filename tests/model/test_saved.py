@@ -51,6 +51,13 @@ def test_adapter_is_put_on_and_taken_off(at):
         assert model.count(other).trainable
 
 
+def test_a_base_that_a_reader_changed_is_dropped(at):
+    base = model.load(FLAT, Quant())
+    with saved.restored(base, TRIAL):
+        next(base.model.parameters()).data[0, 0] += 1
+    assert model.load(FLAT, Quant()) is not base
+
+
 def test_adapter_of_another_shape_is_refused_and_the_base_dropped(at, tmp_path):
     wrong = Path(shutil.copytree(TRIAL, tmp_path / "wrong"))
     write_json(wrong / "adapter_config.json", read_json(wrong / "adapter_config.json") | {"r": 3})
