@@ -1,9 +1,10 @@
 """The same trials by a shell loop over a TRL script, as it comes and tuned, and as sweeps: time, side by side.
 
-    python tests/bench/loop.py [one] [work] [answer] [memory]
+    python tests/bench/loop.py [one] [work] [answer] [memory] [--task short]
 
-Run whole by `make bench`. Each part goes on where it was left: what was measured is kept in `outputs/bench/loop.json`
-(delete it to begin anew), so a part can be run in pieces. `--rounds 3` measures each way of `one` three times in turn,
+Run whole by `make bench`, for the steps of the demo and for shorter ones (`TASKS`). Each part goes on where it was left:
+what was measured is kept in `outputs/bench/loop-demo.json` and `loop-short.json` (delete them to begin anew), so a part
+can be run in pieces. `--rounds 3` measures each way of `one` three times in turn,
 `--of 2` measures two trials of a loop and takes their mean for the others, which the output says.
 
 Same model, rows, steps, points and scoring; ways take turns, so that a machine that slows down slows all of them. Wall
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -34,9 +36,9 @@ from ftexp.files import cache, read_json, write_json
 from ftexp.model import embedded
 from ftexp.page import style, svg
 
-RESULT, PLOT = Path("outputs/bench/loop.json"), Path("outputs/bench/loop.svg")
+FOLDER = Path("outputs/bench")
 SCRIPT = Path(__file__).with_name("trl_trial.py").absolute()
-STEPS, EVERY, KEYS = 20, 5, {"r": "lora.r", "alpha": "lora.alpha", "lr": "trainer.lr", "neftune": "trainer.neftune"}
+EVERY, KEYS = 5, {"r": "lora.r", "alpha": "lora.alpha", "lr": "trainer.lr", "neftune": "trainer.neftune"}
 POINTS = [
     {"r": r, "alpha": alpha, "lr": lr, "neftune": neftune}
     for r, alpha, lr, neftune in (
@@ -47,8 +49,30 @@ POINTS = [
     )
 ]  # fmt: skip
 """Drawn once over the ranges of `sweeps/rank_alpha_lr_neftune.yaml`; the first eight are those of `work`."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every way does."""
+
+    name: str
+    steps: int
+    batch: int
+    """Rows of a step."""
+    valid: int
+    """Held-out rows, whose loss is taken each `EVERY` steps, and whose completions are written at the end."""
+    longest: int
+    """Tokens of a row."""
+
+    def keys(self) -> list[str]:
+        """Return the overrides of ftexp."""
+        return [f"trainer.batch={self.batch}", f"data.valid={self.valid}", f"data.max_length={self.longest}"]
+
+
+TASKS = {task.name: task for task in (Task("demo", 20, 8, 48, 128), Task("short", 40, 4, 32, 64))}
+"""Some 230 and 115 tokens a step."""
 PACKED = ("trainer.engine=packed", "sweep.pack=0")
-BESIDE = ("trainer.engine=packed", "sweep.workers=2")
+BESIDE = (*PACKED, "sweep.workers=2")
 RACED = ("ftexp raced", "ftexp packed, raced", "ftexp two workers, raced")
 Kept = dict[str, Any]
 """What was measured: part -> way -> a list of {wall, cpu, ...}."""
@@ -67,9 +91,9 @@ def machine() -> dict[str, Any]:
             **{name: versions()[name] for name in ("python", "torch", "transformers", "trl", "peft", "ftexp")}}  # fmt: skip
 
 
-def rows(folder: Path) -> Path:
+def rows(folder: Path, task: Task) -> Path:
     """Write the demo's rows with their split, for the script."""
-    splits = data.load(Data(kind=Source.yoda, template=Template.chatml, valid=48, max_length=128))
+    splits = data.load(Data(kind=Source.yoda, template=Template.chatml, valid=task.valid, max_length=task.longest))
     path = folder / "rows.jsonl"
     told = [{"split": name, "prompt": r.prompt, "completion": r.completion}
             for name, part in (("train", splits.train), ("valid", splits.valid)) for r in part]  # fmt: skip
@@ -88,12 +112,12 @@ def timed(command: list[str], folder: Path) -> dict[str, Any]:
     return {"wall": time.monotonic() - began, "cpu": cpu, "load": load}
 
 
-def scripted(point: dict[str, Any], *more: str) -> dict[str, Any]:
+def scripted(task: Task, point: dict[str, Any], *more: str) -> dict[str, Any]:
     """Run one trial of the loop, in a process of its own as a shell does."""
     with tempfile.TemporaryDirectory(prefix="bench") as work:
-        told = json.dumps({**point, "steps": STEPS, "every": EVERY})
+        told = json.dumps({**point, "steps": task.steps, "every": EVERY, "batch": task.batch})
         out = Path(work, "trial")
-        took = timed([sys.executable, str(SCRIPT), str(embedded.folder()), str(rows(Path(work))), told, str(out), *more],
+        took = timed([sys.executable, str(SCRIPT), str(embedded.folder()), str(rows(Path(work), task)), told, str(out), *more],
                      Path(work))  # fmt: skip
         found = json.loads((out / "result.json").read_text())
     return {**took, "loss": found["loss"], "dtype": found["dtype"].removeprefix("torch."), "seconds": found["seconds"]}
@@ -104,25 +128,25 @@ def forget() -> None:
     shutil.rmtree(cache() / "base", ignore_errors=True)
 
 
-def single(point: dict[str, Any]) -> dict[str, Any]:
+def single(task: Task, point: dict[str, Any]) -> dict[str, Any]:
     """Run one trial as a run of ftexp."""
     forget()
     with tempfile.TemporaryDirectory(prefix="bench") as work:
         given = [f"{KEYS[k]}={v}" for k, v in point.items()]
-        took = timed([sys.executable, "-m", "ftexp.run", *given, "track=none", "name=bench", f"trainer.steps={STEPS}",
-                      f"trainer.report_steps={EVERY}"], Path(work))  # fmt: skip
+        took = timed([sys.executable, "-m", "ftexp.run", *given, "track=none", "name=bench", f"trainer.steps={task.steps}",
+                      f"trainer.report_steps={EVERY}", *task.keys()], Path(work))  # fmt: skip
         trial = json.loads(Path(work, "outputs/runs/bench/trial.json").read_text())
     return {**took, "loss": trial["scores"]["valid/loss"], "dtype": trial["facts"]["compute"]["dtype"]}
 
 
-def swept(points: list[dict[str, Any]], *more: str, steps: int = STEPS, every: int = EVERY) -> dict[str, Any]:
+def swept(task: Task, points: list[dict[str, Any]], *more: str, every: int = EVERY) -> dict[str, Any]:
     """Run points as one sweep of ftexp; return its time, and the loss and last step of each trial."""
     searched = [k for k in KEYS if len({p[k] for p in points}) > 1]
     baselines = ",".join("{" + ",".join(f"{KEYS[k]}:{p[k]}" for k in searched) + "}" for p in points)
     forget()
     params = [f"{KEYS[k]}={','.join(str(v) for v in sorted({p[k] for p in points}))}" for k in KEYS]
     with tempfile.TemporaryDirectory(prefix="bench") as work:
-        took = timed([sys.executable, "-m", "ftexp.run", *params, "track=none", "name=bench", f"trainer.steps={steps}",
+        took = timed([sys.executable, "-m", "ftexp.run", *params, "track=none", "name=bench", f"trainer.steps={task.steps}", *task.keys(),
                       f"trainer.report_steps={every}", "sweep.sampler=random", f"sweep.n_trials={len(points)}",
                       f"sweep.baselines=[{baselines}]", *more, "-m"], Path(work))  # fmt: skip
         folder = Path(work, "outputs/sweeps/bench")
@@ -146,48 +170,50 @@ def measure(kept: Kept, part: str, way: str, count: int, run: Callable[[int], di
     if len(done) < count:
         print(f"{part}: {way}, {len(done) + 1} of {count}", file=sys.stderr, flush=True)
         done.append(run(len(done)))
-        write_json(RESULT, kept)
+        write_json(FOLDER / f"loop-{kept['task']}.json", kept)
 
 
-def one(kept: Kept, rounds: int) -> None:
+def one(kept: Kept, task: Task, rounds: int) -> None:
     """A single trial: ftexp, and the same computation without it."""
     for turn in range(1, rounds + 1):
-        measure(kept, "one", "ftexp", turn, lambda _: single(POINTS[0]))
-        measure(kept, "one", "tuned loop", turn, lambda _: scripted(POINTS[0], "tuned"))
-        measure(kept, "one", "loop", turn, lambda _: scripted(POINTS[0]))
+        measure(kept, "one", "ftexp", turn, lambda _: single(task, POINTS[0]))
+        measure(kept, "one", "tuned loop", turn, lambda _: scripted(task, POINTS[0], "tuned"))
+        measure(kept, "one", "loop", turn, lambda _: scripted(task, POINTS[0]))
 
 
-def loops(kept: Kept, of: int) -> None:
+def loops(kept: Kept, task: Task, of: int) -> None:
     """Measure some trials of the loop, evenly chosen, as it comes and tuned in turn: for `work` and `answer` alike."""
     chosen = [POINTS[n * len(POINTS) // of] for n in range(of)]
     for turn in range(1, of + 1):
-        measure(kept, "loops", "tuned loop", turn, lambda n: scripted(chosen[n], "tuned"))
-        measure(kept, "loops", "loop", turn, lambda n: scripted(chosen[n]))
+        measure(kept, "loops", "tuned loop", turn, lambda n: scripted(task, chosen[n], "tuned"))
+        measure(kept, "loops", "loop", turn, lambda n: scripted(task, chosen[n]))
 
 
-def work(kept: Kept, of: int) -> None:
+def work(kept: Kept, task: Task, of: int) -> None:
     """Eight trials to their end."""
-    measure(kept, "work", "ftexp", 1, lambda _: swept(POINTS[:8]))
-    measure(kept, "work", "ftexp packed", 1, lambda _: swept(POINTS[:8], *PACKED))
-    loops(kept, of)
+    measure(kept, "work", "ftexp", 1, lambda _: swept(task, POINTS[:8]))
+    measure(kept, "work", "ftexp packed", 1, lambda _: swept(task, POINTS[:8], *PACKED))
+    measure(kept, "work", "ftexp two workers, packed", 1, lambda _: swept(task, POINTS[:8], *BESIDE))
+    loops(kept, task, of)
 
 
-def answer(kept: Kept, of: int) -> None:
+def answer(kept: Kept, task: Task, of: int) -> None:
     """The best of sixteen trials: raced, and all to their end by the same engine, to know what is best."""
-    measure(kept, "answer", "ftexp raced", 1, lambda _: swept(POINTS, "sweep.pruner=race"))
-    measure(kept, "answer", "ftexp packed, raced", 1, lambda _: swept(POINTS, "sweep.pruner=race", *PACKED))
-    measure(kept, "answer", "ftexp two workers, raced", 1, lambda _: swept(POINTS, "sweep.pruner=race", *BESIDE))
-    measure(kept, "answer", "ftexp packed", 1, lambda _: swept(POINTS, *PACKED))
-    loops(kept, of)
+    measure(kept, "answer", "ftexp raced", 1, lambda _: swept(task, POINTS, "sweep.pruner=race"))
+    measure(kept, "answer", "ftexp packed, raced", 1, lambda _: swept(task, POINTS, "sweep.pruner=race", *PACKED))
+    measure(kept, "answer", "ftexp two workers, raced", 1, lambda _: swept(task, POINTS, "sweep.pruner=race", *BESIDE))
+    measure(kept, "answer", "ftexp packed", 1, lambda _: swept(task, POINTS, *PACKED))
+    loops(kept, task, of)
 
 
-def memory(kept: Kept) -> None:
+def memory(kept: Kept, task: Task) -> None:
     """Twenty short trials in one process: is the twentieth's peak the first's?"""
     points = [{**POINTS[0], "neftune": n / 10} for n in range(20)]
-    measure(kept, "memory", "ftexp", 1, lambda _: swept(points, "eval=loss", steps=2, every=0))
+    few = replace(task, steps=2)
+    measure(kept, "memory", "ftexp", 1, lambda _: swept(few, points, "eval=loss", every=0))
 
 
-def ratios(kept: Kept) -> list[tuple[str, float, float, float, str]]:
+def ratios(kept: Kept, task: Task) -> list[tuple[str, float, float, float, str]]:
     """Sum up: what is compared, its ratio with the lowest and highest that was measured, and how it was come by."""
     found: list[tuple[str, float, float, float, str]] = []
     ways = kept.get("one", {})
@@ -199,7 +225,7 @@ def ratios(kept: Kept) -> list[tuple[str, float, float, float, str]]:
                 found.append((f"one trial: ftexp / {other}, {clock}", median(all_of), min(all_of), max(all_of),
                               f"median of {len(pairs)} in turn; formats {pairs[0][0]['dtype']} and {pairs[0][1]['dtype']}"))  # fmt: skip
     for part, count, ours in (
-        ("work", 8, "ftexp"), ("work", 8, "ftexp packed"),
+        ("work", 8, "ftexp"), ("work", 8, "ftexp packed"), ("work", 8, "ftexp two workers, packed"),
         *(("answer", 16, way) for way in RACED), ("answer", 16, "ftexp packed"),
     ):  # fmt: skip
         ways = kept.get(part, {}) | kept.get("loops", {})
@@ -212,28 +238,30 @@ def ratios(kept: Kept) -> list[tuple[str, float, float, float, str]]:
                     found.append((f"{count} trials: {other} / {ours}, {clock}", *spread, how))
     raced, tuned = kept.get("answer", {}).get("ftexp raced"), kept.get("loops", {}).get("tuned loop")
     if raced and tuned:
-        found.append(_same_pruner(raced[0], tuned))
+        found.append(_same_pruner(raced[0], tuned, task.steps))
     return found
 
 
-def _same_pruner(raced: dict[str, Any], tuned: list[dict[str, Any]]) -> tuple[str, float, float, float, str]:
+def _same_pruner(
+    raced: dict[str, Any], tuned: list[dict[str, Any]], steps: int
+) -> tuple[str, float, float, float, str]:
     """Price the tuned loop with the race's stops: training and rungs by steps taken, no completions of who stopped."""
     totals = []
     for trial in tuned:
         at = trial["seconds"]
         fixed, full = at["load"] + at["base"] + at["make"], at["steps"] + at["rungs"]
-        totals.append(sum(fixed + full * s / STEPS + (at["after"] if s == STEPS else 0.0) for s in raced["steps"]))
+        totals.append(sum(fixed + full * s / steps + (at["after"] if s == steps else 0.0) for s in raced["steps"]))
     told = [total / raced["wall"] for total in (mean(totals), min(totals), max(totals))]
     how = "computed: each stop where the race had it, seconds of the tuned trials measured"
     return ("16 trials: tuned loop, same pruner / ftexp raced, wall", *told, how)
 
 
-def show(kept: Kept) -> None:
+def show(kept: Kept, task: Task) -> None:
     """Print the ratios and draw them."""
     told = kept["machine"]
     print(f"{told['cpu']}, {told['cores']} cores, OMP_NUM_THREADS {told['threads']}, torch {told['torch']}, "
-          f"trl {told['trl']}; {STEPS} steps of 8, held-out loss every {EVERY}, 48 completions")  # fmt: skip
-    found = ratios(kept)
+          f"trl {told['trl']}; {task.steps} steps of {task.batch} rows, held-out loss every {EVERY}, {task.valid} completions")  # fmt: skip
+    found = ratios(kept, task)
     for name, value, low, high, how in found:
         print(f"{name:56} {value:6.2f}  ({low:.2f} to {high:.2f})  {how}")
     loads = [m["load"] for ways in kept.values() for way in _lists(ways) for m in way if "load" in m]
@@ -244,7 +272,7 @@ def show(kept: Kept) -> None:
         full = min(whole["ftexp packed"][0]["losses"])
         for way in (way for way in RACED if whole.get(way)):
             best = min(v for v in whole[way][0]["losses"] if v is not None)
-            share = sum(whole[way][0]["steps"]) / (16 * STEPS)
+            share = sum(whole[way][0]["steps"]) / (16 * task.steps)
             print(f"{way}: winner's loss {best:.4f}, best of the full sweep {full:.4f} ({best - full:+.4f} nats), "
                   f"{share:.0%} of the steps taken")  # fmt: skip
     if kept.get("memory", {}).get("ftexp"):
@@ -254,8 +282,9 @@ def show(kept: Kept) -> None:
         )
     if found:
         drawn = svg.ladder([(f"{n}", v, low, high, "plain") for n, v, low, high, _ in found], "ratio", "Ratios")
-        PLOT.write_text(drawn.replace(">", f"><style>{style.LIGHT}{style.PLOT}</style>", 1), encoding="utf-8")
-        print(f"kept in {RESULT}, drawn in {PLOT}")
+        plot = FOLDER / f"loop-{task.name}.svg"
+        plot.write_text(drawn.replace(">", f"><style>{style.LIGHT}{style.PLOT}</style>", 1), encoding="utf-8")
+        print(f"kept in {FOLDER}/loop-{task.name}.json, drawn in {plot}")
 
 
 def _lists(ways: Any) -> list[list[dict[str, Any]]]:
@@ -268,16 +297,19 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=["one", "work", "answer", "memory", "show"], default=[])
     parser.add_argument("--rounds", type=int, default=3, help="times each way of `one` is measured")
     parser.add_argument("--of", type=int, default=3, help="trials of a loop that are measured")
+    parser.add_argument("--task", choices=list(TASKS), default="demo", help="what a trial does")
     args = parser.parse_args()
+    task = TASKS[args.task]
     config.register()
     parts = args.parts or ["one", "work", "answer", "memory"]
-    kept = read_json(RESULT) or {}
+    kept = read_json(FOLDER / f"loop-{task.name}.json") or {"task": task.name}
     kept.setdefault("machine", machine())
-    ways = {"one": lambda: one(kept, args.rounds), "work": lambda: work(kept, args.of),
-            "answer": lambda: answer(kept, args.of), "memory": lambda: memory(kept), "show": lambda: None}  # fmt: skip
+    ways = {"one": lambda: one(kept, task, args.rounds), "work": lambda: work(kept, task, args.of),
+            "answer": lambda: answer(kept, task, args.of), "memory": lambda: memory(kept, task),
+            "show": lambda: None}  # fmt: skip
     for part in parts:
         ways[part]()
-    show(kept)
+    show(kept, task)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python trl_trial.py MODEL ROWS.jsonl POINT FOLDER [tuned]
 
-POINT is JSON with r, alpha, lr, neftune, steps and every. Trains the rows of split `train` in steps of 8, scores the
-loss of split `valid` with the Trainer each `every` steps and at the end, writes a completion for each valid prompt in
-one batch with the tuned and the base model, and saves the adapter. `tuned` takes what a user who read the manuals sets:
-bfloat16 weights where the CPU multiplies them, eager attention, no gradient checkpointing.
+POINT is JSON with r, alpha, lr, neftune, steps, batch and every. Trains the rows of split `train`, scores the loss of
+split `valid` with the Trainer each `every` steps and at the end, writes a completion for each valid prompt in one batch
+with the tuned and the base model, and saves the adapter. `tuned` takes what a user who read the manuals sets: bfloat16
+weights where the CPU multiplies them, eager attention, no gradient checkpointing.
 """
 
 import time
@@ -78,7 +78,7 @@ def main():
     before = written(model, tokenizer, prompts)
     asked = time.monotonic()
     settings = SFTConfig(
-        str(folder), max_steps=point["steps"], learning_rate=point["lr"], per_device_train_batch_size=8,
+        str(folder), max_steps=point["steps"], learning_rate=point["lr"], per_device_train_batch_size=point["batch"],
         per_device_eval_batch_size=48, neftune_noise_alpha=point["neftune"] or None, eval_strategy="steps",
         eval_steps=point["every"], save_strategy="no", logging_steps=1, report_to="none", use_cpu=True,
         bf16=False, seed=0, disable_tqdm=True, **({"gradient_checkpointing": False} if tuned else {}),
