@@ -132,7 +132,7 @@ def judge(sweep: Frozen, trial: Trial, every: int) -> Judge:
 def _spared(folder: Path, how: Rule, every: int) -> int:
     """Count the rungs of the trial in a folder at which nothing is stopped."""
     steps = (read_json(folder / "trial.json") or {}).get("steps", 0)  # stands there before the first one
-    return max(how.warm_up, math.ceil(how.spared * steps / every) - 1)
+    return max(how.warm_up, math.ceil(round(how.spared * steps / every, 9)) - 1)
 
 
 def keep(folder: Path, rung: Rung, step: int) -> None:

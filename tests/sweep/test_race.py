@@ -93,6 +93,13 @@ def test_the_first_fifth_of_the_steps_stops_nothing(race_of, monkeypatch, args, 
     assert set(levels) == {1}
 
 
+@pytest.mark.parametrize(("spared", "steps", "rungs"), [(0.07, 100, 6), (0.2, 100, 19), (0.0, 100, 0)])
+def test_a_rung_at_the_very_share_is_judged(tmp_path, spared, steps, rungs):
+    write_json(tmp_path / "trial.json", {"steps": steps})
+    assert spared * steps == pytest.approx(rungs + (1 if spared else 0))  # 0.07 * 100 is 7.000000000000001
+    assert race._spared(tmp_path, race.Rule(spared=spared), 1) == rungs
+
+
 def test_trial_that_breaks_a_bound_stops_nobody(race_of, monkeypatch):
     made, record = race_of("a=1,2,3", at_most={"cost/memory_gib": 1.0})
     memory = [9.0, 0.5, 0.5]
