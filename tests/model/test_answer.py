@@ -109,6 +109,20 @@ def test_a_run_of_the_packed_engine_is_scored_as_its_saved_adapter_is(tiny, tmp_
     )
 
 
+def test_scores_of_a_base_are_kept_apart_by_how_it_answers(tiny, tmp_path, monkeypatch):
+    """It rounds otherwise beside the packed engine, so neither takes the other's scores; a second trial takes its own."""
+    scored = []
+    real = evaluate.held_out
+    monkeypatch.setattr(evaluate, "held_out", lambda *given: scored.append(given[-1]) or real(*given))
+    monkeypatch.setattr(experiment, "_base_scores", {})
+    monkeypatch.setattr(experiment, "_general", {})
+    for n, engine in enumerate(("trl", "packed", "packed", "trl")):
+        run = tiny(f"trainer.engine={engine}", "trainer.steps=1", "eval.forgetting=python-docs", f"lora.r={2 + n}")
+        experiment.execute(run, tmp_path / str(n), "t")
+    assert scored.count("base") == 2
+    assert scored.count("base general text") == 2
+
+
 def test_who_does_not_fit():
     assert not answer.fits(built("Phi3"))
     sdpa = built("Llama")

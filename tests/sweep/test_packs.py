@@ -226,8 +226,11 @@ def test_a_probe_ends_in_time(measured, tiny, monkeypatch):
     base = model.load(run.model, run.quant)
     clock = iter(x for n in range(99) for x in (2.0 * n, 2.0 * n + 1.5))
     monkeypatch.setattr(lockstep.time, "perf_counter", lambda: next(clock))
+    steps, real = [], lockstep._step
+    monkeypatch.setattr(lockstep, "_step", lambda *given: steps.append(given[-1]) or real(*given))
     assert packs.seconds(run, base, train, valid, 2, 3) == [1.5, 1.5]
     assert packs.seconds(run, base, train, valid, 1, 3) == [1.5, 1.5, 1.5]
+    assert steps == [2] * 4 + [1] * 5
 
 
 def test_auto_takes_what_fits(measured):
