@@ -346,7 +346,11 @@ def execute(
     return ends[0]
 
 
-def together(asked: Sequence[Asked], ended: Callable[[int, dict[str, float] | BaseException], None]) -> None:
+def together(
+    asked: Sequence[Asked],
+    ended: Callable[[int, dict[str, float] | BaseException], None],
+    seen: Callable[[list[float], list[float]], bool] | None = None,
+) -> None:
     """Run trials; those of the packed engine share forward and backward passes, others run one after the other.
 
     Each is what it would be alone, folder, tracking and end included, and is told the moment it is over.
@@ -354,6 +358,7 @@ def together(asked: Sequence[Asked], ended: Callable[[int, dict[str, float] | Ba
     Args:
         asked: trials of one base where they are of the packed engine.
         ended: takes the number of a trial and its scores, or the error it ended with.
+        seen: takes how fast the first steps in one pass were, and one by one, and chooses: see `lockstep.train`.
     """
     trials = [_trial(one) for one in asked]
     ready: dict[int, Member] = {}
@@ -377,7 +382,7 @@ def together(asked: Sequence[Asked], ended: Callable[[int, dict[str, float] | Ba
 
         waiting, members = dict(enumerate(ready)), list(ready.values())  # place in the pack -> number of the trial
         ready.clear()
-        training, failed = lockstep.train(members), None
+        training, failed = lockstep.train(members, seen), None
         while waiting and failed is None:
             try:
                 place, learned = next(training)

@@ -1,15 +1,15 @@
-"""How many trials a worker trains in one pass: as asked, or as memory allows and a probe shows to pay.
+"""How many trials a worker trains in one pass: as asked, or as memory allows and their first steps show to pay.
 
-A trial's result is the same in a pack of any size, so this decides about time alone.
+A trial's result is the same in a pack of any size, so this decides about time alone, and the steps that are timed are
+those of the trials themselves.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import tempfile
+from collections.abc import Callable
 from datetime import datetime, timedelta
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -22,26 +22,18 @@ from ftexp.sweep import frozen, study
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import Options
 from ftexp.sweep.space import Axis
-from ftexp.train import checkpoints
-from ftexp.train.control import Control
 
 if TYPE_CHECKING:
     from optuna import Study
 
-    from ftexp.train.lockstep import Member
-
-SIZES = (16, 8, 4, 2)
-"""What `sweep.pack=0` chooses from."""
+MOST = 16
+"""Trials of a pack that `sweep.pack=0` takes at most."""
 GAIN = 1.1
-"""A pack must be this many times faster than its trials one by one."""
-FULL = 128
-"""Tokens of a trial's step for each core of a CPU from which no pack is tried: on one core packs were measured to gain
-1.5 times at 28 tokens, 1.07 at 109 (Zen 2), nothing at 221 (Zen 4), and 1.15 at 228 (AMX), less than a probe costs."""
+"""A pack must be this many times faster than its trials one by one, or the next ones are taken one by one: whoever
+proposes points then hears of each before the next."""
 PASS = 1024
 """Tokens of a pass for each core of a CPU up to which trials join it: beyond, its numbers no longer fit into caches.
 Four, eight and sixteen trials of 228 tokens on two cores gained 1.41, 1.44 and 1.29 times (AMX)."""
-STEPS, BUDGET_SECONDS = 3, 2.0
-"""Steps of a probe, of which none begins after so many seconds."""
 BESIDE = timedelta(minutes=1)
 """Time within which the workers of a launch take their first tickets; of what others began earlier none is theirs."""
 ROOM = 0.8
@@ -49,7 +41,7 @@ ROOM = 0.8
 GROWTH = 1.6
 """What a process grows by for a planned byte (`estimate.Plan.memory`)."""
 CHOSEN = "ftexp:packs"
-"""Study attribute, by host: what `sweep.pack=0` measured and chose."""
+"""Study attribute, by host: the most trials that `sweep.pack=0` tries in a pass, what it measured and what it chose."""
 SHARED = ("cost/memory_gib", "cost/gpu_memory_gib")
 """Metrics that the trials of a pack have in common."""
 
@@ -90,68 +82,60 @@ def size(sweep: Frozen, record: Study, first: bool) -> int:
     trials, since = study.counted(record), datetime.now() - BESIDE
     waiting = sum(t.state.name == "WAITING" for t in trials)
     shared = sum(first and t.state.name == "RUNNING" and (t.datetime_start or since) > since for t in trials)
-    most = max(1, min(sweep.options.pack or SIZES[0], waiting, math.ceil((waiting + shared) / workers)))
+    most = max(1, min(sweep.options.pack or MOST, waiting, math.ceil((waiting + shared) / workers)))
     if sweep.options.pack or most == 1:
         return most
-    return min(most, _chosen(sweep, record, most, workers)["size"])
+    kept = _kept(sweep, record, workers)
+    return min(most, kept["size"] if "size" in kept else kept["most"])
 
 
-def _chosen(sweep: Frozen, record: Study, most: int, workers: int) -> dict[str, Any]:
-    """Choose by bytes and by a probe, once for a sweep and host, and put the figures on record."""
+def seen(sweep: Frozen, record: Study, count: int) -> Callable[[list[float], list[float]], bool] | None:
+    """Return what hears how long the first steps of a pack took (`lockstep.train`), unless it is on record."""
+    key = f"{CHOSEN} {study.HOST}"
+    if sweep.options.pack or "size" in record.user_attrs.get(key, {}):
+        return None
+
+    def settle(together: list[float], alone: list[float]) -> bool:
+        kept, gain = record.user_attrs.get(key, {}), median(a / t for a, t in zip(alone, together, strict=True))
+        told = {"size": kept.get("most", count) if gain >= GAIN else 1, "tried": count, "gain": gain,
+                "together_seconds": together, "alone_seconds": alone}  # fmt: skip
+        record.set_user_attr(key, kept | told)
+        say(f"{count} trials in one pass are {gain:.2f} times as fast as one by one")
+        return gain > 1
+
+    return settle
+
+
+def _kept(sweep: Frozen, record: Study, workers: int) -> dict[str, Any]:
+    """Return what is on record of packs on this host, and put the most that may be tried there where nothing is."""
     key = f"{CHOSEN} {study.HOST}"
     kept = record.user_attrs.get(key)
     if kept is None:
-        kept = _measured(sweep, most, workers)
+        kept = _most(sweep, workers)
         record.set_user_attr(key, kept)
-        say(f"packs of {kept['size']}: {kept['why']}")
+        say(f"packs of {kept['most']} at most: {kept['why']}")
     return kept
 
 
-def _measured(sweep: Frozen, most: int, workers: int) -> dict[str, Any]:
+def _most(sweep: Frozen, workers: int) -> dict[str, Any]:
+    """Tell how many trials may share a pass, by the bytes of the largest and by the tokens of a step."""
     runs = [sweep.run(point, 0) for point in frozen.corners(sweep.space)]
     run = max(runs, key=lambda r: (r.lora.r, r.trainer.batch))  # the largest stands for all
-    train, valid = experiment.tokenised(run, data.load(run.data))
+    train, _ = experiment.tokenised(run, data.load(run.data))
     given = estimate.rows(train, run)
     base = model.load(run.model, run.quant, longest=given.longest)
     plan = estimate.trial(run, given, base.compute)
     if plan.activations is None or plan.optimizer is None:
-        return {"size": 1, "why": f"a trial's memory is not known: {', '.join(plan.notes)}"}
+        return {"most": 1, "why": f"a trial's memory is not known: {', '.join(plan.notes)}"}
     each = GROWTH * (plan.adapter + plan.gradients + plan.optimizer + plan.activations)
-    fits = int(ROOM * free_bytes(base, workers) / each)
-    if min(most, fits) < SIZES[-1]:
-        return {"size": 1, "why": f"{fits} trials of {each / 2**30:.2f} GiB fit into the free memory"}
-    tokens, threads = run.trainer.batch * sum(given.lengths) // len(given.lengths), base.compute.threads
-    on_cpu = base.compute.device == "cpu"
-    if on_cpu and tokens >= FULL * threads:
-        return {"size": 1, "why": f"a trial's step has {tokens} tokens, enough for {threads} cores"}
-    room = max(SIZES[-1], int(PASS * threads / tokens)) if on_cpu else SIZES[0]
-    tried = next(n for n in SIZES if n <= min(most, fits, room))
-    seconds(run, base, train, valid, 1, STEPS)  # oneDNN compiles a product for each number of rows that is new to it
-    together = seconds(run, base, train, valid, tried, STEPS)
-    alone = seconds(run, base, train, valid, 1, len(together))  # of the same rows
-    gain = median(tried * a / t for a, t in zip(alone, together, strict=True))
-    told = {"size": tried if gain >= GAIN else 1, "tried": tried, "gain": gain, "alone_seconds": alone,
-            "together_seconds": together, "trial_gib": each / 2**30}  # fmt: skip
-    return told | {"why": f"{tried} trials in one pass are {gain:.2f} times as fast as one by one"}
-
-
-def seconds(run: config.Run, base: Base, train: Any, valid: Any, count: int, steps: int) -> list[float]:
-    """Time optimizer steps of a pack of equal trials."""
-    from ftexp.train import lockstep
-
-    with tempfile.TemporaryDirectory() as folder:
-        members = [_member(run, base, train, valid, Path(folder))] * count  # each begins with weights of its own
-        return lockstep.seconds(members, steps, BUDGET_SECONDS if count > 1 else math.inf)
-
-
-def _member(run: config.Run, base: Base, train: Any, valid: Any, folder: Path) -> Member:
-    from ftexp.model import packed
-    from ftexp.train.lockstep import Member
-
-    with model.adapted(base, run.lora, run.seed) as fresh:
-        start, scales = packed.taken(fresh)
-    kept = checkpoints.store(folder, {})
-    return Member(run, base, train, valid, start, scales, kept, lambda *_: None, Control())
+    told = {"trial_gib": each / estimate.GIB, "tokens": run.trainer.batch * sum(given.lengths) // len(given.lengths)}
+    limits = {MOST: "no more are tried"}
+    limits[int(ROOM * free_bytes(base, workers) / each)] = f"{told['trial_gib']:.2f} GiB each, of the free memory"
+    if base.compute.device == "cpu":
+        threads = base.compute.threads
+        limits[int(PASS * threads / told["tokens"])] = f"{told['tokens']} tokens a step each, for {threads} cores"
+    most = min(limits)
+    return told | {"most": max(1, most), "why": limits[most]}
 
 
 def free_bytes(base: Base, workers: int) -> float:

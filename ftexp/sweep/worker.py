@@ -223,7 +223,7 @@ def run_pack(sweep: Frozen, record: Study, trials: list[Trial]) -> None:
                     continue
                 untold.remove(trial)
                 _tell(sweep, record, trial, outcome, None)
-            experiment.together([asked for _, _, asked in ready], over)
+            experiment.together([asked for _, _, asked in ready], over, packs.seen(sweep, record, len(ready)))
         if left:
             raise left[0]
     except (KeyboardInterrupt, NoRoom):

@@ -120,7 +120,9 @@ class _Trial:
         return Learned(weights, self.step, self.loss, self.tokens, self.pack, self.ended)
 
 
-def train(members: Sequence[Member]) -> Iterator[tuple[int, Learned]]:
+def train(
+    members: Sequence[Member], seen: Callable[[list[float], list[float]], bool] | None = None
+) -> Iterator[tuple[int, Learned]]:
     """Train members in lockstep, and hand each out as it ends, while the others wait.
 
     The base is free of adapters while one is handed out. Where memory runs out, fewer members share a pass, which
@@ -128,6 +130,8 @@ def train(members: Sequence[Member]) -> Iterator[tuple[int, Learned]]:
 
     Args:
         members: at least one; all of one base.
+        seen: hears of the seconds a token took in one pass and one by one, of `TURNS` steps each, and tells whether to
+            go on together. Without it they do.
 
     Yields:
         The number of a member and what came of it.
@@ -138,11 +142,11 @@ def train(members: Sequence[Member]) -> Iterator[tuple[int, Learned]]:
     base = members[0].base
     _check(base, members[0].rows, len(members))  # before any adapter is there
     trials = {n: _begun(member) for n, member in enumerate(members)}
-    together = len(trials)
+    together, turns = len(trials), None if seen is None else Turns(seen)
     while trials:
         running = [t for t in trials.values() if not t.over]
         if running:
-            together = _until_one_ends(base, running, together)
+            together = _until_one_ends(base, running, together, turns)
         for number in [n for n, trial in trials.items() if trial.over]:
             ended = trials.pop(number)
             waiting = time.monotonic()
@@ -151,19 +155,38 @@ def train(members: Sequence[Member]) -> Iterator[tuple[int, Learned]]:
                 trial.member.kept.began += time.monotonic() - waiting
 
 
-def seconds(members: Sequence[Member], steps: int, budget: float) -> list[float]:
-    """Time optimizer steps of members, after two that warm up: at most `steps`, and none after `budget` seconds.
+TURNS = 3
+"""Steps of each way that are compared."""
 
-    The first step makes the optimizers' states, and memory is asked for anew in the second too.
+
+class Turns:
+    """The first steps of a pack, of all members in one pass and of each in its own in turn, to go on the faster way.
+
+    Two steps warm up the first way and one the other: optimizers make their states, and memory is asked for anew.
     """
-    base, trials, took = members[0].base, [_begun(member) for member in members], []
-    pack = Pack(base.model, len(trials))
-    with pack.on({name for t in trials for name in t.weights}):
-        while len(took) < 2 + steps and sum(took[2:]) < budget:
-            began = time.perf_counter()
-            _step(base, pack, trials, len(trials))
-            took.append(time.perf_counter() - began)
-    return took[2:]
+
+    def __init__(self, seen: Callable[[list[float], list[float]], bool]) -> None:
+        """Take what hears of the seconds a token took together and alone, step by step, and says which way to go on."""
+        self._seen = seen
+        self._took: list[float] = []
+        self._one_by_one = False
+
+    def most(self, together: int) -> int:
+        """Say how many members share a pass in the next step, of so many that fit into it."""
+        alone = len(self._took) % 2 == 0 if 2 <= len(self._took) < self._all else self._one_by_one
+        return 1 if alone else together
+
+    @property
+    def _all(self) -> int:
+        return 3 + 2 * TURNS
+
+    def took(self, seconds: float, tokens: int) -> None:
+        """Hear how long that step took."""
+        if len(self._took) == self._all:
+            return
+        self._took.append(seconds / max(1, tokens))
+        if len(self._took) == self._all:
+            self._one_by_one = not self._seen(self._took[3::2], self._took[4::2])
 
 
 _alike: set[tuple[str, bool]] = set()
@@ -224,7 +247,7 @@ def batches(rows: Sequence[Example], trainer: Trainer, seed: int) -> Iterator[li
             yield [[rows[n] for n in numbers] for numbers in passes[begin : begin + trainer.accumulation]]
 
 
-def _until_one_ends(base: Base, trials: list[_Trial], together: int) -> int:
+def _until_one_ends(base: Base, trials: list[_Trial], together: int, turns: Turns | None) -> int:
     """Take steps until a member has none left or ends early; return how many members fit into a pass."""
     pack = Pack(base.model, len(trials))
     left = max(t.steps - t.step for t in trials)
@@ -232,13 +255,23 @@ def _until_one_ends(base: Base, trials: list[_Trial], together: int) -> int:
     with pack.on({name for t in trials for name in t.weights}), at_work(), progress(label, left) as advance:
         while not any(t.over for t in trials):
             began = time.monotonic()
-            together = _step(base, pack, trials, together)
+            together = _stepped(base, pack, trials, together, turns)
             together = _rungs(base, pack, [t for t in trials if t.ended is None], together)
             for trial in trials:
                 trial.member.kept.began += (time.monotonic() - began) * (1 - 1 / len(trials))
                 _look(trial)
             advance(1, f"loss {min(t.loss for t in trials):.3f}")
     return together
+
+
+def _stepped(base: Base, pack: Pack, trials: list[_Trial], together: int, turns: Turns | None) -> int:
+    """Take one optimizer step of each member, as many in a pass as it is the turn of; return how many fit into one."""
+    if turns is None or together == 1 or len(trials) == 1:
+        return _step(base, pack, trials, together)
+    most, began, before = turns.most(together), time.perf_counter(), sum(t.tokens for t in trials)
+    fit = _step(base, pack, trials, most)
+    turns.took(time.perf_counter() - began, sum(t.tokens for t in trials) - before)
+    return min(together, fit) if most > 1 else together
 
 
 def _step(base: Base, pack: Pack, trials: list[_Trial], together: int) -> int:

@@ -1,22 +1,23 @@
 """Packs in a sweep: the same trials, bytes and ends as one by one, whatever the size and whoever is killed."""
 
-import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from conftest import TINY
 
-from ftexp import data, estimate, experiment, model
+from ftexp import data, estimate, experiment
 from ftexp.config import Run
 from ftexp.errors import ConfigError
 from ftexp.files import read_json, sha256
 from ftexp.sweep import packs, study, worker
-from ftexp.sweep.options import Options
+from ftexp.sweep.options import Options, Sampler
 from ftexp.sweep.space import parse
 from ftexp.train import control, lockstep
 
@@ -166,10 +167,8 @@ def test_what_does_not_go_into_a_pack_is_refused(tiny):
 
 
 @pytest.fixture
-def measured(tiny, monkeypatch, tmp_path):
-    """Return a function that chooses a size for figures of a probe and free bytes."""
-    monkeypatch.setattr(packs, "FULL", 10**9)
-    monkeypatch.setattr(packs, "PASS", 10**9)
+def most(tiny, monkeypatch, tmp_path):
+    """Return a function that tells how many trials may share a pass, for so many free bytes."""
 
     class Sweep:
         options = Options(pack=0)
@@ -180,82 +179,100 @@ def measured(tiny, monkeypatch, tmp_path):
         def run(point, replicate):
             return tiny("trainer.engine=packed", *(f"{k}={v}" for k, v in point.items()))
 
-    def choose(alone, together, free, most=16):
-        counts = []
-        together = together if isinstance(together, list) else [together]
-        monkeypatch.setattr(packs, "seconds", lambda *given: counts.append(given[-2]) or (
-            [alone] * given[-1] if given[-2] == 1 else together))  # fmt: skip
+    def choose(free=1e12):
         monkeypatch.setattr(packs, "free_bytes", lambda base, workers: free)
-        return packs._measured(Sweep, most, 1), counts  # type: ignore
+        return packs._most(Sweep, 1)  # type: ignore
 
     return choose
 
 
-def test_auto_takes_what_pays(measured):
-    found, counts = measured(alone=1.0, together=4.0, free=1e12)
-    assert (found["size"], found["gain"], counts) == (16, 4.0, [1, 16, 1])
-    assert found["why"] == "16 trials in one pass are 4.00 times as fast as one by one"
-    found, _ = measured(alone=1.0, together=15.0, free=1e12)
-    assert (found["size"], found["tried"]) == (1, 16)
-    found, _ = measured(alone=1.0, together=[4.0, 90.0, 4.0], free=1e12)  # a step that something else disturbed
-    assert (found["size"], found["gain"]) == (16, 4.0)
-
-
-@pytest.mark.parametrize(("trials", "size"), [(1, 2), (3, 2), (5, 4), (99, 16)])
-def test_auto_tries_no_more_than_caches_hold(measured, tiny, monkeypatch, trials, size):
-    """A pass for so many trials of a step's tokens; two are always tried, that is what FULL is for."""
+@pytest.mark.parametrize(("trials", "size"), [(0, 1), (1, 1), (3, 3), (99, 16)])
+def test_auto_tries_no_more_than_caches_hold(most, tiny, monkeypatch, trials, size):
+    """A pass for so many trials of a step's tokens."""
     run = tiny("trainer.engine=packed")
     given = estimate.rows(experiment.tokenised(run, data.load(run.data))[0], run)
-    tokens = run.trainer.batch * sum(given.lengths) / len(given.lengths)
-    monkeypatch.setattr(packs, "PASS", trials * tokens / torch.get_num_threads() + 1)
-    found, counts = measured(alone=1.0, together=1.0, free=1e12)
-    assert (found["size"], counts) == (size, [1, size, 1])
+    tokens = run.trainer.batch * sum(given.lengths) // len(given.lengths)
+    monkeypatch.setattr(packs, "PASS", (trials + 0.5) * tokens / torch.get_num_threads())
+    found = most()
+    assert (found["most"], found["tokens"]) == (size, tokens)
+    told = f"{tokens} tokens a step each, for {torch.get_num_threads()} cores"
+    assert found["why"] == ("no more are tried" if size == 16 else told)
 
 
-def test_auto_tries_nothing_where_a_trial_fills_the_cores(measured, monkeypatch):
-    monkeypatch.setattr(packs, "FULL", 1)
-    found, counts = measured(alone=1.0, together=1.0, free=1e12)
-    assert (found["size"], counts) == (1, [])
-    assert re.fullmatch(r"a trial's step has \d+ tokens, enough for \d+ cores", found["why"])
+def test_auto_tries_what_fits_into_memory(most, monkeypatch):
+    monkeypatch.setattr(packs, "PASS", 10**9)
+    each = most()["trial_gib"] * 2**30
+    found = most(5.6 * each / packs.ROOM)
+    assert (found["most"], found["why"]) == (5, f"{each / 2**30:.2f} GiB each, of the free memory")
+    assert most(0.4 * each / packs.ROOM)["most"] == 1
+    monkeypatch.setattr(estimate, "_peak", lambda *_: (None, ("it cannot be traced",)))
+    assert most() == {"most": 1, "why": "a trial's memory is not known: it cannot be traced"}
 
 
-def test_a_probe_ends_in_time(measured, tiny, monkeypatch):
-    """Steps of 1.5 s by the clock: with 2 s to spend two are taken behind those that warm up, of 3 at most."""
-    run = tiny("trainer.engine=packed")
-    train, valid = experiment.tokenised(run, data.load(run.data))
-    base = model.load(run.model, run.quant)
-    clock = iter(x for n in range(99) for x in (2.0 * n, 2.0 * n + 1.5))
-    monkeypatch.setattr(lockstep.time, "perf_counter", lambda: next(clock))
-    steps, real = [], lockstep._step
-    monkeypatch.setattr(lockstep, "_step", lambda *given: steps.append(given[-1]) or real(*given))
-    assert packs.seconds(run, base, train, valid, 2, 3) == [1.5, 1.5]
-    assert packs.seconds(run, base, train, valid, 1, 3) == [1.5, 1.5, 1.5]
-    assert steps == [2] * 4 + [1] * 5
+class Record:
+    """A study's attributes."""
+
+    def __init__(self, **kept):
+        self.user_attrs = {f"{packs.CHOSEN} {study.HOST}": kept} if kept else {}
+
+    def set_user_attr(self, key, value):
+        self.user_attrs[key] = value
+
+    @property
+    def kept(self):
+        return self.user_attrs[f"{packs.CHOSEN} {study.HOST}"]
 
 
-def test_auto_takes_what_fits(measured):
-    found, _ = measured(alone=1.0, together=1.0, free=1e12, most=5)
-    assert found["size"] == 4
-    gib = found["trial_gib"]
-    found, counts = measured(alone=1.0, together=1.0, free=2.6 * gib * 2**30 / packs.ROOM)
-    assert (found["size"], counts) == (2, [1, 2, 1])
-    found, counts = measured(alone=1.0, together=1.0, free=1.5 * gib * 2**30 / packs.ROOM)
-    assert (found["size"], counts) == (1, [])
-    assert found["why"].startswith("1 trials of ")
+@pytest.mark.parametrize(("gain", "size", "on"), [(1.5, 8, True), (1.11, 8, True), (1.05, 1, True), (0.95, 1, False)])
+def test_auto_goes_on_the_faster_way_and_takes_packs_where_they_clearly_pay(gain, size, on):
+    record = Record(most=8)
+    settle: Any = packs.seen(SimpleNamespace(options=Options(pack=0)), record, 4)  # type: ignore
+    assert settle([1.0, 2.0, 9.0], [gain, 2 * gain, 1.0]) is on  # the last pair was disturbed
+    assert record.kept["size"] == size
+    assert record.kept["gain"] == pytest.approx(gain)
+    assert (record.kept["most"], record.kept["tried"]) == (8, 4)
 
 
-def test_auto_measures_once_and_puts_it_on_record(swept, tmp_path, monkeypatch):
+def test_auto_takes_what_is_on_record(monkeypatch):
+    waiting = [SimpleNamespace(state=SimpleNamespace(name="WAITING"), datetime_start=None)] * 16
+    monkeypatch.setattr(study, "counted", lambda _: waiting)
+    sweep: Any = SimpleNamespace(options=Options(sampler=Sampler.random, n_trials=16, pack=0, workers=1))
+    assert packs.size(sweep, Record(most=8), True) == 8  # type: ignore
+    assert packs.size(sweep, Record(most=8, size=1), True) == 1  # type: ignore
+    assert packs.size(sweep, Record(size=4, tried=4), True) == 4  # type: ignore  # of an older version
+    assert packs.seen(sweep, Record(most=8), 8) is not None  # type: ignore
+    assert packs.seen(sweep, Record(most=8, size=1), 8) is None  # type: ignore
+    asked: Any = SimpleNamespace(options=Options(sampler=Sampler.random, n_trials=16, pack=8))
+    assert packs.seen(asked, Record(), 8) is None  # type: ignore
+
+
+def test_auto_times_steps_of_the_trials_and_changes_none(swept, tmp_path, monkeypatch):
     from ftexp.sweep import frozen
 
-    alone = swept("name=alone")
-    monkeypatch.setattr(packs, "FULL", 10**9)
+    alone = swept("name=alone", "trainer.steps=12")
     monkeypatch.setattr(packs, "PASS", 10**9)
-    calls, real = [], packs._measured
-    monkeypatch.setattr(packs, "_measured", lambda *given: calls.append(given) or real(*given))
-    assert swept("name=auto", "sweep.pack=0") == alone
-    assert len(calls) == 1
-    record = worker.open_study(frozen.load(tmp_path / "outputs" / "sweeps" / "auto"))
-    found = record.user_attrs[f"{packs.CHOSEN} {study.HOST}"]
-    assert found["tried"] == 4
-    shares = zip(found["alone_seconds"], found["together_seconds"], strict=True)
-    assert found["gain"] == pytest.approx(median(4 * alone / together for alone, together in shares))
+    steps, step = [], lockstep._step
+    monkeypatch.setattr(lockstep, "_step", lambda *given: steps.append(given[-1]) or step(*given))
+    assert swept("name=auto", "trainer.steps=12", "sweep.pack=0") == alone
+    assert steps[:9] == [4, 4, 1, 4, 1, 4, 1, 4, 1]
+    found = worker.open_study(frozen.load(tmp_path / "outputs" / "sweeps" / "auto")).user_attrs
+    kept = found[f"{packs.CHOSEN} {study.HOST}"]
+    assert (kept["tried"], kept["most"]) == (4, 16)
+    pairs = zip(kept["alone_seconds"], kept["together_seconds"], strict=True)
+    assert kept["gain"] == pytest.approx(median(alone / together for alone, together in pairs))
+    assert {*steps[9:]} == {4 if kept["gain"] > 1 else 1}
+    steps.clear()
+    monkeypatch.setattr(packs, "seen", lambda *_: lambda together, alone: False)
+    assert swept("name=apart", "trainer.steps=12", "sweep.pack=0") == alone
+    assert steps[9:] == [1, 1, 1]
+
+
+def test_auto_times_tokens_by_the_clock(monkeypatch):
+    """Steps of 10 tokens that take 2 s together, of 5 that take 3 s one by one; warm ones took longer."""
+    heard: list[Any] = []
+    turns = lockstep.Turns(lambda *given: heard.append(given) or False)
+    for n, (seconds, tokens) in enumerate([(9, 10), (9, 10), (9, 5), *[(2, 10), (3, 5)] * 3, (2, 10)]):
+        assert turns.most(7) == (1 if n in (2, 4, 6, 8, 9) else 7)
+        turns.took(seconds, tokens)
+    assert heard == [([0.2] * 3, [0.6] * 3)]
+    assert turns.most(7) == 1
