@@ -79,6 +79,10 @@ class Interrupted(Preempted):
     exit_code = 130
 
 
+class HandedOver(Preempted):
+    """A trial left its pack at a checkpoint, for another worker to go on with; the process goes on with the others."""
+
+
 class TrialsFailed(FtexpError, RuntimeError):
     """A sweep ran to its end and some of its trials failed; the others are kept."""
 

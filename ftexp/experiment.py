@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any, cast
 from ftexp import config, data, estimate, evaluate, facts, handed, labels, metrics, model, passes, ranks, track
 from ftexp.config import Engine, Format, Kind, Long, Loss, Method, Packing, Run, Template, Tracker, Variant
 from ftexp.data import gates, general, prompts, shapes, tokens
-from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, MachineError, Preempted, Pruned, out_of_memory
+from ftexp.errors import (
+    ConfigError,
+    DataError,
+    Diverged,
+    FtexpError,
+    HandedOver,
+    MachineError,
+    Preempted,
+    Pruned,
+    out_of_memory,
+)
 from ftexp.files import cache, naming, no_room, read_json, read_trial, write_json
 from ftexp.model import Base, compute, sizes
 from ftexp.model.compute import Compute
@@ -34,7 +44,7 @@ from ftexp.train import (
     spread,
 )
 from ftexp.train.answers import Pair
-from ftexp.train.control import Control, Rung
+from ftexp.train.control import Control, Rung, Share
 
 if TYPE_CHECKING:
     from ftexp.train.lockstep import Learned, Member
@@ -350,6 +360,7 @@ def together(
     asked: Sequence[Asked],
     ended: Callable[[int, dict[str, float] | BaseException], None],
     seen: Callable[[list[float], list[float]], bool] | None = None,
+    share: Share | None = None,
 ) -> None:
     """Run trials; those of the packed engine share forward and backward passes, others run one after the other.
 
@@ -359,6 +370,7 @@ def together(
         asked: trials of one base where they are of the packed engine.
         ended: takes the number of a trial and its scores, or the error it ended with.
         seen: takes how fast the first steps in one pass were, and one by one, and chooses: see `lockstep.train`.
+        share: asks for half of the trials in training, which end with `HandedOver` while the others go on.
     """
     trials = [_trial(one) for one in asked]
     ready: dict[int, Member] = {}
@@ -372,7 +384,8 @@ def together(
             end = done.value
         except BaseException as error:  # its end alone, which the caller tells from others by its kind
             end = error
-            left.extend([error] if isinstance(error, KeyboardInterrupt) else [])
+            leaving = isinstance(error, KeyboardInterrupt) and not isinstance(error, HandedOver)
+            left.extend([error] if leaving else [])
         ended(number, end)
 
     for number, trial in enumerate(trials):
@@ -382,7 +395,7 @@ def together(
 
         waiting, members = dict(enumerate(ready)), list(ready.values())  # place in the pack -> number of the trial
         ready.clear()
-        training, failed = lockstep.train(members, seen), None
+        training, failed = lockstep.train(members, seen, share), None
         while waiting and failed is None:
             try:
                 place, learned = next(training)

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ from ftexp.errors import (
     DataError,
     Diverged,
     FtexpError,
+    HandedOver,
     MachineError,
     NoRoom,
     OutOfTime,
@@ -44,7 +46,7 @@ from ftexp.sweep import frozen, limits, packs, race, study
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import Pruner, Sampler
 from ftexp.train import control
-from ftexp.train.control import Control, Judge, Rung
+from ftexp.train.control import Control, Judge, Rung, Share
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -55,7 +57,7 @@ TOKEN = "FTEXP_WORKER"
 """Environment variable that names this start of a worker, so that its supervisor knows which trial was its."""
 RECORD = "FTEXP_RECORD"
 """Environment variable: address of the proxy that workers reach the record through."""
-BEAT_SECONDS = 60.0
+BEAT, BEAT_SECONDS = "beat", 60.0
 LOOK_SECONDS = 2.0
 """A worker looks this often whether its sweep was told to leave; with more than 100 workers less often."""
 LOOKS_A_SECOND = 50
@@ -74,6 +76,9 @@ RENEWED = 76
 """Exit code of a worker whose processes fell out of step over a trial that failed, and which has told so."""
 PACK = "ftexp:pack"
 """Attribute of an attempt: how many share its training."""
+SHARE = "ftexp:share"
+"""Study attribute: which worker's pack is to give half of its trials to another worker, `of` and `to` by their tokens,
+and how that one computes; None where it has answered."""
 LEAVE = "ftexp:leave"
 """Study attribute: true where running trials, too, are to save a checkpoint and end."""
 
@@ -102,7 +107,9 @@ LOST = Outcome("failed", "crash", "another process of the trial is gone")
 def work(sweep: Frozen, record: Study) -> None:
     """Take and run tickets until none waits, or the sweep is told to stop."""
     first = True
-    while not record.user_attrs.get(STOP) and (trials := _claimed(record, packs.size(sweep, record, first))):
+    while not record.user_attrs.get(STOP) and (
+        trials := _claimed(record, packs.size(sweep, record, first)) or _given(sweep, record)
+    ):
         first = False
         if len(trials) == 1:
             run_ticket(sweep, record, trials[0])
@@ -120,6 +127,46 @@ def _claimed(record: Study, most: int) -> list[Trial]:
     while len(trials) < most and (trial := study.claim(record, os.environ.get(TOKEN, ""))) is not None:
         trials.append(trial)
     return trials
+
+
+def _given(sweep: Frozen, record: Study) -> list[Trial]:
+    """Ask the largest pack of this machine for half of its trials, and claim them; [] where nobody has any to give.
+
+    Workers of other machines are not asked: a checkpoint goes on with the same bytes where the same chip and as many
+    threads compute.
+    """
+    me, asked = os.environ.get(TOKEN), set()
+    while me and sweep.options.pack != 1:
+        other = next((token for token, _ in _packed(record).most_common() if token not in asked), None)
+        if other is None:
+            return []
+        asked.add(other)
+        wish = {"of": other, "to": me, "how": _how(sweep)}
+        record.set_user_attr(SHARE, wish)
+        say("no trial waits: another worker is asked for half of its pack")
+        while record.user_attrs.get(SHARE) == wish and other in _packed(record):
+            if record.user_attrs.get(STOP):
+                return []
+            if control.LEAVE.wait(look_seconds(sweep.options.workers)):
+                raise control.left("asked to leave")
+        if record.user_attrs.get(SHARE) == wish:  # its pack came to an end instead
+            record.set_user_attr(SHARE, None)
+        if trials := _claimed(record, len(study.counted(record))):
+            return trials
+    return []
+
+
+def _packed(record: Study) -> Counter[str]:
+    """Count the running trials of each worker of this machine that has two or more in its pack, by its token."""
+    signed = [t.user_attrs.get("ftexp:worker", {}) for t in study.counted(record)
+              if t.state.name == "RUNNING" and t.user_attrs.get(PACK, 1) > 1]  # fmt: skip
+    found = Counter(s["token"] for s in signed if s.get("host") == study.HOST and s.get("token"))
+    return Counter({token: count for token, count in found.items() if count > 1})
+
+
+def _how(sweep: Frozen) -> dict[str, Any]:
+    """Tell how this process computes, of which the bits of its trials depend."""
+    return asdict(compute.policy(sweep.run(frozen.corners(sweep.space)[0], 0).model))
 
 
 def follow(sweep: Frozen) -> None:
@@ -190,8 +237,10 @@ def run_pack(sweep: Frozen, record: Study, trials: list[Trial]) -> None:
     """Do with several claimed tickets what `run_ticket` does with one, in one training.
 
     Their points are chosen before any is trained, as those of so many workers would be. Each is told the moment it is
-    over, so a kill after that costs the others alone.
+    over, so a kill after that costs the others alone. Half of those that train are queued again where a worker without
+    any asks for them.
     """
+    share = Share(lambda: record.set_user_attr(SHARE, None))
     ready: list[tuple[Trial, dict[str, Any], experiment.Asked]] = []
     untold, left = list(trials), []
 
@@ -205,6 +254,11 @@ def run_pack(sweep: Frozen, record: Study, trials: list[Trial]) -> None:
 
         try:
             outcome, values = _valued(sweep, trial, point, study.ticket(trial._cached_frozen_trial), told)
+        except HandedOver as error:
+            untold.remove(trial)
+            say(f"trial {study.ticket(trial._cached_frozen_trial)} {error}")
+            give_back(record, trial)
+            return
         except (KeyboardInterrupt, MachineError) as error:
             left.append(error)
             return
@@ -212,7 +266,9 @@ def run_pack(sweep: Frozen, record: Study, trials: list[Trial]) -> None:
         _tell(sweep, record, trial, outcome, values)
 
     try:
-        with _beating(record, look_seconds(sweep.options.workers), *trials):
+        with _beating(
+            record, look_seconds(sweep.options.workers), *trials, hear=partial(_hear, record, share, _how(sweep))
+        ):
             for trial in trials:
                 number = study.ticket(trial._cached_frozen_trial)
                 trial.set_user_attr(PACK, len(trials))
@@ -223,7 +279,7 @@ def run_pack(sweep: Frozen, record: Study, trials: list[Trial]) -> None:
                     continue
                 untold.remove(trial)
                 _tell(sweep, record, trial, outcome, None)
-            experiment.together([asked for _, _, asked in ready], over, packs.seen(sweep, record, len(ready)))
+            experiment.together([asked for _, _, asked in ready], over, packs.seen(sweep, record, len(ready)), share)
         if left:
             raise left[0]
     except (KeyboardInterrupt, NoRoom):
@@ -234,6 +290,17 @@ def run_pack(sweep: Frozen, record: Study, trials: list[Trial]) -> None:
         for trial in untold:
             _blame(trial, error)
         raise
+
+
+def _hear(record: Study, share: Share, how: dict[str, Any]) -> None:
+    """Hear whether a worker asks for half of this one's pack; refuse one that computes in another way."""
+    wish = record.user_attrs.get(SHARE) or {}
+    if wish.get("of") != os.environ.get(TOKEN, "") or share.asked.is_set():
+        return
+    if wish["how"] == how:
+        share.asked.set()
+    else:
+        share.answered()
 
 
 def _blame(trial: Trial, fault: MachineError) -> None:
@@ -585,8 +652,13 @@ def look_seconds(workers: int) -> float:
 
 
 @contextmanager
-def _beating(record: Study, look: float, *trials: Trial) -> Iterator[None]:
-    """Tell other machines once a minute that this worker is alive, and hear whether the sweep is to be left."""
+def _beating(
+    record: Study, look: float, *trials: Trial, hear: Callable[[], None] = lambda: None
+) -> Iterator[None]:  # fmt: skip
+    """Tell other machines once a minute that this worker is alive, and hear whether the sweep is to be left.
+
+    What else there is to `hear` is looked for as often.
+    """
     done = threading.Event()
 
     def beat() -> None:
@@ -595,13 +667,14 @@ def _beating(record: Study, look: float, *trials: Trial) -> Iterator[None]:
             with suppress(Exception):  # a record that cannot be reached now is asked again
                 if record.user_attrs.get(LEAVE):
                     control.LEAVE.set()
+                hear()
             if time.monotonic() - told >= BEAT_SECONDS:
                 told = time.monotonic()
                 for trial in trials:
                     with suppress(Exception):  # of a pack some are over before the others
                         record._storage.set_trial_user_attr(trial._trial_id, "ftexp:beat", time.time())
 
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=beat, name=BEAT, daemon=True)
     thread.start()
     try:
         yield

@@ -78,6 +78,15 @@ class Control:
     """Set to make the training save a checkpoint and end."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """Asks a pack for half of its trials, on behalf of a worker that has none."""
+
+    answered: Callable[[], None]
+    """Called once those trials have ended with `HandedOver`, or none has where too little of the training is left."""
+    asked: threading.Event = field(default_factory=threading.Event)
+
+
 @contextmanager
 def at_work() -> Iterator[None]:
     """Mark the block that looks at `LEAVE` after each of its steps; a signal outside it ends what runs at once."""

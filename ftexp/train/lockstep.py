@@ -24,16 +24,19 @@ from ftexp import metrics, passes
 from ftexp.config import Run, Trainer
 from ftexp.data import splits
 from ftexp.data.prompts import Example
-from ftexp.errors import Diverged, OutOfTime, Pruned, out_of_memory
+from ftexp.errors import Diverged, HandedOver, OutOfTime, Pruned, out_of_memory
 from ftexp.model import Base
 from ftexp.model.packed import Adapter, Layout, Pack, Weights, check_alike, lay_out, learned, nats
 from ftexp.progress import progress, say
 from ftexp.train import sft
 from ftexp.train.checkpoints import Store
-from ftexp.train.control import Control, Recorded, Report, Rung, at_work, left
+from ftexp.train.control import Control, Recorded, Report, Rung, Share, at_work, left
 
 FILE = "member.safetensors"
 """What a checkpoint holds."""
+WORTH_SECONDS = 10.0
+"""Training that is left of a pack from which on members are handed over: another process goes on with one in two to
+four seconds, where it has the base."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +124,9 @@ class _Trial:
 
 
 def train(
-    members: Sequence[Member], seen: Callable[[list[float], list[float]], bool] | None = None
+    members: Sequence[Member],
+    seen: Callable[[list[float], list[float]], bool] | None = None,
+    share: Share | None = None,
 ) -> Iterator[tuple[int, Learned]]:
     """Train members in lockstep, and hand each out as it ends, while the others wait.
 
@@ -132,6 +137,7 @@ def train(
         members: at least one; all of one base.
         seen: hears of the seconds a token took in one pass and one by one, of `TURNS` steps each, and tells whether to
             go on together. Without it they do.
+        share: asks for half of the members while they train; those end with `HandedOver` and a checkpoint.
 
     Yields:
         The number of a member and what came of it.
@@ -146,13 +152,16 @@ def train(
     while trials:
         running = [t for t in trials.values() if not t.over]
         if running:
-            together = _until_one_ends(base, running, together, turns)
+            together = _until_one_ends(base, running, together, turns, share)
         for number in [n for n, trial in trials.items() if trial.over]:
             ended = trials.pop(number)
             waiting = time.monotonic()
             yield number, ended.told()
             for trial in trials.values():
                 trial.member.kept.began += time.monotonic() - waiting
+        if share is not None and share.asked.is_set():
+            share.asked.clear()
+            share.answered()
 
 
 TURNS = 3
@@ -247,10 +256,10 @@ def batches(rows: Sequence[Example], trainer: Trainer, seed: int) -> Iterator[li
             yield [[rows[n] for n in numbers] for numbers in passes[begin : begin + trainer.accumulation]]
 
 
-def _until_one_ends(base: Base, trials: list[_Trial], together: int, turns: Turns | None) -> int:
+def _until_one_ends(base: Base, trials: list[_Trial], together: int, turns: Turns | None, share: Share | None) -> int:
     """Take steps until a member has none left or ends early; return how many members fit into a pass."""
-    pack = Pack(base.model, len(trials))
-    left = max(t.steps - t.step for t in trials)
+    pack, started = Pack(base.model, len(trials)), time.monotonic()
+    left = steps = max(t.steps - t.step for t in trials)
     label = f"training {left} steps" + (f" of {len(trials)} trials" if len(trials) > 1 else "")
     with pack.on({name for t in trials for name in t.weights}), at_work(), progress(label, left) as advance:
         while not any(t.over for t in trials):
@@ -261,7 +270,20 @@ def _until_one_ends(base: Base, trials: list[_Trial], together: int, turns: Turn
                 trial.member.kept.began += (time.monotonic() - began) * (1 - 1 / len(trials))
                 _look(trial)
             advance(1, f"loss {min(t.loss for t in trials):.3f}")
+            left -= 1
+            if share is not None and share.asked.is_set():
+                _hand_over(trials, left * (time.monotonic() - started) / (steps - left))
+                break
     return together
+
+
+def _hand_over(trials: list[_Trial], seconds: float) -> None:
+    """End every second member at a checkpoint, where so many seconds of training are worth it."""
+    staying = [t for t in trials if not t.over]
+    for trial in staying[1::2] if seconds >= WORTH_SECONDS else ():
+        trial.ended = HandedOver(f"handed over at step {trial.step} of {trial.steps}")
+        with _own(trial):
+            _save(trial)
 
 
 def _stepped(base: Base, pack: Pack, trials: list[_Trial], together: int, turns: Turns | None) -> int:
