@@ -19,15 +19,13 @@ from ftexp.model import compute
 from ftexp.progress import say
 from ftexp.sweep import frozen, packs, study, supervisor
 from ftexp.sweep.frozen import Frozen
-from ftexp.sweep.options import Engine, Pruner, Sampler
+from ftexp.sweep.options import DRAWN, Engine, Pruner
 
 if TYPE_CHECKING:
     from optuna import Study
 
 CHOSEN = "ftexp:layout"
 """Study attribute, by host: what was measured and chosen. A sweep that goes on keeps it, and with it every bit."""
-DRAWN = (Sampler.grid, Sampler.random, Sampler.qmc)
-"""Samplers that look at no result; the points of others would depend on how many trials run at a time."""
 WORTH_SECONDS = 100.0
 """Sweeps that take less are not worth a probe."""
 CORE = 1.5e11

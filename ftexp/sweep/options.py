@@ -32,6 +32,10 @@ class Sampler(Enum):
     """Genetic search for several objectives, Deb et al. 2002."""
 
 
+DRAWN = (Sampler.grid, Sampler.random, Sampler.qmc)
+"""Samplers that look at no result; the points of others depend on how many trials run at a time."""
+
+
 class Pruner(Enum):
     """When a trial that lags behind is stopped, judged by its held-out loss at the rungs."""
 

@@ -20,7 +20,7 @@ from ftexp.model import Base
 from ftexp.progress import say
 from ftexp.sweep import frozen, study
 from ftexp.sweep.frozen import Frozen
-from ftexp.sweep.options import Options
+from ftexp.sweep.options import DRAWN, Options
 from ftexp.sweep.space import Axis
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 MOST = 16
 """Trials of a pack that `sweep.pack=0` takes at most."""
+FEW = 4
+"""Trials that packs are tried with where a sampler looks at results: it hears of none before all are trained."""
 GAIN = 1.1
 """A pack must be this many times faster than its trials one by one, or the next ones are taken one by one: whoever
 proposes points then hears of each before the next."""
@@ -86,7 +88,9 @@ def size(sweep: Frozen, record: Study, first: bool) -> int:
     if sweep.options.pack or most == 1:
         return most
     kept = _kept(sweep, record, workers)
-    return min(most, kept["size"] if "size" in kept else kept["most"])
+    if "size" in kept:
+        return min(most, kept["size"])
+    return min(most, kept["most"], MOST if sweep.options.sampler in DRAWN else FEW)
 
 
 def seen(sweep: Frozen, record: Study, count: int) -> Callable[[list[float], list[float]], bool] | None:

@@ -14,7 +14,7 @@ from ftexp.config import Data, Eval, Kind, Lora, Loss, Method, Model, Run, Train
 from ftexp.files import read_json
 from ftexp.model import compute
 from ftexp.sweep import frozen, layout, packs, study, supervisor, worker
-from ftexp.sweep.options import Engine, Options, Pruner, Sampler
+from ftexp.sweep.options import DRAWN, Engine, Options, Pruner, Sampler
 
 TWO = Options(sampler=Sampler.random, n_trials=8)
 
@@ -276,4 +276,4 @@ def test_workers_that_start_together_take_equal_shares(monkeypatch):
 
 
 def test_every_sampler_that_looks_at_results_is_left_out():
-    assert set(Sampler) - set(layout.DRAWN) == {Sampler.tpe, Sampler.gp, Sampler.nsga2}
+    assert set(Sampler) - set(DRAWN) == {Sampler.tpe, Sampler.gp, Sampler.nsga2}

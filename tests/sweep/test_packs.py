@@ -340,6 +340,9 @@ def test_auto_takes_what_is_on_record(monkeypatch):
     sweep: Any = SimpleNamespace(options=Options(sampler=Sampler.random, n_trials=16, pack=0, workers=1))
     assert packs.size(sweep, Record(most=8), True) == 8  # type: ignore
     assert packs.size(sweep, Record(most=8, size=1), True) == 1  # type: ignore
+    looks: Any = SimpleNamespace(options=Options(sampler=Sampler.tpe, n_trials=16, pack=0, workers=1))
+    assert packs.size(looks, Record(most=8), True) == 4  # type: ignore  # points are proposed before packs are known to pay
+    assert packs.size(looks, Record(most=8, size=8), True) == 8  # type: ignore
     assert packs.size(sweep, Record(size=4, tried=4), True) == 4  # type: ignore  # of an older version
     assert packs.seen(sweep, Record(most=8), 8) is not None  # type: ignore
     assert packs.seen(sweep, Record(most=8, size=1), 8) is None  # type: ignore
