@@ -276,7 +276,7 @@ def test_score_that_is_undefined_fails_its_trial_and_ends_no_sweep(sweep, monkey
         {"valid/roc_auc_macro": 0.5, "valid/f1_macro": math.nan},
     ]
     trials(monkeypatch, ends)
-    monkeypatch.setattr(experiment, "together", lambda asked, over: [over(n, end) for n, end in enumerate(ends)])
+    monkeypatch.setattr(experiment, "together", lambda asked, over, *_: [over(n, end) for n, end in enumerate(ends)])
     worker.work(made, record)
     why = "valid/roc_auc_macro cannot be told of these held-out rows"
     assert told(record) == [("FAIL", "undefined", why), ("COMPLETE", "", "")]
@@ -427,7 +427,7 @@ def test_fault_of_the_machine_in_a_pack_is_tried_elsewhere_and_who_is_complete_s
     made, record = sweep("a=1,2,3")
     monkeypatch.setenv(worker.TOKEN, "bad")
 
-    def together(asked, over):
+    def together(asked, over, seen, share):
         over(0, {"valid/loss": 0.5})
         over(1, MachineError("no model folder at /mnt/m"))
         over(2, {"valid/loss": 0.4})
