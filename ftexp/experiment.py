@@ -48,6 +48,7 @@ from ftexp.train.control import Control, Rung, Share
 
 if TYPE_CHECKING:
     from ftexp.train.lockstep import Learned, Member
+    from ftexp.train.turns import Turns
 
     Steps = Generator[Member, Learned, dict[str, float]]
     """A trial on its way: yields what `train.lockstep` is to train, is sent what came of it, returns the scores."""
@@ -359,7 +360,7 @@ def execute(
 def together(
     asked: Sequence[Asked],
     ended: Callable[[int, dict[str, float] | BaseException], None],
-    seen: Callable[[list[float], list[float]], bool] | None = None,
+    turns: Turns | None = None,
     share: Share | None = None,
 ) -> None:
     """Run trials; those of the packed engine share forward and backward passes, others run one after the other.
@@ -369,7 +370,7 @@ def together(
     Args:
         asked: trials of one base where they are of the packed engine.
         ended: takes the number of a trial and its scores, or the error it ended with.
-        seen: takes how fast the first steps in one pass were, and one by one, and chooses: see `lockstep.train`.
+        turns: says which steps are taken in one pass; all are without it.
         share: asks for half of the trials in training, which end with `HandedOver` while the others go on.
     """
     trials = [_trial(one) for one in asked]
@@ -395,7 +396,7 @@ def together(
 
         waiting, members = dict(enumerate(ready)), list(ready.values())  # place in the pack -> number of the trial
         ready.clear()
-        training, failed = lockstep.train(members, seen, share), None
+        training, failed = lockstep.train(members, turns, share), None
         while waiting and failed is None:
             try:
                 place, learned = next(training)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timedelta
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,11 @@ from ftexp.config import Engine
 from ftexp.errors import ConfigError
 from ftexp.model import Base
 from ftexp.progress import say
-from ftexp.sweep import frozen, study
+from ftexp.sweep import frozen, share, study
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import DRAWN, Options
 from ftexp.sweep.space import Axis
+from ftexp.train.turns import Turns
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -81,10 +82,12 @@ def size(sweep: Frozen, record: Study, first: bool) -> int:
         return 1
     beside = os.environ.get(supervisor.COUNT, "")
     workers = int(beside) if beside.isdecimal() and int(beside) else max(1, supervisor.workers(sweep.options))
-    trials, since = study.counted(record), datetime.now() - BESIDE
-    waiting = sum(t.state.name == "WAITING" for t in trials)
+    trials, since, me = study.counted(record), datetime.now() - BESIDE, os.environ.get(share.TOKEN, "")
+    waits = [t for t in trials if t.state.name == "WAITING"]
+    mine = sum(study.KEPT in t.user_attrs and not study.kept(t, me) for t in waits)
+    waiting = sum(not study.kept(t, me) for t in waits)
     shared = sum(first and t.state.name == "RUNNING" and (t.datetime_start or since) > since for t in trials)
-    most = max(1, min(sweep.options.pack or MOST, waiting, math.ceil((waiting + shared) / workers)))
+    most = max(1, min(sweep.options.pack or MOST, waiting, mine + math.ceil((waiting - mine + shared) / workers)))
     if sweep.options.pack or most == 1:
         return most
     kept = _kept(sweep, record, workers)
@@ -93,21 +96,28 @@ def size(sweep: Frozen, record: Study, first: bool) -> int:
     return min(most, kept["most"], MOST if sweep.options.sampler in DRAWN else FEW)
 
 
-def seen(sweep: Frozen, record: Study, count: int) -> Callable[[list[float], list[float]], bool] | None:
-    """Return what hears how long the first steps of a pack took (`lockstep.train`), unless it is on record."""
-    key = f"{CHOSEN} {study.HOST}"
-    if sweep.options.pack or "size" in record.user_attrs.get(key, {}):
-        return None
+def turns(sweep: Frozen, record: Study, count: int) -> Turns | None:
+    """Say how a pack of so many takes its steps: as is on record, or in turn until it is; None where `pack` is given.
 
-    def settle(together: list[float], alone: list[float]) -> bool:
-        kept, gain = record.user_attrs.get(key, {}), median(a / t for a, t in zip(alone, together, strict=True))
-        told = {"size": kept.get("most", count) if gain >= GAIN else 1, "tried": count, "gain": gain,
-                "together_seconds": together, "alone_seconds": alone}  # fmt: skip
-        record.set_user_attr(key, kept | told)
+    What is heard goes on record. A record that cannot be reached now ends no trial: the next pack is heard instead.
+    """
+    key = f"{CHOSEN} {study.HOST}"
+    if sweep.options.pack:
+        return None
+    if "size" in (kept := record.user_attrs.get(key, {})):
+        return Turns(None, kept.get("gain", GAIN) <= 1)
+
+    def settle(together: list[float], alone: list[float], fit: int | None) -> bool:
+        gain = median(a / t for a, t in zip(alone, together, strict=True)) if together else 0.0
+        most = min(n for n in (kept.get("most", count), fit) if n is not None)
+        told = {"size": most if gain >= GAIN else 1, "tried": count, "gain": gain, "together_seconds": together,
+                "alone_seconds": alone}  # fmt: skip
+        with suppress(Exception):
+            record.set_user_attr(key, kept | told)
         say(f"{count} trials in one pass are {gain:.2f} times as fast as one by one")
         return gain > 1
 
-    return settle
+    return Turns(settle)
 
 
 def _kept(sweep: Frozen, record: Study, workers: int) -> dict[str, Any]:

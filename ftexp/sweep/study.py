@@ -402,8 +402,8 @@ def queue(study: Study, points: list[dict[str, Any] | None]) -> None:
 def claim(study: Study, token: str = "") -> Trial | None:
     """Take the waiting ticket with the lowest number, sign it, and return it; None where none waits.
 
-    One that met a fault of the machine comes after the others, so that the place where it did meets another first.
-    `token` is what a supervisor named this worker.
+    One that met a fault of the machine comes after the others, so that the place where it did meets another first; one
+    that is kept for another worker is passed over. `token` is what a supervisor named this worker.
 
     Taking is atomic in a journal and in PostgreSQL. Two private names of Optuna are used: `study.ask()` would make a
     new trial where the queue is empty.
@@ -412,8 +412,7 @@ def claim(study: Study, token: str = "") -> Trial | None:
     from optuna.trial import TrialState
 
     store = study._storage
-    waiting = store.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.WAITING,))
-    for waits in sorted((t for t in waiting if "ftexp:ticket" in t.user_attrs), key=_place):
+    for waits in sorted(waiting(study, token), key=_place):
         try:
             if not store.set_trial_state_values(waits._trial_id, state=TrialState.RUNNING):
                 continue
@@ -428,6 +427,24 @@ def claim(study: Study, token: str = "") -> Trial | None:
             continue  # so slow that somebody took this process for dead
         return trial
     return None
+
+
+KEPT, KEPT_SECONDS = "ftexp:kept", 60.0
+"""Trial attribute: the worker that a ticket was given back for, and until when it is for that one alone."""
+
+
+def kept(trial: FrozenTrial, token: str) -> bool:
+    """Tell whether a waiting ticket is kept for another worker than this, by the wall clock."""
+    told = trial.user_attrs.get(KEPT)
+    return told is not None and told["for"] != token and 0 < told["until"] - time.time() <= KEPT_SECONDS
+
+
+def waiting(study: Study, token: str = "") -> list[FrozenTrial]:
+    """List the tickets that a worker may take."""
+    from optuna.trial import TrialState
+
+    found = study._storage.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.WAITING,))
+    return [t for t in found if "ftexp:ticket" in t.user_attrs and not kept(t, token)]
 
 
 def _place(trial: FrozenTrial) -> tuple[int, int]:
@@ -527,10 +544,13 @@ def _newest(folder: Path) -> int:
     return max((int(number) for number in sealed if number.isdecimal()), default=0)
 
 
-def requeue(study: Study, trial: FrozenTrial, retries: int = 0, faults: int = 0, reached: int = 0) -> None:
+def requeue(
+    study: Study, trial: FrozenTrial, retries: int = 0, faults: int = 0, reached: int = 0, to: str = ""
+) -> None:  # fmt: skip
     """Queue the ticket of an attempt again, with the point it had and what the sampler keeps with that.
 
-    `reached` is the step of the checkpoint that it goes on from, where that is known. NSGA-II keeps the generation with
+    `reached` is the step of the checkpoint that it goes on from, where that is known, and `to` the token of a worker
+    that it is kept for. NSGA-II keeps the generation with
     the point: an attempt without it belongs to none, and is no parent.
     """
     from optuna.trial import TrialState, create_trial
@@ -546,6 +566,7 @@ def requeue(study: Study, trial: FrozenTrial, retries: int = 0, faults: int = 0,
                 "ftexp:retries": retries,
                 FAULTS: faults,
                 REACHED: max(reached, trial.user_attrs.get(REACHED, 0)),
+                **({KEPT: {"for": to, "until": time.time() + KEPT_SECONDS}} if to else {}),
             },
         )
     )

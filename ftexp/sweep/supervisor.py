@@ -230,7 +230,7 @@ def _tend(
         if died:
             log, rests = f"{sweep.folder}/workers/{slot.name}.log", f"; it rests {rest:.0f} s" if rest else ""
             say(f"worker {slot.name} died (exit {code}); see {log}{rests}", always=True)
-    if slot.shut or record.user_attrs.get(STOP) or not _waiting(record):
+    if slot.shut or record.user_attrs.get(STOP) or not study.waiting(record):
         return
     others = [other for other in places if other is not slot and not other.shut]
     alone = any(not other.faults for other in others)  # what all places meet is in none of them

@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -42,9 +41,10 @@ from ftexp.errors import (
 from ftexp.files import no_room, read_json, read_trial, write_json
 from ftexp.model import compute
 from ftexp.progress import console, quiet_libraries, say
-from ftexp.sweep import frozen, limits, packs, race, study
+from ftexp.sweep import frozen, limits, packs, race, share, study
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import Pruner, Sampler
+from ftexp.sweep.share import PACK, STOP, TOKEN
 from ftexp.train import control
 from ftexp.train.control import Control, Judge, Rung, Share
 
@@ -53,8 +53,6 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 T = TypeVar("T")
-TOKEN = "FTEXP_WORKER"
-"""Environment variable that names this start of a worker, so that its supervisor knows which trial was its."""
 RECORD = "FTEXP_RECORD"
 """Environment variable: address of the proxy that workers reach the record through."""
 BEAT, BEAT_SECONDS = "beat", 60.0
@@ -64,8 +62,6 @@ LOOKS_A_SECOND = 50
 """Of all workers together: at one every two seconds each, a thousand would keep a database busy with nothing else."""
 LAUNCH = "ftexp:launch"
 """Study attribute: which launch brought the record in order last, as its lock names it."""
-STOP = "ftexp:stop"
-"""Study attribute: the reason why no further ticket is taken."""
 PREEMPTED = 75
 """Exit code of a worker that was asked to leave and did."""
 FULL = "ftexp:no room"
@@ -74,11 +70,6 @@ LARGE = 1 << 20
 """Bytes from which a file that two trials share is linked."""
 RENEWED = 76
 """Exit code of a worker whose processes fell out of step over a trial that failed, and which has told so."""
-PACK = "ftexp:pack"
-"""Attribute of an attempt: how many share its training."""
-SHARE = "ftexp:share"
-"""Study attribute: which worker's pack is to give half of its trials to another worker, `of` and `to` by their tokens,
-and how that one computes; None where it has answered."""
 LEAVE = "ftexp:leave"
 """Study attribute: true where running trials, too, are to save a checkpoint and end."""
 
@@ -107,13 +98,14 @@ LOST = Outcome("failed", "crash", "another process of the trial is gone")
 def work(sweep: Frozen, record: Study) -> None:
     """Take and run tickets until none waits, or the sweep is told to stop."""
     first = True
-    while not record.user_attrs.get(STOP) and (
-        trials := _claimed(record, packs.size(sweep, record, first)) or _given(sweep, record)
-    ):
+    while not record.user_attrs.get(STOP):
+        trials = _claimed(record, packs.size(sweep, record, first))
         first = False
+        if not trials and not share.awaited(sweep, record, look_seconds(sweep.options.workers)):
+            break
         if len(trials) == 1:
             run_ticket(sweep, record, trials[0])
-        else:
+        elif trials:
             run_pack(sweep, record, trials)
         stop_after_failures(sweep, record)
         if compute.is_lost():  # every further trial would fail here at once
@@ -127,46 +119,6 @@ def _claimed(record: Study, most: int) -> list[Trial]:
     while len(trials) < most and (trial := study.claim(record, os.environ.get(TOKEN, ""))) is not None:
         trials.append(trial)
     return trials
-
-
-def _given(sweep: Frozen, record: Study) -> list[Trial]:
-    """Ask the largest pack of this machine for half of its trials, and claim them; [] where nobody has any to give.
-
-    Workers of other machines are not asked: a checkpoint goes on with the same bytes where the same chip and as many
-    threads compute.
-    """
-    me, asked = os.environ.get(TOKEN), set()
-    while me and sweep.options.pack != 1:
-        other = next((token for token, _ in _packed(record).most_common() if token not in asked), None)
-        if other is None:
-            return []
-        asked.add(other)
-        wish = {"of": other, "to": me, "how": _how(sweep)}
-        record.set_user_attr(SHARE, wish)
-        say("no trial waits: another worker is asked for half of its pack")
-        while record.user_attrs.get(SHARE) == wish and other in _packed(record):
-            if record.user_attrs.get(STOP):
-                return []
-            if control.LEAVE.wait(look_seconds(sweep.options.workers)):
-                raise control.left("asked to leave")
-        if record.user_attrs.get(SHARE) == wish:  # its pack came to an end instead
-            record.set_user_attr(SHARE, None)
-        if trials := _claimed(record, len(study.counted(record))):
-            return trials
-    return []
-
-
-def _packed(record: Study) -> Counter[str]:
-    """Count the running trials of each worker of this machine that has two or more in its pack, by its token."""
-    signed = [t.user_attrs.get("ftexp:worker", {}) for t in study.counted(record)
-              if t.state.name == "RUNNING" and t.user_attrs.get(PACK, 1) > 1]  # fmt: skip
-    found = Counter(s["token"] for s in signed if s.get("host") == study.HOST and s.get("token"))
-    return Counter({token: count for token, count in found.items() if count > 1})
-
-
-def _how(sweep: Frozen) -> dict[str, Any]:
-    """Tell how this process computes, of which the bits of its trials depend."""
-    return asdict(compute.policy(sweep.run(frozen.corners(sweep.space)[0], 0).model))
 
 
 def follow(sweep: Frozen) -> None:
@@ -240,7 +192,7 @@ def run_pack(sweep: Frozen, record: Study, trials: list[Trial]) -> None:
     over, so a kill after that costs the others alone. Half of those that train are queued again where a worker without
     any asks for them.
     """
-    share = Share(lambda: record.set_user_attr(SHARE, None))
+    wished = share.Wished(record, share.how(sweep), Share())
     ready: list[tuple[Trial, dict[str, Any], experiment.Asked]] = []
     untold, left = list(trials), []
 
@@ -257,7 +209,8 @@ def run_pack(sweep: Frozen, record: Study, trials: list[Trial]) -> None:
         except HandedOver as error:
             untold.remove(trial)
             say(f"trial {study.ticket(trial._cached_frozen_trial)} {error}")
-            give_back(record, trial)
+            with control.at_work():  # a signal between its two acts would leave the ticket out of the queue
+                give_back(record, trial, wished.to)
             return
         except (KeyboardInterrupt, MachineError) as error:
             left.append(error)
@@ -266,9 +219,7 @@ def run_pack(sweep: Frozen, record: Study, trials: list[Trial]) -> None:
         _tell(sweep, record, trial, outcome, values)
 
     try:
-        with _beating(
-            record, look_seconds(sweep.options.workers), *trials, hear=partial(_hear, record, share, _how(sweep))
-        ):
+        with _beating(record, look_seconds(sweep.options.workers), *trials, hear=wished.look):
             for trial in trials:
                 number = study.ticket(trial._cached_frozen_trial)
                 trial.set_user_attr(PACK, len(trials))
@@ -279,7 +230,8 @@ def run_pack(sweep: Frozen, record: Study, trials: list[Trial]) -> None:
                     continue
                 untold.remove(trial)
                 _tell(sweep, record, trial, outcome, None)
-            experiment.together([asked for _, _, asked in ready], over, packs.seen(sweep, record, len(ready)), share)
+            turns = packs.turns(sweep, record, len(ready))
+            experiment.together([asked for _, _, asked in ready], over, turns, wished.share)
         if left:
             raise left[0]
     except (KeyboardInterrupt, NoRoom):
@@ -290,17 +242,6 @@ def run_pack(sweep: Frozen, record: Study, trials: list[Trial]) -> None:
         for trial in untold:
             _blame(trial, error)
         raise
-
-
-def _hear(record: Study, share: Share, how: dict[str, Any]) -> None:
-    """Hear whether a worker asks for half of this one's pack; refuse one that computes in another way."""
-    wish = record.user_attrs.get(SHARE) or {}
-    if wish.get("of") != os.environ.get(TOKEN, "") or share.asked.is_set():
-        return
-    if wish["how"] == how:
-        share.asked.set()
-    else:
-        share.answered()
 
 
 def _blame(trial: Trial, fault: MachineError) -> None:
@@ -623,8 +564,8 @@ def deadline(sweep: Frozen, pack: int = 1) -> float | None:
     return None if minutes is None else time.monotonic() + 60 * minutes * pack
 
 
-def give_back(record: Study, trial: Trial) -> None:
-    """Queue a ticket again that its worker was asked to leave; this does not count as a retry.
+def give_back(record: Study, trial: Trial, to: str = "") -> None:
+    """Queue a ticket again that its worker was asked to leave, for another worker or any; this counts as no retry.
 
     Where this process was taken for dead, somebody has queued it.
     """
@@ -639,7 +580,8 @@ def give_back(record: Study, trial: Trial) -> None:
         record._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
     except UpdateFinishedTrialError:
         return
-    study.requeue(record, told, *(kept.user_attrs.get(name, 0) for name in ("ftexp:retries", study.FAULTS)))
+    counts = (kept.user_attrs.get(name, 0) for name in ("ftexp:retries", study.FAULTS))
+    study.requeue(record, told, *counts, to=to)
 
 
 def look_seconds(workers: int) -> float:

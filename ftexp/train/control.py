@@ -82,9 +82,15 @@ class Control:
 class Share:
     """Asks a pack for half of its trials, on behalf of a worker that has none."""
 
-    answered: Callable[[], None]
-    """Called once those trials have ended with `HandedOver`, or none has where too little of the training is left."""
     asked: threading.Event = field(default_factory=threading.Event)
+    """Set by who asks, and cleared once it was dealt with."""
+    dealt: threading.Event = field(default_factory=threading.Event)
+    """Set by the training, once those trials have ended with `HandedOver`, or none where too little is left to do."""
+
+    @property
+    def wished(self) -> bool:
+        """Whether it is to be dealt with."""
+        return self.asked.is_set() and not self.dealt.is_set()
 
 
 @contextmanager

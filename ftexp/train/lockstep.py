@@ -31,6 +31,7 @@ from ftexp.progress import progress, say
 from ftexp.train import sft
 from ftexp.train.checkpoints import Store
 from ftexp.train.control import Control, Recorded, Report, Rung, Share, at_work, left
+from ftexp.train.turns import Turns
 
 FILE = "member.safetensors"
 """What a checkpoint holds."""
@@ -124,9 +125,7 @@ class _Trial:
 
 
 def train(
-    members: Sequence[Member],
-    seen: Callable[[list[float], list[float]], bool] | None = None,
-    share: Share | None = None,
+    members: Sequence[Member], turns: Turns | None = None, share: Share | None = None
 ) -> Iterator[tuple[int, Learned]]:
     """Train members in lockstep, and hand each out as it ends, while the others wait.
 
@@ -135,8 +134,7 @@ def train(
 
     Args:
         members: at least one; all of one base.
-        seen: hears of the seconds a token took in one pass and one by one, of `TURNS` steps each, and tells whether to
-            go on together. Without it they do.
+        turns: says which steps are taken in one pass, and which one by one. Without it all are in one.
         share: asks for half of the members while they train; those end with `HandedOver` and a checkpoint.
 
     Yields:
@@ -148,54 +146,36 @@ def train(
     base = members[0].base
     _check(base, members[0].rows, len(members))  # before any adapter is there
     trials = {n: _begun(member) for n, member in enumerate(members)}
-    together, turns = len(trials), None if seen is None else Turns(seen)
+    together = len(trials)
     while trials:
-        running = [t for t in trials.values() if not t.over]
+        running, wished = [t for t in trials.values() if not t.over], False
         if running:
+            began, before = time.monotonic(), [t.step for t in running]
             together = _until_one_ends(base, running, together, turns, share)
+            if wished := share is not None and share.wished:
+                took = max(t.step - step for t, step in zip(running, before, strict=True))
+                pace = (time.monotonic() - began) / max(1, took)
+                _hand_over([t for t in running if not t.over], pace)
         for number in [n for n, trial in trials.items() if trial.over]:
             ended = trials.pop(number)
             waiting = time.monotonic()
             yield number, ended.told()
             for trial in trials.values():
                 trial.member.kept.began += time.monotonic() - waiting
-        if share is not None and share.asked.is_set():
-            share.asked.clear()
-            share.answered()
+        if wished and share is not None:
+            share.dealt.set()
 
 
-TURNS = 3
-"""Steps of each way that are compared."""
-
-
-class Turns:
-    """The first steps of a pack, of all members in one pass and of each in its own in turn, to go on the faster way.
-
-    Two steps warm up the first way and one the other: optimizers make their states, and memory is asked for anew.
-    """
-
-    def __init__(self, seen: Callable[[list[float], list[float]], bool]) -> None:
-        """Take what hears of the seconds a token took together and alone, step by step, and says which way to go on."""
-        self._seen = seen
-        self._took: list[float] = []
-        self._one_by_one = False
-
-    def most(self, together: int) -> int:
-        """Say how many members share a pass in the next step, of so many that fit into it."""
-        alone = len(self._took) % 2 == 0 if 2 <= len(self._took) < self._all else self._one_by_one
-        return 1 if alone else together
-
-    @property
-    def _all(self) -> int:
-        return 3 + 2 * TURNS
-
-    def took(self, seconds: float, tokens: int) -> None:
-        """Hear how long that step took."""
-        if len(self._took) == self._all:
-            return
-        self._took.append(seconds / max(1, tokens))
-        if len(self._took) == self._all:
-            self._one_by_one = not self._seen(self._took[3::2], self._took[4::2])
+def _hand_over(trials: list[_Trial], pace: float) -> None:
+    """End every second member that has enough to do at `pace` seconds a step, the longest stays, at a checkpoint."""
+    worth = [t for t in trials if (t.steps - t.step) * pace >= WORTH_SECONDS]
+    for trial in sorted(worth, key=lambda t: t.step - t.steps)[1::2]:
+        try:
+            _save(trial)
+        except Exception as error:  # it goes on here
+            say(f"a trial is not handed over, its checkpoint cannot be written: {error}", always=True)
+        else:
+            trial.ended = HandedOver(f"handed over at step {trial.step} of {trial.steps}")
 
 
 _alike: set[tuple[str, bool]] = set()
@@ -257,9 +237,9 @@ def batches(rows: Sequence[Example], trainer: Trainer, seed: int) -> Iterator[li
 
 
 def _until_one_ends(base: Base, trials: list[_Trial], together: int, turns: Turns | None, share: Share | None) -> int:
-    """Take steps until a member has none left or ends early; return how many members fit into a pass."""
-    pack, started = Pack(base.model, len(trials)), time.monotonic()
-    left = steps = max(t.steps - t.step for t in trials)
+    """Take steps until a member has none left, ends early or is wished for; return how many members fit into a pass."""
+    pack = Pack(base.model, len(trials))
+    left = max(t.steps - t.step for t in trials)
     label = f"training {left} steps" + (f" of {len(trials)} trials" if len(trials) > 1 else "")
     with pack.on({name for t in trials for name in t.weights}), at_work(), progress(label, left) as advance:
         while not any(t.over for t in trials):
@@ -270,30 +250,22 @@ def _until_one_ends(base: Base, trials: list[_Trial], together: int, turns: Turn
                 trial.member.kept.began += (time.monotonic() - began) * (1 - 1 / len(trials))
                 _look(trial)
             advance(1, f"loss {min(t.loss for t in trials):.3f}")
-            left -= 1
-            if share is not None and share.asked.is_set():
-                _hand_over(trials, left * (time.monotonic() - started) / (steps - left))
+            if share is not None and share.wished:
                 break
     return together
 
 
-def _hand_over(trials: list[_Trial], seconds: float) -> None:
-    """End every second member at a checkpoint, where so many seconds of training are worth it."""
-    staying = [t for t in trials if not t.over]
-    for trial in staying[1::2] if seconds >= WORTH_SECONDS else ():
-        trial.ended = HandedOver(f"handed over at step {trial.step} of {trial.steps}")
-        with _own(trial):
-            _save(trial)
-
-
 def _stepped(base: Base, pack: Pack, trials: list[_Trial], together: int, turns: Turns | None) -> int:
     """Take one optimizer step of each member, as many in a pass as it is the turn of; return how many fit into one."""
-    if turns is None or together == 1 or len(trials) == 1:
+    if turns is None or len(trials) == 1:
         return _step(base, pack, trials, together)
-    most, began, before = turns.most(together), time.perf_counter(), sum(t.tokens for t in trials)
+    left, before, began = max(t.steps - t.step for t in trials), sum(t.tokens for t in trials), time.perf_counter()
+    most = turns.most(together, left)
     fit = _step(base, pack, trials, most)
-    turns.took(time.perf_counter() - began, sum(t.tokens for t in trials) - before)
-    return min(together, fit) if most > 1 else together
+    fit = together if most < together else fit
+    tokens = sum(t.tokens for t in trials) - before
+    turns.took(time.perf_counter() - began, tokens, left, fit if fit < len(trials) else None)
+    return fit
 
 
 def _step(base: Base, pack: Pack, trials: list[_Trial], together: int) -> int:

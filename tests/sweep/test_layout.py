@@ -1,6 +1,7 @@
 """How a CPU is shared out: workers where they finish sooner, chosen once and kept."""
 
 import os
+import time
 from datetime import datetime, timedelta
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from ftexp import estimate, machine
 from ftexp.config import Data, Eval, Kind, Lora, Loss, Method, Model, Run, Trainer
 from ftexp.files import read_json
 from ftexp.model import compute
-from ftexp.sweep import frozen, layout, packs, study, supervisor, worker
+from ftexp.sweep import frozen, layout, packs, share, study, supervisor, worker
 from ftexp.sweep.options import DRAWN, Engine, Options, Pruner, Sampler
 
 TWO = Options(sampler=Sampler.random, n_trials=8)
@@ -241,7 +242,7 @@ def test_a_gpu_each_needs_no_choice(monkeypatch):
 
 def test_a_worker_with_one_gpu_of_many_takes_its_share_of_the_tickets(monkeypatch):
     """It sees one GPU; without being told of the others it would take all that wait into its pack."""
-    waiting = [SimpleNamespace(state=SimpleNamespace(name="WAITING"))] * 16
+    waiting = [SimpleNamespace(state=SimpleNamespace(name="WAITING"), user_attrs={})] * 16
     monkeypatch.setattr(study, "counted", lambda _: waiting)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
     place = supervisor.slots(8)[5]
@@ -260,9 +261,9 @@ def test_workers_that_start_together_take_equal_shares(monkeypatch):
     A worker that comes to help does not take for its own what others have been at for a while.
     """
     now = datetime.now()
-    running, old = (SimpleNamespace(state=SimpleNamespace(name="RUNNING"), datetime_start=at)
+    running, old = (SimpleNamespace(state=SimpleNamespace(name="RUNNING"), datetime_start=at, user_attrs={})
                     for at in (now, now - timedelta(minutes=5)))  # fmt: skip
-    wait = SimpleNamespace(state=SimpleNamespace(name="WAITING"), datetime_start=None)
+    wait = SimpleNamespace(state=SimpleNamespace(name="WAITING"), datetime_start=None, user_attrs={})
     trials = [running] * 4 + [wait] * 4
     monkeypatch.setattr(study, "counted", lambda _: trials)
     monkeypatch.setenv(supervisor.COUNT, "2")
@@ -273,6 +274,14 @@ def test_workers_that_start_together_take_equal_shares(monkeypatch):
     assert packs.size(sweep, SimpleNamespace(), True) == 2
     trials[:] = [running] * 7 + [wait]
     assert packs.size(sweep, SimpleNamespace(), True) == 1
+    monkeypatch.setenv(share.TOKEN, "me")
+    kept, other = (
+        SimpleNamespace(state=wait.state, datetime_start=None,
+                        user_attrs={study.KEPT: {"for": token, "until": time.time() + 50}})
+        for token in ("me", "other")
+    )  # fmt: skip
+    trials[:] = [old] * 3 + [kept] * 3 + [other] * 2 + [wait] * 2
+    assert packs.size(sweep, SimpleNamespace(), False) == 4  # all that are kept for it, and half of the others
 
 
 def test_every_sampler_that_looks_at_results_is_left_out():

@@ -3,18 +3,14 @@
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
-import optuna
 import pytest
 import torch
 from conftest import TINY
-from optuna.trial import TrialState, create_trial
 
 from ftexp import data, estimate, experiment
 from ftexp.config import Run
@@ -24,6 +20,7 @@ from ftexp.sweep import frozen, packs, study, worker
 from ftexp.sweep.options import Options, Sampler
 from ftexp.sweep.space import parse
 from ftexp.train import control, lockstep
+from ftexp.train.turns import Turns
 
 SWEEP = [*TINY, "track=none", "eval=loss", "trainer.engine=packed", "trainer.lr=1e-2", "lora.r=2,4", "seed=0,1",
          "name=s", "-m"]  # fmt: skip
@@ -139,103 +136,6 @@ def test_a_pack_that_is_asked_to_leave_is_gone_on_with(swept, tmp_path, monkeypa
     assert told(tmp_path, "left", "resumed_at") == [[2]] * 4
 
 
-@pytest.fixture
-def wished(swept, tmp_path, monkeypatch):
-    """Return a function that runs a sweep in a pack, of which another worker asks for half at a step."""
-
-    def run(name, how=None, worth=0.0):
-        monkeypatch.setenv(worker.TOKEN, "me")
-        monkeypatch.setattr(lockstep, "WORTH_SECONDS", worth)
-        monkeypatch.setattr(worker, "look_seconds", lambda workers: 0.01)
-        heard, step = [], lockstep._step
-
-        def asking(base, pack, trials, together):
-            if trials[0].step == 2 and not heard:
-                sweep = frozen.load(tmp_path / "outputs" / "sweeps" / name)
-                record = worker.open_study(sweep)
-                wish = {"of": "me", "to": "other", "how": worker._how(sweep) if how is None else how}
-                record.set_user_attr(worker.SHARE, wish)
-                until = time.monotonic() + 30
-                while threads := [t for t in threading.enumerate() if t.name == worker.BEAT]:
-                    answered = record.user_attrs[worker.SHARE] is None or any(s.asked.is_set() for s in shares)
-                    if answered or time.monotonic() > until:
-                        break
-                    time.sleep(0.01)
-                heard.append(len(threads))
-            return step(base, pack, trials, together)
-
-        shares, made = [], worker.Share
-        monkeypatch.setattr(worker, "Share", lambda *given: shares.append(made(*given)) or shares[-1])
-        monkeypatch.setattr(lockstep, "_step", asking)
-        found = swept(f"name={name}", "sweep.pack=4")
-        assert heard == [1]
-        kept = worker.open_study(frozen.load(tmp_path / "outputs" / "sweeps" / name)).user_attrs
-        assert kept[worker.SHARE] is None
-        return found
-
-    return run
-
-
-def test_half_of_a_pack_is_handed_over_and_ends_with_the_same_bytes(swept, wished, tmp_path):
-    calm = swept("name=calm")
-    assert wished("handed") == calm
-    assert told(tmp_path, "handed", "resumed_at") == [None, [3], None, [3]]
-
-
-def test_nothing_is_handed_to_who_computes_otherwise_nor_for_the_last_seconds(swept, wished, tmp_path):
-    calm = swept("name=calm")
-    assert wished("other", how={"threads": 7}) == calm
-    assert told(tmp_path, "other", "resumed_at") == [None] * 4
-    assert wished("late", worth=1e9) == calm
-    assert told(tmp_path, "late", "resumed_at") == [None] * 4
-
-
-def running(record, number: int, token: str, pack: int, host: str = study.HOST):
-    """Put a running attempt of a ticket on record."""
-    record.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={
-        "ftexp:ticket": number, "ftexp:worker": {"host": host, "token": token}, worker.PACK: pack}))  # fmt: skip
-
-
-def test_an_idle_worker_asks_the_largest_pack_and_takes_what_is_given(monkeypatch):
-    record: Any = optuna.create_study()
-    for number, token in enumerate("aabbbcdd"):
-        running(record, number, token, 1 if token == "c" else 3)
-    running(record, 9, "e", 3, "elsewhere")
-    running(record, 10, "e", 3, "elsewhere")
-    monkeypatch.setattr(worker, "_how", lambda sweep: {"threads": 1})
-    monkeypatch.setenv(worker.TOKEN, "me")
-    asked = []
-
-    class Leave:
-        @staticmethod
-        def wait(seconds):
-            """Meanwhile the one that is asked refuses, the first time; then its pack ends; then it gives."""
-            wish = record.user_attrs[worker.SHARE]
-            assert (wish["to"], wish["how"]) == ("me", {"threads": 1})
-            asked.append(wish["of"])
-            if len(asked) == 2:
-                for t in record.trials:
-                    if t.user_attrs["ftexp:worker"]["token"] == wish["of"]:
-                        record._storage.set_trial_state_values(t._trial_id, TrialState.FAIL)
-                return False
-            if len(asked) == 3:
-                study.requeue(record, record.trials[0])
-            record.set_user_attr(worker.SHARE, None)
-            return False
-
-    monkeypatch.setattr(worker.control, "LEAVE", Leave)
-    sweep: Any = SimpleNamespace(options=Options(sampler=Sampler.random, n_trials=8, pack=0, workers=4))
-    (taken,) = worker._given(sweep, record)
-    assert asked[0] == "b"
-    assert {*asked} == {"a", "b", "d"}
-    assert study.ticket(taken._cached_frozen_trial) == 0
-    assert record.user_attrs[worker.SHARE] is None
-    asked.clear()
-    monkeypatch.delenv(worker.TOKEN)
-    assert worker._given(sweep, record) == []
-    assert not asked
-
-
 def test_points_of_a_pack_are_proposed_before_any_is_known(swept, monkeypatch):
     """As by so many workers: a sampler sees the others of its pack as pending."""
     seen, propose = [], study.propose
@@ -327,15 +227,15 @@ class Record:
 @pytest.mark.parametrize(("gain", "size", "on"), [(1.5, 8, True), (1.11, 8, True), (1.05, 1, True), (0.95, 1, False)])
 def test_auto_goes_on_the_faster_way_and_takes_packs_where_they_clearly_pay(gain, size, on):
     record = Record(most=8)
-    settle: Any = packs.seen(SimpleNamespace(options=Options(pack=0)), record, 4)  # type: ignore
-    assert settle([1.0, 2.0, 9.0], [gain, 2 * gain, 1.0]) is on  # the last pair was disturbed
+    turns: Any = packs.turns(SimpleNamespace(options=Options(pack=0)), record, 4)  # type: ignore
+    assert turns._seen([1.0, 2.0, 9.0], [gain, 2 * gain, 1.0], None) is on  # the last pair was disturbed
     assert record.kept["size"] == size
     assert record.kept["gain"] == pytest.approx(gain)
     assert (record.kept["most"], record.kept["tried"]) == (8, 4)
 
 
 def test_auto_takes_what_is_on_record(monkeypatch):
-    waiting = [SimpleNamespace(state=SimpleNamespace(name="WAITING"), datetime_start=None)] * 16
+    waiting = [SimpleNamespace(state=SimpleNamespace(name="WAITING"), datetime_start=None, user_attrs={})] * 16
     monkeypatch.setattr(study, "counted", lambda _: waiting)
     sweep: Any = SimpleNamespace(options=Options(sampler=Sampler.random, n_trials=16, pack=0, workers=1))
     assert packs.size(sweep, Record(most=8), True) == 8  # type: ignore
@@ -344,10 +244,28 @@ def test_auto_takes_what_is_on_record(monkeypatch):
     assert packs.size(looks, Record(most=8), True) == 4  # type: ignore  # points are proposed before packs are known to pay
     assert packs.size(looks, Record(most=8, size=8), True) == 8  # type: ignore
     assert packs.size(sweep, Record(size=4, tried=4), True) == 4  # type: ignore  # of an older version
-    assert packs.seen(sweep, Record(most=8), 8) is not None  # type: ignore
-    assert packs.seen(sweep, Record(most=8, size=1), 8) is None  # type: ignore
+    assert packs.turns(sweep, Record(most=8, size=1, gain=0.9), 8).most(8, 99) == 1  # type: ignore
+    assert packs.turns(sweep, Record(most=8, size=1, gain=1.05), 8).most(8, 99) == 8  # type: ignore
+    assert packs.turns(sweep, Record(size=4), 8).most(8, 99) == 8  # type: ignore
     asked: Any = SimpleNamespace(options=Options(sampler=Sampler.random, n_trials=16, pack=8))
-    assert packs.seen(asked, Record(), 8) is None  # type: ignore
+    assert packs.turns(asked, Record(), 8) is None  # type: ignore
+
+
+def test_what_fits_into_memory_is_on_record(monkeypatch):
+    sweep: Any = SimpleNamespace(options=Options(pack=0))
+    record = Record(most=8)
+    assert packs.turns(sweep, record, 8)._seen([1.0], [2.0], 4)  # type: ignore
+    assert record.kept["size"] == 4
+    record = Record(most=8)
+    assert not packs.turns(sweep, record, 8)._seen([], [], 1)  # type: ignore
+    assert record.kept["size"] == 1
+
+
+def test_a_record_that_cannot_be_reached_while_a_pack_is_heard_ends_no_trial(monkeypatch):
+    record = Record(most=8)
+    turns: Any = packs.turns(SimpleNamespace(options=Options(pack=0)), record, 8)  # type: ignore
+    monkeypatch.setattr(Record, "set_user_attr", lambda *_: (_ for _ in ()).throw(OSError("no route to host")))
+    assert turns._seen([1.0], [2.0], None) is True
 
 
 def test_auto_times_steps_of_the_trials_and_changes_none(swept, tmp_path, monkeypatch):
@@ -364,17 +282,6 @@ def test_auto_times_steps_of_the_trials_and_changes_none(swept, tmp_path, monkey
     assert kept["gain"] == pytest.approx(median(alone / together for alone, together in pairs))
     assert {*steps[9:]} == {4 if kept["gain"] > 1 else 1}
     steps.clear()
-    monkeypatch.setattr(packs, "seen", lambda *_: lambda together, alone: False)
+    monkeypatch.setattr(packs, "turns", lambda *_: Turns(lambda *_: False))
     assert swept("name=apart", "trainer.steps=12", "sweep.pack=0") == alone
     assert steps[9:] == [1, 1, 1]
-
-
-def test_auto_times_tokens_by_the_clock(monkeypatch):
-    """Steps of 10 tokens that take 2 s together, of 5 that take 3 s one by one; warm ones took longer."""
-    heard: list[Any] = []
-    turns = lockstep.Turns(lambda *given: heard.append(given) or False)
-    for n, (seconds, tokens) in enumerate([(9, 10), (9, 10), (9, 5), *[(2, 10), (3, 5)] * 3, (2, 10)]):
-        assert turns.most(7) == (1 if n in (2, 4, 6, 8, 9) else 7)
-        turns.took(seconds, tokens)
-    assert heard == [([0.2] * 3, [0.6] * 3)]
-    assert turns.most(7) == 1
