@@ -38,7 +38,7 @@ def bytes_of(found: dict[str, tuple]) -> list[str]:
 def wished(cli, tmp_path, monkeypatch):
     """Return a function that runs a sweep in a pack, of which another worker asks for half at a step."""
 
-    def run(name, how=None, worth=0.0, **more):
+    def run(name, how=None, worth=1e-9, **more):
         folder, heard, step = tmp_path / "outputs" / "sweeps" / name, [], lockstep._step
         monkeypatch.setenv(share.TOKEN, "me")
         monkeypatch.setattr(lockstep, "WORTH_SECONDS", worth)
@@ -73,6 +73,7 @@ def wished(cli, tmp_path, monkeypatch):
         monkeypatch.setattr(lockstep, "_until_one_ends", until_one_ends)
         record = worker.open_study(frozen.load(folder))
         assert record.user_attrs[f"{share.WISH} me"] is None
+        assert all(t.user_attrs[study.KEPT]["for"] == "other" for t in record.trials[4:])
         return ends(folder), heard[0], len(record.trials)
 
     return run
@@ -120,11 +121,12 @@ def member(step: int, steps: int) -> Any:
 
 
 def test_every_second_of_those_with_enough_to_do_is_handed_over(monkeypatch):
-    """At half a second a step: 99 of 100 steps, 5 s, 10 s, 20 s and 40 s of work left."""
+    """At half a second a step 0.5 s, 5 s, 10 s, 40 s, 20 s and 45 s of work are left; the last, the longest, stays."""
     monkeypatch.setattr(lockstep, "_save", lambda trial: None)
-    members = [member(99, 100), member(90, 100), member(80, 100), member(0, 80), member(20, 60)]
+    members = [member(99, 100), member(90, 100), member(80, 100), member(0, 80), member(20, 60), member(10, 100)]
     lockstep._hand_over(members, 0.5)
-    assert [str(m.ended or "") for m in members] == ["", "", "", "", "handed over at step 20 of 60"]
+    over = ["", "", "handed over at step 80 of 100", "handed over at step 0 of 80", "", ""]
+    assert [str(m.ended or "") for m in members] == over
 
 
 def running(record, number: int, token: str, pack: int, host: str = study.HOST, alive: bool = True):
@@ -254,6 +256,11 @@ def test_one_wish_is_heard_once_and_none_after_a_stop(monkeypatch):
     assert not asked.share.wished
     asked.look()
     assert (record.user_attrs[wish], asked.share.wished) == (None, False)
+    record.set_user_attr(wish, {"to": "y", "how": {"threads": 1}})
+    asked.look()
+    assert (asked.share.wished, asked.to) == (True, "y")
+    asked.share.dealt.set()
+    asked.look()
     record.set_user_attr(share.STOP, "enough")
     record.set_user_attr(wish, {"to": "x", "how": {"threads": 1}})
     asked.look()
