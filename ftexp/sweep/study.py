@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from copy import copy
 from copy import deepcopy as copied
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -384,19 +385,42 @@ def queue(study: Study, points: list[dict[str, Any] | None]) -> None:
     """
     from optuna.trial import TrialState, create_trial
 
-    present = {ticket(t) for t in counted(study)}
-    lost = {ticket(t): t for t in study.get_trials(deepcopy=False) if "ftexp:ticket" in t.user_attrs}
+    present, gone = {ticket(t) for t in counted(study)}, lost(study)
     for number, point in enumerate(points):
         if number in present:
             continue
-        if number in lost:
-            told = lost[number].user_attrs
-            requeue(study, lost[number], told.get("ftexp:retries", 0), told.get(FAULTS, 0))
+        if number in gone:
+            _again(study, gone[number])
         else:
             attrs = {} if point is None else {"fixed_params": point}
             study.add_trial(
                 create_trial(state=TrialState.WAITING, system_attrs=attrs, user_attrs={"ftexp:ticket": number})
             )
+
+
+def lost(study: Study) -> dict[int, FrozenTrial]:
+    """Return the last attempt of each ticket of which no attempt counts."""
+    present = {ticket(t) for t in counted(study)}
+    found = {ticket(t): t for t in study.get_trials(deepcopy=False) if "ftexp:ticket" in t.user_attrs}
+    return {number: t for number, t in found.items() if number not in present}
+
+
+def _again(study: Study, gone: FrozenTrial) -> None:
+    told = gone.user_attrs
+    requeue(study, gone, told.get("ftexp:retries", 0), told.get(FAULTS, 0))
+
+
+MEND_SECONDS = 5.0
+"""Age of an end after which whoever was to queue the ticket again was killed before."""
+
+
+def mend(study: Study) -> int:
+    """Queue again what nobody has queued, once that is sure; return how many tickets that is, or may soon be."""
+    gone = [attempt for attempt in lost(study).values() if attempt.datetime_complete is not None]
+    for attempt in gone:
+        if datetime.now() - cast(datetime, attempt.datetime_complete) > timedelta(seconds=MEND_SECONDS):
+            _again(study, attempt)
+    return len(gone)
 
 
 def claim(study: Study, token: str = "") -> Trial | None:

@@ -151,7 +151,7 @@ def supervise(sweep: Frozen, record: Study, count: int, left: int, helps: bool =
         """Look after all workers once; tell whether that was the last time."""
         nonlocal idle
         if not (_waiting(record) or any(s.process for s in places) or _running(record)):
-            return True
+            return bool(record.user_attrs.get(STOP)) or not study.mend(record)
         for slot in places:
             _tend(sweep, record, slot, places, start, ended)
         if _given_up(record, places, helps):

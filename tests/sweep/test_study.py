@@ -73,6 +73,26 @@ def test_ticket_whose_worker_is_killed_between_giving_it_back_and_queueing_it_ke
     assert states(record) == {"FAIL": 1, "WAITING": 1}
 
 
+def test_ticket_that_nobody_queued_again_is_queued_once_it_is_sure(record, monkeypatch):
+    """A worker was killed while it gave a ticket back; another one may be at that very act, so some seconds pass."""
+    study.queue(record, [None, None])
+    gone, other = study.claim(record), study.claim(record)
+    record._storage.set_trial_system_attr(gone._trial_id, "fixed_params", {"r": 5})
+    assert study.mend(record) == 0
+    gone.set_user_attr("ftexp:lost", True)
+    assert study.mend(record) == 0  # it runs: its worker may be dead, which is for `reap` to see
+    record._storage.set_trial_state_values(gone._trial_id, TrialState.FAIL)
+    assert study.mend(record) == 1
+    assert states(record) == {"FAIL": 1, "RUNNING": 1}
+    monkeypatch.setattr(study, "MEND_SECONDS", -1.0)
+    assert study.mend(record) == 1
+    assert states(record) == {"FAIL": 1, "RUNNING": 1, "WAITING": 1}
+    assert study.mend(record) == 0
+    again = study.claim(record)
+    assert again._cached_frozen_trial.system_attrs["fixed_params"] == {"r": 5}
+    record.tell(other, 0.5)
+
+
 def test_launch_that_is_killed_again_and_again_fails_no_trial_that_comes_forward(record, tmp_path):
     """Its checkpoint is beyond the one the attempt went on from; one that stays where it was is counted."""
     from ftexp.files import write_json

@@ -11,6 +11,7 @@ from collections import Counter
 import psutil
 import pytest
 from conftest import TINY
+from optuna.trial import TrialState
 
 from ftexp.files import read_json
 from ftexp.sweep import study, supervisor
@@ -165,6 +166,28 @@ def queued(tmp_path):
     record = worker.open_study(sweep)
     study.queue(record, sweep.space.grid())
     return sweep, record
+
+
+def test_launch_does_not_end_with_a_ticket_that_nobody_queued_again(queued, monkeypatch):
+    """A worker tells three ends and is killed while it gives the fourth ticket back."""
+    sweep, record = queued
+    monkeypatch.setattr(study, "MEND_SECONDS", 0.3)
+    taken: list[int] = []
+
+    def start(name, token, env, cores):
+        while (trial := study.claim(record, token)) is not None:
+            taken.append(study.ticket(trial._cached_frozen_trial))
+            if taken == [0, 1, 2, 3]:
+                trial.set_user_attr("ftexp:lost", True)
+                record._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+                return Job(-9)
+            record.tell(trial, 0.5)
+        return Job(0)
+
+    monkeypatch.setattr(supervisor.engines, "starter", lambda *_: start)
+    supervisor.supervise(sweep, record, 1, 4)
+    assert taken == [0, 1, 2, 3, 3]
+    assert [t.state.name for t in study.counted(record)] == ["COMPLETE"] * 4
 
 
 def tend(sweep, record, slot, places, code):
