@@ -114,7 +114,8 @@ def turns(sweep: Frozen, record: Study, count: int) -> Turns | None:
                 "alone_seconds": alone}  # fmt: skip
         with suppress(Exception):
             record.set_user_attr(key, kept | told)
-        say(f"{count} trials in one pass are {gain:.2f} times as fast as one by one")
+        compared = f"{count} trials in one pass are {gain:.2f} times as fast as one by one"
+        say(compared if together else "memory holds one trial a pass")
         return gain > 1
 
     return Turns(settle)

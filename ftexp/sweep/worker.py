@@ -192,7 +192,6 @@ def run_pack(sweep: Frozen, record: Study, trials: list[Trial]) -> None:
     over, so a kill after that costs the others alone. Half of those that train are queued again where a worker without
     any asks for them.
     """
-    wished = share.Wished(record, share.how(sweep), Share())
     ready: list[tuple[Trial, dict[str, Any], experiment.Asked]] = []
     untold, left = list(trials), []
 
@@ -219,6 +218,7 @@ def run_pack(sweep: Frozen, record: Study, trials: list[Trial]) -> None:
         _tell(sweep, record, trial, outcome, values)
 
     try:
+        wished = share.Wished(record, share.how(sweep), Share())
         with _beating(record, look_seconds(sweep.options.workers), *trials, hear=wished.look):
             for trial in trials:
                 number = study.ticket(trial._cached_frozen_trial)

@@ -423,6 +423,20 @@ def test_reward_model_that_was_trained_again_fails_the_trial(composed):
         check(judged | {"reward": {"run": "judge", "trained_sha256": "b"}})
 
 
+def test_machine_without_its_gpu_is_blamed_for_the_whole_pack(sweep, monkeypatch):
+    """It is seen before any trial is prepared; without a word the tickets would count as killed by their trials."""
+    made, record = sweep("a=1,2,3")
+    monkeypatch.setenv(worker.TOKEN, "bad")
+
+    def no_gpu(model, longest=0):
+        raise MachineError("CUDA_VISIBLE_DEVICES=7 names GPUs and PyTorch sees none")
+
+    monkeypatch.setattr(worker.compute, "policy", no_gpu)
+    with pytest.raises(MachineError, match="PyTorch sees none"):
+        worker.run_pack(made, record, [study.claim(record, "bad") for _ in range(3)])
+    assert all("PyTorch sees none" in t.user_attrs[study.FAULT] for t in study.counted(record))
+
+
 def test_fault_of_the_machine_in_a_pack_is_tried_elsewhere_and_who_is_complete_stays_so(sweep, monkeypatch):
     made, record = sweep("a=1,2,3")
     monkeypatch.setenv(worker.TOKEN, "bad")
