@@ -119,6 +119,7 @@ BY_TOKEN = ("perplexity", "chosen_loss", "kl", "length")
 LEARNED = {"trainer.loss": "nll", "trainer.loss_strength": None, "trainer.loss_sha256": ""}
 """Keys that say what is learned from a token, and their defaults, which runs of before them had."""
 PARTS = "on other parts of the rows: data.long=cut leaves more of them at a larger data.max_length"
+TOKENS = "over other supervised tokens, as another chat template has: objectives=[valid/bits_per_byte] compares them"
 
 
 def other_scale(trial: dict[str, Any], other: dict[str, Any], objective: str) -> str | None:
@@ -149,16 +150,20 @@ def other_scale(trial: dict[str, Any], other: dict[str, Any], objective: str) ->
     return None
 
 
-def _other_rows(trial: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """Tell how the held-out rows of two trials are apart, of those that note them."""
+def _other_rows(trial: dict[str, Any], other: dict[str, Any], name: str) -> str | None:
+    """Tell how the held-out rows of two trials are apart, of those that note them, or what a score is a mean over."""
     first, second = ([(s["sha256"], s["rows"]) for s in t.get("inputs", ()) if s["context"] == "validation"]
                      for t in (trial, other))  # fmt: skip
     if first and second and first != second:
         return "on other rows"
-    cut = {t.get("scores", {}).get("valid/tokens_cut") for t in (trial, other)}
-    if len(cut) > 1 and None not in cut and not tokenizers_differ(trial, other):
+    if tokenizers_differ(trial, other):
+        return None
+    both = [t.get("scores", {}) for t in (trial, other)]
+    cut, tokens = ({scores.get(key) for scores in both} for key in ("valid/tokens_cut", "valid/tokens"))
+    if len(cut) > 1 and None not in cut:
         return PARTS
-    return None
+    counts = name in ("loss", "perplexity") and trial.get("config", {}).get("trainer.kind", "sft") == "sft"
+    return TOKENS if counts and len(tokens) > 1 and None not in tokens else None
 
 
 def unlike(trials: Sequence[dict[str, Any]], objective: str) -> str | None:
@@ -166,7 +171,7 @@ def unlike(trials: Sequence[dict[str, Any]], objective: str) -> str | None:
     for trial in trials[1:]:
         how = other_scale(trials[0], trial, objective)
         if how is None and objective.startswith("valid/"):
-            how = _other_rows(trials[0], trial)
+            how = _other_rows(trials[0], trial, objective.removeprefix("valid/"))
         if how is not None:
             return f"trials {trials[0]['number']} and {trial['number']} were scored {how}"
     return None
@@ -199,7 +204,9 @@ def read(folder: Path, by: str | None = None, own: tuple[str, Scores] | None = N
         trials = [{"number": n, **(read_trial(folder / str(n)) or {})} for n in there]
     config = next((t["config"] for t in trials if "config" in t), {"objectives": ["valid/loss"]})
     objectives = tuple((sweep or config)["objectives"])
-    trials = trials if sweep is None else [trial | undefined(trial, objectives) for trial in trials]
+    for trial in trials:
+        bare = [name for name in objectives if name not in trial.get("scores", {})]  # of a run alone NaN is a score
+        trial |= undefined(trial, bare if sweep is None else objectives)
     scored = [trial for trial in trials if trial.get("state") == "complete"]
     if own is not None:
         for trial in scored:
@@ -224,13 +231,15 @@ def read(folder: Path, by: str | None = None, own: tuple[str, Scores] | None = N
 
 
 def undefined(trial: dict[str, Any], objectives: Iterable[str]) -> dict[str, str]:
-    """Return state and error of a sweep's trial that was scored, and has no value of an objective; else nothing.
+    """Return state and error of a trial that was scored, and has no value of an objective; else nothing.
 
     The sweep's record has it as failed, since no sampler can use it; its other scores are in its folder.
     """
     scores = trial.get("scores", {}) if trial.get("state") == "complete" else {}
-    unknown = next((name for name in objectives if math.isnan(scores.get(name, 0.0))), None)
-    return {} if unknown is None else {"state": "failed", "error": f"{unknown} {metrics.UNDEFINED}"}
+    unknown = next((name for name in objectives if math.isnan(scores.get(name, math.nan))), None)
+    if unknown is None or not scores:
+        return {}
+    return {"state": "failed", "error": f"{unknown} {metrics.UNDEFINED if unknown in scores else metrics.ABSENT}"}
 
 
 def _point(trials: list[dict[str, Any]], size: int, objective: str, bounds: dict[str, float]) -> Point:
@@ -238,7 +247,8 @@ def _point(trials: list[dict[str, Any]], size: int, objective: str, bounds: dict
         return Point(trials, False, {}, None, False)
     names = [name for name in trials[0]["scores"] if all(name in t["scores"] for t in trials)]
     means = {name: metrics.mean(name, [t["scores"][name] for t in trials]) for name in names}
-    off = [t["scores"][objective] - means[objective] for t in trials]
+    told = [t["scores"][objective] for t in trials]
+    off = [score - math.fsum(told) / size for score in told]  # of perplexities, too, around the arithmetic mean
     spread = math.sqrt(math.fsum(d * d for d in off) / (size - 1)) if size > 1 else None
     within = all(t["scores"].get(name, math.inf) <= bound for t in trials for name, bound in bounds.items())
     return Point(trials, True, means, spread, within)

@@ -34,7 +34,9 @@ RATIOS = {
 UNITS = ("decisions", "pairs", "completions", "tokens")
 """What a loss may be a mean over; a table of rows has one of these columns."""
 COSTS = {"cost/trainable": "weights", "cost/gpu_memory_gib": "GiB", "cost/memory_gib": "GiB"}
-"""What "cheapest" goes by: the first in which the points differ. Seconds differ by chance and are not among them."""
+"""What "cheapest" goes by: the first in which points differ. Seconds differ by chance and are not among them."""
+CHANCE = 1.02
+"""Ratio of costs that chance may bring: memory of equal trials differs by 2 %."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Verdict:
     same: tuple[int, ...]
     """Indices of the points that cannot be told from the best, the best included; empty where nothing was tested."""
     cheapest: int | None
-    """Index of the cheapest of them; None where they cost the same or nothing was tested."""
+    """Index of the cheapest of them, the best where none is cheaper; None where all cost the same, or nothing was
+    tested."""
     cost: str | None
     """The metric that says what is cheap."""
     comparison: pairs.Comparison | None
@@ -120,7 +123,7 @@ def read(folder: Path, trials: list[dict[str, Any]], objective: str, own: Rows |
         members for members in grouped.values()
         if len(members) == options.get("replicates", 1) and all(_counts(t, objective, options) for t in members)
     ]  # fmt: skip
-    whole, repeated = _once(whole, objective)
+    whole, repeated = once(whole, objective)
     ranked = sorted(whole, key=lambda m: _mean(m, objective), reverse=direction is Direction.maximize)[:MOST_POINTS]
     kept = [members for members in whole if any(members is one for one in ranked)]
     means = [_mean(m, objective) for m in kept]
@@ -139,7 +142,7 @@ def read(folder: Path, trials: list[dict[str, Any]], objective: str, own: Rows |
     return verdict if isinstance(found, str) else _tested(verdict, kept, *found)
 
 
-def _once(points: list[list[dict[str, Any]]], objective: str) -> tuple[list[list[dict[str, Any]]], int]:
+def once(points: list[list[dict[str, Any]]], objective: str) -> tuple[list[list[dict[str, Any]]], int]:
     """Leave out points of the same config and score as an earlier one; return how many there are."""
     kept: dict[str, list[dict[str, Any]]] = {}
     for members in points:
@@ -153,9 +156,13 @@ def _tested(
 ) -> Verdict:
     """Add what the rows of the points tell."""
     comparison = pairs.compare(table, METRICS[verdict.objective].direction, groups)
-    cost = _cost(kept)
-    tied = pairs.indistinguishable(comparison, None if cost is None else [_mean(m, cost) for m in kept], ALPHA)
-    same_cost = cost is None or len({_mean(kept[n], cost) for n in tied.members}) == 1
+    same = pairs.indistinguishable(comparison, None, ALPHA).members
+    best = verdict.best if verdict.best in same else comparison.best  # of equals the leaderboard's
+    cost = _cost([kept[n] for n in same])
+    costs = None if cost is None else [_mean(m, cost) for m in kept]
+    cheapest = pairs.indistinguishable(comparison, costs, ALPHA).cheapest
+    if costs is None or best is None or costs[best] <= CHANCE * costs[cheapest]:
+        cheapest = best
     shown = _exp if verdict.objective == "valid/perplexity" else lambda interval: interval
     rows = len(table[0][0].num) if groups is None else len(set(groups))
     seeds = len(kept[0])
@@ -165,14 +172,22 @@ def _tested(
             replace(point, score=shown(score), p=p)
             for point, score, p in zip(verdict.points, comparison.scores, comparison.p_best, strict=True)
         ),
-        best=verdict.best if verdict.best in tied.members else comparison.best,  # of equals the leaderboard's
-        same=tied.members,
-        cheapest=None if same_cost else tied.cheapest,
+        best=best,
+        same=same,
+        cheapest=None if cost is None else cheapest,
         cost=cost,
-        comparison=comparison,
+        comparison=_of_all(comparison, len(kept), verdict.behind),
         detectable=noise.detectable(rows, comparison.spread, seeds, len(kept), ALPHA) if len(kept) > 1 else math.nan,
         rows=rows,
     )
+
+
+def _of_all(comparison: pairs.Comparison, kept: int, behind: int) -> pairs.Comparison:
+    """Have optimism count the points that were not compared too: the best was the best of them all."""
+    if not behind:
+        return comparison
+    more = noise.expected_maximum(kept + behind) / noise.expected_maximum(kept)
+    return replace(comparison, optimism=more * comparison.optimism)
 
 
 def _mean(members: list[dict[str, Any]], name: str) -> float:
@@ -287,10 +302,10 @@ def column(content: dict[str, list[Any]], objective: str) -> Column | None:
 
 
 def _cost(points: list[list[dict[str, Any]]]) -> str | None:
-    """Name the first cost that differs by more than chance moves memory, 2 %."""
+    """Name the first cost that differs by more than chance moves memory."""
     for name in COSTS:
         known = [t["scores"].get(name) for members in points for t in members]
-        if None not in known and max(known) > 1.02 * min(known):
+        if None not in known and max(known) > CHANCE * min(known):
             return name
     return None
 

@@ -60,12 +60,16 @@ class Example:
         return WIN if gain > 0 else LOSS if gain < 0 else SAME
 
 
-def of(content: dict[str, list[Any]]) -> list[Example]:
+def of(content: dict[str, list[Any]], separator: str = ",") -> list[Example]:
     """Turn the columns of an `examples.parquet` into rows side by side.
 
     Text is judged by exact match, then by ROUGE-L, because word order may be the task; labels by all of them right,
     then by F1; completions that a reward model scored by their reward; a row without completions by its nats a token. A
     table without both sides gives no rows.
+
+    Args:
+        content: the columns.
+        separator: what stands between labels, as `eval.labels` says.
 
     >>> row = {"prompt": ["2+2"], "reference": ["4"], "prediction": ["4"], "base_prediction": ["5"],
     ...        "nats": [0.1], "base_nats": [2.0], "tokens": [1]}
@@ -76,7 +80,7 @@ def of(content: dict[str, list[Any]]) -> list[Example]:
     if not {"prompt", "reference", "nats", f"{rival}_nats"} <= content.keys():
         return []
     rows = [dict(zip(content, values, strict=True)) for values in zip(*content.values(), strict=True)]
-    return [_example(row, n, rival) for n, row in enumerate(rows)]
+    return [_example(row, n, rival, separator) for n, row in enumerate(rows)]
 
 
 def rule(rows: Sequence[Example]) -> str:
@@ -97,18 +101,19 @@ def chosen(rows: Sequence[Example], most: int) -> list[Example]:
     return [rows[n] for n in sorted(first)]
 
 
-def _example(row: dict[str, Any], number: int, rival: str) -> Example:
+def _example(row: dict[str, Any], number: int, rival: str, separator: str) -> Example:
     before, after = row.get(f"{rival}_prediction"), row.get("prediction")
-    measures = _text(row, before, after, "decisions" in row) if before is not None and after is not None else ()
+    split = separator if "decisions" in row else None
+    measures = _text(row, before, after, split) if before is not None and after is not None else ()
     nats = _nats(row, rival)
     where = row.get("where") or f"row {number}"
     return Example(where, row["prompt"], row["reference"], before, after, measures or (nats,), nats)
 
 
-def _text(row: dict[str, Any], before: str, after: str, classified: bool) -> tuple[Measure, ...]:
+def _text(row: dict[str, Any], before: str, after: str, split: str | None) -> tuple[Measure, ...]:
     truth = row["reference"]
-    if classified:
-        sets = [labels.parse(text, ",") for text in (truth, before, after)]
+    if split is not None:
+        sets = [labels.parse(text, split) for text in (truth, before, after)]
         exact = (float(sets[1] == sets[0]), float(sets[2] == sets[0]))
         part = (labels.row(labels.f1, sets[0], sets[1]), labels.row(labels.f1, sets[0], sets[2]))
         return Measure("labels right", *exact), Measure("F1", *part)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
@@ -110,6 +110,16 @@ def _handed(run: Run) -> dict[str, dict[str, Any]]:
     return {name: handed.identity(kept) for name, kept in (("start", start), ("reward", judge)) if kept is not None}
 
 
+def check_gpu(key: str, names: Iterable[str]) -> None:
+    """Refuse a metric of the GPU where there is none.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if metrics.GPU_MEMORY in names and not compute.has_gpu():
+        raise ConfigError(f"{key}: {metrics.GPU_MEMORY} needs a GPU, there is none here; use cost/memory_gib")
+
+
 def switched_on(run: Run) -> set[str]:
     """Keys of this run that metrics need and that are on."""
     if run.trainer.kind in (Method.classify, Method.reward):
@@ -163,16 +173,23 @@ def _check_shape(run: Run, splits: data.Splits) -> None:
         raise ConfigError(f"eval.generate must be false, {text.where} has no prompt to complete; use eval=loss")
 
 
-def prepare(run: Run) -> None:
+def prepare(run: Run, elsewhere: bool = False) -> None:
     """Refuse what only the libraries and the tokenizer can see to be wrong; imports them, loads no weights.
 
+    Args:
+        run: what is to run.
+        elsewhere: whether on other machines, of whose devices nothing is known here.
+
     Raises:
-        ConfigError: peft or TRL refuses a keyword, a target is no layer, or a template or token is missing.
+        ConfigError: peft or TRL refuses a keyword, a target is no layer, a template or token is missing, or a GPU.
         DataError: a row is longer than `data.max_length` or the model, or a held-out row nearly one of another split.
     """
     model.adapter(run.lora)
     sizes.check_adapter(run.model, run.lora, {Method.classify: 2, Method.reward: 1}.get(run.trainer.kind, 0))
-    if run.quant.kind is Format.int8 and run.lora.variant is Variant.dora and not compute.has_gpu():
+    if not elsewhere:
+        check_gpu("objectives", run.objectives)
+    int8 = run.quant.kind is Format.int8 and run.lora.variant is Variant.dora
+    if int8 and not elsewhere and not compute.has_gpu():
         raise ConfigError("lora.variant must not be dora with quant=int8 on a CPU: bitsandbytes keeps no scales there")
     sft.arguments(run.trainer, "cpu", run.seed, "", 1)
     losses.chosen(run.trainer)

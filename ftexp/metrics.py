@@ -104,6 +104,7 @@ def _of(kinds: tuple[str, ...], keys: tuple[str, ...] = ()) -> dict[str, Metric]
     return {name: replace(m, needs=left[name] or kinds) for name, m in SCORES.items() if left[name] or not m.needs}
 
 
+GPU_MEMORY = "cost/gpu_memory_gib"
 OWN = "valid/own"
 """The score of a function of one's own."""
 METRICS = {
@@ -118,7 +119,7 @@ METRICS = {
     "forgetting/after": _least("nats a token of general text, tuned", "eval.forgetting"),
     "cost/trainable": _least("weights"),
     "cost/memory_gib": _least("GiB, peak of the process"),
-    "cost/gpu_memory_gib": _least("GiB, peak of the GPU"),
+    GPU_MEMORY: _least("GiB, peak of the GPU, where there is one"),
     "cost/seconds": _least("seconds of training and scoring"),
 }
 """Every metric that improves in a direction (a number of `COUNTS` does in none); all but the sealed can rank trials,
@@ -131,6 +132,8 @@ LOSS_UNITS = {
 """What the loss of a method is a mean over."""
 UNDEFINED = "cannot be told of these held-out rows"
 """What is said of a score that is NaN."""
+ABSENT = "was not measured where it ran"
+"""What is said of a score that is not there, as `GPU_MEMORY` of a run without a GPU."""
 COUNTS = {
     "rows": "rows scored; all of them, so also the denominator of every share and mean over rows",
     "tokens": "supervised tokens scored; the denominator of the loss",

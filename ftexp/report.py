@@ -118,12 +118,17 @@ def beside(folder: Path, board: Board, verdict: Verdict) -> Sweep:
         winner=winner,
         axes=tuple(axis["key"].lstrip("+") for axis in (frozen or {}).get("axes", [])),
         curves={n: track.curve(place / track.FILE, "valid/loss") for n, place in places.items()},
-        rows=examples.of(content) if content else [],
+        rows=examples.of(content, _separator(winner)) if content else [],
         command=() if shown is None else command(places[shown], winner.trials[0] if winner else {}),
         openings=sealed.openings(folder),
         labels=() if shown is None else read_json(places[shown] / "labels.json") or (),
         sealed_labels=sealed.labels(folder),
     )
+
+
+def _separator(winner: boards.Point | None) -> str:
+    """Tell what stands between the labels of a trial."""
+    return "," if winner is None else winner.trials[0].get("config", {}).get("eval.labels") or ","
 
 
 def command(place: Path, trial: dict[str, Any]) -> tuple[str, ...]:
@@ -268,7 +273,8 @@ def data(sweep: Sweep) -> dict[str, Any]:
         points.append({
             "trials": list(numbers), "overrides": boards.label(point), "best": n is not None and n == verdict.best,
             "states": [t["state"] for t in point.trials], "low": told and told.score.low,
-            "high": told and told.score.high, "p": told and told.p, "same_as_best": n in verdict.same,
+            "high": told and told.score.high, "p": told and told.p,
+            "same_as_best": None if n is None or not verdict.same else n in verdict.same,
             "between_seeds": point.spread, "reasons": [t["error"] for t in point.trials if "error" in t],
             "scores": point.scores,
         })  # fmt: skip

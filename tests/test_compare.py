@@ -83,6 +83,52 @@ def test_cheapest_of_those_that_cannot_be_told_apart(sweep):
     assert any("p is about these adapters, not about training again" in line for line in told)
 
 
+@pytest.mark.parametrize(
+    ("costs", "cheapest", "told"),
+    [
+        ([(1e6, 1.001), (1e6, 1.0), (1e6, 1.5)], None, None),  # of those that are the same, memory differs by chance
+        ([(1e6, 2.0), (1e6, 1.0), (4e6, 3.0)], "lora.r=16", "cost/memory_gib"),  # weights set the loser apart, no other
+        ([(1e6, 1.0), (1e6, 1.5), (1e6, 9.0)], "lora.r=64", "cost/memory_gib"),
+        ([(1e6, 1.01), (1e6, 1.0), (2e6, 9.0)], None, None),
+    ],
+)
+def test_cheapest_goes_by_what_sets_the_same_points_apart(sweep, costs, cheapest, told):
+    folder = sweep((64, 0, {}), (16, 0.006, {}), (8, 0.5, {}))
+    for number, (weights, memory) in enumerate(costs):
+        trial = read_json(folder / str(number) / "trial.json")
+        trial["scores"] |= {"cost/trainable": weights, "cost/memory_gib": memory}
+        write_json(folder / str(number) / "trial.json", trial)
+    found = read(folder)
+    assert found.same == (0, 1)
+    assert (None if found.cheapest is None else found.points[found.cheapest].label) == cheapest
+    assert found.cost == told
+
+
+def test_a_cost_within_chance_of_the_best_is_not_cheaper(sweep):
+    folder = sweep((64, 0, {}), (16, 0.006, {}), (8, 0.003, {}))
+    best = read(folder).best
+    for number in range(3):
+        memory = 1.01 if number == best else 1.0 if number == (best + 1) % 3 else 1.5
+        trial = read_json(folder / str(number) / "trial.json")
+        trial["scores"] |= {"cost/trainable": 1e6, "cost/memory_gib": memory}
+        write_json(folder / str(number) / "trial.json", trial)
+    found = read(folder)
+    assert (found.same, found.cost, found.cheapest) == ((0, 1, 2), "cost/memory_gib", best)
+
+
+def test_optimism_is_of_all_points(sweep, monkeypatch):
+    folder = sweep(*((2 * n, 0.01 * n, {}) for n in range(1, 9)))
+    whole = read(folder).comparison.optimism
+    monkeypatch.setattr(compare, "MOST_POINTS", 4)
+    found = read(folder)
+    assert found.behind == 4
+    best = read(sweep(*((2 * n, 0.01 * n, {}) for n in range(1, 5)))).comparison.optimism
+    ratio = 1.4236 / 1.0294  # expected maxima of 8 and 4 standard normal numbers (Tippett 1925)
+    assert found.comparison.optimism == pytest.approx(ratio * best, rel=0.2)
+    assert found.comparison.optimism == pytest.approx(whole, rel=0.3)
+    assert found.comparison.optimism > 1.2 * best
+
+
 def test_clear_winner_is_called_one(sweep):
     found = read(sweep((64, 0, {}), (16, 0.4, {}), (8, 0.5, {})))
     assert found.same == (0,)
@@ -462,13 +508,14 @@ def test_none_of_scores_that_are_not_of_one_kind_is_best(sweep, capsys):
     assert told[1] == "So the leaderboard's order is no ranking, and no point is best."
 
 
-def held_out(digest, rows=40, cut=0.0, **keys):
+def held_out(digest, rows=40, cut=0.0, tokens=500.0, **keys):
     """Return the keys of a trial that notes its held-out rows."""
     inputs = [{"context": "training", "sha256": digest * 2, "rows": 9},
               {"context": "validation", "sha256": digest, "rows": rows}]  # fmt: skip
     scores = {
         "valid/loss": 0.5,
         "valid/tokens_cut": cut,
+        "valid/tokens": tokens,
         "cost/trainable": 1e6,
         "cost/seconds": 9.0,
         "cost/memory_gib": 2.0,
@@ -480,6 +527,7 @@ def held_out(digest, rows=40, cut=0.0, **keys):
     (held_out("b"), "on other rows"), (held_out("a", rows=39), "on other rows"),
     (held_out("a", cut=3.0), "on other parts of the rows: data.long=cut leaves more of them at a larger data.max_length"),
     (held_out("a", cut=3.0, facts={"tokenizer_sha256": "b"}), "in tokens of different tokenizers"),
+    (held_out("a", tokens=600.0), "over other supervised tokens, as another chat template has"),
 ])  # fmt: skip
 def test_sweep_of_other_held_out_rows_has_no_winner_for_any_reader(sweep, other, told):
     """What goes on from a winner reads no rows; it must know what the leaderboard knows."""

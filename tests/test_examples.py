@@ -56,3 +56,11 @@ def test_what_broke_is_kept_first():
     assert examples.count(rows) == {"win": 2, "loss": 1, "same": 1}
     assert [e.outcome for e in examples.chosen(rows, 2)] == ["win", "loss"]
     assert examples.chosen(rows, 9) == rows
+
+
+def test_labels_are_parted_by_what_the_run_says():
+    told = {"prompt": ["p"], "reference": ["x|y"], "tfidf_prediction": ["q"], "prediction": ["x|z"],
+            "tfidf_nats": [2.0], "nats": [1.0], "decisions": [3]}  # fmt: skip
+    f1 = lambda separator: [(m.before, m.after) for m in examples.of(told, separator)[0].measures][1]  # noqa: E731
+    assert f1("|") == (0.0, 0.5)
+    assert f1(",") == (0.0, 0.0)

@@ -86,6 +86,40 @@ def test_nan_never_wins(sweep):
     assert report.read(sweep(trial(8, math.nan))).best is None
 
 
+def test_spread_of_a_perplexity_is_around_the_arithmetic_mean(sweep):
+    folder = sweep(trial(8, 0.1), trial(8, 0.7), replicates=2)
+    for number, perplexity in enumerate((2.0, 8.0)):
+        told = read_json(folder / str(number) / "trial.json")
+        told["scores"]["valid/perplexity"] = perplexity
+        write_json(folder / str(number) / "trial.json", told)
+    point = report.read(folder, "valid/perplexity").points[0]
+    assert (point.scores["valid/perplexity"], point.spread) == (pytest.approx(4.0), pytest.approx(18**0.5))
+
+
+def test_nothing_tested_is_neither_the_same_as_the_best_nor_apart(sweep):
+    told = report.data(report.gather(sweep(trial(8, 0.1), trial(16, 0.7))))
+    assert told["untested"] is not None
+    assert [(p["best"], p["same_as_best"]) for p in told["points"]] == [(True, None), (False, None)]
+
+
+def test_an_objective_that_was_not_measured_is_told_and_ranks_nowhere(sweep, tmp_path):
+    """Memory of the GPU, of a sweep that ran on machines with one and without."""
+    folder = sweep(trial(8, 0.1), trial(16, 0.3), objectives=["cost/gpu_memory_gib"])
+    told = read_json(folder / "1" / "trial.json")
+    told["scores"]["cost/gpu_memory_gib"] = 3.0
+    write_json(folder / "1" / "trial.json", told)
+    board = report.read(folder)
+    assert board.points[board.best].numbers == "1"
+    assert board.trials[0]["error"] == "cost/gpu_memory_gib was not measured where it ran"
+    alone = tmp_path / "alone"
+    told["scores"].pop("cost/gpu_memory_gib")
+    write_json(
+        alone / "trial.json", told | {"config": told.get("config", {}) | {"objectives": ["cost/gpu_memory_gib"]}}
+    )
+    assert "failed" in printed(alone)
+    assert report.read(alone).trials[0]["error"] == "cost/gpu_memory_gib was not measured where it ran"
+
+
 def test_replicates_are_ranked_as_one_by_their_mean(sweep):
     """Trial 0 is the best of all, and its point the worst: 0.1 and 0.7 against 0.3 and 0.3."""
     folder = sweep(trial(8, 0.1), trial(8, 0.7), trial(16, 0.3), trial(16, 0.3), trial(4, 0.2), replicates=2)

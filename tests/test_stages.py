@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from ftexp import api, errors, evaluate, experiment, labels, model
 from ftexp.config import Kind, Model, Quant
-from ftexp.model import loftq
+from ftexp.errors import ConfigError
+from ftexp.model import compute, loftq
 from ftexp.train import control, rewarder
 
 SHORT = [t for t in TINY if not t.startswith("trainer.lr")] + ["track=none", "eval=loss", "trainer.lr=5e-2"]
@@ -80,6 +81,24 @@ def test_what_would_be_saved_wrong_or_lost_is_refused(cli, given, told):
 def test_pissa_leaves_the_head_of_a_classifier_alone(composed, given):
     """It has as many rows as there are labels, fewer than a usual rank; it is trained whole."""
     experiment.prepare(composed(*given, *SHORT[:1], "data.max_length=512", "data.rows=120", "lora=pissa", "lora.r=8"))
+
+
+@pytest.mark.parametrize(
+    "given", [["objectives=[cost/gpu_memory_gib]"], ["lora.r=2,4", "sweep.at_most={cost/gpu_memory_gib: 20}", "-m"]]
+)
+def test_memory_of_a_gpu_is_refused_without_one(cli, monkeypatch, given):
+    monkeypatch.setattr(compute, "has_gpu", lambda: False)
+    code, _, err = cli(*TINY, "track=none", "name=s", *given)
+    key = "sweep.at_most" if "-m" in given else "objectives"
+    assert (code, f"{key}: cost/gpu_memory_gib needs a GPU, there is none here" in err) == (2, True), err
+
+
+def test_other_machines_may_have_a_gpu(tiny, monkeypatch):
+    monkeypatch.setattr(compute, "has_gpu", lambda: False)
+    run = tiny("objectives=[cost/gpu_memory_gib]")
+    experiment.prepare(run, elsewhere=True)
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        experiment.prepare(run)
 
 
 def test_dora_on_int8_weights_is_refused_on_a_cpu(cli, tmp_path):

@@ -53,9 +53,11 @@ class Sweep:
 
     @property
     def complete(self) -> list[Point]:
-        """Points with a finite objective."""
+        """Points with a finite objective; one that a sampler drew again counts once."""
         name = self.board.objective
-        return [p for p in self.board.points if p.complete and math.isfinite(p.scores[name])]
+        known = [p for p in self.board.points if p.complete and math.isfinite(p.scores[name])]
+        kept, _ = compare.once([p.trials for p in known], name)
+        return [p for p in known if any(p.trials is one for one in kept)]
 
 
 def curves(sweep: Sweep) -> Svg | None:

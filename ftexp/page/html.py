@@ -391,7 +391,7 @@ def effects(sweep: Sweep) -> str:
     told = importance(sweep) + ("" if rate is None else f"<p>{_e(compare.rate_line(rate))}</p>")
     told += "".join(effect(sweep, key, bins, axis) for key, bins in found.items())
     left = len(sweep.board.points) - len(sweep.complete)
-    without = f" The {left} points that are not complete are left out." if left else ""
+    without = f" {left} points that are not complete, or were drawn again, are left out." if left else ""
     if any(b.low == figures.NOT for bins in found.values() for b in bins):
         without += f" Points {figures.NOT} did not meet the key's condition and had its value of the config."
     return (

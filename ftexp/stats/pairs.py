@@ -170,8 +170,8 @@ def compare(
         signs: random sign vectors; raised to 40 a pair so that Holm can still find something.
         draws: bootstrap draws of the intervals.
 
-    Edge cases: equal rows in two points give p = 1; one row gives p = 1, intervals of NaN, and neither a spread over
-    rows nor optimism; a value that is not finite is refused.
+    Edge cases: equal rows in two points give p = 1; one unit gives p = 1, however many runs, intervals of NaN, and
+    neither a spread over rows nor optimism; a value that is not finite is refused.
 
     >>> a, b = [1, 1, 1, 1, 0, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
     >>> from ftexp.stats.columns import mean
@@ -206,6 +206,9 @@ def compare(
         optimism += ahead.sum()
     more = 0 if exact else 1
     alone, joint, step = ((more + counted) / (more + drawn) for counted in (alone, joint, step))
+    single = table.parts.shape[1] == 1  # one unit shows no noise of rows, which is not to say that there is none
+    if single:
+        alone, joint, step = (np.ones_like(p) for p in (alone, joint, step))
     p_best = np.ones(len(points))
     p_best[losers] = np.maximum.accumulate(step)
     values = np.array([s.value for s in scores])
@@ -213,7 +216,6 @@ def compare(
     told = zip(couples.tolist(), difference, low, high, alone, holm(alone.tolist()), joint, strict=True)
     pairs = [Pair(a, b, *map(float, found)) for (a, b), *found in told]
     apart = table.parts[couples[:, 0]] - table.parts[couples[:, 1]]
-    single = apart.shape[1] == 1  # one unit shows no noise of rows, which is not to say that there is none
     spread = _spread(table, np.empty(0) if single else share * apart.std(axis=1, ddof=1))
     pairs.sort(key=lambda pair: (pair.first, pair.second))
     ahead = math.nan if single else optimism / drawn

@@ -73,7 +73,9 @@ class Sweeper(HydraSweeper):
         check_folder(folder)
         if not (folder / frozen.FILE).exists():
             for run in {config.digest(r.model, r.lora, r.data, r.trainer, r.eval): r for r in runs}.values():
-                experiment.prepare(run)
+                experiment.prepare(run, elsewhere=options.engine is not Engine.local)
+            if options.engine is Engine.local:
+                experiment.check_gpu("sweep.at_most", options.at_most)
             limits.refuse(self._named(searched, options, runs), options)
             probe.refuse(probe.quick(runs[0], folder))
         deserted = False
@@ -175,6 +177,8 @@ class Sweeper(HydraSweeper):
             raise ConfigError(
                 f"sweep.pruner={options.pruner.value} needs one objective, got {', '.join(runs[0].objectives)}"
             )
+        if options.pruner is not Pruner.none:
+            race.check_alike(options, runs)
         if options.pruner is Pruner.race:
             rows = min(len({*data.units(data.load(run.data).valid)}) for run in runs)
             race.check(options, [axis.key for axis in searched.axes], runs[0].objectives, rows)

@@ -7,12 +7,14 @@ The rows lie in the trials' folders, so workers of any machine see what the othe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftexp.config import require
+from ftexp import board, config, experiment, model
+from ftexp.config import Run, require
+from ftexp.data import prompts
 from ftexp.errors import ConfigError, DataError
 from ftexp.files import read_json, write_json
 from ftexp.sweep.frozen import Frozen
@@ -90,6 +92,34 @@ def check(options: Options, searched: list[str], objectives: list[str], rows: in
             f"sweep.pruner=race needs at least {least} independent held-out rows (sweep.pruner_args.min_rows), "
             f"got {rows}"
         )
+
+
+def check_alike(options: Options, runs: Sequence[Run]) -> None:
+    """Refuse to stop trials by losses that are no numbers of one kind, or one seed of a point by that seed's luck.
+
+    What is true of the report's ranking is true of every pruner: each goes by the held-out loss at a rung.
+
+    Raises:
+        ConfigError: names the key that has to be one value.
+    """
+    name = options.pruner.value
+    if options.replicates > 1:
+        raise ConfigError(
+            f"sweep.pruner={name} needs sweep.replicates=1, got {options.replicates}: it would stop a point by the "
+            "luck of one seed; ftexp confirm trains the best again on fresh seeds"
+        )
+    told = [{"config": experiment.identity(run)} for run in runs]
+    models = {config.digest(run.model): run.model for run in runs}
+    if len(models) > 1:
+        digests = {key: prompts.tokenizer_digest(model.tokenizer(each)) for key, each in models.items()}
+        for entry, run in zip(told, runs, strict=True):
+            entry["facts"] = {"tokenizer_sha256": digests[config.digest(run.model)]}
+    for number, other in enumerate(told[1:], 1):
+        if (how := board.other_scale(told[0], other, "valid/loss")) is not None:
+            raise ConfigError(
+                f"sweep.pruner={name} compares valid/loss between trials, and those of points 0 and {number} would be "
+                f"scored {how.partition(':')[0]}; add sweep.pruner=none"
+            )
 
 
 def judge(sweep: Frozen, trial: Trial, every: int) -> Judge:

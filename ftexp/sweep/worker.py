@@ -387,7 +387,7 @@ def _valued(
 
     def scored(run: config.Run, folder: Path) -> tuple[dict[str, float], list[float]]:
         scores = execute(run, folder)
-        return scores, [scores[name] for name in sweep.objectives]
+        return scores, [scores.get(name, math.nan) for name in sweep.objectives]
 
     outcome, told = _ended(sweep, number, point, scored)
     if told is None:
@@ -398,7 +398,8 @@ def _valued(
         trial.set_constraint(f"{name} at most {bound!r}", math.inf if math.isnan(over) else over)
     unknown = [name for name, value in zip(sweep.objectives, values, strict=True) if not math.isfinite(value)]
     if unknown:  # Optuna takes no NaN, and files have no infinity
-        return Outcome("failed", "undefined", f"{unknown[0]} {metrics.UNDEFINED}"), None
+        why = metrics.UNDEFINED if unknown[0] in scores else metrics.ABSENT
+        return Outcome("failed", "undefined", f"{unknown[0]} {why}"), None
     return outcome, values
 
 

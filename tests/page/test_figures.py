@@ -1,6 +1,7 @@
 """What is drawn of a sweep."""
 
 import re
+import shutil
 
 import pytest
 from made import sweep
@@ -151,3 +152,14 @@ def test_scores_of_different_kinds_have_no_means(tmp_path):
         "<p>No mean over values of a key is drawn: trials 0 and 1 were scored by different trainer.kind, whose "
         "valid/loss is of another kind.</p>"
     )
+
+
+def test_a_point_that_was_drawn_again_counts_once_in_the_means(tmp_path):
+    folder = sweep(tmp_path / "s", 4)
+    before = figures.effects(report.gather(folder))
+    first = read_json(folder / "0" / "trial.json")
+    for n in range(4, 8):
+        shutil.copytree(folder / "0", folder / str(n))
+        write_json(folder / str(n) / "trial.json", first)
+    assert figures.effects(report.gather(folder)) == before
+    assert len(report.gather(folder).complete) == 4

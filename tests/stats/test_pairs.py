@@ -89,6 +89,14 @@ def test_one_row_decides_nothing():
     assert indistinguishable(found).members == (0, 1)
 
 
+def test_one_unit_decides_nothing_however_many_seeds_there_are():
+    runs = [[mean([at + seed]) for seed in (0.0, 1e-3, 2e-3)] for at in (0.0, 1.0)]
+    found = compare(runs, LOW)
+    assert (found.p_best, found.pairs[0].p, found.pairs[0].joint) == ((1.0, 1.0), 1.0, 1.0)
+    of_a_group = compare([[mean([at + seed] * 3) for seed in (0.0, 1e-3)] for at in (0.0, 1.0)], LOW, ["a"] * 3)
+    assert indistinguishable(of_a_group).members == (0, 1)
+
+
 def test_one_point_is_alone():
     found = compare([[mean([0.1, 0.2])]], LOW)
     assert (found.best, found.pairs, indistinguishable(found).members) == (0, (), (0,))

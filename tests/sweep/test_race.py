@@ -151,6 +151,32 @@ def test_sweep_that_cannot_be_raced_is_refused(args, keys, objectives, rows, tol
         race.check(Options(pruner=Pruner.race, pruner_args=args), keys, objectives, rows)
 
 
+@pytest.mark.parametrize(
+    ("given", "keys", "told"),
+    [
+        ([[], []], {"replicates": 3}, "sweep.pruner=race needs sweep.replicates=1, got 3"),
+        ([[], ["model=embedded"]], {}, "points 0 and 1 would be scored in tokens of different tokenizers; add"),
+        ([["trainer=dpo", "data=preference"], []], {"pruner": Pruner.asha}, "points 0 and 1 would be scored by different trainer.kind"),
+        ([["trainer=dpo", "data=preference"]] * 2 + [["trainer=dpo", "data=preference", "trainer.beta=0.7"]], {},
+         "points 0 and 2 would be scored with different trainer.beta"),
+        ([[], ["lora.r=2"], ["model.dtype=auto"]], {}, None),
+    ],
+)  # fmt: skip
+def test_trials_whose_losses_are_not_alike_stop_none_another(tiny, given, keys, told):
+    options, runs = Options(**{"pruner": Pruner.race} | keys), [tiny(*more) for more in given]
+    if told is None:
+        race.check_alike(options, runs)
+        return
+    with pytest.raises(ConfigError, match=told):
+        race.check_alike(options, runs)
+
+
+def test_a_sweep_of_unlike_losses_is_refused_with_any_pruner(cli):
+    code, _, err = cli(*TINY, "track=none", "lora.r=2,4", "sweep.pruner=median", "sweep.replicates=2", "name=s", "-m")
+    assert code == 2
+    assert "sweep.pruner=median needs sweep.replicates=1" in err
+
+
 def test_same_sweep_is_raced(race_of):
     race.check(Options(pruner=Pruner.race), ["lora.r"], ["valid/loss"], 12)
 
