@@ -438,7 +438,8 @@ def _trial(asked: Asked) -> Steps:
         return kept
     before = read_trial(folder) or {}
     trial: dict[str, Any] = {"label": label, "state": "running", "config": identity(run), "folder": str(folder)}
-    trial |= {key: before[key] for key in ("mlflow_run", "resumed_at") if key in before}
+    of_checkpoint = ("out_of_memory",) if checkpoints.newest(folder / "checkpoints") else ()
+    trial |= {key: before[key] for key in ("mlflow_run", "resumed_at", *of_checkpoint) if key in before}
     trial |= {"opened": asked.opened} if asked.opened else {}
     if run.track.kind is Tracker.mlflow:
         trial["track"] = {"uri": run.track.uri, "experiment": run.track.experiment, "parent": asked.parent}
@@ -467,8 +468,10 @@ def _trial(asked: Asked) -> Steps:
 
 
 def _fitting(asked: Asked, trial: dict[str, Any]) -> Steps:
-    """Run with smaller and smaller forward passes until one fits in memory."""
+    """Run with smaller and smaller forward passes until one fits in memory; go on with that of a checkpoint."""
     run = asked.run
+    if passed := trial.get("out_of_memory"):
+        run = replace(run, trainer=replace(run.trainer, **passed[-1]))
     while True:
         try:
             return (yield from _execute(run, asked.folder, asked.label, asked.parent, trial, asked.control,

@@ -79,7 +79,7 @@ def _bring(kept: Kept, uri: str, told: Brought, parents: dict[Path, str]) -> Non
     if run_id is None:
         run_id = track.create(where, kept.trial["label"], kept.folder, parent, min(_times(kept), default=None))
         if own:
-            write_json(kept.folder / "trial.json", kept.trial | {"mlflow_run": run_id})
+            _note(kept.folder / "trial.json", run_id)
         else:
             _keep_elsewhere(kept.folder, uri, run_id)
         told.runs += 1
@@ -192,7 +192,7 @@ def _parent(
             keys = [axis["key"] for axis in sweep.get("axes", ()) if not axis.get("composes")]
             track.view(where, parents[folder], sweep["name"], sweep["objectives"], keys)
             if own:
-                write_json(folder / "sweep.json", sweep | {"mlflow_run": parents[folder]})
+                _note(folder / "sweep.json", parents[folder])
             else:
                 _keep_elsewhere(folder, where.uri, parents[folder])
             told.runs += 1
@@ -201,6 +201,12 @@ def _parent(
             client.log_artifact(parents[folder], str(page))
             told.files += 1
     return parents[folder]
+
+
+def _note(path: Path, run_id: str) -> None:
+    """Write the id of a run into what a folder holds now: a trial, or a launch, may have written while we asked."""
+    told: dict[str, Any] = read_json(path) or {}
+    write_json(path, told | {"mlflow_run": run_id})
 
 
 def _end_of_sweep(folder: Path, sweep: dict[str, Any]) -> str | None:

@@ -389,3 +389,24 @@ def test_sweep_that_was_stopped_is_killed_in_the_store_and_runs_again_when_it_go
     monkeypatch.setattr(plugin, "_run_left", watched)
     assert cli(*given)[0] == 0
     assert (seen, client.get_run(parent).info.status) == (["RUNNING"], "FINISHED")
+
+
+def test_what_is_written_while_the_store_is_asked_stays(cli, verb, tmp_path, monkeypatch):
+    """A launch that goes on, and a trial that ends, were put back to what had been read before."""
+    uri = f"sqlite:///{tmp_path}/ml.db"
+    assert cli("lora.r=2", *TINY, "name=s", f"track.uri={uri}", "eval=loss", "-m")[0] == 0
+    sweep = tmp_path / "outputs" / "sweeps" / "s"
+    for path in (sweep / "sweep.json", sweep / "0" / "trial.json"):
+        write_json(path, read_json(path) | {"mlflow_run": None})
+    (tmp_path / "ml.db").unlink()
+    honest = track.create
+
+    def slow(*given):
+        for path in (sweep / "sweep.json", sweep / "0" / "trial.json"):
+            write_json(path, read_json(path) | {"meanwhile": 1})
+        return honest(*given)
+
+    monkeypatch.setattr(track, "create", slow)
+    assert verb()[0] == 0
+    for path in (sweep / "sweep.json", sweep / "0" / "trial.json"):
+        assert read_json(path)["meanwhile"] == 1 and read_json(path)["mlflow_run"]

@@ -405,8 +405,8 @@ def _run_left(sweep: Frozen, record: Any, left: int, count: int, helps: bool = F
         return
     while left and not record.user_attrs.get(worker.STOP) and study.counted(record):
         worker.work(sweep, record)
-        study.reap(record, sweep.options.max_retries)
-        if not study.unfinished(record):
+        study.reap(record, sweep.options.max_retries, folder=sweep.folder)
+        if not (study.unfinished(record) or study.mend(record)):
             break
         time.sleep(supervisor.POLL_SECONDS)  # a helper is at the last trials, and may give one back
 
@@ -434,6 +434,11 @@ def help_out(folder: Path, searched: Space, options: Options, runs: list[Run]) -
     identity.check(_filled(folder, kept), runs[0].name)
     _same_record(read_json(folder / frozen.FILE) or {}, options, runs[0].name)
     sweep = replace(frozen.load(folder), options=options)
+    if sweep.code != facts.code():
+        raise MachineError(
+            f"name={sweep.name}: the launch runs other code of ftexp than this process has, and one sweep must not mix "
+            "two; bring both to the same version"
+        )
     record = worker.open_study(sweep)
     while _unsettled(record, folder) and running(folder) is not None:
         time.sleep(0.2)
@@ -517,6 +522,9 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
         raise control.left(f"sweep {sweep.name} was stopped: {screen.line(sweep, record)}")
     if record.user_attrs.get(worker.FULL):
         raise NoRoom(stop)
+    absent = max(0, sweep.tickets - len(trials))
+    if absent and not (failed or stop):
+        raise TrialsFailed(f"{absent} of {sweep.tickets} trials have not begun; the same command goes on with them")
     if failed or stop:
         reasons = {t.user_attrs.get("ftexp:reason") or "" for t in trials if study.ticket(t) in failed}
         why = f" ({reason})" if len(reasons) == 1 and (reason := reasons.pop()) else ""

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 TOKEN = "FTEXP_WORKER"
 """Environment variable that names this start of a worker, so that its supervisor knows which trial was its."""
-PACK = "ftexp:pack"
-"""Attribute of an attempt: how many share its training."""
 STOP = "ftexp:stop"
 """Study attribute: the reason why no further ticket is taken."""
 WISH = "ftexp:share"
@@ -93,7 +91,10 @@ def _packs(record: Study) -> Counter[str]:
     found = Counter(
         t.user_attrs["ftexp:worker"]["token"]
         for t in study.counted(record)
-        if t.state.name == "RUNNING" and t.user_attrs.get(PACK, 1) > 1 and _is_here(t.user_attrs) and study.alive(t)
+        if t.state.name == "RUNNING"
+        and t.user_attrs.get(study.PACK, 1) > 1
+        and _is_here(t.user_attrs)
+        and study.alive(t)
     )
     return Counter({token: count for token, count in found.items() if token and count > 1})
 

@@ -29,6 +29,7 @@ from ftexp.files import read_trial
 from ftexp.sweep import race
 from ftexp.sweep.options import Options, Pruner, Sampler
 from ftexp.sweep.space import Space
+from ftexp.train import checkpoints
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -410,24 +411,28 @@ def _again(study: Study, gone: FrozenTrial) -> None:
     requeue(study, gone, told.get("ftexp:retries", 0), told.get(FAULTS, 0))
 
 
+DROPPED = "ftexp:dropped"
+"""Trial attribute: true of a ticket that waited when a launch with fewer trials took it back."""
 MEND_SECONDS = 5.0
 """Age of an end after which whoever was to queue the ticket again was killed before."""
 
 
 def mend(study: Study) -> int:
     """Queue again what nobody has queued, once that is sure; return how many tickets that is, or may soon be."""
-    gone = [attempt for attempt in lost(study).values() if attempt.datetime_complete is not None]
+    gone = [a for a in lost(study).values() if a.datetime_complete is not None and DROPPED not in a.user_attrs]
     for attempt in gone:
-        if datetime.now() - cast(datetime, attempt.datetime_complete) > timedelta(seconds=MEND_SECONDS):
+        if abs(datetime.now() - cast(datetime, attempt.datetime_complete)) > timedelta(seconds=MEND_SECONDS):
             _again(study, attempt)
     return len(gone)
 
 
-def claim(study: Study, token: str = "") -> Trial | None:
+def claim(study: Study, token: str = "", beside: bool = False) -> Trial | None:
     """Take the waiting ticket with the lowest number, sign it, and return it; None where none waits.
 
     One that met a fault of the machine comes after the others, so that the place where it did meets another first; one
-    that is kept for another worker is passed over. `token` is what a supervisor named this worker.
+    that is kept for another worker is passed over, and `beside` other tickets one that is to be alone. Of two attempts
+    of one ticket, which two processes may have queued, the first alone is run. `token` is what a supervisor named this
+    worker.
 
     Taking is atomic in a journal and in PostgreSQL. Two private names of Optuna are used: `study.ask()` would make a
     new trial where the queue is empty.
@@ -437,6 +442,8 @@ def claim(study: Study, token: str = "") -> Trial | None:
 
     store = study._storage
     for waits in sorted(waiting(study, token), key=_place):
+        if beside and alone(waits):
+            continue
         try:
             if not store.set_trial_state_values(waits._trial_id, state=TrialState.RUNNING):
                 continue
@@ -447,10 +454,31 @@ def claim(study: Study, token: str = "") -> Trial | None:
         try:
             signature = {"host": HOST, "pid": os.getpid(), "start": started(os.getpid()), "token": token}
             trial.set_user_attr("ftexp:worker", signature)
+            if _queued_before(study, waits):
+                store.set_trial_user_attr(waits._trial_id, "ftexp:lost", True)
+                store.set_trial_state_values(waits._trial_id, state=TrialState.FAIL)
+                continue
         except optuna.exceptions.UpdateFinishedTrialError:
             continue  # so slow that somebody took this process for dead
         return trial
     return None
+
+
+def _queued_before(study: Study, trial: FrozenTrial) -> bool:
+    """Whether an earlier attempt of a ticket waits or runs."""
+    others = (t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("ftexp:ticket") == ticket(trial))
+    return any(t.number < trial.number and not t.state.is_finished() for t in others)
+
+
+PACK = "ftexp:pack"
+"""Trial attribute: how many share its training."""
+ALONE = "ftexp:alone"
+"""Trial attribute: true of a ticket whose worker died with a pack. Which of them killed it shows when each is alone."""
+
+
+def alone(trial: FrozenTrial) -> bool:
+    """Whether a ticket is to be run without others beside it: one attempt of it, at least, ended with its worker."""
+    return bool(trial.user_attrs.get(ALONE)) or trial.user_attrs.get("ftexp:retries", 0) > 0
 
 
 KEPT, KEPT_SECONDS = "ftexp:kept", 60.0
@@ -475,14 +503,25 @@ def _place(trial: FrozenTrial) -> tuple[int, int]:
     return trial.user_attrs.get(FAULTS, 0), ticket(trial)
 
 
-def started(pid: int) -> float | None:
-    """Return when a process started, which with its number names it for good; None for a dead one or a zombie."""
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+def started(pid: int) -> str | None:
+    """Tell when a process started, which with its number names it for good; None for a dead one or a zombie.
+
+    On Linux in ticks since the machine's, which is named too: its wall clock may be set.
+    """
     import psutil
 
     try:
         process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.NoSuchProcess:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        if not BOOT.exists():
+            return str(process.create_time())
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # proc(5), field 22
+        return f"{ticks} of {BOOT.read_text().strip()}"
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         return None
 
 
@@ -502,7 +541,7 @@ def alive(trial: FrozenTrial) -> bool:
     return now - _beats[key][1] < SILENT_SECONDS
 
 
-_beats: dict[tuple[int, int, float], tuple[float | None, float]] = {}
+_beats: dict[tuple[int, int, str], tuple[float | None, float]] = {}
 """Attempt on another machine -> its last heartbeat, and when this process first saw that one, on its own clock."""
 
 
@@ -514,21 +553,30 @@ FAULTS, MOST_FAULTS = "ftexp:faults", 2
 """Trial attribute: earlier attempts of its ticket that met such a fault; and how many a ticket may meet."""
 REACHED = "ftexp:reached"
 """Trial attribute: step of the checkpoint that was there when a launch queued the ticket again."""
+DIED = "crash:"
+"""Begins the reason of an attempt whose worker was found dead."""
 OF_ATTEMPT = ("completed_rung", "constraint")
 """Begin the names of what an attempt's own course left in its system attributes."""
 
 
 def reap(
-    study: Study, max_retries: int, ended: Container[str] = (), there: Container[str] = (), folder: Path | None = None
-) -> list[int]:
+    study: Study, max_retries: int, ended: Container[str] = (), there: Container[str] = (), folder: Path | None = None,
+    excused: Container[str] = (),
+) -> list[int]:  # fmt: skip
     """Queue the tickets of dead workers again, each with the point it had; return their numbers.
 
-    `ended` holds the tokens of workers that are known to be gone, wherever they ran, `there` those of workers that are
-    known not to be: a suspended job, or one that cannot reach the record for a while, tells no sign of life.
-
     After `max_retries` further attempts a ticket has failed: whatever kills its worker is in the trial. A fault of the
-    machine is no retry; a ticket that meets more than `MOST_FAULTS` has failed too. Nor is it a retry where `folder`,
-    of the sweep, is given and there is a checkpoint beyond the one that was there the last time.
+    machine is no retry; a ticket that meets more than `MOST_FAULTS` has failed too. Nor is it a retry where there is a
+    checkpoint beyond the one that was there the last time, or where it was one of a pack: those are run alone then.
+
+    Args:
+        study: the record.
+        max_retries: of a ticket.
+        ended: tokens of workers that are known to be gone, wherever they ran.
+        there: tokens of workers that are known not to be: a suspended job, or one that cannot reach the record for a
+            while, tells no sign of life.
+        folder: of the sweep, with the checkpoints; without, each attempt counts.
+        excused: tokens of workers that we killed ourselves.
     """
     from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
@@ -539,8 +587,9 @@ def reap(
         if token not in ended and (token in there or alive(trial)):
             continue
         faulty, before = FAULT in trial.user_attrs, trial.user_attrs
-        reached = 0 if folder is None else _newest(folder / str(ticket(trial)))
-        counts = not faulty and reached <= before.get(REACHED, 0)
+        reached = 0 if folder is None else checkpoints.newest(folder / str(ticket(trial)) / "checkpoints")
+        ours, packed = token in excused, before.get(PACK, 1) > 1
+        counts = not (faulty or ours or packed) and reached <= before.get(REACHED, 0)
         retries = before.get("ftexp:retries", 0) + counts
         faults = before.get(FAULTS, 0) + faulty
         lost = retries <= max_retries and faults <= MOST_FAULTS
@@ -549,33 +598,39 @@ def reap(
             if not lost:
                 store.set_trial_user_attr(trial._trial_id, "ftexp:kind", "crash")  # `max_failures` counts it
             store.set_trial_user_attr(
-                trial._trial_id, "ftexp:reason", f"crash: {trial.user_attrs.get(FAULT, 'worker died')}"
+                trial._trial_id, "ftexp:reason", f"{DIED} {trial.user_attrs.get(FAULT, 'worker died')}"
             )
             store.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
         except UpdateFinishedTrialError:
             continue  # another process was first
         if lost:
-            requeue(study, trial, retries, faults, reached)
+            requeue(study, trial, retries, faults, reached, single=packed and not (faulty or ours))
             again.append(ticket(trial))
     return again
 
 
-def _newest(folder: Path) -> int:
-    """Return the step of a trial's newest checkpoint; 0 without one."""
-    from ftexp.train.checkpoints import SEAL
-
-    sealed = (p.parent.name.removeprefix("checkpoint-") for p in folder.glob(f"checkpoints/checkpoint-*/{SEAL}"))
-    return max((int(number) for number in sealed if number.isdecimal()), default=0)
+def was_reaped(study: Study, trial: Trial) -> bool:
+    """Whether another process took this one for dead, and has queued its ticket again."""
+    told = study._storage.get_trial(trial._trial_id).user_attrs
+    return bool(told.get("ftexp:lost")) and str(told.get("ftexp:reason", "")).startswith(DIED)
 
 
 def requeue(
-    study: Study, trial: FrozenTrial, retries: int = 0, faults: int = 0, reached: int = 0, to: str = ""
+    study: Study, trial: FrozenTrial, retries: int = 0, faults: int = 0, reached: int = 0, to: str = "",
+    single: bool = False,
 ) -> None:  # fmt: skip
     """Queue the ticket of an attempt again, with the point it had and what the sampler keeps with that.
 
-    `reached` is the step of the checkpoint that it goes on from, where that is known, and `to` the token of a worker
-    that it is kept for. NSGA-II keeps the generation with
-    the point: an attempt without it belongs to none, and is no parent.
+    NSGA-II keeps the generation with the point: an attempt without it belongs to none, and is no parent.
+
+    Args:
+        study: the record.
+        trial: the attempt.
+        retries: further attempts so far.
+        faults: those of them that met a fault of the machine.
+        reached: step of the checkpoint that it goes on from, where that is known.
+        to: token of a worker that it is kept for.
+        single: whether it is to be run alone from now on.
     """
     from optuna.trial import TrialState, create_trial
 
@@ -590,6 +645,7 @@ def requeue(
                 "ftexp:retries": retries,
                 FAULTS: faults,
                 REACHED: max(reached, trial.user_attrs.get(REACHED, 0)),
+                **({ALONE: True} if single or trial.user_attrs.get(ALONE) else {}),
                 **({KEPT: {"for": to, "until": time.time() + KEPT_SECONDS}} if to else {}),
             },
         )
@@ -627,6 +683,7 @@ def settle(
     for trial in counted(study):  # of a launch with more trials
         if ticket(trial) >= len(points) and trial.state is TrialState.WAITING:
             with suppress(UpdateFinishedTrialError):  # a helper has taken it, and come to its end
+                study._storage.set_trial_user_attr(trial._trial_id, DROPPED, True)
                 study._storage.set_trial_user_attr(trial._trial_id, "ftexp:lost", True)
                 study._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
     done = [t for t in counted(study) if t.state is TrialState.COMPLETE] if folder is not None else []

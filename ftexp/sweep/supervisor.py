@@ -18,7 +18,7 @@ from ftexp.sweep import engines, proxy, screen, study
 from ftexp.sweep.engines import GRACE_SECONDS, Worker
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import Engine, Options
-from ftexp.sweep.worker import PACK, PREEMPTED, RENEWED, STOP, stop_after_failures
+from ftexp.sweep.worker import PREEMPTED, RENEWED, STOP, stop_after_failures
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -157,7 +157,8 @@ def supervise(sweep: Frozen, record: Study, count: int, left: int, helps: bool =
         if _given_up(record, places, helps):
             return True
         look()
-        study.reap(record, options.max_retries, ended, {s.token for s in places if s.process is not None})
+        there = {s.token for s in places if s.process is not None}
+        study.reap(record, options.max_retries, ended, there, sweep.folder)
         stop_after_failures(sweep, record)
         if options.engine is not Engine.local:
             idle = _end_idle(record, places, idle)
@@ -170,9 +171,9 @@ def supervise(sweep: Frozen, record: Study, count: int, left: int, helps: bool =
         try:
             _repeat(tend, f"the record of sweep {sweep.name}")
         except BaseException:
-            _leave(places)
+            killed = _leave(places)
             with suppress(StorageInternalError):  # which may be why we are here
-                study.reap(record, sweep.options.max_retries)
+                study.reap(record, sweep.options.max_retries, folder=sweep.folder, excused=killed)
             raise
 
 
@@ -307,7 +308,7 @@ def _end_overdue(sweep: Frozen, record: Study, places: list[Slot], began: dict[i
     for trial in record.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         worker = trial.user_attrs.get("ftexp:worker")
         ran = time.monotonic() - began.setdefault(trial._trial_id, time.monotonic())
-        if worker is None or ran < 60 * minutes * trial.user_attrs.get(PACK, 1) + GRACE_SECONDS:
+        if worker is None or ran < 60 * minutes * trial.user_attrs.get(study.PACK, 1) + GRACE_SECONDS:
             continue
         for slot in places:
             if slot.process is not None and slot.token == worker["token"]:
@@ -319,8 +320,12 @@ def _end_overdue(sweep: Frozen, record: Study, places: list[Slot], began: dict[i
                     slot.process.kill()
 
 
-def _leave(places: list[Slot]) -> None:
-    """Have the workers keep a checkpoint and end; a second ctrl-c, or too long a wait, kills them."""
+def _leave(places: list[Slot]) -> set[str]:
+    """Have the workers keep a checkpoint and end; a second ctrl-c, or too long a wait, kills them.
+
+    Returns:
+        The tokens of those that were killed.
+    """
     started = [s.process for s in places if s.process is not None]
     if started:
         say(f"asking {len(started)} workers to leave; ctrl-c again kills them")
@@ -331,8 +336,11 @@ def _leave(places: list[Slot]) -> None:
         for process in started:
             process.wait(max(0.1, until - time.monotonic()))
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        killed = {s.token for s in places if s.process is not None and s.process.poll() is None}
         for process in started:
             process.kill()
         for process in started:
             with suppress(subprocess.TimeoutExpired):  # a cluster that does not answer does not hold us
                 process.wait(GRACE_SECONDS)
+        return killed
+    return set()

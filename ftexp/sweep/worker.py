@@ -44,7 +44,7 @@ from ftexp.progress import console, quiet_libraries, say
 from ftexp.sweep import frozen, limits, packs, race, share, study
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import Pruner, Sampler
-from ftexp.sweep.share import PACK, STOP, TOKEN
+from ftexp.sweep.share import STOP, TOKEN
 from ftexp.train import control
 from ftexp.train.control import Control, Judge, Rung, Share
 
@@ -116,8 +116,11 @@ def work(sweep: Frozen, record: Study) -> None:
 def _claimed(record: Study, most: int) -> list[Trial]:
     """Claim up to so many tickets."""
     trials: list[Trial] = []
-    while len(trials) < most and (trial := study.claim(record, os.environ.get(TOKEN, ""))) is not None:
+    token = os.environ.get(TOKEN, "")
+    while len(trials) < most and (trial := study.claim(record, token, beside=bool(trials))) is not None:
         trials.append(trial)
+        if study.alone(trial._cached_frozen_trial):
+            break
     return trials
 
 
@@ -222,7 +225,7 @@ def run_pack(sweep: Frozen, record: Study, trials: list[Trial]) -> None:
         with _beating(record, look_seconds(sweep.options.workers), *trials, hear=wished.look):
             for trial in trials:
                 number = study.ticket(trial._cached_frozen_trial)
-                trial.set_user_attr(PACK, len(trials))
+                trial.set_user_attr(study.PACK, len(trials))
                 point = choose(sweep, record, trial, number)
                 outcome, asked = _ended(sweep, number, point, partial(_asked, sweep, trial, point, number, len(trials)))
                 if asked is not None:
@@ -307,11 +310,13 @@ def _place(sweep: Frozen, number: int) -> int:
 
 
 def _replicated(sweep: Frozen, record: Study, number: int) -> dict[str, Any] | None:
-    """Return the point that another replicate of a ticket has been given."""
+    """Return the point that an attempt of a ticket, or of another replicate, has been given, whatever came of it."""
     size = sweep.options.replicates
-    for other in study.counted(record) if size > 1 else ():
-        if study.ticket(other) // size == number // size and study.ticket(other) != number and other.params:
-            return other.params
+    for other in record.get_trials(deepcopy=False) if size > 1 else ():
+        if "ftexp:ticket" not in other.user_attrs or study.ticket(other) // size != number // size:
+            continue
+        if told := other.system_attrs.get("fixed_params") or other.params:  # a kill may have left half the params
+            return told
     return None
 
 
@@ -602,6 +607,8 @@ def _beating(
 
     What else there is to `hear` is looked for as often.
     """
+    from optuna.exceptions import UpdateFinishedTrialError
+
     done = threading.Event()
 
     def beat() -> None:
@@ -614,8 +621,13 @@ def _beating(
             if time.monotonic() - told >= BEAT_SECONDS:
                 told = time.monotonic()
                 for trial in trials:
-                    with suppress(Exception):  # of a pack some are over before the others
+                    try:
                         record._storage.set_trial_user_attr(trial._trial_id, "ftexp:beat", time.time())
+                    except UpdateFinishedTrialError:  # of a pack some are over before the others
+                        if study.was_reaped(record, trial):
+                            _abandon(trial)
+                    except Exception:
+                        continue
 
     thread = threading.Thread(target=beat, name=BEAT, daemon=True)
     thread.start()
@@ -624,6 +636,20 @@ def _beating(
     finally:
         done.set()
         thread.join()
+
+
+def _abandon(trial: Trial) -> None:
+    """End at once where this process was taken for dead: its ticket is another's now, and so is the trial's folder.
+
+    A launch that runs trials itself ends as asked to leave, for others may wait for it.
+    """
+    say(
+        f"trial {study.ticket(trial._cached_frozen_trial)}: taken for dead by another process, which has it now",
+        always=True,
+    )
+    if TOKEN in os.environ:
+        os._exit(PREEMPTED)
+    control.LEAVE.set()
 
 
 def stop_after_failures(sweep: Frozen, record: Study) -> None:

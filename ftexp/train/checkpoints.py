@@ -66,6 +66,12 @@ class Store:
                 shutil.rmtree(other)
 
 
+def newest(folder: Path) -> int:
+    """Return the step of a trial's newest sealed checkpoint, whatever run it is of; 0 without one."""
+    steps = (p.parent.name.removeprefix("checkpoint-") for p in folder.glob(f"checkpoint-*/{SEAL}"))
+    return max((int(step) for step in steps if step.isdecimal()), default=0)
+
+
 def clear(folder: Path) -> None:
     """Remove all of them, once the run is on record as complete, pruned or diverged: none of these goes on."""
     shutil.rmtree(folder, ignore_errors=True)

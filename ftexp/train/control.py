@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,7 +60,7 @@ class Recorded:
 
 LEAVE = threading.Event()
 """Set when this process was asked to leave: the step under way is the last, and its checkpoint is kept."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 _training = False
 _by_hand = False
 """Whether ctrl-c asked to leave."""
@@ -105,16 +107,18 @@ def at_work() -> Iterator[None]:
 
 
 def listen() -> None:
-    """Turn ctrl-c, SIGTERM and SIGUSR2 into a checkpoint after the step under way.
+    """Turn ctrl-c, SIGTERM, SIGUSR2 and SIGHUP into a checkpoint after the step under way.
 
     Schedulers send them before they take a machine away (Kubernetes and spot instances SIGTERM, submitit's jobs on
-    Slurm SIGUSR2). A second ctrl-c or SIGTERM ends at once.
+    Slurm SIGUSR2), a terminal that is closed sends SIGHUP; under nohup that one stays unheard. A second ctrl-c or
+    SIGTERM ends at once.
     """
     global _by_hand
     LEAVE.clear()
     _by_hand = False
     for number in SIGNALS:
-        signal.signal(number, _asked)
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _asked)
 
 
 @contextmanager
@@ -137,15 +141,24 @@ def left(told: str) -> Preempted:
     return (Interrupted if _by_hand else Preempted)(told)
 
 
+def _without_terminal() -> None:
+    """Write to nowhere from now on what would go to a terminal that is closed: each write there fails."""
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
 def _asked(number: int, frame: Any) -> None:
     global _by_hand
+    if number == signal.SIGHUP:
+        _without_terminal()
     first = not LEAVE.is_set()
     LEAVE.set()
     _by_hand = number == signal.SIGINT
     if first and _training:
         say("leaving after the step under way; once more to leave at once")
         return
-    if number == signal.SIGUSR2 and not first:
+    if number in (signal.SIGUSR2, signal.SIGHUP) and not first:
         return
     if number == signal.SIGINT:
         raise KeyboardInterrupt

@@ -573,6 +573,50 @@ def test_launch_waits_for_the_trials_of_its_helpers(tmp_path, composed, monkeypa
     assert [t.state.name for t in study.counted(record)] == ["COMPLETE", "COMPLETE"]
 
 
+def test_launch_takes_up_what_a_killed_helper_was_giving_back(tmp_path, composed, monkeypatch):
+    """Its ticket counts nowhere until somebody queues it again; the launch ended, with exit code 0."""
+    from ftexp import experiment
+    from ftexp.errors import TrialsFailed
+    from ftexp.sweep import frozen, space, study, worker
+    from ftexp.sweep.options import Options
+
+    run = composed("model=tiny", "track=none")
+    monkeypatch.setattr(frozen.Frozen, "run", lambda *given: run)
+    monkeypatch.setattr(experiment, "execute", lambda *given: {"valid/loss": 1.0})
+    made = frozen.Frozen(tmp_path, "s", space.parse(["lora.r=2,4"]), Options(), ["valid/loss"], None, "", {}, tickets=2)
+    made.save()
+    record = worker.open_study(made)
+    study.queue(record, [{"lora.r": "2"}, {"lora.r": "4"}])
+    held = study.claim(record)
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "requeue", lambda *_, **__: None)  # the kill
+        worker.give_back(record, held)
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "mend", lambda record: 0)  # as it was
+        plugin._run_left(made, record, 1, 0)
+        with pytest.raises(TrialsFailed, match="1 of 2 trials have not begun; the same command goes on"):
+            plugin._finish(made, record, run)
+    monkeypatch.setattr(study, "MEND_SECONDS", 0.5)
+    plugin._run_left(made, record, 1, 0)
+    assert [t.state.name for t in study.counted(record)] == ["COMPLETE", "COMPLETE"]
+    plugin._finish(made, record, run)
+
+
+def test_helper_with_other_code_is_refused_and_stops_nobody(cli, tmp_path, monkeypatch):
+    from ftexp.sweep import __main__ as verbs
+    from ftexp.sweep import worker
+
+    given = [*TINY, "lora.r=2,4", "track=none", "eval=loss", "name=h", "-m"]
+    assert cli(*given)[0] == 0
+    folder = tmp_path / "outputs/sweeps/h"
+    monkeypatch.setattr(plugin.facts, "code", lambda: "other")
+    monkeypatch.setattr(plugin, "_run_left", lambda *_, **__: pytest.fail("helped"))
+    with plugin.only_supervisor(folder, "h"):
+        code, _, err = cli(*given, "sweep.join=true")
+    assert code == 4 and "the launch runs other code of ftexp than this process has" in err
+    assert verbs.opened(folder)[1].user_attrs.get(worker.STOP) is None
+
+
 def test_bound_is_given_on_the_command_line_and_holds_in_leaderboard_and_summary(cli, tmp_path):
     given = ["lora.r=2,4", *TINY, "eval=loss", "name=s", "-m"]
     code, out, err = cli(*given, "sweep.at_most={cost/trainable: 5000}", "track.uri=sqlite:///m.db")

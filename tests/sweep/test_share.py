@@ -133,7 +133,7 @@ def running(record, number: int, token: str, pack: int, host: str = study.HOST, 
     """Put a running attempt of a ticket on record."""
     signed = {"host": host, "token": token, "pid": os.getpid(), "start": study.started(os.getpid()) if alive else 0.0}
     record.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={
-        "ftexp:ticket": number, "ftexp:worker": signed, share.PACK: pack}))  # fmt: skip
+        "ftexp:ticket": number, "ftexp:worker": signed, study.PACK: pack}))  # fmt: skip
 
 
 @pytest.fixture
@@ -175,6 +175,12 @@ def wishes(record) -> list[str]:
     return [k for k, v in record.user_attrs.items() if k.startswith(share.WISH) and v]
 
 
+def give_back(record, number: int, to: str) -> None:
+    record._storage.set_trial_user_attr(record.trials[number]._trial_id, "ftexp:lost", True)
+    record._storage.set_trial_state_values(record.trials[number]._trial_id, TrialState.FAIL)
+    study.requeue(record, record.trials[number], to=to)
+
+
 def end(record, token: str) -> None:
     for t in record.trials:
         if t.user_attrs["ftexp:worker"]["token"] == token:
@@ -191,7 +197,7 @@ def test_an_idle_worker_asks_the_largest_pack_of_its_machine_then_the_next(idle)
 
 def test_what_it_is_given_is_kept_for_it(idle, monkeypatch):
     def give(token):
-        study.requeue(idle.record, idle.record.trials[2], to="me")
+        give_back(idle.record, 2, "me")
         idle.refuse(token)
 
     idle.meanwhile(give)
@@ -203,7 +209,7 @@ def test_what_it_is_given_is_kept_for_it(idle, monkeypatch):
 
 
 def test_what_nobody_comes_for_is_anybodys_after_a_while(idle, monkeypatch):
-    study.requeue(idle.record, idle.record.trials[2], to="dead")
+    give_back(idle.record, 2, "dead")
     now = time.time()
     monkeypatch.setattr(study.time, "time", lambda: now + study.KEPT_SECONDS - 1)
     assert study.claim(idle.record, "me") is None

@@ -62,7 +62,7 @@ def test_ticket_whose_worker_is_killed_between_giving_it_back_and_queueing_it_ke
     record._storage.set_trial_system_attr(trial._trial_id, "fixed_params", {"r": 5})
     trial.set_user_attr("ftexp:worker", {"host": study.HOST, "pid": 2**22 + 1, "start": 1.0})
     with monkeypatch.context() as patch:
-        patch.setattr(study, "requeue", lambda *_: None)  # the kill
+        patch.setattr(study, "requeue", lambda *_, **__: None)  # the kill
         study.reap(record, 2)
     assert study.counted(record) == []
     study.settle(record, [None], 2)
@@ -545,3 +545,93 @@ def test_tickets_above_a_lower_number_of_trials_are_taken_back(record):
     assert [study.ticket(t) for t in study.counted(record)] == [0, 1]
     study.settle(record, [None] * 3, 2)  # and raised again
     assert [(study.ticket(t), t.state.name) for t in study.counted(record)][1:] == [(1, "WAITING"), (2, "WAITING")]
+
+
+def test_tickets_that_were_taken_back_are_not_mended(record, monkeypatch):
+    """Whoever looks for tickets that a killed worker left out of the queue found these, and ran them after all."""
+    study.settle(record, [None] * 5, 2)
+    study.settle(record, [None] * 2, 2)
+    monkeypatch.setattr(study, "MEND_SECONDS", -1.0)
+    assert study.mend(record) == 0
+    assert [study.ticket(t) for t in study.counted(record)] == [0, 1]
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_that_is_set_holds_no_ticket_back(record, monkeypatch, hours):
+    study.queue(record, [None])
+    gone = study.claim(record)
+    gone.set_user_attr("ftexp:lost", True)
+    record._storage.set_trial_state_values(gone._trial_id, TrialState.FAIL)
+
+    class Clock(study.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return super().now(tz) + study.timedelta(hours=hours)
+
+    monkeypatch.setattr(study, "datetime", Clock)
+    study.mend(record)
+    assert states(record) == {"FAIL": 1, "WAITING": 1}
+
+
+def test_a_pack_that_dies_is_no_retry_of_its_tickets_and_each_is_run_alone_then(record):
+    """One of them has killed the worker: together they would do so again until all had failed."""
+    study.queue(record, [{"r": n} for n in range(4)])
+    for _ in range(3):
+        study.claim(record, "w").set_user_attr(study.PACK, 3)
+    assert study.reap(record, 0, ended={"w"}) == [0, 1, 2]
+    told = [(study.ticket(t), study.alone(t), t.user_attrs.get("ftexp:retries", 0)) for t in study.waiting(record)]
+    assert sorted(told) == [(0, True, 0), (1, True, 0), (2, True, 0), (3, False, 0)]
+    assert study.ticket(study.claim(record, "w", beside=True)._cached_frozen_trial) == 3
+    first = study.claim(record, "w")
+    assert study.ticket(first._cached_frozen_trial) == 0
+    study.requeue(record, record._storage.get_trial(first._trial_id))  # given back: it stays alone
+    assert study.alone(record.trials[-1])
+    assert study.reap(record, 0, ended={"w"}) == []  # now it counts: 0 and 3 have failed
+
+
+def test_one_that_died_is_tried_alone_again(record):
+    study.queue(record, [{"r": 1}, {"r": 2}])
+    study.claim(record, "w")
+    study.reap(record, 1, ended={"w"})
+    (again,) = [t for t in study.waiting(record) if study.ticket(t) == 0]
+    assert study.alone(again) and again.user_attrs["ftexp:retries"] == 1
+
+
+def test_a_worker_that_we_killed_ourselves_is_no_retry(record):
+    study.queue(record, [{"r": 1}, {"r": 2}])
+    for token in ("ours", "its own"):
+        study.claim(record, token)
+    assert study.reap(record, 0, ended={"ours", "its own"}, excused={"ours"}) == [0]
+    (again,) = study.waiting(record)
+    assert again.user_attrs["ftexp:retries"] == 0 and not study.alone(again)
+
+
+def test_of_two_attempts_of_a_ticket_the_first_alone_is_run(record):
+    """Two processes may queue it again at one moment; the second would train into the folder of the first."""
+    study.queue(record, [{"r": 1}, {"r": 2}])
+    study.requeue(record, record.trials[0])
+    claimed = [study.claim(record, token) for token in ("a", "b", "c")]
+    assert [None if t is None else t.number for t in claimed] == [0, 1, None]
+    assert record.trials[2].state is TrialState.FAIL and record.trials[2].user_attrs["ftexp:lost"]
+    assert [study.ticket(t) for t in study.counted(record)] == [0, 1]
+
+
+def test_setting_the_wall_clock_kills_no_worker(record, monkeypatch):
+    """psutil gives a process's start by the wall clock: one step, and everyone looked dead to everyone."""
+    import psutil
+
+    study.queue(record, [None])
+    study.claim(record, "w")
+    honest = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: honest(self) + 2)
+    assert study.reap(record, 2) == []
+
+
+def test_start_tells_a_process_from_a_later_one_of_its_number():
+    with subprocess.Popen(["sleep", "60"]) as process:
+        mine, its = study.started(os.getpid()), study.started(process.pid)
+        assert mine != its and its == study.started(process.pid)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert study.started(process.pid) is None  # a zombie
+    assert study.started(process.pid) is None

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 
 import psutil
 import pytest
@@ -293,6 +294,52 @@ def test_trial_that_kills_its_workers_counts_as_a_failure_of_the_sweep(queued, m
     assert told == [(supervisor.STOP, "1 trials failed, sweep.max_failures=1")]
     supervisor.stop_after_failures(sweep, record)
     assert len(told) == 1
+
+
+def test_supervisor_looks_for_checkpoints_and_excuses_what_it_killed(queued, monkeypatch):
+    """A kill after a newer checkpoint is no retry, nor is one by a second ctrl-c."""
+    sweep, record = queued
+    monkeypatch.setattr(supervisor, "POLL_SECONDS", 0.0)
+    seen, honest = [], study.reap
+
+    def reap(*given, **keys):
+        seen.append(keys.get("folder", given[4] if len(given) > 4 else None))
+        return honest(*given, **keys)
+
+    class Deaf(Job):
+        """Hears nothing until it is killed."""
+
+        def terminate(self):
+            pass
+
+        def wait(self, timeout=None):
+            if self.code is None:
+                raise subprocess.TimeoutExpired("worker", timeout or 0.0)
+            return self.code
+
+        def kill(self):
+            self.code = -9
+
+    def start(name, token, env, cores):
+        study.claim(record, token)
+        return Deaf(None)
+
+    looks = iter([None, None])
+
+    def show():
+        if next(looks, True):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(supervisor.study, "reap", reap)
+    monkeypatch.setattr(supervisor.engines, "starter", lambda *_: start)
+    monkeypatch.setattr(supervisor.screen, "live", lambda *_: nullcontext(show))
+    monkeypatch.setattr(study, "alive", lambda trial: False)
+    monkeypatch.setattr(supervisor, "GRACE_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        supervisor.supervise(sweep, record, 1, 4)
+    assert {*seen} == {sweep.folder} and len(seen) > 1
+    again = [t for t in study.waiting(record) if study.ticket(t) == 0]
+    assert [t.user_attrs["ftexp:retries"] for t in again] == [0]
 
 
 def test_helper_tells_its_supervisor_that_it_helps(queued, monkeypatch):

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import threading
 import time
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from ftexp.files import write_json
 from ftexp.model import compute
 from ftexp.sweep import frozen, space, study, worker
 from ftexp.sweep.options import Options, Pruner, Sampler
+from ftexp.train import control
 from ftexp.train.control import Rung
 
 
@@ -232,6 +234,67 @@ def test_worker_tells_that_it_lives_after_a_record_that_failed(sweep, monkeypatc
         while len(heard) < 5 and time.monotonic() < until:
             time.sleep(0.01)
     assert len(heard) >= 5
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_worker_that_hears_that_it_was_taken_for_dead_leaves_the_folder_alone(sweep, monkeypatch, started, capfd):
+    """A supervisor's worker ends where it stands: a checkpoint of its would lie in the other one's folder."""
+    made, record = sweep("a=1,2")
+    trial, ended = study.claim(record, "w"), []
+    if started:
+        monkeypatch.setenv(worker.TOKEN, "w")
+    monkeypatch.setattr(worker, "BEAT_SECONDS", 0.0)
+    monkeypatch.setattr(worker.os, "_exit", ended.append)
+    monkeypatch.setattr(control, "LEAVE", leave := threading.Event())
+    with worker._beating(record, 0.01, trial):
+        time.sleep(0.1)
+        assert not ended and not leave.is_set()
+        study.reap(record, 2, ended={"w"})
+        until = time.monotonic() + 10
+        while not (ended or leave.is_set()) and time.monotonic() < until:
+            time.sleep(0.01)
+    assert bool(ended) == started
+    assert started or leave.is_set()
+    assert "trial 0: taken for dead by another process" in capfd.readouterr().err
+
+
+def test_end_of_one_of_a_pack_ends_no_other(sweep, monkeypatch):
+    made, record = sweep("a=1,2")
+    both = [study.claim(record, "w") for _ in range(2)]
+    monkeypatch.setenv(worker.TOKEN, "w")
+    monkeypatch.setattr(worker, "BEAT_SECONDS", 0.0)
+    monkeypatch.setattr(worker.os, "_exit", lambda code: pytest.fail("ended"))
+    monkeypatch.setattr(worker, "_abandon", lambda trial: beats.append("abandoned"))
+    beats = []
+    with worker._beating(record, 0.01, *both):
+        worker._tell(made, record, both[0], worker.Outcome("failed", "diverged", "nan"), None)
+        worker.give_back(record, both[1])
+        time.sleep(0.2)
+    assert not beats
+
+
+def test_a_ticket_that_is_to_be_alone_is_claimed_alone(sweep):
+    made, record = sweep("a=1,2,3,4")
+    for _ in range(2):
+        study.claim(record, "w").set_user_attr(study.PACK, 2)
+    study.reap(record, 2, ended={"w"})
+    claims = [[study.ticket(t._cached_frozen_trial) for t in worker._claimed(record, 4)] for _ in range(4)]
+    assert claims == [[0], [1], [2, 3], []]
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_replicates_share_the_point_of_an_attempt_that_waits_again(sweep, lost):
+    """One that met a fault, or was given back, has its point in what it was queued with alone, and is run later."""
+    made, record = sweep("a=interval(0.0,1.0)", sampler=Sampler.random, n_trials=2, replicates=2)
+    first = study.claim(record, "w")
+    point = worker.choose(made, record, first, 0)
+    if lost:  # between the two acts of giving it back
+        first.set_user_attr("ftexp:lost", True)
+        record._storage.set_trial_state_values(first._trial_id, TrialState.FAIL)
+    else:
+        worker.give_back(record, first)
+    second = next(t for t in iter(lambda: study.claim(record, "w"), None) if study.ticket(t._cached_frozen_trial) == 1)
+    assert worker.choose(made, record, second, 1) == point
 
 
 def test_worker_that_was_taken_for_dead_ends_in_one_line(sweep, monkeypatch, capfd):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import nullcontext
 
@@ -15,7 +16,7 @@ from conftest import TINY
 from ftexp import experiment
 from ftexp.errors import Diverged, Preempted, Pruned
 from ftexp.files import read_json, write_json
-from ftexp.train import checkpoints
+from ftexp.train import checkpoints, control
 from ftexp.train.control import Control
 
 HARD = ["trainer.neftune=5", "lora.dropout=0.1", "trainer.accumulation=2", "trainer.checkpoint_minutes=0"]
@@ -184,6 +185,36 @@ def test_halved_forward_pass_starts_over_and_does_not_mix(tiny, tmp_path, monkey
     assert kept["out_of_memory"] == [{"batch": 4, "accumulation": 2}]
     assert "resumed_at" not in kept
     assert calls == [8, 8, 8] + [4] * 8
+
+
+def test_run_that_was_left_after_it_was_halved_goes_on_halved(tiny, tmp_path, monkeypatch):
+    """It began with whole batches anew: its curve was cut, and the checkpoint gone if it came to seal another."""
+    from ftexp.train import sft
+
+    honest, calls, run = sft.token_mean, [], tiny("trainer.checkpoint_minutes=0")
+
+    def full(model, inputs, *rest):
+        calls.append(len(inputs["input_ids"]))
+        if calls[-1] == 8:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if len(calls) == 1 + 2 * 2:
+            control.LEAVE.set()
+        return honest(model, inputs, *rest)
+
+    monkeypatch.setattr(sft, "token_mean", full)
+    monkeypatch.setattr(control, "LEAVE", threading.Event())
+    with pytest.raises(Preempted):
+        experiment.execute(run, tmp_path, "x", None, control.Control(leave=control.LEAVE))
+    left = read_json(tmp_path / "trial.json")
+    (tmp_path / "checkpoints" / "checkpoint-2" / checkpoints.SEAL).stat()
+    control.LEAVE.clear()
+    experiment.execute(run, tmp_path, "x")
+    kept = read_json(tmp_path / "trial.json")
+    assert left["out_of_memory"] == kept["out_of_memory"] == [{"batch": 4, "accumulation": 2}]
+    assert kept["resumed_at"] == [2]
+    assert calls == [8] + [4] * 8
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [step for step in steps if step] == sorted(step for step in steps if step) and {1, 2, 3, 4} <= {*steps}
 
 
 @pytest.mark.slow
