@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ftexp import garbage
 from ftexp.errors import FtexpError, Preempted
 from ftexp.files import finite, no_room
 
@@ -21,6 +22,7 @@ PIPE = 128 + signal.SIGPIPE
 
 def ended(work: Callable[[], int]) -> int:
     """Do the work of a verb and return its exit code; a fault of ours keeps its traceback."""
+    garbage.left()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that has not every letter ends no work

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ftexp import config, data, experiment, facts, metrics, ranks, track
+from ftexp import config, data, experiment, facts, garbage, metrics, model, ranks, track
 from ftexp.errors import (
     ConfigError,
     DataError,
@@ -682,7 +682,9 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet_libraries()
+    garbage.left()
     config.register()
+    model.libraries()
     with control.listening():
         sweep = frozen.load(Path(sys.argv[1]))
         return _several(sweep) if ranks.started_by_torchrun() else _main(sweep)
