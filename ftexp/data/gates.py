@@ -9,7 +9,7 @@ from ftexp.config import Data, Gate
 from ftexp.data import hygiene
 from ftexp.data.hygiene import normalise
 from ftexp.data.shapes import Row
-from ftexp.data.splits import Splits
+from ftexp.data.splits import Splits, openings
 from ftexp.errors import DataError
 from ftexp.progress import say
 
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 LOST = 0.05
 """Largest share of rows that may be lost to their length, or not show the model where to stop."""
 CHUNK = 4096
+TURNS = "begins, up to an answer, with the turns of"
 Leak = tuple[Row, Row, str]
 """A held-out row, the row that gives it away, and how."""
 
 
 def leaks(splits: Splits, data: Data) -> None:
-    """Refuse held-out rows whose prompt or group stands in another split; needs no import.
+    """Refuse held-out rows whose prompt, group or opening stands in another split; needs no import.
 
     Raises:
         DataError: names the first such row, its twin, and how many there are.
@@ -54,14 +55,15 @@ def _refuse(splits: Splits, data: Data, search: Callable[[tuple[Row, ...], tuple
             found.setdefault(id(leak[0]), leak)
         if found:
             row, twin, how = next(iter(found.values()))
+            remedy = "put whole conversations in one split" if how == TURNS else "remove copies with data.dedup=near"
             raise DataError(
                 f"{row.where}: {len(found)} of {len(held)} {name} rows leak into the {other} rows, this one {how} "
-                f"{twin.where}; remove copies with data.dedup=near, or accept them with data.allow=[leaks]"
+                f"{twin.where}; {remedy}, or accept them with data.allow=[leaks]"
             )
 
 
 def equal(held: tuple[Row, ...], rows: tuple[Row, ...]) -> Iterator[Leak]:
-    """Yield held-out rows that have the prompt or the group of another row."""
+    """Yield held-out rows that have the prompt, the group or an opening of another row."""
     prompts = {normalise(row.prompt or row.completion): row for row in held}
     groups = {row.group: row for row in held if row.group}
     for row in rows:
@@ -69,6 +71,16 @@ def equal(held: tuple[Row, ...], rows: tuple[Row, ...]) -> Iterator[Leak]:
             yield found, row, "has the prompt of"
         if (found := groups.get(row.group)) is not None:
             yield found, row, f"has the group {row.group!r} of"
+    if not any(row.turns for part in (held, rows) for row in part):
+        return  # an opening is a prompt and its answer then
+    begun: dict[bytes, list[Row]] = {}
+    for row in held:
+        for part in openings(row):
+            begun.setdefault(part, []).append(row)
+    for row in rows:
+        for part in openings(row):
+            for found in begun.pop(part, ()):
+                yield found, row, TURNS
 
 
 def alike(held: tuple[Row, ...], rows: tuple[Row, ...], threshold: float) -> Iterator[Leak]:

@@ -1,5 +1,7 @@
 """Each gate stops what it is for, lets through what is right, and can be switched off by its name."""
 
+import json
+
 import pytest
 from test_hygiene import originals, planted
 
@@ -109,6 +111,45 @@ def test_group_in_two_splits_leaks():
     one, other = (Row(r.prompt, r.completion, r.where, group="me") for r in (one, other))
     with pytest.raises(DataError, match="has the group 'me' of"):
         gates.leaks(splits([one], [other]), Data(group_by="author"))
+
+
+def test_answer_of_a_longer_conversation_leaks():
+    """Both ways: an answer that is scored was learned, as the last of a row or before others."""
+    short = [Row(f"q{n}", f"a{n}", f"s:{n}") for n in range(3)]
+    said = [
+        (("user", row.prompt), ("assistant", row.completion), ("user", "and?"), ("assistant", "so")) for row in short
+    ]
+    longer = [Row(f"then {n}", "so", f"l:{n}", turns) for n, turns in enumerate(said)]
+    told = (
+        r"2 of 2 valid rows leak into the training rows, this one begins, up to an answer, with the turns of {}:0; put"
+    )
+    with pytest.raises(DataError, match="s:0: " + told.format("l")):
+        gates.leaks(splits(longer[:2], short[:2]), Data())
+    with pytest.raises(DataError, match="l:0: " + told.format("s")):
+        gates.leaks(splits(short[:2], longer[:2]), Data())
+    with pytest.raises(DataError, match="of 1 test rows leak into the valid rows"):
+        gates.leaks(splits(short[2:], longer[:1], short[:1]), Data())
+    gates.leaks(splits(longer[:2], short[2:]), Data())
+    gates.leaks(splits(longer[:2], short[:2]), Data(allow=[Gate.leaks]))
+
+
+def test_one_opening_of_all_rows_is_looked_at_once():
+    """Of rows that all begin alike each is told once, not once for each row that it leaks into."""
+    rows = [Row(f"r {n}", "so", f"r:{n}", (("user", "hi"), ("assistant", "hello"), ("user", f"{n}"), ("assistant", "so")))
+            for n in range(300)]  # fmt: skip
+    assert len(list(gates.equal(tuple(rows[:100]), tuple(rows[100:])))) == 100
+
+
+def test_conversation_in_a_file_of_its_own_is_held_to_its_answers(tmp_path):
+    said = [{"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("user", "r"))]
+    last = {"role": "assistant", "content": "b"}
+    (tmp_path / "t.jsonl").write_text(json.dumps({"messages": said[:2]}))
+    (tmp_path / "v.jsonl").write_text(json.dumps({"messages": [*said, last]}))
+    keys = {"kind": Source.file, "path": str(tmp_path / "t.jsonl"), "valid_path": str(tmp_path / "v.jsonl")}
+    with pytest.raises(
+        DataError, match=r"v\.jsonl:1: 1 of 1 valid rows leak into the training rows, .*t\.jsonl:1; put"
+    ):
+        load(Data(**keys))
 
 
 def test_sequential_split_of_repeated_prompts_is_stopped(tmp_path):
