@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
-from ftexp.config import Data, Gate
+from ftexp.config import Data, Dedup, Gate
 from ftexp.data import hygiene
 from ftexp.data.hygiene import normalise
 from ftexp.data.shapes import Row
@@ -36,10 +36,20 @@ def leaks(splits: Splits, data: Data) -> None:
 def near_leaks(splits: Splits, data: Data) -> None:
     """Refuse held-out rows whose text is nearly that of a row in another split.
 
+    What nearly all rows share tells nothing, be it the rows of all splits, as few are held out, or of the two compared.
+
     Raises:
         DataError: names the first such row, its twin, and how many there are.
     """
-    _refuse(splits, data, lambda held, rows: alike(held, rows, data.dedup_threshold))
+    if Gate.leaks in data.allow:
+        return
+    whole = hygiene.shared([*splits.train, *splits.valid, *splits.test], splits.copies, data)
+
+    def search(held: tuple[Row, ...], rows: tuple[Row, ...]) -> Iterator[Leak]:
+        common = whole if data.dedup is Dedup.near else whole | shared(held, rows)
+        return alike(held, rows, data.dedup_threshold, common)
+
+    _refuse(splits, data, search)
 
 
 def _refuse(splits: Splits, data: Data, search: Callable[[tuple[Row, ...], tuple[Row, ...]], Iterator[Leak]]) -> None:
@@ -83,14 +93,21 @@ def equal(held: tuple[Row, ...], rows: tuple[Row, ...]) -> Iterator[Leak]:
                 yield found, row, TURNS
 
 
-def alike(held: tuple[Row, ...], rows: tuple[Row, ...], threshold: float) -> Iterator[Leak]:
-    """Yield held-out rows whose text is nearly that of another row; what nearly all rows share tells nothing."""
+def shared(held: tuple[Row, ...], rows: tuple[Row, ...]) -> frozenset[str]:
+    """Return the pieces that nearly all of the rows of two splits share."""
+    sample = rows[:: max(1, -(-len(rows) // hygiene.SAMPLE))]
+    return hygiene.common([hygiene.normalised(row) for row in (*held, *sample)])
+
+
+def alike(
+    held: tuple[Row, ...], rows: tuple[Row, ...], threshold: float, common: frozenset[str] = frozenset()
+) -> Iterator[Leak]:
+    """Yield held-out rows whose text is nearly that of another row, without the pieces that are common to all."""
     import numpy as np
 
     if not held or not rows:
         return
     texts = [hygiene.normalised(row) for row in held]
-    common = hygiene.common([*texts, *map(hygiene.normalised, rows[:: -(-len(rows) // hygiene.SAMPLE)])])
     keys = hygiene.band_keys(hygiene.minhashes(texts, common), threshold)
     known = np.unique(keys)
     for start in range(0, len(rows), CHUNK):

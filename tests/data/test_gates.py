@@ -5,10 +5,10 @@ import json
 import pytest
 from test_hygiene import originals, planted
 
-from ftexp.config import Data, Gate, Long, Source, Template
+from ftexp.config import Data, Dedup, Gate, Long, Source, Template
 from ftexp.data import gates, hygiene, load, prompts
 from ftexp.data.shapes import Row
-from ftexp.data.splits import Splits
+from ftexp.data.splits import Splits, split
 from ftexp.errors import DataError
 from ftexp.model import tiny
 
@@ -22,12 +22,16 @@ def splits(train, valid, test=()):
     return Splits(tuple(train), tuple(valid), tuple(test), read=0)
 
 
+def alike(held, rows):
+    return gates.alike(held, rows, 0.8, gates.shared(held, rows))
+
+
 def test_twelve_of_twelve_planted_leaks_are_found_and_none_in_a_thousand():
     rows = originals(1100)
     exact, edited, near = planted(rows)
     held = (*exact, *edited, *near, *rows[1000:])
     train = tuple(rows[:1000])
-    found = {row.where for row, _, _ in (*gates.equal(held, train), *gates.alike(held, train, 0.8))}
+    found = {row.where for row, _, _ in (*gates.equal(held, train), *alike(held, train))}
     assert found == {row.where for row in (*exact, *edited, *near)}
     with pytest.raises(
         DataError,
@@ -73,20 +77,58 @@ def test_sabotage_prompt_that_counts_as_likeness_makes_copies_of_them(monkeypatc
         gates.near_leaks(splits(rows[:250], rows[250:]), Data())
 
 
+@pytest.mark.parametrize("dedup", [Dedup.exact, Dedup.near])
+def test_prompt_of_all_rows_tells_nothing_of_few_held_out_ones(dedup):
+    """Sixteen rows alone do not show what all share; those they are drawn from do."""
+    rows = under_one_prompt(1)
+    gates.near_leaks(splits(rows[16:], rows[:8], rows[8:16]), Data(dedup=dedup))
+
+
+def test_prompt_of_the_held_out_files_alone_tells_nothing():
+    rows = originals(300)
+    held = under_one_prompt(1, 60)
+    gates.near_leaks(splits(rows, held[:30], held[30:]), Data())
+
+
+def test_near_copies_among_few_held_out_rows_still_leak():
+    rows = under_one_prompt(6)
+    copy = Row(rows[0].prompt.replace("Topic: ", "Topic: a "), rows[0].completion, "v:1")
+    with pytest.raises(DataError, match=r"v:1: 1 of 8 test rows leak into the valid rows, this one is a near copy"):
+        gates.near_leaks(splits(rows[16:], rows[:8], [copy, *rows[8:15]]), Data())
+
+
+@pytest.mark.parametrize("scale", [1, 16])
+def test_what_near_dedup_keeps_passes_the_gate(scale, monkeypatch):
+    """With the copies 11 of 12 rows have the prompt, without them 22 of 25: what is common is that of before."""
+    rows = under_one_prompt(6, 88 * scale) + originals(12 * scale, seed=5)
+    rows += [Row(row.prompt, row.completion + "s", f"c:{n}") for n, row in enumerate(rows[: 44 * scale])]
+    data, seen, common = Data(dedup=Dedup.near, valid=8, test=8), [], hygiene.common
+    monkeypatch.setattr(hygiene, "common", lambda texts: seen.append(texts) or common(texts))
+    made = split(rows, data, "t")
+    assert {copy.kind for copy in made.copies} == {Dedup.near}
+    assert len(made.copies) == 44 * scale
+    gates.near_leaks(made, data)
+    one, other = seen
+    assert len(one) == 144 * scale
+    assert other == one[:: -(-len(one) // hygiene.SAMPLE)]
+    assert common(other)
+    assert not hygiene.shared([*made.train, *made.valid, *made.test], (), data)  # sabotage: without the copies
+
+
 @pytest.mark.parametrize("words", [6, 18])
 def test_near_copy_under_the_prompt_of_all_rows_still_leaks(words):
     """Each planted copy has the last letter of its text changed; all are found, and nothing else."""
     rows = under_one_prompt(words)
     held = [Row(r.prompt, r.completion[:-1] + "#e", f"v:{n}") for n, r in enumerate(rows[:12])]
     held = [Row(r.prompt.replace("Topic: ", "Topic: a "), r.completion, r.where) for r in held]
-    found = {row.where for row, _, _ in gates.alike((*held, *rows[250:]), tuple(rows[:250]), 0.8)}
+    found = {row.where for row, _, _ in alike((*held, *rows[250:]), tuple(rows[:250]))}
     assert found == {r.where for r in held}
 
 
 def test_rows_of_nothing_but_the_prompt_are_copies():
     """Where a row has no text of its own, all of it counts, and two such rows are equal."""
     rows = [*under_one_prompt(3), Row(PROMPT, "", "bare:0")]
-    found = [(row.where, twin.where) for row, twin, _ in gates.alike((Row(PROMPT, "", "v:0"),), tuple(rows), 0.8)]
+    found = [(row.where, twin.where) for row, twin, _ in alike((Row(PROMPT, "", "v:0"),), tuple(rows))]
     assert found == [("v:0", "bare:0")]
 
 
@@ -94,7 +136,7 @@ def test_text_of_half_the_rows_is_not_taken_for_a_prompt():
     """Of rows that are copies of one text the leak is found: a prompt stands in nearly all rows."""
     rows, one = originals(40), originals(1, seed=9)[0]
     copies = [Row(one.prompt + f" {n}", one.completion, f"c:{n}") for n in range(40)]
-    assert {row.where for row, _, _ in gates.alike(tuple(copies[:3]), (*rows, *copies[3:]), 0.8)} == {
+    assert {row.where for row, _, _ in alike(tuple(copies[:3]), (*rows, *copies[3:]))} == {
         "c:0", "c:1", "c:2"}  # fmt: skip
 
 
