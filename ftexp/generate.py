@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ftexp import config, evaluate, model, trained, verb
-from ftexp.config import Data, Method, Run, Shape, Source
+from ftexp.config import Data, Long, Method, Run, Shape, Source
 from ftexp.data import prompts, reader, shapes
 from ftexp.data.shapes import Row
 from ftexp.errors import ConfigError, DataError, FtexpError
@@ -192,12 +192,18 @@ def answers(
 
 
 def classified(loaded: Trained, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Tell the labels of texts, with the probability of each and the threshold it is decided by."""
+    """Tell the labels of texts, with the probability of each and the threshold it is decided by.
+
+    Raises:
+        DataError: a text holds the padding token, or is longer than those of the run and none of them were cut.
+    """
     from ftexp import labels
     from ftexp.train import classify
 
     run, known = loaded.run, trained.names(loaded.kept)
-    examples = [classify.Example(row, classify.text_ids(row, loaded.tokenizer, run), frozenset()) for row in rows]
+    if run.data.long is Long.drop:
+        run = replace(run, data=replace(run.data, long=Long.refuse))  # what was asked for is not left out
+    examples = [classify.Example(row, classify.text_ids(row, loaded.tokenizer, run)[0], frozenset()) for row in rows]
     told = classify.logits(loaded.tuned, loaded.tokenizer, examples, run.eval, "tuned")
     many, limits = run.trainer.multi_label, loaded.kept.trial.get("thresholds", {})
     shares = (told.sigmoid() if many else told.softmax(-1)).tolist()

@@ -13,7 +13,7 @@ from conftest import TINY
 
 from ftexp import data, evaluate, generate, model, trained
 from ftexp import run as command
-from ftexp.config import Kind, Model, Quant
+from ftexp.config import Kind, Long, Model, Quant
 from ftexp.data import prompts
 from ftexp.errors import ConfigError, DataError
 from ftexp.generate import How
@@ -134,6 +134,26 @@ def test_probabilities_are_those_the_run_was_scored_with(run):
         assert nats == pytest.approx(row["nats"], rel=1e-6)
         assert set(answer["labels"]) == {n for n, p in shares.items() if p >= kept.trial["thresholds"][n]}
         assert list(shares) == kept.trial["labels"]
+
+
+def test_long_text_is_taken_as_the_run_takes_its_rows(at):
+    """A token of this tokenizer is a byte; a run that left long texts out is asked about none."""
+    with trained.load(trained.find("c")) as loaded:
+
+        def asked(text, long):
+            how = replace(loaded.run.data, long=long, max_length=16)
+            return generate.classified(
+                replace(loaded, run=replace(loaded.run, data=how)), [generate.typed(text, "t:1")]
+            )
+
+        long, short = (asked(text, Long.cut)[0] for text in ("a lonely pilot in space", "a lonely pilot i"))
+        assert long["text"] == "a lonely pilot in space"
+        assert long["probabilities"] == short["probabilities"]
+        for way in (Long.refuse, Long.drop):
+            with pytest.raises(
+                DataError, match=r"t:1: a row must be at most data\.max_length=16 tokens, this one has 23"
+            ):
+                asked("a lonely pilot in space", way)
 
 
 def test_labels_are_printed_with_their_thresholds(run):
