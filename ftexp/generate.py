@@ -85,9 +85,12 @@ def read_file(path: Path, data: Data) -> list[Row]:
             raise DataError(f"{path}: cannot be read as text: {error}") from error
         rows = [typed(line.rstrip("\r"), f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
     else:
-        told = replace(data, shape=Shape.auto, group_by=None, stratify_by=None)
-        given = ((_answered(record, told), where) for record, where in reader.records(path, Source.file))
-        rows = list(shapes.rows(given, told))
+        told, records = replace(data, group_by=None, stratify_by=None), reader.records(path, Source.file)
+        if data.shape is Shape.text:
+            rows = [typed(row.completion, row.where) for row in shapes.rows(records, told)]
+        else:
+            given = ((_answered(record, told), where) for record, where in records)
+            rows = list(shapes.rows(given, replace(told, shape=Shape.auto)))
     if not rows:
         raise DataError(f"{path}: must have prompts, got none")
     return rows
@@ -101,14 +104,18 @@ def typed(text: str, where: str) -> Row:
 def _answered(record: dict[str, Any], data: Data) -> dict[str, Any]:
     """Put a stand-in where an answer is missing, so that a record without it is read as a row of the run."""
     made = dict(record)
-    for ours in ("output", "labels", *config.columns(data.completion)):
+    answer = {"role": "assistant", "content": STAND_IN}
+    if isinstance(made.get(data.columns.get("prompt", "prompt")), list):
+        made.setdefault(data.columns.get("completion", "completion"), [answer])
+    renamed = (ours for ours in ("label", "chosen", "rejected") if ours in data.columns)
+    for ours in ("output", "labels", *renamed, *config.columns(data.completion)):
         made.setdefault(data.columns.get(ours, ours), STAND_IN)
     for name in ("messages", "conversations"):
         turns = made.get(data.columns.get(name, name))
         if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
             last = turns[-1].get("role", turns[-1].get("from"))
             if shapes.ROLES.get(str(last)) == "user":
-                made[data.columns.get(name, name)] = [*turns, {"role": "assistant", "content": STAND_IN}]
+                made[data.columns.get(name, name)] = [*turns, answer]
     return made
 
 

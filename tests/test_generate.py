@@ -13,7 +13,7 @@ from conftest import TINY
 
 from ftexp import data, evaluate, generate, model, trained
 from ftexp import run as command
-from ftexp.config import Kind, Long, Model, Quant
+from ftexp.config import Kind, Long, Model, Quant, Shape
 from ftexp.data import prompts
 from ftexp.errors import ConfigError, DataError
 from ftexp.generate import How
@@ -188,6 +188,20 @@ def test_files_of_prompts(at, tmp_path, composed):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     assert read({"messages": turns}).turns[:-1] == (("user", "a"), ("assistant", "b"), ("user", "c"))
     assert read({"conversations": [{"from": "human", "value": "a"}]}).prompt == "a"
+    for answers in ({}, {"completion": [{"role": "assistant", "content": "d"}]}):
+        assert read({"prompt": turns} | answers).turns[:-1] == (("user", "a"), ("assistant", "b"), ("user", "c"))
+        assert read({"prompt": turns[:1]} | answers).prompt == "a"
+    pair = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    for answers in ({}, pair):
+        assert read({"q": turns[:1]} | answers, columns={"prompt": "q"}).prompt == "a"
+    for answers in ({}, {"g": "war"}):
+        assert read({"text": "label me"} | answers, columns={"label": "g"}).prompt == "label me"
+    for answers in ({}, {"c": "good"}, {"c": "good", "r": "bad"}):
+        assert read({"prompt": "p"} | answers, columns={"chosen": "c", "rejected": "r"}).prompt == "p"
+    assert read({"body": "a text"}, shape=Shape.text, completion="{body}").prompt == "a text"
+    assert read({"b": "a text"}, shape=Shape.text, columns={"text": "b"}).prompt == "a text"
+    with pytest.raises(DataError, match=r"a\.jsonl:1: column 'body' is missing"):
+        read({"prompt": "p"}, shape=Shape.text, completion="{body}")
     with pytest.raises(DataError, match=r"a\.jsonl:1: column 'topic' is missing"):
         read({"prompt": "p"}, prompt="{topic}")
     (tmp_path / "e.txt").write_text("\n")
