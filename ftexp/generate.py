@@ -1,7 +1,8 @@
 """`python -m ftexp.generate RUN [PROMPT ...]`: what a trained run writes, beside its base model.
 
-A prompt takes the path of a training row up to its answer: the same format string, template and special tokens. No row
-of the run is read, held-out and sealed ones neither.
+A prompt takes the path of a training row up to its answer: the same template and special tokens. The format string
+`data.prompt` makes prompts of a file's records; one that is typed, or a line of stdin or of a text file, is whole. No
+row of the run is read, held-out and sealed ones neither.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def read_file(path: Path, data: Data) -> list[Row]:
 
 
 def typed(text: str, where: str) -> Row:
-    """Make a row of a prompt."""
+    """Make a row of a prompt that is as `data.prompt` would have made it."""
     return Row(text, STAND_IN, where)
 
 
@@ -291,8 +292,10 @@ def parser() -> argparse.ArgumentParser:
         description="Print what a trained run writes, beside its base model.",
     )  # fmt: skip
     made.add_argument("run", help=trained.RUN_HELP)
-    made.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompt, as it stands behind the run's data.prompt")
-    made.add_argument("--file", type=Path, help="prompts: .txt with one a line, or jsonl, json, csv, tsv, parquet")
+    made.add_argument("prompts", nargs="*", metavar="PROMPT", help="whole prompt, as the run's data.prompt makes it")
+    made.add_argument("--file", type=Path,
+                      help="prompts: .txt with one a line, as PROMPT; or jsonl, json, csv, tsv, parquet with the "
+                           "columns of the run's rows, of which data.prompt makes prompts")  # fmt: skip
     made.add_argument("--max-new-tokens", type=int, metavar="N",
                       help=f"longest completion in tokens (the run's eval.max_new_tokens, else {LONGEST})")  # fmt: skip
     made.add_argument("--temperature", type=float, default=0.0, help="above 0 draws tokens (0: the likeliest)")

@@ -171,6 +171,7 @@ def test_files_of_prompts(at, tmp_path, composed):
     text.write_text("one\n\ntwo\n")
     assert [(r.prompt, r.where) for r in generate.read_file(text, told)] == [("one", f"{text}:1"), ("two", f"{text}:3")]
 
+    assert generate.read_file(text, replace(told, prompt="About {topic}:"))[0].prompt == "one"
     text.write_bytes("\ufeffone\u2028more\r\ntwo\n".encode())
     assert [r.prompt for r in generate.read_file(text, told)] == ["one\u2028more", "two"]
 
