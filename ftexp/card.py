@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftexp import fidelity, metrics, report, trained
-from ftexp.config import Kind, Method, Model, Run, Template, Variant
+from ftexp.config import Kind, Long, Method, Model, Run, Template, Variant
 from ftexp.fidelity import Fidelity
 from ftexp.metrics import SCORES
 from ftexp.runs import Kept
@@ -151,7 +151,8 @@ def _base(kept: Kept, run: Run, kind: str) -> str:
 def _asking(run: Run) -> list[str]:
     if run.trainer.kind is Method.classify:
         squash = "sigmoid()" if run.trainer.multi_label else "softmax(-1)"
-        return ['inputs = tokenizer("a text", return_tensors="pt")', f"print(model(**inputs).logits.{squash})"]
+        cut = f", truncation=True, max_length={run.data.max_length}" if run.data.long is Long.cut else ""
+        return [f'inputs = tokenizer("a text"{cut}, return_tensors="pt")', f"print(model(**inputs).logits.{squash})"]
     if run.trainer.kind is Method.reward:
         end = "tokenizer.eos_token"
         if run.data.template is Template.plain:

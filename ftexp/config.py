@@ -206,7 +206,7 @@ class Long(Enum):
     drop = "drop"
     """The row is left out and counted."""
     cut = "cut"
-    """The row loses its end, and with it the token that teaches the model to stop."""
+    """The row loses its end, and with it the token that teaches the model to stop; a text with labels keeps those."""
 
 
 class Packing(Enum):

@@ -944,8 +944,12 @@ _tfidf: dict[str, evaluate.Scored] = {}
 def tfidf_scores(
     run: Run, train: list[classify.Example], valid: list[classify.Example], known: list[str], rows: str
 ) -> evaluate.Scored:
-    """Score TF-IDF and logistic regression: once for the rows, not once a trial."""
-    key = f"{rows} {run.eval.labels} {run.trainer.multi_label}"
+    """Score TF-IDF and logistic regression on whole texts: once for the rows, not once a trial.
+
+    The rows are those of a digest that `data.long` has left.
+    """
+    left = sha256("\n".join(e.row.where for e in (*train, *valid)).encode()).hexdigest()
+    key = f"{rows} {left} {run.eval.labels} {run.trainer.multi_label}"
     if key not in _tfidf:
         told = classify.baseline(train, valid, known, run.trainer.multi_label)
         _tfidf[key] = classify.score(told, valid, known, run.trainer.multi_label)[0]

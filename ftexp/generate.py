@@ -1,7 +1,8 @@
 """`python -m ftexp.generate RUN [PROMPT ...]`: what a trained run writes, beside its base model.
 
-A prompt takes the path of a training row up to its answer: the same format string, template and special tokens. No row
-of the run is read, held-out and sealed ones neither.
+A prompt takes the path of a training row up to its answer: the same template and special tokens. The format string
+`data.prompt` makes prompts of a file's records; one that is typed, or a line of stdin or of a text file, is whole. No
+row of the run is read, held-out and sealed ones neither.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ftexp import config, evaluate, model, trained, verb
-from ftexp.config import Data, Method, Run, Shape, Source
+from ftexp.config import Data, Long, Method, Run, Shape, Source
 from ftexp.data import prompts, reader, shapes
 from ftexp.data.shapes import Row
 from ftexp.errors import ConfigError, DataError, FtexpError
@@ -85,30 +86,37 @@ def read_file(path: Path, data: Data) -> list[Row]:
             raise DataError(f"{path}: cannot be read as text: {error}") from error
         rows = [typed(line.rstrip("\r"), f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
     else:
-        told = replace(data, shape=Shape.auto, group_by=None, stratify_by=None)
-        given = ((_answered(record, told), where) for record, where in reader.records(path, Source.file))
-        rows = list(shapes.rows(given, told))
+        told, records = replace(data, group_by=None, stratify_by=None), reader.records(path, Source.file)
+        if data.shape is Shape.text:
+            rows = [typed(row.completion, row.where) for row in shapes.rows(records, told)]
+        else:
+            given = ((_answered(record, told), where) for record, where in records)
+            rows = list(shapes.rows(given, replace(told, shape=Shape.auto)))
     if not rows:
         raise DataError(f"{path}: must have prompts, got none")
     return rows
 
 
 def typed(text: str, where: str) -> Row:
-    """Make a row of a prompt."""
+    """Make a row of a prompt that is as `data.prompt` would have made it."""
     return Row(text, STAND_IN, where)
 
 
 def _answered(record: dict[str, Any], data: Data) -> dict[str, Any]:
     """Put a stand-in where an answer is missing, so that a record without it is read as a row of the run."""
     made = dict(record)
-    for ours in ("output", "labels", *config.columns(data.completion)):
+    answer = {"role": "assistant", "content": STAND_IN}
+    if isinstance(made.get(data.columns.get("prompt", "prompt")), list):
+        made.setdefault(data.columns.get("completion", "completion"), [answer])
+    renamed = (ours for ours in ("label", "chosen", "rejected") if ours in data.columns)
+    for ours in ("output", "labels", *renamed, *config.columns(data.completion)):
         made.setdefault(data.columns.get(ours, ours), STAND_IN)
     for name in ("messages", "conversations"):
         turns = made.get(data.columns.get(name, name))
         if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
             last = turns[-1].get("role", turns[-1].get("from"))
             if shapes.ROLES.get(str(last)) == "user":
-                made[data.columns.get(name, name)] = [*turns, {"role": "assistant", "content": STAND_IN}]
+                made[data.columns.get(name, name)] = [*turns, answer]
     return made
 
 
@@ -192,12 +200,18 @@ def answers(
 
 
 def classified(loaded: Trained, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Tell the labels of texts, with the probability of each and the threshold it is decided by."""
+    """Tell the labels of texts, with the probability of each and the threshold it is decided by.
+
+    Raises:
+        DataError: a text holds the padding token, or is longer than those of the run and none of them were cut.
+    """
     from ftexp import labels
     from ftexp.train import classify
 
     run, known = loaded.run, trained.names(loaded.kept)
-    examples = [classify.Example(row, classify.text_ids(row, loaded.tokenizer, run), frozenset()) for row in rows]
+    if run.data.long is Long.drop:
+        run = replace(run, data=replace(run.data, long=Long.refuse))  # what was asked for is not left out
+    examples = [classify.Example(row, classify.text_ids(row, loaded.tokenizer, run)[0], frozenset()) for row in rows]
     told = classify.logits(loaded.tuned, loaded.tokenizer, examples, run.eval, "tuned")
     many, limits = run.trainer.multi_label, loaded.kept.trial.get("thresholds", {})
     shares = (told.sigmoid() if many else told.softmax(-1)).tolist()
@@ -278,8 +292,10 @@ def parser() -> argparse.ArgumentParser:
         description="Print what a trained run writes, beside its base model.",
     )  # fmt: skip
     made.add_argument("run", help=trained.RUN_HELP)
-    made.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompt, as it stands behind the run's data.prompt")
-    made.add_argument("--file", type=Path, help="prompts: .txt with one a line, or jsonl, json, csv, tsv, parquet")
+    made.add_argument("prompts", nargs="*", metavar="PROMPT", help="whole prompt, as the run's data.prompt makes it")
+    made.add_argument("--file", type=Path,
+                      help="prompts: .txt with one a line, as PROMPT; or jsonl, json, csv, tsv, parquet with the "
+                           "columns of the run's rows, of which data.prompt makes prompts")  # fmt: skip
     made.add_argument("--max-new-tokens", type=int, metavar="N",
                       help=f"longest completion in tokens (the run's eval.max_new_tokens, else {LONGEST})")  # fmt: skip
     made.add_argument("--temperature", type=float, default=0.0, help="above 0 draws tokens (0: the likeliest)")

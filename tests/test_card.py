@@ -136,6 +136,15 @@ def test_classifier_lists_labels_and_thresholds(at):
     assert "trial of a sweep" not in text
 
 
+def test_classifier_of_cut_texts_shows_how_they_are_cut(at, tmp_path):
+    folder = shutil.copytree(trained.find("c").folder, tmp_path / "cut")
+    assert 'tokenizer("a text", return_tensors="pt")' in card.write(trained.find(str(folder)), "adapter", None, None)
+    trial = read_json(folder / "trial.json")
+    write_json(folder / "trial.json", trial | {"config": trial["config"] | {"data.long": "cut", "data.max_length": 99}})
+    text = card.write(trained.find(str(folder)), "adapter", None, None)
+    assert 'tokenizer("a text", truncation=True, max_length=99, return_tensors="pt")' in text
+
+
 def test_hostile_names_stay_text(kept, tmp_path):
     folder = shutil.copytree(kept.folder, tmp_path / "<script>|`x")
     trial = read_json(folder / "trial.json")

@@ -13,7 +13,7 @@ from conftest import TINY
 
 from ftexp import data, evaluate, generate, model, trained
 from ftexp import run as command
-from ftexp.config import Kind, Model, Quant
+from ftexp.config import Kind, Long, Model, Quant, Shape
 from ftexp.data import prompts
 from ftexp.errors import ConfigError, DataError
 from ftexp.generate import How
@@ -136,6 +136,26 @@ def test_probabilities_are_those_the_run_was_scored_with(run):
         assert list(shares) == kept.trial["labels"]
 
 
+def test_long_text_is_taken_as_the_run_takes_its_rows(at):
+    """A token of this tokenizer is a byte; a run that left long texts out is asked about none."""
+    with trained.load(trained.find("c")) as loaded:
+
+        def asked(text, long):
+            how = replace(loaded.run.data, long=long, max_length=16)
+            return generate.classified(
+                replace(loaded, run=replace(loaded.run, data=how)), [generate.typed(text, "t:1")]
+            )
+
+        long, short = (asked(text, Long.cut)[0] for text in ("a lonely pilot in space", "a lonely pilot i"))
+        assert long["text"] == "a lonely pilot in space"
+        assert long["probabilities"] == short["probabilities"]
+        for way in (Long.refuse, Long.drop):
+            with pytest.raises(
+                DataError, match=r"t:1: a row must be at most data\.max_length=16 tokens, this one has 23"
+            ):
+                asked("a lonely pilot in space", way)
+
+
 def test_labels_are_printed_with_their_thresholds(run):
     kept = trained.find("c")
     _, out, _ = run("c", "a lonely pilot")
@@ -151,6 +171,7 @@ def test_files_of_prompts(at, tmp_path, composed):
     text.write_text("one\n\ntwo\n")
     assert [(r.prompt, r.where) for r in generate.read_file(text, told)] == [("one", f"{text}:1"), ("two", f"{text}:3")]
 
+    assert generate.read_file(text, replace(told, prompt="About {topic}:"))[0].prompt == "one"
     text.write_bytes("\ufeffone\u2028more\r\ntwo\n".encode())
     assert [r.prompt for r in generate.read_file(text, told)] == ["one\u2028more", "two"]
 
@@ -168,6 +189,20 @@ def test_files_of_prompts(at, tmp_path, composed):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     assert read({"messages": turns}).turns[:-1] == (("user", "a"), ("assistant", "b"), ("user", "c"))
     assert read({"conversations": [{"from": "human", "value": "a"}]}).prompt == "a"
+    for answers in ({}, {"completion": [{"role": "assistant", "content": "d"}]}):
+        assert read({"prompt": turns} | answers).turns[:-1] == (("user", "a"), ("assistant", "b"), ("user", "c"))
+        assert read({"prompt": turns[:1]} | answers).prompt == "a"
+    pair = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    for answers in ({}, pair):
+        assert read({"q": turns[:1]} | answers, columns={"prompt": "q"}).prompt == "a"
+    for answers in ({}, {"g": "war"}):
+        assert read({"text": "label me"} | answers, columns={"label": "g"}).prompt == "label me"
+    for answers in ({}, {"c": "good"}, {"c": "good", "r": "bad"}):
+        assert read({"prompt": "p"} | answers, columns={"chosen": "c", "rejected": "r"}).prompt == "p"
+    assert read({"body": "a text"}, shape=Shape.text, completion="{body}").prompt == "a text"
+    assert read({"b": "a text"}, shape=Shape.text, columns={"text": "b"}).prompt == "a text"
+    with pytest.raises(DataError, match=r"a\.jsonl:1: column 'body' is missing"):
+        read({"prompt": "p"}, shape=Shape.text, completion="{body}")
     with pytest.raises(DataError, match=r"a\.jsonl:1: column 'topic' is missing"):
         read({"prompt": "p"}, prompt="{topic}")
     (tmp_path / "e.txt").write_text("\n")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
-from ftexp.config import Data, Gate
+from ftexp.config import Data, Dedup, Gate
 from ftexp.data import hygiene
 from ftexp.data.hygiene import normalise
 from ftexp.data.shapes import Row
-from ftexp.data.splits import Splits
+from ftexp.data.splits import Splits, openings
 from ftexp.errors import DataError
 from ftexp.progress import say
 
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 LOST = 0.05
 """Largest share of rows that may be lost to their length, or not show the model where to stop."""
 CHUNK = 4096
+TURNS = "begins, up to an answer, with the turns of"
 Leak = tuple[Row, Row, str]
 """A held-out row, the row that gives it away, and how."""
 
 
 def leaks(splits: Splits, data: Data) -> None:
-    """Refuse held-out rows whose prompt or group stands in another split; needs no import.
+    """Refuse held-out rows whose prompt, group or opening stands in another split; needs no import.
 
     Raises:
         DataError: names the first such row, its twin, and how many there are.
@@ -35,10 +36,20 @@ def leaks(splits: Splits, data: Data) -> None:
 def near_leaks(splits: Splits, data: Data) -> None:
     """Refuse held-out rows whose text is nearly that of a row in another split.
 
+    What nearly all rows share tells nothing, be it the rows of all splits, as few are held out, or of the two compared.
+
     Raises:
         DataError: names the first such row, its twin, and how many there are.
     """
-    _refuse(splits, data, lambda held, rows: alike(held, rows, data.dedup_threshold))
+    if Gate.leaks in data.allow:
+        return
+    whole = hygiene.shared([*splits.train, *splits.valid, *splits.test], splits.copies, data)
+
+    def search(held: tuple[Row, ...], rows: tuple[Row, ...]) -> Iterator[Leak]:
+        common = whole if data.dedup is Dedup.near else whole | shared(held, rows)
+        return alike(held, rows, data.dedup_threshold, common)
+
+    _refuse(splits, data, search)
 
 
 def _refuse(splits: Splits, data: Data, search: Callable[[tuple[Row, ...], tuple[Row, ...]], Iterator[Leak]]) -> None:
@@ -54,14 +65,15 @@ def _refuse(splits: Splits, data: Data, search: Callable[[tuple[Row, ...], tuple
             found.setdefault(id(leak[0]), leak)
         if found:
             row, twin, how = next(iter(found.values()))
+            remedy = "put whole conversations in one split" if how == TURNS else "remove copies with data.dedup=near"
             raise DataError(
                 f"{row.where}: {len(found)} of {len(held)} {name} rows leak into the {other} rows, this one {how} "
-                f"{twin.where}; remove copies with data.dedup=near, or accept them with data.allow=[leaks]"
+                f"{twin.where}; {remedy}, or accept them with data.allow=[leaks]"
             )
 
 
 def equal(held: tuple[Row, ...], rows: tuple[Row, ...]) -> Iterator[Leak]:
-    """Yield held-out rows that have the prompt or the group of another row."""
+    """Yield held-out rows that have the prompt, the group or an opening of another row."""
     prompts = {normalise(row.prompt or row.completion): row for row in held}
     groups = {row.group: row for row in held if row.group}
     for row in rows:
@@ -69,16 +81,33 @@ def equal(held: tuple[Row, ...], rows: tuple[Row, ...]) -> Iterator[Leak]:
             yield found, row, "has the prompt of"
         if (found := groups.get(row.group)) is not None:
             yield found, row, f"has the group {row.group!r} of"
+    if not any(row.turns for part in (held, rows) for row in part):
+        return  # an opening is a prompt and its answer then
+    begun: dict[bytes, list[Row]] = {}
+    for row in held:
+        for part in openings(row):
+            begun.setdefault(part, []).append(row)
+    for row in rows:
+        for part in openings(row):
+            for found in begun.pop(part, ()):
+                yield found, row, TURNS
 
 
-def alike(held: tuple[Row, ...], rows: tuple[Row, ...], threshold: float) -> Iterator[Leak]:
-    """Yield held-out rows whose text is nearly that of another row; what nearly all rows share tells nothing."""
+def shared(held: tuple[Row, ...], rows: tuple[Row, ...]) -> frozenset[str]:
+    """Return the pieces that nearly all of the rows of two splits share."""
+    sample = rows[:: max(1, -(-len(rows) // hygiene.SAMPLE))]
+    return hygiene.common([hygiene.normalised(row) for row in (*held, *sample)])
+
+
+def alike(
+    held: tuple[Row, ...], rows: tuple[Row, ...], threshold: float, common: frozenset[str] = frozenset()
+) -> Iterator[Leak]:
+    """Yield held-out rows whose text is nearly that of another row, without the pieces that are common to all."""
     import numpy as np
 
     if not held or not rows:
         return
     texts = [hygiene.normalised(row) for row in held]
-    common = hygiene.common([*texts, *map(hygiene.normalised, rows[:: -(-len(rows) // hygiene.SAMPLE)])])
     keys = hygiene.band_keys(hygiene.minhashes(texts, common), threshold)
     known = np.unique(keys)
     for start in range(0, len(rows), CHUNK):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,23 @@ def common(texts: list[str]) -> frozenset[str]:
     seen = texts[:: -(-len(texts) // SAMPLE)]
     counts = Counter(piece for text in seen for piece in pieces(text))
     return frozenset(piece for piece, count in counts.items() if count >= COMMON * len(seen))
+
+
+def shared(rows: list[Row], copies: Sequence[Copy], data: Data) -> frozenset[str]:
+    """Return the pieces that nearly all rows of all splits share.
+
+    After `data.dedup=near` they are those by which copies were left out, so that a gate accepts what that kept; where
+    splits have files of their own the sample of more than `SAMPLE` rows is another one.
+
+    Args:
+        rows: that are kept.
+        copies: that are not.
+        data: the config.
+    """
+    if data.dedup is Dedup.near:
+        compared = [*rows, *(copy.row for copy in copies if copy.kind is Dedup.near)]
+        rows = sorted(compared, key=lambda row: _order((0, row)))
+    return common([normalised(row) for row in rows[:: max(1, -(-len(rows) // SAMPLE))]])
 
 
 def likeness(one: str, other: str, common: frozenset[str] = frozenset()) -> float:

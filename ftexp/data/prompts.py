@@ -193,14 +193,21 @@ def _text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Steps:
 
 
 def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase, form: str) -> Steps:
-    """Find every answer by rendering the conversation up to it, without and with the answer."""
+    """Find every answer by rendering the conversation up to it, without and with the answer.
+
+    Some templates, as Phi-3's, close whatever they render with an end-of-sequence, which is not there once the
+    conversation goes on: it stays on the last answer alone.
+    """
     told = row.turns or (("user", row.prompt), ("assistant", row.completion))
     turns = [{"role": role, "content": text} for role, text in told]
     answers = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
     done, prompt, earlier, answer = "", [], [], []
-    for n in answers:
-        asked = _templated(tokenizer, turns[:n], form, row, add_generation_prompt=True)
+    asked = _templated(tokenizer, turns[: answers[0]], form, row, add_generation_prompt=True)
+    for n, later in zip(answers, [*answers[1:], None], strict=True):
         full = _templated(tokenizer, turns[: n + 1], form, row)
+        then = "" if later is None else _templated(tokenizer, turns[:later], form, row, add_generation_prompt=True)
+        if later is not None and not then.startswith(full):
+            full = full.removesuffix(cast(str, tokenizer.eos_token or ""))
         for longer, shorter in ((asked, done), (full, asked)):
             if not longer.startswith(shorter):
                 raise DataError(
@@ -209,10 +216,10 @@ def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase, form: str) -> St
                 )
         prompt += [*answer, *(yield asked[len(done) :], False)]
         answer = yield full[len(asked) :], False
-        if n != answers[-1]:
+        if later is not None:
             length = answer.index(end(tokenizer)) + 1 if end(tokenizer) in answer else len(answer)
             earlier.append((len(prompt), len(prompt) + length))
-        done = full
+        done, asked = full, then
     return Example(row, tuple(prompt), tuple(_closed(answer, tokenizer, row)), tuple(earlier))
 
 

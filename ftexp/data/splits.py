@@ -85,9 +85,10 @@ def _content(row: Row) -> list[object]:
 def split(rows: list[Row], data: Data, source: str, given: dict[str, list[Row]] | None = None) -> Splits:
     """Leave out copies, and hold out `data.valid` and `data.test` rows, drawn with `data.seed` or the last ones.
 
-    Rows that are drawn stay together where their prompts are equal after `normalise`, and where `data.group_by` is
-    equal, so no held-out prompt or group is trained on; `data.allow=[leaks]` lets equal prompts be parted. Where rows
-    stay together the counts are the most that is held out.
+    Rows that are drawn stay together where their prompts are equal after `normalise`, where they begin with the same
+    turns up to an answer, and where `data.group_by` is equal, so no held-out prompt, answer of a conversation or group
+    is trained on; `data.allow=[leaks]` lets all but groups be parted. Where rows stay together the counts are the most
+    that is held out.
 
     Args:
         rows: of the source.
@@ -142,7 +143,8 @@ def _together(rows: list[Row], data: Data) -> str:
     equal = min(map(len, grouped(rows, by_prompt=False).values()))
     if equal > 1:
         return f": equal rows stay together, at least {equal} of them; data.dedup=exact leaves copies out"
-    return f": rows of one prompt stay together, at least {smallest} of them; data.allow=[leaks] parts them"
+    what = "one prompt or conversation" if any(row.turns for row in rows) else "one prompt"
+    return f": rows of {what} stay together, at least {smallest} of them; data.allow=[leaks] parts them"
 
 
 def counted(amount: int | float, rows: int) -> int:
@@ -179,10 +181,13 @@ def _drawn(rows: list[Row], wanted: dict[str, int], data: Data) -> dict[str, lis
 
 
 def grouped(rows: Iterable[Row], by_prompt: bool = True) -> dict[str, list[Row]]:
-    """Put rows together that may not be parted: equal prompts after `normalise`, and equal `group`, in any chain.
+    """Put rows together that may not be parted: equal prompts after `normalise`, openings and `group`, in any chain.
 
     Rows without a prompt are compared by their whole text, and so are all rows where prompts may be parted.
     """
+    rows = list(rows)
+    conversations = by_prompt and any(row.turns for row in rows)
+    first: dict[bytes, str] = {}  # opening -> the key of the first row that has it
     found: dict[str, str] = {}  # key -> a key of the same group, up to the group's name, which names itself
 
     def name(key: str) -> str:
@@ -191,17 +196,35 @@ def grouped(rows: Iterable[Row], by_prompt: bool = True) -> dict[str, list[Row]]
             key = found[key]
         return key
 
+    def join(key: str, other: str) -> None:
+        one, other = sorted((name(key), name(other)))
+        found[other] = one
+
     keys = []
     for row in rows:
         key = normalise(row.prompt or row.completion) if by_prompt else row.text()
         if row.group:
-            one, other = sorted((name(key), name(f"group\0{row.group}")))
-            found[other] = one
+            join(key, f"group\0{row.group}")
+        for part in openings(row) if conversations else ():
+            join(key, first.setdefault(part, key))
         keys.append((key, row))
     groups: dict[str, list[Row]] = {}
     for key, row in keys:
         groups.setdefault(name(key), []).append(row)
     return groups
+
+
+def openings(row: Row) -> list[bytes]:
+    """Hash a row up to each of its answers, normalised: all of them are learned, so what begins alike gives them away.
+
+    A row without turns is a question and its answer; a text is no conversation.
+    """
+    whole, hashes = hashlib.blake2b(digest_size=16), []
+    for role, text in row.turns or ((("user", row.prompt), ("assistant", row.completion)) if row.prompt else ()):
+        whole.update(f"{role}\0{normalise(text)}\0".encode())
+        if role == "assistant":
+            hashes.append(whole.digest())
+    return hashes
 
 
 def units(rows: Iterable[Row]) -> list[int]:

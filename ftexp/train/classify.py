@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import labels, metrics, passes
-from ftexp.config import Eval, Run
-from ftexp.data import shapes, splits
+from ftexp.config import Eval, Long, Run
+from ftexp.data import gates, shapes, splits
 from ftexp.data.rows import Row
 from ftexp.errors import DataError
 from ftexp.evaluate import Scored
 from ftexp.model import Base
-from ftexp.progress import progress
+from ftexp.progress import progress, say
 from ftexp.train import sft
 from ftexp.train.checkpoints import Store
 from ftexp.train.control import Control, Report, Rung
@@ -46,19 +46,21 @@ class Example:
     """What is true of it."""
     between: str = ", "
     """What stands between labels where they are shown."""
+    over: int = 0
+    """Tokens that the text has beyond `data.max_length`."""
 
 
 def render(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, run: Run) -> list[Example]:
-    """Tokenise texts and read labels.
+    """Tokenise texts and read labels; what `data.long` leaves out or cuts is told.
 
     Raises:
-        DataError: a text is too long or holds the padding token, a row has not one label where one is wanted, or labels
-            of a list are to be parted by other than commas.
+        DataError: a text is too long or holds the padding token, too many are left out for their length, a row has not
+            one label where one is wanted, or labels of a list are to be parted by other than commas.
     """
     made, separator = [], run.eval.labels or ","
     between = ", " if separator.strip() == "," else separator
     for row in rows:
-        ids = text_ids(row, tokenizer, run)
+        ids, over = text_ids(row, tokenizer, run)
         shapes.check_separator(row, run.eval.labels)
         told = labels.parse(row.completion, separator)
         if not told or (not run.trainer.multi_label and len(told) > 1):
@@ -66,23 +68,42 @@ def render(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, run: Run) ->
             text = told and run.eval.labels is None and not row.listed
             hint = "; eval.labels='|' takes commas as part of a label" if text else ""
             raise DataError(f"{row.where}: the completion must name {wanted}, got {row.completion!r}{hint}")
-        made.append(Example(row, ids, told, between))
+        made.append(Example(row, ids, told, between, over))
+    if run.data.long is not Long.cut:
+        whole = [True] * len(made)
+        return [made[n] for n in gates.usable(tuple(rows), [e.over > 0 for e in made], whole, whole, run.data)]
+    if over := [e for e in made if e.over]:
+        count = f"{len(over)} of {len(rows)} rows have more than data.max_length={run.data.max_length} tokens"
+        say(f"cut: {count}, the first is {over[0].row.where}", always=True)
     return made
 
 
-def text_ids(row: Row, tokenizer: PreTrainedTokenizerBase, run: Run) -> tuple[int, ...]:
-    """Tokenise the text of a row.
+def text_ids(row: Row, tokenizer: PreTrainedTokenizerBase, run: Run) -> tuple[tuple[int, ...], int]:
+    """Tokenise the text of a row, and tell how many tokens it has beyond `data.max_length`.
+
+    With `data.long=cut` as many are taken off its end, as tokenizers do it: their special tokens stay.
 
     Raises:
-        DataError: it is too long, or holds the padding token.
+        DataError: it is too long and `data.long=refuse`, or holds the padding token.
     """
-    ids = tuple(cast(list[int], tokenizer(row.prompt, verbose=False)["input_ids"]))
-    most = run.data.max_length
-    if len(ids) > most:
+    ids, most = cast(list[int], tokenizer(row.prompt, verbose=False)["input_ids"]), run.data.max_length
+    over = max(0, len(ids) - most)
+    if over and run.data.long is Long.refuse:
         raise DataError(f"{row.where}: a row must be at most data.max_length={most} tokens, this one has {len(ids)}")
-    if tokenizer.pad_token_id in ids:
+    if over and run.data.long is Long.cut:
+        ids = _cut(row.prompt, tokenizer, most)
+    if tokenizer.pad_token_id in ids and not (over and run.data.long is Long.drop):
         raise DataError(f"{row.where}: the text holds the padding token, behind which a classifier sees nothing")
-    return ids
+    return tuple(ids), over
+
+
+def _cut(text: str, tokenizer: PreTrainedTokenizerBase, most: int) -> list[int]:
+    side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
+    try:
+        return cast(list[int], tokenizer(text, truncation=True, max_length=most)["input_ids"])
+    finally:
+        tokenizer.truncation_side = side
+        tokenizer("")  # or its file would hold the length, and cut all texts wherever it is loaded
 
 
 def names(*parts: list[Example]) -> list[str]:

@@ -210,6 +210,43 @@ def test_template_that_rewrites_earlier_turns_is_refused():
         one(tokenizer, LONG)
 
 
+PHI3 = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{'<|system|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% elif message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+"""Of microsoft/Phi-3-mini-4k-instruct."""
+
+
+@pytest.mark.parametrize("row", [ROW, LONG, Row("p", "c", "t:1", (*TALK[1:], ("user", "No?"), ("assistant", "c")))])
+def test_end_of_sequence_behind_all_turns_is_that_of_the_last_answer(row):
+    """As Phi-3's template closes what it renders; ids are those of the whole conversation's render."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = PHI3
+    example = one(tokenizer, row)
+    told = row.turns or (("user", row.prompt), ("assistant", row.completion))
+    turns = [{"role": role, "content": text} for role, text in told]
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert tokenizer.decode(example.ids) == whole
+    assert example.ids == tokenizer(whole, add_special_tokens=False)["input_ids"]  # a token of this tokenizer is a byte
+    answers = [text for role, text in told if role == "assistant"]
+    assert supervised(tokenizer, example) == "".join(f"{text}<|end|>\n" for text in answers) + "<|im_end|>"
+    asked = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(example.prompt) == asked
+
+
+def test_end_of_sequence_that_stays_in_a_conversation_ends_each_answer():
+    """As Mistral writes it: nothing is taken off where the conversation goes on behind it."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + eos_token }}"
+        "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
+    )
+    example = one(tokenizer, LONG)
+    assert supervised(tokenizer, example) == "yo<|im_end|>see ya<|im_end|>"
+
+
 def test_conversation_needs_a_template(tokenizer):
     with pytest.raises(DataError, match=r"t:1: a conversation of several turns needs a template"):
         one(tokenizer, LONG, template=Template.plain)

@@ -105,6 +105,62 @@ def test_prompts_with_equally_many_answers_are_held_out_whole(capfd):
     assert len(split(rows, Data(valid=4, allow=[Gate.leaks]), "t").valid) == 4
 
 
+def talks(count, turns=4, system=()):
+    """Conversations stored one row a turn: a row for each answer, with all that was said before it."""
+    rows = []
+    for n in range(count):
+        said = [*system]
+        for m in range(turns):
+            said += [("user", f"question {m} of talk {n}"), ("assistant", f"answer {m} of talk {n}")]
+            turned = len(said) > 2
+            told = "\n".join(f"{role}: {text}" for role, text in said[:-1]) if turned else said[0][1]
+            rows.append(Row(told, said[-1][1], f"t:{n}.{m}", tuple(said) if turned else ()))
+    return rows
+
+
+def learned(rows):
+    """Every answer with all that stands before it."""
+    for row in rows:
+        said = row.turns or (("user", row.prompt), ("assistant", row.completion))
+        yield from ((row.where, said[: n + 1]) for n, (role, _) in enumerate(said) if role == "assistant")
+
+
+@pytest.mark.parametrize("system", [(), (("system", "be brief"),)])
+def test_no_held_out_answer_of_a_conversation_is_learned(system, capfd):
+    rows = talks(30, system=system)
+    splits = split(rows, Data(valid=20, test=10), "t")
+    assert (len(splits.valid), len(splits.test)) == (20, 8)
+    assert "rows of one prompt or conversation stay together, at least 4 of them" in capfd.readouterr().err
+    known = {said for _, said in learned(splits.train)}
+    assert not known & {said for _, said in learned((*splits.valid, *splits.test))}
+
+
+def test_sabotage_prompts_alone_would_part_conversations():
+    rows = talks(30)
+    parted = split(rows, Data(valid=20, allow=[Gate.leaks]), "t")
+    known = {said for _, said in learned(parted.train)}
+    assert len({where for where, said in learned(parted.valid) if said in known}) > 10
+
+
+def test_conversations_stay_together_where_they_branch_and_not_where_a_system_message_parts_them():
+    one, two = talks(2, turns=2)[1::2]
+    branch = replace(one, turns=(*one.turns[:2], ("user", "else?"), ("assistant", "yes")), prompt="else", where="t:b")
+    edited = replace(branch, turns=(("user", "Question 0, of talk 0!"), *branch.turns[1:]), prompt="edited")
+    other = replace(branch, turns=(("system", "be rude"), *branch.turns), prompt="rude")
+    asked = replace(branch, turns=(one.turns[0], ("assistant", "no"), *branch.turns[2:]), prompt="asked")
+    assert units([one, two, branch, edited, other, asked]) == [0, 1, 0, 0, 2, 3]
+
+
+def test_conversations_that_share_no_opening_are_drawn_as_ever():
+    """Frozen: the rows that were drawn before openings kept any together."""
+    drawn = [f"t:{n}.1" for n in (0, 2, 4, 8, 22, 28, 33, 35)]
+    rows = talks(40, turns=2)[1::2]
+    held = split(rows, Data(valid=8), "t").valid
+    assert [row.where for row in held] == drawn
+    bare = [replace(row, turns=()) for row in rows]
+    assert [row.where for row in split(bare, Data(valid=8), "t").valid] == drawn
+
+
 def test_units_are_prompts_and_groups_and_texts_stand_alone():
     rows = [
         Row("Same?", "a", "t:0"), Row("same", "b", "t:1"), Row("other", "c", "t:2"), Row("", "one text", "t:3"),

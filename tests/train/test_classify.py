@@ -253,6 +253,70 @@ def test_row_that_cannot_be_classified_is_refused(genres, text, told, given, mes
         classify.render([Row(text, told, "x:1")], model.tokenizer(genres().model), genres(*given))
 
 
+def worded():
+    """A tokenizer with a token at either end of a text, as BERT's."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3, **{f"w{n}": 4 + n for n in range(40)}},
+                                      unk_token="[UNK]"))  # fmt: skip
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+                                   sep_token="[SEP]")  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_cut_text_keeps_its_first_tokens_and_those_around_it(genres, side, capsys):
+    tokenizer, run = worded(), genres("data.long=cut", "data.max_length=10")
+    tokenizer.truncation_side = side
+    text = " ".join(f"w{n}" for n in range(30))
+    rows = [Row("w1 w2", "a", "x:1"), Row(text, "b", "x:2"), Row(text[:-3], "b", "x:3")]
+    short, long, other = classify.render(rows, tokenizer, run)
+    assert (short.ids, short.over) == ((1, 5, 6, 2), 0)
+    assert (long.ids, long.over, other.over) == ((1, *range(4, 12), 2), 22, 21)
+    assert (tokenizer.truncation_side, tokenizer.backend_tokenizer.truncation) == (side, None)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "cut: 2 of 3 rows have more than data.max_length=10 tokens, the first is x:2" in told
+
+
+def test_dropped_texts_are_counted_and_more_than_a_twentieth_is_refused(genres, tmp_path, capsys):
+    rows = [Row(f"w{n}", "a", f"x:{n}") for n in range(39)] + [Row("w1 [PAD] " * 9, "b", "x:39")]
+    run = genres("data.long=drop", "data.max_length=10")
+    assert [e.row for e in classify.render(rows, worded(), run)] == rows[:39]
+    told = " ".join(capsys.readouterr().err.split())
+    assert "left out: 1 of 40 rows have more than data.max_length=10 tokens, the first is x:39" in told
+    with pytest.raises(
+        DataError, match=r"x:39: 1 of 11 rows have more than .*; more than 5% may be lost with data\.allow"
+    ):
+        classify.render(rows[29:], worded(), run)
+
+
+def test_run_of_cut_or_dropped_texts_has_what_its_facts_say(genres, tmp_path):
+    """A token of this tokenizer is a byte: texts of two words are longer than those of one."""
+    least = min(len(row.prompt) for row in data.load(genres().data).train if "and" in row.prompt)
+    for long, counts in (("cut", (80, 40)), ("drop", None)):
+        run = genres("trainer.steps=2", f"data.long={long}", f"data.max_length={least}", "data.allow=[leaks,lost]")
+        experiment.execute(run, tmp_path / long, "x")
+        told = read_json(tmp_path / long / "trial.json")["facts"]["rows"]
+        splits = data.load(run.data)
+        kept = tuple(sum(len(row.prompt) <= least for row in part) for part in (splits.train, splits.valid))
+        assert 0 < kept[0] < 80 and 0 < kept[1] < 40
+        assert (told["train"], told["valid"]) == (counts or kept)
+        assert told["dropped"].get("length", 0) == 120 - told["train"] - told["valid"]
+
+
+def test_tfidf_is_scored_again_where_other_rows_are_left(genres):
+    told = []
+    for most in (256, 20):
+        run = genres("data.long=drop", f"data.max_length={most}", "data.allow=[leaks,lost]")
+        splits = data.load(run.data)
+        train, valid, known = experiment.classified(run, splits)
+        told.append(experiment.tfidf_scores(run, train, valid, known, splits.digest()).scores["rows"])
+        assert told[-1] == len(valid)
+    assert told[0] > told[1]
+
+
 def test_labels_of_a_list_are_parted_by_commas_alone(genres):
     run = genres("eval.labels=';'")
     row = Row("fine", "a, b", "x:1", listed=True)
