@@ -450,6 +450,27 @@ DRAWN = ("eva",)
 """Ways of peft to start an adapter that need a pass over data."""
 
 
+HEADS = ("classifier", "score")
+"""Ends of the names of modules that peft trains whole in every classifier, asked or not."""
+
+
+def wrapped(head: tuple[str, ...]) -> tuple[str, ...]:
+    """Name the modules that peft is to train whole for a fresh head: where one lies in another, the outer alone.
+
+    peft wraps what it is told and `HEADS`, the outer first: a wrapper of the inner one is then put where no forward
+    pass goes, so that the head that answers stays frozen (peft 0.21, `_set_trainable`).
+
+    >>> wrapped(("classifier.dense", "classifier.out_proj")), wrapped(("bert.pooler.dense", "classifier"))
+    (('classifier',), ('bert.pooler.dense', 'classifier'))
+    """
+    found = []
+    for name in head:
+        words = name.split(".")
+        outwards = [".".join(words[:end]) for end in range(1, len(words) + 1)]
+        found.append(next(outer for outer in outwards if outer in head or outer.endswith(HEADS)))
+    return tuple(dict.fromkeys(found))
+
+
 def adapter(lora: Lora, head: tuple[str, ...] = ()) -> LoraConfig:
     """Translate the config to peft's; the modules of a classification head are trained and saved whole.
 
@@ -469,7 +490,7 @@ def adapter(lora: Lora, head: tuple[str, ...] = ()) -> LoraConfig:
         "use_dora": lora.variant is Variant.dora,
         **({"init_lora_weights": PISSA} if lora.variant is Variant.pissa else {}),
         "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
-        **({"modules_to_save": list(head)} if head else {}),
+        **({"modules_to_save": list(wrapped(head))} if head else {}),
     }
     asked = str(lora.extra.get("init_lora_weights", "")).lower()
     if asked.startswith(TAKERS):
@@ -565,7 +586,7 @@ def adapted(base: Base, lora: Lora, seed: int) -> Iterator[PeftModel | PreTraine
     from transformers import set_seed
 
     whole = lora.variant is Variant.none
-    heads = {} if whole else {name: base.model.get_submodule(name) for name in base.head}
+    heads = {} if whole else {name: base.model.get_submodule(name) for name in wrapped(base.head)}
     forward, hooks = base.model.__dict__.get("forward"), _hooks(base.model)
     mine = thawed(base.model, lora.train, base.head) if whole else []
     changed = [(weight, weight.detach().cpu().clone()) for weight in mine]

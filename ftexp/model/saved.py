@@ -22,6 +22,7 @@ from ftexp.model import (
     loading,
     source,
     stored,
+    wrapped,
 )
 from ftexp.progress import say
 from ftexp.runs import Kept
@@ -66,7 +67,7 @@ def restored(base: Base, folder: Path) -> Iterator[PeftModel]:
     Raises:
         MachineError: the folder holds no adapter of this base.
     """
-    heads = {name: base.model.get_submodule(name) for name in base.head}
+    heads = {name: base.model.get_submodule(name) for name in wrapped(base.head)}
     forward, hooks = base.model.__dict__.get("forward"), _hooks(base.model)
     try:
         tuned = attached(base.model, folder)

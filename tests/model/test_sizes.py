@@ -24,8 +24,11 @@ SMALL = {
     "distilbert": {"model_type": "distilbert", "vocab_size": 300, "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4},
     "bert": {"model_type": "bert", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128,
              "num_hidden_layers": 2, "num_attention_heads": 4},
+    "roberta": {"model_type": "roberta", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128,
+                "num_hidden_layers": 2, "num_attention_heads": 4},
 }  # fmt: skip
-ENCODERS = ("distilbert", "bert")
+HEADS = {"distilbert": ("pre_classifier", "classifier"), "bert": ("classifier",),
+         "roberta": ("classifier.dense", "classifier.out_proj")}  # fmt: skip
 NF4 = Quant(Format.nf4, double=True)
 
 
@@ -50,9 +53,9 @@ def stored(tmp_path):
     ids=["plain", "dora", "bias"],
 )  # fmt: skip
 def test_counts_and_files_are_those_of_the_real_model(name, lora, stored, tmp_path):
-    labels = 5 if name in ENCODERS else 0
+    labels = 5 if name in HEADS else 0
     asked, real = stored(name, labels)
-    head = {"distilbert": ("pre_classifier", "classifier"), "bert": ("classifier",)}.get(name, ())
+    head = HEADS.get(name, ())
     footprint = real.get_memory_footprint() - sum(
         b.numel() * 4 for n, b in real.named_buffers() if n.endswith("original_inv_freq")
     )
@@ -170,7 +173,7 @@ def test_distilbert_with_its_last_two_layers_thawed_as_its_recipe_counts():
 
 @pytest.mark.parametrize("name", SMALL)
 def test_counts_and_files_without_an_adapter_are_those_of_the_real_model(name, stored, tmp_path):
-    labels = 5 if name in ENCODERS else 0
+    labels = 5 if name in HEADS else 0
     asked, real = stored(name, labels)
     told = sizes.outline(asked, Quant(), Lora(variant=Variant.none), "float32", "eager", labels)
     assert told.trainable == told.total == sum(p.numel() for p in real.parameters())
