@@ -365,33 +365,57 @@ def _pretrained(model: Model, quant: Quant, chosen: Compute, labels: int = 0) ->
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+    given: dict[str, Any] = {
+        "output_loading_info": True,
+        **({"num_labels": labels} if labels else {}),
+        "revision": model.revision,
+        "dtype": getattr(torch, chosen.dtype),
+        "attn_implementation": chosen.attention,
+        "trust_remote_code": False,
+        "use_safetensors": True,  # other files of weights are pickles
+    }
     with loading(source(model), "model.path="), torch.random.fork_rng():
+        spared = _spared(kind, source(model), given) if labels and quant.kind is not Format.none else None
         torch.manual_seed(0)  # hidden layers of a fresh head are drawn
         loaded, told = kind.from_pretrained(
             source(model),
-            output_loading_info=True,
-            **({"num_labels": labels} if labels else {}),
-            revision=model.revision,
-            dtype=getattr(torch, chosen.dtype),
-            attn_implementation=chosen.attention,
-            quantization_config=_quantization(quant, chosen),
+            **given,
+            quantization_config=_quantization(quant, chosen, spared),
             device_map={"": torch.cuda.current_device()} if chosen.device == "cuda" else None,
-            trust_remote_code=False,
-            use_safetensors=True,  # other files of weights are pickles
         )
     return loaded, set(told["missing_keys"])
 
 
-def _quantization(quant: Quant, chosen: Compute) -> Any:
+def _spared(kind: Any, place: str, given: dict[str, Any]) -> list[str]:
+    """Name the modules of a classifier that stay as they are in a quantized base: all that no file of it has.
+
+    transformers spares output head and last layer alone, of a head with a bias not even that; what is trained whole
+    cannot be packed. On the meta device nothing is read but names.
+    """
+    found, told = kind.from_pretrained(place, **given, device_map={"": "meta"})
+    return not_packed(found, tuple({name.rpartition(".")[0] for name in told["missing_keys"]}))
+
+
+def not_packed(base: PreTrainedModel, head: tuple[str, ...]) -> list[str]:
+    """Name the modules that are not handed to bitsandbytes: those that transformers spares, and a fresh head's."""
+    from transformers.quantizers.base import HfQuantizer
+
+    usual = HfQuantizer.get_modules_to_not_convert(base, None, cast(Any, base)._keep_in_fp32_modules)
+    return sorted({*usual, *head})
+
+
+def _quantization(quant: Quant, chosen: Compute, spared: list[str] | None = None) -> Any:
+    """Translate the config to transformers'; of both formats `llm_int8_skip_modules` names what is not packed."""
     if quant.kind is Format.none:
         return None
     import torch
     from transformers import BitsAndBytesConfig
 
     if quant.kind is Format.int8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=spared)
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=spared,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=quant.double,
         bnb_4bit_compute_dtype=getattr(torch, chosen.dtype),

@@ -80,7 +80,7 @@ def outline(model: Model, quant: Quant, lora: Lora, dtype: str, attention: str, 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         base = _base(model, dtype, attention, labels)
         head = _head(base, labels) if labels else ()
-        matrices = quantized(base) if quant.kind is not Format.none else {}
+        matrices = quantized(base, head) if quant.kind is not Format.none else {}
         base.requires_grad_(False)
         full = lora.variant is Variant.none
         mine = models.thawed(base, lora.train, head) if full else []
@@ -161,17 +161,16 @@ def _head(base: PreTrainedModel, labels: int) -> tuple[str, ...]:
     return models.fresh_head(base, {name for name in base.state_dict() if not name.startswith(body)}, labels)
 
 
-def quantized(base: PreTrainedModel) -> dict[str, int]:
+def quantized(base: PreTrainedModel, head: tuple[str, ...] = ()) -> dict[str, int]:
     """Name the matrices that transformers hands to bitsandbytes, each with its number of weights.
 
-    All linear layers but the output head and what is tied to it (`replace_with_bnb_linear`).
+    All linear layers but the output head and what is tied to it (`replace_with_bnb_linear`), and a fresh head.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    spared = HfQuantizer.get_modules_to_not_convert(base, None, cast(Any, base)._keep_in_fp32_modules)
+    spared = models.not_packed(base, head)
     return {
         name: module.weight.numel()
         for name, module in base.named_modules()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import encoders
 import pytest
 import torch
 from peft import get_peft_model
@@ -116,6 +117,17 @@ def test_int8_weights_are_those_of_bitsandbytes(stored):
     assert told.packed == told.total == model.count(kept).total + told.trainable
 
 
+@pytest.mark.parametrize("quant", [Quant(Format.int8), NF4], ids=["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["roberta", "distilbert"])
+def test_a_fresh_head_is_planned_as_it_is_kept(kind, quant, tmp_path):
+    asked = Model(kind=Kind.hub, path=str(encoders.save(kind, tmp_path)), dtype=Dtype.float32)
+    base = model._load(asked, quant, "x", 5)
+    told = sizes.outline(asked, quant, Lora(4, 8), "float32", "eager", 5)
+    assert told.footprint == base.model.get_memory_footprint()
+    with model.adapted(base, Lora(4, 8), 0) as tuned:
+        assert (told.trainable, told.total) == (model.count(tuned).trainable, model.count(tuned).total)
+
+
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PHI3 = ["o_proj", "qkv_proj", "gate_up_proj", "down_proj"]
 
@@ -148,7 +160,9 @@ def test_llama2_as_its_recipes_have_it(r, trainable):
 
 def test_a_packed_head_would_be_seen(monkeypatch):
     usual = sizes.quantized
-    monkeypatch.setattr(sizes, "quantized", lambda base: usual(base) | {"lm_head": base.lm_head.weight.numel()})
+    monkeypatch.setattr(
+        sizes, "quantized", lambda base, head: usual(base, head) | {"lm_head": base.lm_head.weight.numel()}
+    )
     told = outlined("mistralai/Mistral-7B-v0.1", NF4, 8, [*LINEAR, "lm_head"], "float16")
     assert told.packed != 3_773_331_456
 

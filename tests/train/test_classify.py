@@ -8,6 +8,7 @@ import encoders
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from sklearn.metrics import log_loss
 from sklearn.utils.class_weight import compute_class_weight
 
@@ -338,6 +339,26 @@ def test_head_in_a_module_of_its_own_learns_and_is_loaded_again(kind, tiny, tmp_
         answers = classify.logits(again.tuned, again.tokenizer, valid, run.eval, "again")
     assert classify.loss(answers, valid, known, True) == pytest.approx(scores["valid/loss"], abs=1e-9)
     assert model._warm is not None  # the base came back as it was
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [("roberta", ("classifier.dense", "classifier.out_proj")), ("bert", ("bert.pooler.dense", "classifier")),
+     ("distilbert", ("pre_classifier", "classifier"))],
+)  # fmt: skip
+def test_head_on_a_quantized_encoder_is_not_packed(kind, head, quant, tiny, tmp_path):
+    """By itself transformers packs all of these, and a packed layer can be neither trained nor made float32."""
+    run = tiny("data=genres", "trainer=classify", "model=hub", f"model.path={encoders.save(kind, tmp_path / kind)}",
+               f"quant={quant}", "trainer.steps=3", "trainer.report_steps=0")  # fmt: skip
+    experiment.prepare(run)
+    scores = experiment.execute(run, tmp_path / "a", "x")
+    base = parts(run)[0]
+    assert base.head == head
+    assert {type(base.model.get_submodule(name)) for name in head} == {torch.nn.Linear}
+    packed = {name.split(".")[-1] for name, m in base.model.named_modules() if type(m) in (Linear4bit, Linear8bitLt)}
+    assert packed >= ({"q_lin", "lin1"} if kind == "distilbert" else {"query", "dense"})
+    assert scores["valid/loss"] < math.log(2) - 0.005
 
 
 def test_left_classifier_goes_on_to_the_same_bits(genres, tmp_path):
