@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import gc
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -558,10 +559,75 @@ def check_targets(model: PreTrainedModel, targets: list[str]) -> None:
     names = [name for name, _ in model.named_modules() if name]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            leaves = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
-            near = difflib.get_close_matches(target, leaves, n=1)
-            hint = f", did you mean {near[0]}?" if near else f"; the model has {', '.join(leaves)}"
-            raise ConfigError(f"lora.targets: {target!r} matches no layer{hint}")
+            raise ConfigError(f"lora.targets: {target!r} matches no layer{_near(target, names)}")
+
+
+def _near(asked: str, names: list[str], fitting: list[str] | None = None, there: str = "the model has") -> str:
+    """Tell which of a model's layers may have been meant, or all that would fit."""
+    word = (re.findall(r"\w+", asked) or [""])[-1]
+    near = difflib.get_close_matches(word, _leaves(names), n=1)
+    if near and near[0] != word:
+        return f", did you mean {near[0]}?"
+    return f"; {there} {', '.join(_leaves(names if fitting is None else fitting))}"
+
+
+def _leaves(names: list[str]) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
+
+
+def outlined(model: PreTrainedModel, lora: Lora, head: tuple[str, ...] = ()) -> PeftModel:
+    """Put an adapter on a model of which there are shapes alone, and refuse names in `lora.extra` that do nothing.
+
+    peft leaves them out without a word, so that trials with and without them are the same. Each is looked for by its
+    own rule in peft: a pattern among the layers that get an adapter, others by the ends of names.
+
+    Raises:
+        ConfigError: names the key, what it was given and the nearest layer; or peft refuses the adapter.
+    """
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    modules = [name for name, _ in model.named_modules() if name]
+    weights = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    layers = sorted({name.rpartition(".")[0] for name in weights})
+    wanted, extra = adapter(lora, head), lora.extra
+    whole = extra.get("modules_to_save")
+    config.require(not isinstance(whole, str), "lora.extra.modules_to_save", whole, "a list of names")
+    wanted.init_lora_weights = False  # shapes do not depend on it, and some ways of it need the weights
+    try:
+        tuned: Any = get_peft_model(model, wanted)
+    except (ValueError, re.error) as error:
+        raise ConfigError(f"lora is refused by peft: {error}") from error
+    on = tuned.base_model.targeted_module_names
+    spares = re.fullmatch if isinstance(extra.get("exclude_modules"), str) else _ends
+    rules: dict[str, tuple[list[str], Callable[[str, str], Any], str, str]] = {
+        "rank_pattern": (on, _fits, "layer with an adapter", "adapters are on"),
+        "alpha_pattern": (on, _fits, "layer with an adapter", "adapters are on"),
+        "exclude_modules": (layers, spares, "layer with weights", "there are"),
+        "modules_to_save": (modules, lambda end, name: name.endswith(end), "module", "the model has"),
+        "target_parameters": (weights, _ends, "weight", "names end with"),
+    }
+    for key, (names, fits, what, there) in rules.items():
+        given = extra.get(key) or []
+        for asked in [given] if isinstance(given, str) else given:
+            if not any(fits(asked, name) for name in names):
+                raise ConfigError(f"lora.extra.{key}: {asked!r} matches no {what}{_near(asked, modules, names, there)}")
+    asked = extra.get("layers_to_transform")
+    for number in asked if isinstance(asked, list) else []:
+        one = replace(wanted, layers_to_transform=number)
+        if not any(check_target_module_exists(one, name) for name in modules):
+            raise ConfigError(f"lora.extra.layers_to_transform: no layer {number} has one of lora.targets")
+    return tuned
+
+
+def _fits(pattern: str, name: str) -> Any:
+    """Whether a pattern of ranks is that of a layer (peft's `get_pattern_key`)."""
+    return re.match(rf"(.*\.)?({pattern})$", name)
+
+
+def _ends(end: str, name: str) -> bool:
+    """Whether the last words of a dotted name are those of another."""
+    return name == end or name.endswith(f".{end}")
 
 
 def check_rank(model: PreTrainedModel, lora: Lora, head: tuple[str, ...] = ()) -> None:

@@ -175,6 +175,52 @@ def test_what_the_libraries_refuse_is_told(stored):
         sizes.outline(asked, Quant(), Lora(), "float32", "eager")
 
 
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"rank_pattern": {"q_porj": 4}}, r"rank_pattern: 'q_porj' matches no layer with an adapter, did you mean q_proj"),
+        ({"rank_pattern": {r"layers\.7\..*q_proj": 4}}, r"rank_pattern: .* matches no layer .*; adapters are on down_proj,"),
+        ({"rank_pattern": {"lm_head": 4}}, "rank_pattern: 'lm_head' matches no layer with an adapter; adapters are on"),
+        ({"alpha_pattern": {"v_proj": 4, "v_prj": 4}}, "alpha_pattern: 'v_prj' matches no .*, did you mean v_proj"),
+        ({"exclude_modules": ["q_proj", "k_porj"]}, "exclude_modules: 'k_porj' matches no layer .*, did you mean k_proj"),
+        ({"exclude_modules": ["layers.0"]}, "exclude_modules: 'layers.0' matches no layer with weights; there are"),
+        ({"exclude_modules": "layers.0.*"}, "exclude_modules: 'layers.0.*' matches no layer"),
+        ({"modules_to_save": ["lm_haed"]}, "modules_to_save: 'lm_haed' matches no module, did you mean lm_head"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save must be a list of names, got 'lm_head'"),
+        ({"target_parameters": ["q_proj.weigth"]}, "target_parameters: 'q_proj.weigth' matches no weight; names end with"),
+        ({"rank_pattern": {"q_proj(": 4}}, "lora is refused by peft: "),
+    ],
+)  # fmt: skip
+def test_name_in_extra_that_matches_nothing_is_refused(extra, message):
+    """peft trains on without a word, so that a sweep would compare equal trials."""
+    with pytest.raises(ConfigError, match=message):
+        sizes.check_adapter(Model(kind=Kind.tiny), Lora(extra=extra))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"rank_pattern": {"q_proj": 4, r"layers\.0\..*_proj": 2}}, {"alpha_pattern": {"model.layers.0.mlp.up_proj": 4}},
+     {"exclude_modules": ["q_proj", "lm_head", "layers.0.mlp.up_proj"]}, {"exclude_modules": r".*layers\.0.*"},
+     {"modules_to_save": ["lm_head", "norm"]}, {"lora_bias": True}],
+    ids=lambda extra: next(iter(extra)),
+)  # fmt: skip
+def test_name_in_extra_that_matches_is_taken(extra):
+    sizes.check_adapter(Model(kind=Kind.tiny), Lora(extra=extra))
+
+
+def test_number_of_no_layer_is_refused():
+    asked = Lora(targets=["q_proj"], extra={"layers_to_transform": [0, 1]})
+    sizes.check_adapter(Model(kind=Kind.tiny), asked)
+    with pytest.raises(ConfigError, match=r"layers_to_transform: no layer 7 has one of lora\.targets"):
+        sizes.check_adapter(Model(kind=Kind.tiny), replace(asked, extra={"layers_to_transform": [0, 7]}))
+
+
+def test_pattern_of_a_layer_that_gets_no_adapter_is_refused():
+    lora = Lora(targets=["v_proj"], extra={"rank_pattern": {"q_proj": 4}})
+    with pytest.raises(ConfigError, match=r"'q_proj' matches no layer with an adapter; adapters are on v_proj$"):
+        sizes.check_adapter(Model(kind=Kind.tiny), lora)
+
+
 def test_distilbert_with_its_last_two_layers_thawed_as_its_recipe_counts():
     """Layers 4 and 5 and the head for 42 labels."""
     asked = Model(kind=Kind.hub, path="distilbert/distilbert-base-uncased")
