@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import config, garbage, handed
-from ftexp.config import Format, Kind, Lora, Method, Model, Quant, Variant
+from ftexp.config import Attention, Format, Kind, Lora, Method, Model, Quant, Variant
 from ftexp.errors import ConfigError, MachineError, Unusable, out_of_memory
 from ftexp.files import read_json, write_json
 from ftexp.model import compute, embedded, loftq, tiny
@@ -314,15 +314,37 @@ def fresh_head(model: PreTrainedModel, fresh: set[str], labels: int) -> tuple[st
 
 
 def stored(model: Model, quant: Quant, chosen: Compute, labels: int = 0) -> tuple[PreTrainedModel, set[str]]:
-    """Load the weights of a model wherever they are, and tell which of them came from nowhere (a fresh head)."""
+    """Load the weights of a model wherever they are, and tell which of them came from nowhere (a fresh head).
+
+    Raises:
+        MachineError: the model cannot be found or loaded, or this machine has no such attention.
+    """
     import torch
 
-    if model.kind is Kind.run:
-        return _handed_over(model, quant, chosen, labels)
-    if model.kind is Kind.tiny:
-        made = tiny.model(chosen.attention, labels).to(chosen.device, getattr(torch, chosen.dtype))  # type: ignore
-        return made, {"score.weight"}
-    return _pretrained(model, quant, chosen, labels)
+    with attending(chosen.attention):
+        if model.kind is Kind.run:
+            return _handed_over(model, quant, chosen, labels)
+        if model.kind is Kind.tiny:
+            made = tiny.model(chosen.attention, labels).to(chosen.device, getattr(torch, chosen.dtype))  # type: ignore
+            return made, {"score.weight"}
+        return _pretrained(model, quant, chosen, labels)
+
+
+@contextmanager
+def attending(attention: str) -> Iterator[None]:
+    """Say that this machine lacks an attention, which transformers sees when a model is made, before it reads weights.
+
+    Whether it is there is asked of the machine that computes: the one that launches a sweep need not have a GPU.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if attention != Attention.flash_attention_2.value:
+            raise
+        told = " ".join(str(error).split())[:300]
+        raise MachineError(
+            f"model.attention must be one that this machine has, as auto takes it, got {attention}: {told}"
+        ) from error
 
 
 def _handed_over(model: Model, quant: Quant, chosen: Compute, labels: int) -> tuple[PreTrainedModel, set[str]]:

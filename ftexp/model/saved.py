@@ -16,6 +16,7 @@ from ftexp.model import (
     _hooks,
     _quantization,
     _strip,
+    attending,
     checksums,
     compute,
     forget,
@@ -176,7 +177,7 @@ def read(folder: Path, chosen: compute.Compute, labels: int = 0, nf4: bool = Fal
     made_from = Model(kind=Kind.hub, path=str(folder))
     if gguf is None:
         source(made_from)  # refuses what leads out of the folder
-    with loading(str(folder)):
+    with loading(str(folder)), attending(chosen.attention):
         model = kind.from_pretrained(
             folder,
             dtype=getattr(torch, chosen.dtype),
