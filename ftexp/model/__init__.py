@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import gc
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import config, garbage, handed
-from ftexp.config import Format, Kind, Lora, Method, Model, Quant, Variant
+from ftexp.config import Attention, Format, Kind, Lora, Method, Model, Quant, Variant
 from ftexp.errors import ConfigError, MachineError, Unusable, out_of_memory
 from ftexp.files import read_json, write_json
 from ftexp.model import compute, embedded, loftq, tiny
@@ -313,15 +314,37 @@ def fresh_head(model: PreTrainedModel, fresh: set[str], labels: int) -> tuple[st
 
 
 def stored(model: Model, quant: Quant, chosen: Compute, labels: int = 0) -> tuple[PreTrainedModel, set[str]]:
-    """Load the weights of a model wherever they are, and tell which of them came from nowhere (a fresh head)."""
+    """Load the weights of a model wherever they are, and tell which of them came from nowhere (a fresh head).
+
+    Raises:
+        MachineError: the model cannot be found or loaded, or this machine has no such attention.
+    """
     import torch
 
-    if model.kind is Kind.run:
-        return _handed_over(model, quant, chosen, labels)
-    if model.kind is Kind.tiny:
-        made = tiny.model(chosen.attention, labels).to(chosen.device, getattr(torch, chosen.dtype))  # type: ignore
-        return made, {"score.weight"}
-    return _pretrained(model, quant, chosen, labels)
+    with attending(chosen.attention):
+        if model.kind is Kind.run:
+            return _handed_over(model, quant, chosen, labels)
+        if model.kind is Kind.tiny:
+            made = tiny.model(chosen.attention, labels).to(chosen.device, getattr(torch, chosen.dtype))  # type: ignore
+            return made, {"score.weight"}
+        return _pretrained(model, quant, chosen, labels)
+
+
+@contextmanager
+def attending(attention: str) -> Iterator[None]:
+    """Say that this machine lacks an attention, which transformers sees when a model is made, before it reads weights.
+
+    Whether it is there is asked of the machine that computes: the one that launches a sweep need not have a GPU.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if attention != Attention.flash_attention_2.value:
+            raise
+        told = " ".join(str(error).split())[:300]
+        raise MachineError(
+            f"model.attention must be one that this machine has, as auto takes it, got {attention}: {told}"
+        ) from error
 
 
 def _handed_over(model: Model, quant: Quant, chosen: Compute, labels: int) -> tuple[PreTrainedModel, set[str]]:
@@ -365,33 +388,57 @@ def _pretrained(model: Model, quant: Quant, chosen: Compute, labels: int = 0) ->
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+    given: dict[str, Any] = {
+        "output_loading_info": True,
+        **({"num_labels": labels} if labels else {}),
+        "revision": model.revision,
+        "dtype": getattr(torch, chosen.dtype),
+        "attn_implementation": chosen.attention,
+        "trust_remote_code": False,
+        "use_safetensors": True,  # other files of weights are pickles
+    }
     with loading(source(model), "model.path="), torch.random.fork_rng():
+        spared = _spared(kind, source(model), given) if labels and quant.kind is not Format.none else None
         torch.manual_seed(0)  # hidden layers of a fresh head are drawn
         loaded, told = kind.from_pretrained(
             source(model),
-            output_loading_info=True,
-            **({"num_labels": labels} if labels else {}),
-            revision=model.revision,
-            dtype=getattr(torch, chosen.dtype),
-            attn_implementation=chosen.attention,
-            quantization_config=_quantization(quant, chosen),
+            **given,
+            quantization_config=_quantization(quant, chosen, spared),
             device_map={"": torch.cuda.current_device()} if chosen.device == "cuda" else None,
-            trust_remote_code=False,
-            use_safetensors=True,  # other files of weights are pickles
         )
     return loaded, set(told["missing_keys"])
 
 
-def _quantization(quant: Quant, chosen: Compute) -> Any:
+def _spared(kind: Any, place: str, given: dict[str, Any]) -> list[str]:
+    """Name the modules of a classifier that stay as they are in a quantized base: all that no file of it has.
+
+    transformers spares output head and last layer alone, of a head with a bias not even that; what is trained whole
+    cannot be packed. On the meta device nothing is read but names.
+    """
+    found, told = kind.from_pretrained(place, **given, device_map={"": "meta"})
+    return not_packed(found, tuple({name.rpartition(".")[0] for name in told["missing_keys"]}))
+
+
+def not_packed(base: PreTrainedModel, head: tuple[str, ...]) -> list[str]:
+    """Name the modules that are not handed to bitsandbytes: those that transformers spares, and a fresh head's."""
+    from transformers.quantizers.base import HfQuantizer
+
+    usual = HfQuantizer.get_modules_to_not_convert(base, None, cast(Any, base)._keep_in_fp32_modules)
+    return sorted({*usual, *head})
+
+
+def _quantization(quant: Quant, chosen: Compute, spared: list[str] | None = None) -> Any:
+    """Translate the config to transformers'; of both formats `llm_int8_skip_modules` names what is not packed."""
     if quant.kind is Format.none:
         return None
     import torch
     from transformers import BitsAndBytesConfig
 
     if quant.kind is Format.int8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=spared)
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=spared,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=quant.double,
         bnb_4bit_compute_dtype=getattr(torch, chosen.dtype),
@@ -450,6 +497,27 @@ DRAWN = ("eva",)
 """Ways of peft to start an adapter that need a pass over data."""
 
 
+HEADS = ("classifier", "score")
+"""Ends of the names of modules that peft trains whole in every classifier, asked or not."""
+
+
+def wrapped(head: tuple[str, ...]) -> tuple[str, ...]:
+    """Name the modules that peft is to train whole for a fresh head: where one lies in another, the outer alone.
+
+    peft wraps what it is told and `HEADS`, the outer first: a wrapper of the inner one is then put where no forward
+    pass goes, so that the head that answers stays frozen (peft 0.21, `_set_trainable`).
+
+    >>> wrapped(("classifier.dense", "classifier.out_proj")), wrapped(("bert.pooler.dense", "classifier"))
+    (('classifier',), ('bert.pooler.dense', 'classifier'))
+    """
+    found = []
+    for name in head:
+        words = name.split(".")
+        outwards = [".".join(words[:end]) for end in range(1, len(words) + 1)]
+        found.append(next(outer for outer in outwards if outer in head or outer.endswith(HEADS)))
+    return tuple(dict.fromkeys(found))
+
+
 def adapter(lora: Lora, head: tuple[str, ...] = ()) -> LoraConfig:
     """Translate the config to peft's; the modules of a classification head are trained and saved whole.
 
@@ -469,7 +537,7 @@ def adapter(lora: Lora, head: tuple[str, ...] = ()) -> LoraConfig:
         "use_dora": lora.variant is Variant.dora,
         **({"init_lora_weights": PISSA} if lora.variant is Variant.pissa else {}),
         "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
-        **({"modules_to_save": list(head)} if head else {}),
+        **({"modules_to_save": list(wrapped(head))} if head else {}),
     }
     asked = str(lora.extra.get("init_lora_weights", "")).lower()
     if asked.startswith(TAKERS):
@@ -513,10 +581,75 @@ def check_targets(model: PreTrainedModel, targets: list[str]) -> None:
     names = [name for name, _ in model.named_modules() if name]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            leaves = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
-            near = difflib.get_close_matches(target, leaves, n=1)
-            hint = f", did you mean {near[0]}?" if near else f"; the model has {', '.join(leaves)}"
-            raise ConfigError(f"lora.targets: {target!r} matches no layer{hint}")
+            raise ConfigError(f"lora.targets: {target!r} matches no layer{_near(target, names)}")
+
+
+def _near(asked: str, names: list[str], fitting: list[str] | None = None, there: str = "the model has") -> str:
+    """Tell which of a model's layers may have been meant, or all that would fit."""
+    word = (re.findall(r"\w+", asked) or [""])[-1]
+    near = difflib.get_close_matches(word, _leaves(names), n=1)
+    if near and near[0] != word:
+        return f", did you mean {near[0]}?"
+    return f"; {there} {', '.join(_leaves(names if fitting is None else fitting))}"
+
+
+def _leaves(names: list[str]) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
+
+
+def outlined(model: PreTrainedModel, lora: Lora, head: tuple[str, ...] = ()) -> PeftModel:
+    """Put an adapter on a model of which there are shapes alone, and refuse names in `lora.extra` that do nothing.
+
+    peft leaves them out without a word, so that trials with and without them are the same. Each is looked for by its
+    own rule in peft: a pattern among the layers that get an adapter, others by the ends of names.
+
+    Raises:
+        ConfigError: names the key, what it was given and the nearest layer; or peft refuses the adapter.
+    """
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    modules = [name for name, _ in model.named_modules() if name]
+    weights = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    layers = sorted({name.rpartition(".")[0] for name in weights})
+    wanted, extra = adapter(lora, head), lora.extra
+    whole = extra.get("modules_to_save")
+    config.require(not isinstance(whole, str), "lora.extra.modules_to_save", whole, "a list of names")
+    wanted.init_lora_weights = False  # shapes do not depend on it, and some ways of it need the weights
+    try:
+        tuned: Any = get_peft_model(model, wanted)
+    except (ValueError, re.error) as error:
+        raise ConfigError(f"lora is refused by peft: {error}") from error
+    on = tuned.base_model.targeted_module_names
+    spares = re.fullmatch if isinstance(extra.get("exclude_modules"), str) else _ends
+    rules: dict[str, tuple[list[str], Callable[[str, str], Any], str, str]] = {
+        "rank_pattern": (on, _fits, "layer with an adapter", "adapters are on"),
+        "alpha_pattern": (on, _fits, "layer with an adapter", "adapters are on"),
+        "exclude_modules": (layers, spares, "layer with weights", "there are"),
+        "modules_to_save": (modules, lambda end, name: name.endswith(end), "module", "the model has"),
+        "target_parameters": (weights, _ends, "weight", "names end with"),
+    }
+    for key, (names, fits, what, there) in rules.items():
+        given = extra.get(key) or []
+        for asked in [given] if isinstance(given, str) else given:
+            if not any(fits(asked, name) for name in names):
+                raise ConfigError(f"lora.extra.{key}: {asked!r} matches no {what}{_near(asked, modules, names, there)}")
+    asked = extra.get("layers_to_transform")
+    for number in asked if isinstance(asked, list) else []:
+        one = replace(wanted, layers_to_transform=number)
+        if not any(check_target_module_exists(one, name) for name in modules):
+            raise ConfigError(f"lora.extra.layers_to_transform: no layer {number} has one of lora.targets")
+    return tuned
+
+
+def _fits(pattern: str, name: str) -> Any:
+    """Whether a pattern of ranks is that of a layer (peft's `get_pattern_key`)."""
+    return re.match(rf"(.*\.)?({pattern})$", name)
+
+
+def _ends(end: str, name: str) -> bool:
+    """Whether the last words of a dotted name are those of another."""
+    return name == end or name.endswith(f".{end}")
 
 
 def check_rank(model: PreTrainedModel, lora: Lora, head: tuple[str, ...] = ()) -> None:
@@ -565,7 +698,7 @@ def adapted(base: Base, lora: Lora, seed: int) -> Iterator[PeftModel | PreTraine
     from transformers import set_seed
 
     whole = lora.variant is Variant.none
-    heads = {} if whole else {name: base.model.get_submodule(name) for name in base.head}
+    heads = {} if whole else {name: base.model.get_submodule(name) for name in wrapped(base.head)}
     forward, hooks = base.model.__dict__.get("forward"), _hooks(base.model)
     mine = thawed(base.model, lora.train, base.head) if whole else []
     changed = [(weight, weight.detach().cpu().clone()) for weight in mine]

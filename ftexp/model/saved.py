@@ -16,12 +16,14 @@ from ftexp.model import (
     _hooks,
     _quantization,
     _strip,
+    attending,
     checksums,
     compute,
     forget,
     loading,
     source,
     stored,
+    wrapped,
 )
 from ftexp.progress import say
 from ftexp.runs import Kept
@@ -66,7 +68,7 @@ def restored(base: Base, folder: Path) -> Iterator[PeftModel]:
     Raises:
         MachineError: the folder holds no adapter of this base.
     """
-    heads = {name: base.model.get_submodule(name) for name in base.head}
+    heads = {name: base.model.get_submodule(name) for name in wrapped(base.head)}
     forward, hooks = base.model.__dict__.get("forward"), _hooks(base.model)
     try:
         tuned = attached(base.model, folder)
@@ -175,7 +177,7 @@ def read(folder: Path, chosen: compute.Compute, labels: int = 0, nf4: bool = Fal
     made_from = Model(kind=Kind.hub, path=str(folder))
     if gguf is None:
         source(made_from)  # refuses what leads out of the folder
-    with loading(str(folder)):
+    with loading(str(folder)), attending(chosen.attention):
         model = kind.from_pretrained(
             folder,
             dtype=getattr(torch, chosen.dtype),

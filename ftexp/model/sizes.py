@@ -75,23 +75,17 @@ def outline(model: Model, quant: Quant, lora: Lora, dtype: str, attention: str, 
         MachineError: the config of the model cannot be read.
     """
     import torch
-    from peft import get_peft_model
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         base = _base(model, dtype, attention, labels)
         head = _head(base, labels) if labels else ()
-        matrices = quantized(base) if quant.kind is not Format.none else {}
+        matrices = quantized(base, head) if quant.kind is not Format.none else {}
         base.requires_grad_(False)
         full = lora.variant is Variant.none
         mine = models.thawed(base, lora.train, head) if full else []
         models.check_targets(base, lora.targets)
         whole, stored, plain = _footprint(base, matrices, quant), _scales(matrices, quant), _weight_bytes(base)
-        wanted = models.adapter(lora, head)
-        wanted.init_lora_weights = False  # sizes do not depend on it, and some ways of it need the weights
-        try:
-            tuned: Any = base if full else get_peft_model(base, wanted)
-        except ValueError as error:
-            raise ConfigError(f"lora is refused by peft: {error}") from error
+        tuned: Any = base if full else models.outlined(base, lora, head)
         for weight in mine:
             weight.requires_grad_(True)
         taken = [m.get_base_layer().weight for m in tuned.modules() if lora.variant is Variant.pissa and _adapts(m)]
@@ -120,21 +114,25 @@ def outline(model: Model, quant: Quant, lora: Lora, dtype: str, attention: str, 
 
 
 def check_adapter(model: Model, lora: Lora, labels: int = 0) -> None:
-    """Refuse a target that matches no layer, and what PiSSA cannot take out of one, before weights are loaded.
+    """Refuse names that match no layer, and what PiSSA cannot take out of one, before weights are loaded.
 
     Raises:
-        ConfigError: names the target and the nearest layer, or the layer and its size.
+        ConfigError: names what was asked for and the nearest layer, or the layer and its size.
         MachineError: the config of the model cannot be read.
     """
     import torch
 
-    if lora.targets == ["all-linear"] and lora.variant is not Variant.pissa:
+    if lora.targets == ["all-linear"] and lora.variant is not Variant.pissa and not lora.extra:
         return
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         base = _base(model, "float32", "eager", labels)
+        head = _head(base, labels) if labels else ()
     models.check_targets(base, lora.targets)
     if lora.variant is Variant.pissa:
-        models.check_rank(base, lora, _head(base, labels) if labels else ())
+        models.check_rank(base, lora, head)
+    if lora.extra:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            models.outlined(base, lora, head)
 
 
 def _base(model: Model, dtype: str, attention: str, labels: int) -> PreTrainedModel:
@@ -161,17 +159,16 @@ def _head(base: PreTrainedModel, labels: int) -> tuple[str, ...]:
     return models.fresh_head(base, {name for name in base.state_dict() if not name.startswith(body)}, labels)
 
 
-def quantized(base: PreTrainedModel) -> dict[str, int]:
+def quantized(base: PreTrainedModel, head: tuple[str, ...] = ()) -> dict[str, int]:
     """Name the matrices that transformers hands to bitsandbytes, each with its number of weights.
 
-    All linear layers but the output head and what is tied to it (`replace_with_bnb_linear`).
+    All linear layers but the output head and what is tied to it (`replace_with_bnb_linear`), and a fresh head.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    spared = HfQuantizer.get_modules_to_not_convert(base, None, cast(Any, base)._keep_in_fp32_modules)
+    spared = models.not_packed(base, head)
     return {
         name: module.weight.numel()
         for name, module in base.named_modules()

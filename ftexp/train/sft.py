@@ -7,14 +7,15 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import evaluate, metrics, ranks
-from ftexp.config import Loss, Method, Packing, Run, Trainer
+from ftexp.config import RETIRED, Loss, Method, Packing, Run, Trainer
 from ftexp.data.prompts import Example
-from ftexp.errors import Diverged, OutOfTime, Preempted, Pruned
+from ftexp.errors import ConfigError, Diverged, OutOfTime, Preempted, Pruned
 from ftexp.model import Base, accept
 from ftexp.progress import progress
 from ftexp.train import lengths, losses, spread
@@ -29,6 +30,28 @@ if TYPE_CHECKING:
 
 DEAD_STEPS = 3
 """Steps in a row without any gradient after which a training is over: a step too large has left nothing to learn."""
+
+
+PREPARED = {
+    "assistant_only_loss": "data.completion",
+    "chat_template_kwargs": "data.template",
+    "chat_template_path": "data.template",
+    "completion_only_loss": "data.completion",
+    "dataset_kwargs": "",
+    "dataset_num_proc": "",
+    "dataset_text_field": "data.completion",
+    "eos_token": "data.template",
+    "eval_packing": "data.packing",
+    "model_init_kwargs": "model.kind",
+    "packing_strategy": "data.packing",
+    "pad_token": "",
+    "shuffle_dataset": "",
+    "truncation_mode": "data.long",
+    "trust_remote_code": "",
+}
+"""Keywords of TRL for what ftexp does itself, from rows to ids and masks and from files to a model -> the key for it.
+
+TRL gets ids and labels and a model, so these would change nothing, or the tokenizer behind our back."""
 
 
 def train(
@@ -161,10 +184,12 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
     """Translate the config to TRL's: an SFTConfig, with `kind=rloo` an RLOOConfig.
 
     Raises:
-        ConfigError: `trainer.extra` names a keyword TRL does not know, or gives one that the schema has.
+        ConfigError: `trainer.extra` names a keyword TRL does not know or would not act on, or gives one that the schema
+            has.
     """
     from trl import RLOOConfig, SFTConfig
 
+    _check_extra(trainer)
     batch, accumulation = spread.shape(trainer, ranks.count())
     own: dict[str, Any] = {
         "output_dir": folder,
@@ -208,6 +233,25 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
         "use_vllm": False,
     }
     return cast("SFTConfig", accept(RLOOConfig, own, trainer.extra, "trainer.extra"))
+
+
+def _check_extra(trainer: Trainer) -> None:
+    """Refuse keywords of TRL that would be taken and do nothing, so that trials with and without them are the same."""
+    from transformers import TrainingArguments
+    from trl import SFTConfig
+
+    for name in sorted(trainer.extra):
+        acts = name == "shuffle_dataset" and trainer.kind is Method.rloo  # on its draws of prompts
+        if name in PREPARED and not acts:
+            key = f": {PREPARED[name]}" if PREPARED[name] else ""
+            raise ConfigError(f"trainer.extra.{name} must not be set, ftexp prepares rows and model itself{key}")
+    if trainer.kind not in (Method.sft, Method.rloo):
+        of_trl = {f.name for f in fields(SFTConfig)} - {f.name for f in fields(TrainingArguments)} - set(RETIRED)
+        for name in sorted(of_trl & set(trainer.extra)):
+            raise ConfigError(
+                f"trainer.extra.{name} must not be set with trainer.kind={trainer.kind.value}: TRL's SFTTrainer alone "
+                "reads it, and transformers' Trainer takes the steps"
+            )
 
 
 def _trainer(

@@ -12,9 +12,10 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers.utils import is_flash_attn_2_available
 
 from ftexp import model
-from ftexp.config import Dtype, Format, Kind, Lora, Model, Quant, Variant
+from ftexp.config import Attention, Dtype, Format, Kind, Lora, Model, Quant, Variant
 from ftexp.errors import ConfigError, MachineError
 from ftexp.model import compute
 
@@ -322,6 +323,27 @@ def test_hub_model_loads_from_a_folder(base, tmp_path):
     loaded = model.load(Model(kind=Kind.hub, path=str(tmp_path)), Quant())
     assert loaded.weights == weights
     assert loaded.tokenizer.chat_template == base.tokenizer.chat_template
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is there")
+@pytest.mark.parametrize("kind", [Kind.tiny, Kind.hub])
+def test_attention_that_is_not_installed_is_named_by_its_key(base, kind, tmp_path):
+    """By the machine that is to compute, and before weights are read; transformers raises an ImportError."""
+    base.model.save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")  # no such weights are told of
+    path = str(tmp_path) if kind is Kind.hub else ""
+    asked = Model(kind=kind, path=path, dtype=Dtype.bfloat16, attention=Attention.flash_attention_2)
+    with pytest.raises(
+        MachineError, match=r"model\.attention must be .*, got flash_attention_2: FlashAttention2 has"
+    ) as told:
+        model.load(asked, Quant())
+    assert "\n" not in str(told.value)
+
+
+def test_another_import_error_is_no_matter_of_attention():
+    with pytest.raises(ImportError), model.attending("sdpa"):
+        raise ImportError
 
 
 def gradients(loaded):

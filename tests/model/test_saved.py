@@ -1,11 +1,13 @@
 """Adapters put back and merged: against the sums done by hand, and what does not fit."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.utils import is_flash_attn_2_available
 
 from ftexp import model
 from ftexp.config import Kind, Lora, Model, Quant
@@ -90,6 +92,14 @@ def test_folder_is_read_as_it_was_written(at, tmp_path):
         torch.equal(a, b) for a, b in zip(made.state_dict().values(), again.model.state_dict().values(), strict=True)
     )
     assert again.tokenizer("abc").input_ids == tiny.tokenizer()("abc").input_ids
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is there")
+def test_folder_read_with_an_attention_that_is_not_installed(tmp_path):
+    tiny.model("eager").save_pretrained(tmp_path)
+    chosen = replace(compute.policy(FLAT), dtype="bfloat16", attention="flash_attention_2")
+    with pytest.raises(MachineError, match=r"model\.attention must be .*, got flash_attention_2"):
+        saved.read(tmp_path, chosen)
 
 
 def config_dtype():

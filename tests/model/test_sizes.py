@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import encoders
 import pytest
 import torch
 from peft import get_peft_model
@@ -24,8 +25,11 @@ SMALL = {
     "distilbert": {"model_type": "distilbert", "vocab_size": 300, "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4},
     "bert": {"model_type": "bert", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128,
              "num_hidden_layers": 2, "num_attention_heads": 4},
+    "roberta": {"model_type": "roberta", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128,
+                "num_hidden_layers": 2, "num_attention_heads": 4},
 }  # fmt: skip
-ENCODERS = ("distilbert", "bert")
+HEADS = {"distilbert": ("pre_classifier", "classifier"), "bert": ("classifier",),
+         "roberta": ("classifier.dense", "classifier.out_proj")}  # fmt: skip
 NF4 = Quant(Format.nf4, double=True)
 
 
@@ -50,9 +54,9 @@ def stored(tmp_path):
     ids=["plain", "dora", "bias"],
 )  # fmt: skip
 def test_counts_and_files_are_those_of_the_real_model(name, lora, stored, tmp_path):
-    labels = 5 if name in ENCODERS else 0
+    labels = 5 if name in HEADS else 0
     asked, real = stored(name, labels)
-    head = {"distilbert": ("pre_classifier", "classifier"), "bert": ("classifier",)}.get(name, ())
+    head = HEADS.get(name, ())
     footprint = real.get_memory_footprint() - sum(
         b.numel() * 4 for n, b in real.named_buffers() if n.endswith("original_inv_freq")
     )
@@ -113,6 +117,17 @@ def test_int8_weights_are_those_of_bitsandbytes(stored):
     assert told.packed == told.total == model.count(kept).total + told.trainable
 
 
+@pytest.mark.parametrize("quant", [Quant(Format.int8), NF4], ids=["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["roberta", "distilbert"])
+def test_a_fresh_head_is_planned_as_it_is_kept(kind, quant, tmp_path):
+    asked = Model(kind=Kind.hub, path=str(encoders.save(kind, tmp_path)), dtype=Dtype.float32)
+    base = model._load(asked, quant, "x", 5)
+    told = sizes.outline(asked, quant, Lora(4, 8), "float32", "eager", 5)
+    assert told.footprint == base.model.get_memory_footprint()
+    with model.adapted(base, Lora(4, 8), 0) as tuned:
+        assert (told.trainable, told.total) == (model.count(tuned).trainable, model.count(tuned).total)
+
+
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PHI3 = ["o_proj", "qkv_proj", "gate_up_proj", "down_proj"]
 
@@ -145,7 +160,9 @@ def test_llama2_as_its_recipes_have_it(r, trainable):
 
 def test_a_packed_head_would_be_seen(monkeypatch):
     usual = sizes.quantized
-    monkeypatch.setattr(sizes, "quantized", lambda base: usual(base) | {"lm_head": base.lm_head.weight.numel()})
+    monkeypatch.setattr(
+        sizes, "quantized", lambda base, head: usual(base, head) | {"lm_head": base.lm_head.weight.numel()}
+    )
     told = outlined("mistralai/Mistral-7B-v0.1", NF4, 8, [*LINEAR, "lm_head"], "float16")
     assert told.packed != 3_773_331_456
 
@@ -156,6 +173,52 @@ def test_what_the_libraries_refuse_is_told(stored):
     asked, _ = stored("distilbert", 3)
     with pytest.raises(ConfigError, match="has no text to learn"):
         sizes.outline(asked, Quant(), Lora(), "float32", "eager")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"rank_pattern": {"q_porj": 4}}, r"rank_pattern: 'q_porj' matches no layer with an adapter, did you mean q_proj"),
+        ({"rank_pattern": {r"layers\.7\..*q_proj": 4}}, r"rank_pattern: .* matches no layer .*; adapters are on down_proj,"),
+        ({"rank_pattern": {"lm_head": 4}}, "rank_pattern: 'lm_head' matches no layer with an adapter; adapters are on"),
+        ({"alpha_pattern": {"v_proj": 4, "v_prj": 4}}, "alpha_pattern: 'v_prj' matches no .*, did you mean v_proj"),
+        ({"exclude_modules": ["q_proj", "k_porj"]}, "exclude_modules: 'k_porj' matches no layer .*, did you mean k_proj"),
+        ({"exclude_modules": ["layers.0"]}, "exclude_modules: 'layers.0' matches no layer with weights; there are"),
+        ({"exclude_modules": "layers.0.*"}, "exclude_modules: 'layers.0.*' matches no layer"),
+        ({"modules_to_save": ["lm_haed"]}, "modules_to_save: 'lm_haed' matches no module, did you mean lm_head"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save must be a list of names, got 'lm_head'"),
+        ({"target_parameters": ["q_proj.weigth"]}, "target_parameters: 'q_proj.weigth' matches no weight; names end with"),
+        ({"rank_pattern": {"q_proj(": 4}}, "lora is refused by peft: "),
+    ],
+)  # fmt: skip
+def test_name_in_extra_that_matches_nothing_is_refused(extra, message):
+    """peft trains on without a word, so that a sweep would compare equal trials."""
+    with pytest.raises(ConfigError, match=message):
+        sizes.check_adapter(Model(kind=Kind.tiny), Lora(extra=extra))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"rank_pattern": {"q_proj": 4, r"layers\.0\..*_proj": 2}}, {"alpha_pattern": {"model.layers.0.mlp.up_proj": 4}},
+     {"exclude_modules": ["q_proj", "lm_head", "layers.0.mlp.up_proj"]}, {"exclude_modules": r".*layers\.0.*"},
+     {"modules_to_save": ["lm_head", "norm"]}, {"lora_bias": True}],
+    ids=lambda extra: next(iter(extra)),
+)  # fmt: skip
+def test_name_in_extra_that_matches_is_taken(extra):
+    sizes.check_adapter(Model(kind=Kind.tiny), Lora(extra=extra))
+
+
+def test_number_of_no_layer_is_refused():
+    asked = Lora(targets=["q_proj"], extra={"layers_to_transform": [0, 1]})
+    sizes.check_adapter(Model(kind=Kind.tiny), asked)
+    with pytest.raises(ConfigError, match=r"layers_to_transform: no layer 7 has one of lora\.targets"):
+        sizes.check_adapter(Model(kind=Kind.tiny), replace(asked, extra={"layers_to_transform": [0, 7]}))
+
+
+def test_pattern_of_a_layer_that_gets_no_adapter_is_refused():
+    lora = Lora(targets=["v_proj"], extra={"rank_pattern": {"q_proj": 4}})
+    with pytest.raises(ConfigError, match=r"'q_proj' matches no layer with an adapter; adapters are on v_proj$"):
+        sizes.check_adapter(Model(kind=Kind.tiny), lora)
 
 
 def test_distilbert_with_its_last_two_layers_thawed_as_its_recipe_counts():
@@ -170,7 +233,7 @@ def test_distilbert_with_its_last_two_layers_thawed_as_its_recipe_counts():
 
 @pytest.mark.parametrize("name", SMALL)
 def test_counts_and_files_without_an_adapter_are_those_of_the_real_model(name, stored, tmp_path):
-    labels = 5 if name in ENCODERS else 0
+    labels = 5 if name in HEADS else 0
     asked, real = stored(name, labels)
     told = sizes.outline(asked, Quant(), Lora(variant=Variant.none), "float32", "eager", labels)
     assert told.trainable == told.total == sum(p.numel() for p in real.parameters())

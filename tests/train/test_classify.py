@@ -4,13 +4,16 @@ import json
 import math
 import random
 
+import encoders
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from sklearn.metrics import log_loss
 from sklearn.utils.class_weight import compute_class_weight
 
 from ftexp import data, experiment, labels, model
+from ftexp import trained as trained_run
 from ftexp.data import Row
 from ftexp.errors import DataError, Preempted
 from ftexp.files import read_json
@@ -370,6 +373,56 @@ def test_encoder_with_a_hidden_layer_in_its_head(genres, tmp_path):
     saved = load_file(tmp_path / "a" / "adapter" / "adapter_model.safetensors")
     assert all(weight.abs().max() > 0 for weight in saved.values())  # the head moved off zero, and LoRA B too
     assert {key.split(".")[-2] for key in saved if "lora" not in key} == {"pre_classifier", "classifier"}
+
+
+@pytest.mark.parametrize("kind", ["roberta", "electra"])
+def test_head_in_a_module_of_its_own_learns_and_is_loaded_again(kind, tiny, tmp_path):
+    """peft wraps `classifier` unasked; the two layers in it must not be wrapped once more, where no pass goes."""
+    run = tiny("data=genres", "trainer=classify", "model=hub", f"model.path={encoders.save(kind, tmp_path / kind)}",
+               "trainer.steps=8")  # fmt: skip
+    experiment.prepare(run)
+    base, _, valid, known = parts(run)
+    assert base.head == ("classifier.dense", "classifier.out_proj")
+    before = base.model.classifier
+    ids = torch.arange(3, 20)[None]
+    with model.adapted(base, run.lora, run.seed) as tuned:
+        head = {n: p for n, p in tuned.named_parameters() if "classifier" in n and p.requires_grad}
+        assert sorted(n.split(".")[-2] for n in head) == ["dense", "dense", "out_proj", "out_proj"]
+        head[next(n for n in head if "out_proj.weight" in n)].data += 1.0
+        tuned(ids).logits.sum().backward()
+        learning = {n: p.grad for n, p in tuned.named_parameters() if p.requires_grad}
+        assert all(grad is not None for grad in learning.values())
+        assert all(grad.abs().max() > 0 for n, grad in learning.items() if n in head or "lora_B" in n)
+    assert base.model.classifier is before
+    assert model.load(run.model, run.quant, len(known)) is base
+    scores = experiment.execute(run, tmp_path / "a", "x")
+    assert scores["valid/loss"] < math.log(2) - 0.05
+    told = read_json(tmp_path / "a" / "trial.json")["plan"]
+    assert all(told[key]["planned"] == told[key]["real"] for key in ("trainable", "total", "steps"))
+    with trained_run.load(trained_run.find(str(tmp_path / "a"))) as again:
+        answers = classify.logits(again.tuned, again.tokenizer, valid, run.eval, "again")
+    assert classify.loss(answers, valid, known, True) == pytest.approx(scores["valid/loss"], abs=1e-9)
+    assert model._warm is not None  # the base came back as it was
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [("roberta", ("classifier.dense", "classifier.out_proj")), ("bert", ("bert.pooler.dense", "classifier")),
+     ("distilbert", ("pre_classifier", "classifier"))],
+)  # fmt: skip
+def test_head_on_a_quantized_encoder_is_not_packed(kind, head, quant, tiny, tmp_path):
+    """By itself transformers packs all of these, and a packed layer can be neither trained nor made float32."""
+    run = tiny("data=genres", "trainer=classify", "model=hub", f"model.path={encoders.save(kind, tmp_path / kind)}",
+               f"quant={quant}", "trainer.steps=3", "trainer.report_steps=0")  # fmt: skip
+    experiment.prepare(run)
+    scores = experiment.execute(run, tmp_path / "a", "x")
+    base = parts(run)[0]
+    assert base.head == head
+    assert {type(base.model.get_submodule(name)) for name in head} == {torch.nn.Linear}
+    packed = {name.split(".")[-1] for name, m in base.model.named_modules() if type(m) in (Linear4bit, Linear8bitLt)}
+    assert packed >= ({"q_lin", "lin1"} if kind == "distilbert" else {"query", "dense"})
+    assert scores["valid/loss"] < math.log(2) - 0.005
 
 
 def test_left_classifier_goes_on_to_the_same_bits(genres, tmp_path):

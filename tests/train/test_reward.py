@@ -2,6 +2,7 @@
 
 import math
 
+import encoders
 import pytest
 import torch
 from test_answers import trained
@@ -96,6 +97,15 @@ def test_it_learns_and_what_is_saved_gives_the_scores_that_were_reported(pairs_o
     loaded = PeftModel.from_pretrained(fresh.model, tmp_path / "a" / "adapter")
     again = reward.score(loaded, fresh.tokenizer, parts(run)[2], run.eval, "again").scores
     assert again == {k.removeprefix("valid/"): v for k, v in scores.items() if k.startswith("valid/")}
+
+
+def test_head_of_an_encoder_with_a_hidden_layer_learns(pairs_of, tmp_path):
+    """RoBERTa's head is a module of its own, which peft wraps unasked."""
+    run = pairs_of("model=hub", f"model.path={encoders.save('roberta', tmp_path / 'roberta')}", "trainer.steps=20",
+                   "trainer.batch=16", "data.rows=200", "data.valid=40", "trainer.report_steps=0")  # fmt: skip
+    scores = experiment.execute(run, tmp_path / "a", "x")
+    assert scores["train/loss"] < math.log(2) - 0.02
+    assert scores["valid/loss"] < math.log(2)
 
 
 def test_baseline_has_a_reward_for_each_answer(pairs_of):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ftexp import data, experiment, model
+from ftexp import config, data, experiment, model
+from ftexp.config import Method
 from ftexp.data import prompts
 from ftexp.errors import ConfigError, Diverged
 from ftexp.train import TRAINERS, checkpoints, sft
@@ -28,8 +29,6 @@ def trained(run, tmp_path: Path, reports=None, rows=None):
 
 
 def test_every_method_has_a_trainer():
-    from ftexp.config import Method
-
     assert set(TRAINERS) == set(Method)
 
 
@@ -265,6 +264,41 @@ def test_library_keyword_that_does_not_exist_is_refused(tiny, extra, message):
     run.trainer.extra = extra
     with pytest.raises(ConfigError, match=message):
         sft.arguments(run.trainer, "cpu", 0, "x", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "key"),
+    [("completion_only_loss", False, "data.completion"), ("assistant_only_loss", True, "data.completion"),
+     ("packing_strategy", "wrapped", "data.packing"), ("truncation_mode", "keep_end", "data.long"),
+     ("chat_template_path", "x.jinja", "data.template"), ("model_init_kwargs", {"dtype": "float16"}, "model.kind")],
+)  # fmt: skip
+def test_keyword_for_what_trl_would_prepare_is_refused(tiny, name, value, key):
+    run = tiny()
+    run.trainer.extra = {name: value}
+    with pytest.raises(ConfigError, match=rf"trainer\.extra\.{name} must not be set, ftexp prepares .* itself: {key}$"):
+        sft.arguments(run.trainer, "cpu", 0, "x", 1)
+
+
+def test_keys_that_stand_for_what_trl_would_prepare_are_there():
+    assert {key for key in sft.PREPARED.values() if key} <= set(config.keys())
+
+
+def test_keyword_that_only_trls_trainer_reads_is_refused_elsewhere(tiny):
+    run = tiny("+trainer.extra.pad_to_multiple_of=8", "+trainer.extra.adam_beta2=0.5")
+    assert sft.arguments(run.trainer, "cpu", 0, "x", 1).pad_to_multiple_of == 8
+    for kind in (Method.classify, Method.reward, Method.dpo):
+        run.trainer.kind = kind
+        with pytest.raises(ConfigError, match=rf"pad_to_multiple_of must not be set with trainer\.kind={kind.value}:"):
+            sft.arguments(run.trainer, "cpu", 0, "x", 1)
+
+
+def test_order_of_prompts_is_left_to_rloo(tiny):
+    run = tiny("+trainer.extra.shuffle_dataset=false")
+    with pytest.raises(ConfigError, match=r"shuffle_dataset must not be set, ftexp prepares rows and model itself$"):
+        sft.arguments(run.trainer, "cpu", 0, "x", 1)
+    run.trainer.kind = Method.rloo
+    run.trainer.batch, run.trainer.accumulation = run.trainer.generations, 1
+    assert sft.arguments(run.trainer, "cpu", 0, "x", 1).shuffle_dataset is False
 
 
 def test_library_keyword_reaches_the_library(tiny):
