@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,10 @@ from rich.text import Text
 
 from ftexp import data, model, verb
 from ftexp.api import compose
-from ftexp.config import Data, Packing, Run
+from ftexp.config import Data, Method, Packing, Run
 from ftexp.data import gates, prompts
 from ftexp.data.prompts import Example
+from ftexp.data.shapes import Row
 from ftexp.errors import MachineError
 from ftexp.progress import quiet_libraries
 
@@ -72,6 +74,19 @@ def histogram(lengths: list[int]) -> list[tuple[int, int, int]]:
     return [(low + n * width, low + (n + 1) * width - 1, count) for n, count in enumerate(bins)]
 
 
+def rendered(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, run: Run) -> list[Example]:
+    """Render rows as training does; of a classifier the texts alone, for its labels are no tokens.
+
+    Raises:
+        DataError: a row cannot be used.
+    """
+    if run.trainer.kind is not Method.classify:
+        return prompts.render(rows, tokenizer, run.data)
+    from ftexp.train import classify
+
+    return [Example(e.row, e.ids, ()) for e in classify.render(rows, tokenizer, run)]
+
+
 def show(run: Run, console: Console, rows: int, split: str, png: Path | None) -> None:
     """Print counts, rows and lengths of the data of a run.
 
@@ -80,13 +95,15 @@ def show(run: Run, console: Console, rows: int, split: str, png: Path | None) ->
     """
     splits = data.load(run.data)
     tokenizer = model.tokenizer(run.model)
-    lenient = replace(run.data, max_length=1 << 20)
+    lenient = replace(run, data=replace(run.data, max_length=1 << 20))
     parts = {"train": splits.train, "valid": splits.valid}
-    made = {name: prompts.render(part, tokenizer, lenient) for name, part in parts.items()}
+    made = {name: rendered(part, tokenizer, lenient) for name, part in parts.items()}
     for example in made[split][:rows]:
         known = len(example.ids) - example.supervised
         console.rule(f"{split}  {example.row.where}  {known} + {example.supervised} supervised tokens", align="left")
         console.print(coloured(example, tokenizer, brackets=not console.is_terminal), soft_wrap=True)
+        if run.trainer.kind is Method.classify:
+            console.print(Text(f"labels: {example.row.completion}", LEARNED), soft_wrap=True)
     console.rule()
     dropped = ", ".join(f"{count} {reason} copies left out" for reason, count in splits.dropped().items())
     console.print(
@@ -100,7 +117,7 @@ def show(run: Run, console: Console, rows: int, split: str, png: Path | None) ->
         console.print(f"picture: {png}", highlight=False, markup=False)
     gates.near_leaks(splits, run.data)
     for part in parts.values():
-        prompts.render(part, tokenizer, run.data)
+        rendered(part, tokenizer, run)
 
 
 def counted(run: Run, rows: int, split: str) -> dict[str, Any]:
@@ -113,7 +130,7 @@ def counted(run: Run, rows: int, split: str) -> dict[str, Any]:
     tokenizer = model.tokenizer(run.model)
     gates.near_leaks(splits, run.data)
     sides = {"train": splits.train, "valid": splits.valid}
-    made = {name: prompts.render(part, tokenizer, run.data) for name, part in sides.items()}
+    made = {name: rendered(part, tokenizer, run) for name, part in sides.items()}
     parts = {
         name: {"rows": len(part), "tokens": sum(len(e.ids) for e in part),
                "supervised": sum(e.supervised for e in part), "longest": max((len(e.ids) for e in part), default=0)}

@@ -133,3 +133,15 @@ def test_json_says_what_the_screen_says(shown):
     assert not any(row.completion in out for row in splits.test)
     code, out, err = shown(*SMALL, "data.max_length=60", "--json")
     assert (code, out) == (3, "") and "ftexp: yoda:0: a row must be at most" in err
+
+
+def test_rows_of_a_classifier_are_texts_with_labels_beside_them(shown):
+    """They were shown as a conversation, and refused for what `data.long=cut` left of it."""
+    given = ["model=tiny", "data=genres", "trainer=classify", "data.rows=120", "data.valid=12", "--rows", "1"]
+    code, out, err = shown(*given, "data.max_length=40", "data.long=cut")
+    assert code == 0, err
+    assert "im_start" not in out and "⟦" not in out
+    assert "labels: " in out and "0 supervised tokens" in out
+    assert "rows have more than data.max_length=40 tokens and are cut" in out
+    code, _, err = shown(*given, "data.max_length=40")
+    assert code == 3 and "a row must be at most data.max_length=40 tokens" in err

@@ -300,15 +300,24 @@ def keep_head_whole(model: PreTrainedModel) -> None:
 
 
 def fresh_head(model: PreTrainedModel, fresh: set[str], labels: int) -> tuple[str, ...]:
-    """Name the modules whose weights came from no file, make them float32, and start the last of them at zero."""
+    """Name the modules whose weights came from no file, make them float32, and start the last of them at zero.
+
+    Raises:
+        MachineError: the file holds a head of that many outputs: which label each of them is for it does not say.
+    """
     import torch
 
     names = tuple(n for n, _ in model.named_modules() if n in {weight.rpartition(".")[0] for weight in fresh})
     for name in names:
         module = model.get_submodule(name).float()
         module.register_forward_pre_hook(lambda _, given: (given[0].float(), *given[1:]))
-    last = [model.get_submodule(n) for n in names if getattr(model.get_submodule(n), "out_features", 0) == labels][-1]
-    for weight in last.parameters():
+    ends = [model.get_submodule(n) for n in names if getattr(model.get_submodule(n), "out_features", 0) == labels]
+    if not ends:
+        raise MachineError(
+            f"model.path must be a base model, {model.name_or_path} holds a classifier of {labels} outputs, and "
+            "not which label each is for; model=run goes on with one that was trained here"
+        )
+    for weight in ends[-1].parameters():
         torch.nn.init.zeros_(weight)
     return names
 

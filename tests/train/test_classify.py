@@ -15,7 +15,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from ftexp import data, experiment, labels, model
 from ftexp import trained as trained_run
 from ftexp.data import Row
-from ftexp.errors import DataError, Preempted
+from ftexp.errors import DataError, MachineError, Preempted
 from ftexp.files import read_json
 from ftexp.train import checkpoints, classify
 from ftexp.train.control import Control
@@ -445,3 +445,15 @@ def test_left_classifier_goes_on_to_the_same_bits(genres, tmp_path):
     experiment.execute(run, tmp_path / "left", "x")
     assert read_json(tmp_path / "left" / "trial.json")["resumed_at"] == [3]
     assert weights(tmp_path / "left") == weights(tmp_path / "calm")
+
+
+def test_a_folder_with_a_head_of_as_many_labels_is_refused_in_one_line(genres, tmp_path):
+    """Its outputs stand in another order, or for other labels; that it had no fresh weight was an IndexError."""
+    from transformers import AutoModelForSequenceClassification
+
+    run = genres("model=hub", f"model.path={encoders.save('bert', tmp_path / 'encoder')}")
+    count = len(WORDS)
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder", num_labels=count)
+    whole.save_pretrained(tmp_path / "encoder")
+    with pytest.raises(MachineError, match=f"holds a classifier of {count} outputs, and not which"):
+        experiment.execute(run, tmp_path / "a", "x")
