@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +73,7 @@ def histogram(lengths: list[int]) -> list[tuple[int, int, int]]:
     return [(low + n * width, low + (n + 1) * width - 1, count) for n, count in enumerate(bins)]
 
 
-def rendered(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, run: Run) -> list[Example]:
+def rendered(rows: tuple[Row, ...], tokenizer: PreTrainedTokenizerBase, run: Run) -> list[Example]:
     """Render rows as training does; of a classifier the texts alone, for its labels are no tokens.
 
     Raises:
