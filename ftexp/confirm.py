@@ -320,7 +320,7 @@ def _result(plan: Plan, entry: dict[str, Any]) -> dict[str, Any]:
         "objective": plan.verdict.objective, "unit": _unit(plan.verdict.objective), "rows": len(tables[0][0]["prompt"]),
         "groups": None if groups is None else len(set(groups)),
         "expected_optimism": None if plan.verdict.comparison is None else _finite(plan.verdict.comparison.optimism),
-        "points": len(plan.verdict.points), "replicates": plan.sweep.options.replicates,
+        "points": len(plan.verdict.points) + plan.verdict.behind, "replicates": plan.sweep.options.replicates,
         "members": [
             {"role": member.role, "label": member.label, "trials": member.trials,
              "seeds": [t["config"]["seed"] for t in trials], "failed": len(entry["seeds"]) - len(trials),
