@@ -5,12 +5,13 @@ Hydra refuses an unknown key itself, but without the nearest right name, and `+k
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -118,9 +119,10 @@ def prepare(argv: list[str], several: str = "add -m for a sweep over them") -> l
         The arguments for Hydra: flags, then overrides.
 
     Raises:
-        ConfigError: an override does not parse, or names a key or option that does not exist.
+        ConfigError: an override does not parse, or names a key or option that does not exist; or a flag is wrong.
     """
-    args = get_args_parser().parse_intermixed_args(argv)
+    args = _parsed(argv)
+    _check_flags(args)
     if args.help or args.hydra_help or args.shell_completion or args.info is not None:
         return argv
     for flag in FOREIGN:
@@ -143,8 +145,44 @@ def prepare(argv: list[str], several: str = "add -m for a sweep over them") -> l
     if searches and not (args.multirun or args.cfg):
         flags.append("-m")
     elif not args.multirun and (swept := next((text for text in overrides if is_sweep(text)), None)) is not None:
-        raise ConfigError(f"{swept} has several values: {several}")
+        advice = f"--cfg {args.cfg} shows the config of one run, give one" if args.cfg else several
+        raise ConfigError(f"{swept} has several values: {advice}")
     return flags + overrides
+
+
+def _parsed(argv: list[str]) -> argparse.Namespace:
+    """Read a command line as Hydra does, which tells a wrong flag in lines of usage.
+
+    Raises:
+        ConfigError: there is no such flag, or it has not this value.
+    """
+    parser = get_args_parser()
+    setattr(parser, "error", _refused)  # noqa: B010
+    return parser.parse_intermixed_args(argv)
+
+
+def _refused(message: str) -> NoReturn:
+    """Raise what `argparse` says of a flag as an error of ours."""
+    if told := re.fullmatch(r"argument (-[\w-]+)\S*: invalid choice: (.+) \(choose from (.+)\)", message):
+        raise ConfigError(f"{told[1]} must be one of {told[3].replace(chr(39), '')}, got {told[2]}")
+    if told := re.fullmatch(r"unrecognized arguments: (\S+).*", message):
+        raise ConfigError(f"unknown option {told[1]}; --help tells those there are")
+    raise ConfigError(message.removeprefix("argument "))
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of Hydra that ask for two things at once."""
+    if args.help or args.hydra_help:
+        return
+    asked = {
+        "--run": args.run, "--multirun": args.multirun, "--cfg": args.cfg, "--info": args.info,
+        "--shell-completion": args.shell_completion,
+    }  # fmt: skip
+    flags = [flag for flag, value in asked.items() if value]
+    if len(flags) > 1:
+        raise ConfigError(f"{' and '.join(flags)} must not be given together: each asks for another thing")
+    if args.resolve and not args.cfg:
+        raise ConfigError("--resolve needs --cfg: it tells what a config that is shown refers to")
 
 
 def is_sweep(text: str) -> bool:
@@ -177,17 +215,17 @@ def _quoted(text: str) -> str:
 
 def given(argv: list[str]) -> list[str]:
     """Return the overrides of a command line, without its flags and their values."""
-    return list(get_args_parser().parse_intermixed_args(argv).overrides)
+    return list(_parsed(argv).overrides)
 
 
 def asks_help(argv: list[str]) -> bool:
     """Tell whether the command line asks what it may hold."""
-    return bool(get_args_parser().parse_intermixed_args(argv).help)
+    return bool(_parsed(argv).help)
 
 
 def runs(argv: list[str]) -> str | None:
     """Tell what the command line asks for: `single`, `sweep`, or None where nothing is to run (`--help`, `--cfg`)."""
-    args = get_args_parser().parse_intermixed_args(argv)
+    args = _parsed(argv)
     if args.help or args.hydra_help or args.shell_completion or args.info is not None or args.cfg:
         return None
     return "sweep" if args.multirun else "single"

@@ -73,6 +73,30 @@ def test_a_search_is_a_sweep_without_saying_so():
     assert "-m" not in overrides.prepare(["sweep=rank", "--cfg", "job"])
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["lora.r=2,4", "--cfg", "job", "-m"], "^--multirun and --cfg must not be given together"),
+        (["-m", "--info", "config"], "^--multirun and --info must not be given together"),
+        (["--cfg", "job", "--info"], "^--cfg and --info must not be given together"),
+        (["--cfg", "jobb"], "^--cfg must be one of job, hydra, all, got 'jobb'$"),
+        (["--info=foo"], "^--info must be one of all, config, .*, searchpath, got 'foo'$"),
+        (["--cfg"], "^--cfg/-c: expected one argument$"),
+        (["lora.r=8", "--foo", "3"], "^unknown option --foo; --help tells those there are$"),
+        (["--resolve"], "^--resolve needs --cfg"),
+        (["lora.r=2,4", "--cfg", "job"], "^lora.r=2,4 has several values: --cfg job shows the config of one run"),
+    ],
+)
+def test_wrong_flags_are_refused_before_hydra_sees_them(argv, message):
+    with pytest.raises(ConfigError, match=message):
+        overrides.prepare(argv)
+
+
+def test_flags_that_go_together_are_taken():
+    assert overrides.prepare(["--help", "-m"]) == ["--help", "-m"]
+    assert overrides.prepare(["--cfg", "job", "--resolve", "name=x"]) == ["--cfg", "job", "--resolve", "name=x"]
+
+
 def test_given_name_is_kept():
     assert overrides.prepare(["name=mine"]) == ["name=mine"]
 
