@@ -22,7 +22,6 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 
 from ftexp import config, data, experiment, model, overrides, track
 from ftexp.config import Run
@@ -61,7 +60,7 @@ def compose(given: list[str]) -> Run:
         try:
             with hydra.initialize_config_dir(str(overrides.CONF), **overrides.BASE):
                 return config.build(hydra.compose("config", given))
-        except HydraException as error:
+        except config.COMPOSING as error:
             raise ConfigError(overrides.told(error)) from error
         finally:
             GlobalHydra.instance().hydra = outer

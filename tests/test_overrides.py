@@ -1,6 +1,6 @@
 import pytest
 
-from ftexp import overrides
+from ftexp import config, overrides
 from ftexp.errors import ConfigError
 
 
@@ -13,8 +13,21 @@ from ftexp.errors import ConfigError
         ("trainer.learning_rate=1", "ftexp calls it trainer.lr"),
         ("trainer.learnin_rate=1", "did you mean trainer.lr\\?"),
         ("max_seq_length=64", "ftexp calls it data.max_length"),
-        ("trainer.dropout=0.1", "did you mean"),
-        ("+model._target_=os.system", "unknown key model._target_"),
+        ("trainer.dropout=0.1", r"did you mean lora\.dropout\?$"),
+        ("lr=1e-3", r"did you mean trainer\.lr\?$"),
+        ("batch=4", r"did you mean eval\.batch or trainer\.batch\?$"),
+        ("batch_size=4", r"ftexp calls it trainer\.batch$"),
+        ("model.name=a", r"ftexp calls it model\.path$"),
+        ("gradient_accumulation_steps=4", r"ftexp calls it trainer\.accumulation$"),
+        ("trainr.lr=1e-3", r"did you mean trainer\.lr\?$"),
+        ("data.vaild=4", r"did you mean data\.valid\?$"),
+        ("epoch=3", r"did you mean trainer\.epochs\?$"),
+        ("modle=tiny", r"did you mean model\?$"),
+        ("sweep.wrokers=2", r"did you mean sweep\.workers\?$"),
+        ("sweep.nope=1", r"^unknown key sweep\.nope in sweep\.nope=1$"),
+        ("lora.kind=dora", r"^unknown key lora\.kind in lora\.kind=dora$"),
+        ("temperature=1", r"^unknown key temperature in temperature=1$"),
+        ("+model._target_=os.system", r"^unknown key model\._target_ in \+model\._target_=os\.system$"),
         ("++trainer.callbacks=[a]", "unknown key trainer.callbacks"),
         ("model=nope", "smollm2_360m, tiny, got 'nope'"),
         ("model=embeded", "did you mean model=embedded"),
@@ -35,6 +48,11 @@ def test_unknown_override_is_refused_with_nearest(given, message):
 )  # fmt: skip
 def test_known_override_passes(given):
     overrides.check([given])
+
+
+def test_what_other_tools_call_a_key_is_a_key_here():
+    assert set(overrides.CALLED.values()) <= set(config.keys())
+    assert not set(overrides.CALLED) & (set(config.keys()) | set(config.RETIRED))
 
 
 def test_rows_and_a_scale_that_brings_its_own_are_at_odds():
