@@ -288,6 +288,7 @@ def check(overrides: list[str]) -> None:
     parser = OverridesParser.create()
     overrides = [_quoted(text) for text in overrides]
     _check_scale(overrides)
+    _check_idle(overrides)
     known, options = set(config.keys()) | {f"sweep.{key}" for key in SWEEP_KEYS}, groups()
     for text in overrides:
         name, _, value = text.lstrip("+~").partition("=")
@@ -342,6 +343,26 @@ def _check_scale(overrides: list[str]) -> None:
             f"data={given['data']} cannot be chosen with scale={given['scale']}, which brings rows of its own; "
             "keys such as data.rows can"
         )
+
+
+def _check_idle(overrides: list[str]) -> None:
+    """Refuse a key that another override of the same command leaves without effect: one of them is a mistake.
+
+    What files bring is not looked at, since it is there for other choices too.
+    """
+    given = {key: value for key, _, value in (text.lstrip("+").partition("=") for text in overrides)}
+    rules = (  # of which keys, but which, and what is given then
+        ("lora.", ("lora.variant", "lora.train"), given.get("lora.variant", given.get("lora")) == "none",
+         "lora=none: there is no adapter"),
+        ("track.", ("track.kind",), given.get("track.kind", given.get("track")) == "none",
+         "track=none: runs are not tracked"),
+        ("trainer.epochs", (), re.fullmatch(r"[\d,]+", given.get("trainer.steps", "")) is not None,
+         f"trainer.steps={given.get('trainer.steps')}, which decides how long is trained"),
+    )  # fmt: skip
+    for key, value in given.items():
+        for start, free, holds, why in rules:
+            if holds and key.startswith(start) and key not in free:
+                raise ConfigError(f"{key} must be left out with {why}, got {value}")
 
 
 def _is_mapping(override: Override) -> bool:

@@ -62,6 +62,32 @@ def test_rows_and_a_scale_that_brings_its_own_are_at_odds():
     overrides.check(["experiment=yoda_phi3", "scale=smoke", "data.rows=50"])
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["lora=none", "lora.r=8,16"], r"^lora\.r must be left out with lora=none: there is no adapter, got 8,16$"),
+        (["lora.alpha=4", "lora.variant=none"], r"^lora\.alpha must be left out with lora=none"),
+        (["lora=none", "+lora.extra.lora_bias=true"], r"^lora\.extra\.lora_bias must be left out"),
+        (["track=none", "track.uri=x"], r"^track\.uri must be left out with track=none: runs are not tracked, got x$"),
+        (["trainer.epochs=3", "trainer.steps=4"], r"^trainer\.epochs must be left out with trainer\.steps=4, which"),
+    ],
+)
+def test_key_that_another_leaves_without_effect_is_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        overrides.check(given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["lora=none", "lora.train=[layers.1]"], ["lora=none,default", "lora.r=8"], ["lora.variant=lora", "lora.r=8"],
+     ["lora=none", "lora.variant=lora", "lora.r=8"], ["track=none", "track.kind=mlflow", "track.uri=x"],
+     ["trainer.epochs=3", "trainer.steps=null"], ["trainer.epochs=3", "trainer.steps=4,null"], ["trainer.epochs=3"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_keys_that_have_an_effect_pass(given):
+    overrides.check(given)
+
+
 def test_flags_move_to_the_front_and_a_name_is_added():
     assert overrides.prepare(["lora.r=8,16", "-m", "seed=1"]) == [
         "-m",
