@@ -194,9 +194,10 @@ def test_every_verb_tells_a_mistake_in_a_file(mine, monkeypatch, capsys, verb, t
         with pytest.raises(ConfigError, match=re.escape(told)):
             api.compose(given)
         return
-    monkeypatch.setattr(sys, "argv", [verb, *given])
-    assert import_module(f"ftexp.{verb}").main() == 2
-    assert told in capsys.readouterr().err
+    for more in ([], ["seed=1,2", "-m"]):
+        monkeypatch.setattr(sys, "argv", [verb, *given, *more])
+        assert import_module(f"ftexp.{verb}").main() == 2
+        assert told in capsys.readouterr().err
 
 
 def test_folder_of_a_project_may_hold_others(mine, tmp_path):

@@ -53,7 +53,16 @@ REFUSED = [  # command line, exit code, what the one line must say
     ),
     ([*TINY, "trainer.extra.adam_beta1=high"], 2, "trainer.extra.adam_beta1 must be a number, got 'high'"),
     ([*TINY, "lora.extra.fan_in_fan_out=1"], 2, "lora.extra.fan_in_fan_out must be true or false, got 1"),
-    ([*TINY, "trainer.optimizer=foo"], 2, "trainer is refused by SFTConfig: foo is not a valid"),
+    (
+        [*TINY, "trainer.optimizer=foo"],
+        2,
+        "trainer.optimizer must be an optimizer of transformers, got 'foo': adamw_torch",
+    ),
+    (
+        [*TINY, "trainer.optimizer=adamw"],
+        2,
+        "trainer.optimizer must be an optimizer of transformers, got 'adamw'; did you mean adamw_torch or adamw_",
+    ),
     ([*TINY, "lora.extra.nope=1,2", "-m"], 2, "lora.extra is refused by LoraConfig"),
     ([*TINY, "data.max_length=16"], 3, "a row must be at most data.max_length=16 tokens"),
     (
