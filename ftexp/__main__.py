@@ -55,7 +55,7 @@ def main() -> int:
         if sys.argv[1:] and not asked:
             near = difflib.get_close_matches(sys.argv[1], VERBS, n=1)
             head = [f"ftexp: {sys.argv[1]} is no verb{f', did you mean {near[0]}?' if near else ''}", *head]
-        print("\n".join([*head, "", *lines]), file=sys.stderr)
+        print("\n".join([*head, "", *lines]), file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     verb = sys.argv.pop(1)
     sys.argv[0] = f"ftexp {verb}"

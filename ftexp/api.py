@@ -22,7 +22,6 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 
 from ftexp import config, data, experiment, model, overrides, track
 from ftexp.config import Run
@@ -32,11 +31,13 @@ from ftexp.progress import LOUD, quiet_libraries
 from ftexp.sweep import plugin
 from ftexp.train import control, losses
 
-ALONE = "ftexp.api takes the overrides of one run, as ftexp show does; a sweep is for ftexp run"
 
-
-def compose(given: list[str]) -> Run:
+def compose(given: list[str], caller: str = "ftexp.api") -> Run:
     """Compose and check a run from overrides, and Hydra's `--config-dir` where options of one's own are chosen.
+
+    Args:
+        given: overrides.
+        caller: what takes them, as a message names it.
 
     Raises:
         ConfigError: a key is unknown, or a value out of range.
@@ -44,12 +45,13 @@ def compose(given: list[str]) -> Run:
     if stray := [text for text in given if not isinstance(text, str)]:
         raise ConfigError(f"an override must be text such as 'lora.r=8', got {stray[0]!r}")
     plugin.register()
-    alone = f"{' '.join(given)}: ftexp.api takes the overrides of one run; sweeps and --help are for the command line"
+    alone = f"{' '.join(given)}: {caller} takes the overrides of one run; sweeps and --help are for ftexp run"
+    several = f"{caller} takes the overrides of one run; a sweep is for ftexp run"
     with _ONE, config.registered():  # prepared here too: options of --config-dir are one for the process
         told = io.StringIO()
         try:
             with redirect_stderr(told), redirect_stdout(told):
-                prepared = overrides.prepare(given, several=ALONE)
+                prepared = overrides.prepare(given, several=several)
         except SystemExit as error:  # of Hydra's command line
             why = f"{' '.join(given)}: {told.getvalue().strip().splitlines()[-1]}" if error.code else alone  # --version
             raise ConfigError(why) from error
@@ -61,7 +63,7 @@ def compose(given: list[str]) -> Run:
         try:
             with hydra.initialize_config_dir(str(overrides.CONF), **overrides.BASE):
                 return config.build(hydra.compose("config", given))
-        except HydraException as error:
+        except config.COMPOSING as error:
             raise ConfigError(overrides.told(error)) from error
         finally:
             GlobalHydra.instance().hydra = outer

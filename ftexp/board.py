@@ -275,7 +275,7 @@ def titles(board: Board) -> list[str]:
 
 
 def lines(board: Board) -> list[Line]:
-    """Lay the points out best first; those that are not complete stand last with their state.
+    """Lay the points out best first; those that are not complete stand last, their state beside the overrides.
 
     Replicates are one row with the means of their scores and the standard deviation of the objective between seeds.
     Above them stands the base model: a row for each set of its scores, where trials differ in model or rows.
@@ -321,7 +321,9 @@ def _rank(point: Point) -> str:
 def _unfinished(board: Board, point: Point) -> Line:
     states = Counter(t["state"] for t in point.trials)
     told = ", ".join(f"{count} {state}" for state, count in states.items())
-    cells = [point.numbers, label(point), told if _replicated(board) else point.trials[0]["state"]]
+    known = "lora.r" in point.trials[0].get("config", {})  # not of a trial that was never prepared
+    state = told if _replicated(board) else point.trials[0]["state"]
+    cells = [point.numbers, f"{label(point)} ({state})", _rank(point) if known else ""]
     return Line("unfinished", cells + [""] * (len(titles(board)) - len(cells)))
 
 

@@ -23,6 +23,7 @@ from typing import Any, cast
 import omegaconf
 from hydra.core.config_store import ConfigStore
 from hydra.core.object_type import ObjectType
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -813,6 +814,8 @@ class Run:
         require(once, "objectives", self.objectives, "metrics, each once")
 
 
+COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)
+"""What libraries raise of overrides and files that make no config; `overrides.told` says it in one line."""
 RETIRED = {
     "rank": "lora.r",
     "lora_r": "lora.r",
@@ -928,10 +931,31 @@ def store_sweep(path: Path) -> None:
     """Make the file of a sweep known to Hydra as an option that sets keys of the whole config."""
     try:
         store(path.stem, OmegaConf.load(path), "sweep", "_global_")
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = "" if mark is None else f":{mark.line + 1}"
-        raise ConfigError(f"{path}{where}: {str(error).strip().splitlines()[0]}") from error
+    except YAMLError as error:
+        raise ConfigError(unreadable(error)) from error
+    except (UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: {str(error).strip().splitlines()[0]}") from error
+
+
+def unreadable(error: YAMLError) -> str:
+    """Say in one line where a file is no YAML, and why."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(error).strip().splitlines()[0]
+    why = [part for part in (getattr(error, "problem", None), getattr(error, "context", None)) if part]
+    return f"{mark.name}:{mark.line + 1}: must be YAML, {' '.join(why)}"
+
+
+def idle(run: Run, key: str) -> str | None:
+    """Tell why a key has no effect on a run, whatever its value; None where it has one, or only others know."""
+    rules = (
+        (run.lora.variant is Variant.none and key.startswith("lora.") and key not in ("lora.variant", "lora.train"),
+         "lora.variant=none has no adapter"),
+        (not run.eval.generate and key == "eval.max_new_tokens", "eval.generate=false writes nothing"),
+        (run.trainer.steps is not None and key == "trainer.epochs", f"trainer.steps={run.trainer.steps} goes before"),
+        (bool(run.data.valid_path) and key == "data.valid", "data.valid_path holds the held-out rows"),
+    )  # fmt: skip
+    return next((why for holds, why in rules if holds), None)
 
 
 def keys(node: type = Run, prefix: str = "") -> list[str]:

@@ -16,7 +16,7 @@ from ftexp.runs import Kept
 
 USAGE = """usage: python -m ftexp.diff RUN RUN [--json]
 
-  RUN     folder of a run or trial, or its MLflow id or the beginning of it (8 letters at least)
+  RUN     folder or name of a run or trial, or its MLflow id or the beginning of it (8 letters at least)
   --json  one JSON object on stdout
 """
 
@@ -135,8 +135,9 @@ def main() -> int:
     """Run the command line; return the exit code."""
     words = [word for word in sys.argv[1:] if word != "--json"]
     if len(words) != 2 or any(word.startswith("-") for word in words):
-        print(USAGE, file=sys.stderr, end="")
-        return 0 if words in (["-h"], ["--help"]) else 2
+        asked = words in (["-h"], ["--help"])
+        print(USAGE, file=sys.stdout if asked else sys.stderr, end="")
+        return 0 if asked else 2
     return verb.ended(lambda: _main(words, "--json" in sys.argv[1:]))
 
 

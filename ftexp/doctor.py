@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException
 from rich.console import Console
 from rich.text import Text
 
@@ -101,8 +100,8 @@ def _main() -> int:
     args, left = parser.parse_known_args(sys.argv[1:])
     try:
         told = examine(overrides.prepare(left))
-    except HydraException as error:
-        raise ConfigError(str(error).strip().splitlines()[0]) from error
+    except config.COMPOSING as error:
+        raise ConfigError(overrides.told(error)) from error
     if args.json:
         print(verb.as_json(plain(told)))
     else:

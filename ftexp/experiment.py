@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -222,6 +223,25 @@ def _check_general(run: Run) -> None:
 def _prepare_classifier(run: Run) -> None:
     train, valid, _ = classified(run, data.load(run.data))
     _check_length(run, (*train, *valid))
+    _tell_labels(run, [*train, *valid])
+
+
+_labelled: set[str] = set()
+
+
+def _tell_labels(run: Run, rows: list[classify.Example]) -> None:
+    """Say once what labels look like where a person most likely means something else; a sweep asks for each adapter."""
+    source, counts = run.data.path or run.data.kind.value, Counter(name for row in rows for name in row.labels)
+    once, line = sum(count == 1 for count in counts.values()), ""
+    if once > RARE * len(rows):
+        line = (f"{source}: {once} of {len(counts)} labels are of one row alone, of {len(rows)} rows; trainer.kind="
+                "classify takes completions for lists of labels, trainer.kind=sft learns to write them")  # fmt: skip
+    elif run.trainer.multi_label and all(len(row.labels) == 1 for row in rows):
+        line = (f"{source}: each row has one label, and trainer.multi_label=true decides each label by itself; "
+                "trainer.multi_label=false makes them exclude each other")  # fmt: skip
+    if line and line not in _labelled:
+        _labelled.add(line)
+        (warn if once > RARE * len(rows) else say)(line)
 
 
 def _prepare_pairs(run: Run) -> None:
@@ -284,6 +304,8 @@ def identity(run: Run) -> dict[str, Any]:
     return {k: v for k, v in track.flat(run).items() if k not in ("name", "trainer.checkpoint_minutes")}
 
 
+RARE = 0.5
+"""Labels of one row alone, as a share of the rows, above which they are told to be text."""
 HANDED = ("start", "reward")
 """Facts about the runs that a run takes something from."""
 

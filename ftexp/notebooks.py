@@ -1,7 +1,8 @@
 """`python -m ftexp.notebooks FOLDER [NOTEBOOK ...]`: run those of `analysis/` on a sweep and keep what they show.
 
-A notebook opens in Jupyter as any other. Here its cells run in order in this process, which needs no Jupyter. In the
-checkout each keeps what it shows; from any other folder copies go to `notebooks/` in the sweep's.
+A notebook opens in Jupyter as any other. Here its cells run in order in this process, which needs no Jupyter, and a
+copy with what they show goes to `notebooks/` in the sweep's folder. In the checkout, where none is named, those of
+`analysis/` keep it themselves: so they are brought up to date.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftexp import verb
-from ftexp.errors import MachineError
+from ftexp import runs, verb
+from ftexp.errors import ConfigError, MachineError
 from ftexp.overrides import ROOT
 from ftexp.report import markdown
 
@@ -26,6 +27,15 @@ HOME = ROOT / "analysis"
 VARIABLE = "SWEEP"
 """Environment variable that names the sweep's folder to a notebook."""
 DEMO = "outputs/sweeps/lora.r-8-16-64"
+USAGE = """usage: python -m ftexp.notebooks FOLDER [NOTEBOOK ...] [--json]
+
+  FOLDER    of a sweep or a run, or its name
+  NOTEBOOK  compare, cost, errors or sensitivity, or a file of your own; default: these four
+  --json    for scripts
+
+Copies with what the cells show go to FOLDER/notebooks/, the notebooks stay as they are. In the checkout, without
+NOTEBOOK, those of analysis/ keep it themselves.
+"""
 SHOWN = {"_repr_svg_": "image/svg+xml", "_repr_markdown_": "text/markdown", "_repr_html_": "text/html"}
 
 
@@ -92,24 +102,53 @@ def _lines(text: str) -> list[str]:
     return text.splitlines(keepends=True)
 
 
+def chosen(names: Sequence[str]) -> list[Path]:
+    """Return the notebooks of the names: files, or those of `analysis/` with or without `.ipynb`; all these of none.
+
+    Raises:
+        ConfigError: there is no such notebook, or two have one name.
+        MachineError: `analysis/` has none.
+    """
+    ours = {path.stem: path for path in sorted(HOME.glob("*.ipynb"))}
+    if not names and not ours:
+        raise MachineError(f"{HOME}: there are no notebooks")
+    found: dict[str, Path] = {}
+    for name in names or ours:
+        path = Path(name) if Path(name).is_file() else ours.get(name.removesuffix(".ipynb"))
+        if path is None:
+            raise ConfigError(f"{name}: must be a notebook that is there, or one of {', '.join(ours)}")
+        if (first := found.setdefault(path.name, path)).resolve() != path.resolve():
+            raise ConfigError(f"{path}: must have a name of its own, {first} is copied to the same")
+    return list(found.values())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: must be a notebook, it is no JSON ({error})") from error
+    if not isinstance(told, dict) or "cells" not in told:
+        raise ConfigError(f"{path}: must be a notebook, it has no cells")
+    return told
+
+
 def main() -> int:
     """Run the command line; return the exit code."""
     words = [word for word in sys.argv[1:] if word != "--json"]
     if not words or words[0].startswith("-"):
-        usage = "usage: python -m ftexp.notebooks FOLDER [NOTEBOOK ...] [--json]"
-        print(f"{usage}    (of a sweep; default: analysis/*.ipynb)", file=sys.stderr)
-        return 0 if words in (["-h"], ["--help"]) else 2
-    os.environ[VARIABLE] = str(Path(words[0]).absolute())
+        asked = words in (["-h"], ["--help"])
+        print(USAGE, end="", file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     return verb.ended(lambda: _main(words[0], words[1:], "--json" in sys.argv[1:]))
 
 
 def _main(where: str, names: list[str], plain: bool) -> int:
-    paths = [Path(name) for name in names] or sorted(HOME.glob("*.ipynb"))
-    if not paths:
-        raise MachineError(f"{HOME}: there are no notebooks")
-    made = [path if names or Path.cwd() == ROOT else Path(where) / "notebooks" / path.name for path in paths]
+    paths, sweep = chosen(names), runs.shown(where)
+    os.environ[VARIABLE] = str(sweep.absolute())
+    inside = not names and Path.cwd() == ROOT
+    made = [path if inside else sweep / "notebooks" / path.name for path in paths]
     for path, to in zip(paths, made, strict=True):
-        done = execute(json.loads(path.read_text(encoding="utf-8")), path.name)
+        done = execute(_read(path), path.name)
         to.parent.mkdir(exist_ok=True)
         to.write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         if not plain:

@@ -5,12 +5,14 @@ Hydra refuses an unknown key itself, but without the nearest right name, and `+k
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import hashlib
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -19,6 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from yaml import YAMLError
 
 from ftexp import config
 from ftexp.errors import ConfigError
@@ -92,6 +95,10 @@ def choose(folder: str | None) -> None:
     for path in files:
         if path.suffix == ".yml":
             raise ConfigError(f"{path}: must end in .yaml, as Hydra reads no other file")
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: must be text in UTF-8, byte {error.start} is not") from error
         group, *rest = path.relative_to(place).parts
         if not ours[group].joinpath(*rest[:-1]).is_dir():
             raise ConfigError(f"{path}: an option must lie in {group}/ itself, not in a folder below it")
@@ -118,9 +125,10 @@ def prepare(argv: list[str], several: str = "add -m for a sweep over them") -> l
         The arguments for Hydra: flags, then overrides.
 
     Raises:
-        ConfigError: an override does not parse, or names a key or option that does not exist.
+        ConfigError: an override does not parse, or names a key or option that does not exist; or a flag is wrong.
     """
-    args = get_args_parser().parse_intermixed_args(argv)
+    args = _parsed(argv)
+    _check_flags(args)
     if args.help or args.hydra_help or args.shell_completion or args.info is not None:
         return argv
     for flag in FOREIGN:
@@ -143,8 +151,44 @@ def prepare(argv: list[str], several: str = "add -m for a sweep over them") -> l
     if searches and not (args.multirun or args.cfg):
         flags.append("-m")
     elif not args.multirun and (swept := next((text for text in overrides if is_sweep(text)), None)) is not None:
-        raise ConfigError(f"{swept} has several values: {several}")
+        advice = f"--cfg {args.cfg} shows the config of one run, give one" if args.cfg else several
+        raise ConfigError(f"{swept} has several values: {advice}")
     return flags + overrides
+
+
+def _parsed(argv: list[str]) -> argparse.Namespace:
+    """Read a command line as Hydra does, which tells a wrong flag in lines of usage.
+
+    Raises:
+        ConfigError: there is no such flag, or it has not this value.
+    """
+    parser = get_args_parser()
+    setattr(parser, "error", _refused)  # noqa: B010
+    return parser.parse_intermixed_args(argv)
+
+
+def _refused(message: str) -> NoReturn:
+    """Raise what `argparse` says of a flag as an error of ours."""
+    if told := re.fullmatch(r"argument (-[\w-]+)\S*: invalid choice: (.+) \(choose from (.+)\)", message):
+        raise ConfigError(f"{told[1]} must be one of {told[3].replace(chr(39), '')}, got {told[2]}")
+    if told := re.fullmatch(r"unrecognized arguments: (\S+).*", message):
+        raise ConfigError(f"unknown option {told[1]}; --help tells those there are")
+    raise ConfigError(message.removeprefix("argument "))
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of Hydra that ask for two things at once."""
+    if args.help or args.hydra_help:
+        return
+    asked = {
+        "--run": args.run, "--multirun": args.multirun, "--cfg": args.cfg, "--info": args.info,
+        "--shell-completion": args.shell_completion,
+    }  # fmt: skip
+    flags = [flag for flag, value in asked.items() if value]
+    if len(flags) > 1:
+        raise ConfigError(f"{' and '.join(flags)} must not be given together: each asks for another thing")
+    if args.resolve and not args.cfg:
+        raise ConfigError("--resolve needs --cfg: it tells what a config that is shown refers to")
 
 
 def is_sweep(text: str) -> bool:
@@ -177,17 +221,17 @@ def _quoted(text: str) -> str:
 
 def given(argv: list[str]) -> list[str]:
     """Return the overrides of a command line, without its flags and their values."""
-    return list(get_args_parser().parse_intermixed_args(argv).overrides)
+    return list(_parsed(argv).overrides)
 
 
 def asks_help(argv: list[str]) -> bool:
     """Tell whether the command line asks what it may hold."""
-    return bool(get_args_parser().parse_intermixed_args(argv).help)
+    return bool(_parsed(argv).help)
 
 
 def runs(argv: list[str]) -> str | None:
     """Tell what the command line asks for: `single`, `sweep`, or None where nothing is to run (`--help`, `--cfg`)."""
-    args = get_args_parser().parse_intermixed_args(argv)
+    args = _parsed(argv)
     if args.help or args.hydra_help or args.shell_completion or args.info is not None or args.cfg:
         return None
     return "sweep" if args.multirun else "single"
@@ -244,6 +288,7 @@ def check(overrides: list[str]) -> None:
     parser = OverridesParser.create()
     overrides = [_quoted(text) for text in overrides]
     _check_scale(overrides)
+    _check_idle(overrides)
     known, options = set(config.keys()) | {f"sweep.{key}" for key in SWEEP_KEYS}, groups()
     for text in overrides:
         name, _, value = text.lstrip("+~").partition("=")
@@ -300,6 +345,26 @@ def _check_scale(overrides: list[str]) -> None:
         )
 
 
+def _check_idle(overrides: list[str]) -> None:
+    """Refuse a key that another override of the same command leaves without effect: one of them is a mistake.
+
+    What files bring is not looked at, since it is there for other choices too.
+    """
+    given = {key: value for key, _, value in (text.lstrip("+").partition("=") for text in overrides)}
+    rules = (  # of which keys, but which, and what is given then
+        ("lora.", ("lora.variant", "lora.train"), given.get("lora.variant", given.get("lora")) == "none",
+         "lora=none: there is no adapter"),
+        ("track.", ("track.kind",), given.get("track.kind", given.get("track")) == "none",
+         "track=none: runs are not tracked"),
+        ("trainer.epochs", (), re.fullmatch(r"[\d,]+", given.get("trainer.steps", "")) is not None,
+         f"trainer.steps={given.get('trainer.steps')}, which decides how long is trained"),
+    )  # fmt: skip
+    for key, value in given.items():
+        for start, free, holds, why in rules:
+            if holds and key.startswith(start) and key not in free:
+                raise ConfigError(f"{key} must be left out with {why}, got {value}")
+
+
 def _is_mapping(override: Override) -> bool:
     return isinstance(override.value(), dict)
 
@@ -312,23 +377,43 @@ def _check_options(group: str, override: Override, options: list[str]) -> None:
             if one in (None, "null") and group in ("experiment", "sweep"):
                 continue
             if str(one) not in options:
-                near = difflib.get_close_matches(str(one), options, n=1, cutoff=0.5)
-                hint = f"; did you mean {group}={near[0]}?" if near else ""
-                raise ConfigError(f"{group} must be one of {', '.join(options)}, got {one!r}{hint}")
+                raise ConfigError(_no_option(group, one, options))
+
+
+CALLED = {
+    "model.name": "model.path", "model.id": "model.path", "model_name": "model.path", "model_id": "model.path",
+    "model_name_or_path": "model.path", "base_model": "model.path", "dataset": "data.path",
+    "dataset_name": "data.path", "train_file": "data.path", "batch_size": "trainer.batch",
+    "train_batch_size": "trainer.batch", "micro_batch_size": "trainer.batch", "eval_batch_size": "eval.batch",
+    "num_epochs": "trainer.epochs", "lr_scheduler": "trainer.scheduler", "lora_rank": "lora.r",
+    "lora_target": "lora.targets", "lora_target_modules": "lora.targets", "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length", "precision": "model.dtype",
+}  # fmt: skip
+"""Names in scripts and other tools, and what they are here; those of peft, transformers and TRL are in `config`."""
 
 
 def hint(key: str, known: set[str]) -> str:
-    """Name the key that was most likely meant: by what other tools call it, then by spelling."""
-    leaf = key.rsplit(".", 1)[-1]
-    if key in config.RETIRED or leaf in config.RETIRED:
-        return f"; ftexp calls it {config.RETIRED.get(key) or config.RETIRED[leaf]}"
-    if misspelt := difflib.get_close_matches(leaf, config.RETIRED, n=1, cutoff=0.9):
-        return f"; did you mean {config.RETIRED[misspelt[0]]}?"
-    near = difflib.get_close_matches(key, known, n=1)
-    if not near:  # the right key in the wrong group, or none: trainer.dropout, learnin_rate
-        leaves = {name.rsplit(".", 1)[-1]: name for name in sorted(known)} | config.RETIRED
-        near = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1)]
-    return f"; did you mean {near[0]}?" if near else ""
+    """Name the keys that were most likely meant: by what other tools call them, by their last part, then by spelling.
+
+    What is far from all of them has no hint: a wrong one is worse than none.
+    """
+    group, _, leaf = key.rpartition(".")
+    names = CALLED | config.RETIRED
+    if key in names or leaf in names:
+        return f"; ftexp calls it {names.get(key) or names[leaf]}"
+    same = sorted(name for name in known if name.rsplit(".", 1)[-1] == leaf and not name.startswith("hydra."))
+    if 1 <= len(same) <= 3:
+        return f"; did you mean {' or '.join(same)}?"
+    if same or leaf.startswith("_"):  # of every group, such as kind; or a word of Hydra's, such as _target_
+        return ""
+    if misspelt := difflib.get_close_matches(leaf, names, n=1, cutoff=0.9):
+        return f"; did you mean {names[misspelt[0]]}?"
+    leaves = {name.rsplit(".", 1)[-1]: name for name in sorted(known)}
+    inside = {name.removeprefix(f"{group}."): name for name in known if group and name.startswith(f"{group}.")}
+    for text, among, cutoff in ((leaf, inside, 0.6), (key, {name: name for name in known}, 0.85), (leaf, leaves, 0.75)):
+        if near := difflib.get_close_matches(text, among, n=1, cutoff=cutoff):
+            return f"; did you mean {among[near[0]]}?"
+    return ""
 
 
 def check_composed(hydra: Any) -> None:
@@ -368,14 +453,47 @@ def _walk(node: Any, path: list[str]) -> Iterator[tuple[list[str], Any]]:
 
 
 def told(error: Exception) -> str:
-    """Tell a library's error in one line: Hydra says which override, the error that caused it says why."""
-    if "is not a ListConfig" in str(error) or "is not a ListConfig" in str(error.__cause__):
-        return f"{str(error).strip().splitlines()[0]}: a list is wanted, such as [q_proj] for lora.targets"
+    """Tell a library's error in one line: Hydra says which override or file, the error that caused it says why."""
+    if isinstance(error, YAMLError):
+        return config.unreadable(error)
     texts = [str(e).strip() for e in (error, error.__cause__) if e is not None and str(e).strip()]
-    lines = [text.splitlines()[0] for text in texts]
-    if unknown := re.search(r"(Key '.+' not in '.+')\n\s+full_key: (\S+)", "\n".join(texts)):
-        near = hint(unknown[2], {*config.keys(), *groups()})
-        if unknown[2] in ("experiment", "scale"):
-            near = ", for its file does not begin with the line # @package _global_"
-        lines = [lines[0].removesuffix(":"), f"unknown key {unknown[2]}{near}"]
+    whole, lines = "\n".join(texts), [re.sub(r"\+*hydra\.sweeper\.", "sweep.", text.splitlines()[0]) for text in texts]
+    if option := re.search(r"Could not find '(\w+)/([^']+)'", whole):
+        return _no_option(option[1], option[2], groups().get(option[1], []))
+    key = re.search(r"full_key: (\S+)", whole)
+    if inside := re.match(r"In '(\w+)/([^']+)': \w+ raised while composing config:\n(.+)", whole):
+        lines = [str(_file(inside[1], inside[2])), *([key[1]] if key else []), inside[3]]
+    if "is not a ListConfig" in whole:
+        lines[-1] = "a list is wanted, such as [q_proj] for lora.targets"
+    if unknown := re.search(r"Key '.+' not in '.+'\n\s+full_key: (\S+)", whole):
+        lines = [lines[0].rstrip(":."), _unknown(unknown[1])]
+    if plain := re.search(r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*)", whole):
+        names = [f.name for f in fields(config.Run) if getattr(f.default_factory, "__name__", "") == plain[1]]
+        lines = [lines[0].removesuffix(":"), *names, f"must hold keys and their values, got {plain[2]}"]
     return ": ".join(dict.fromkeys(lines))
+
+
+def _file(group: str, name: str) -> Path:
+    """Return the file of an option, as far as it is there."""
+    files = [place / f"{name}.yaml" for place in _folders().get(group, [])]
+    return next((file for file in files if file.exists()), Path(group) / f"{name}.yaml")
+
+
+def _no_option(group: str, name: Any, options: list[str]) -> str:
+    """Say that a group has no such option, and which it has."""
+    near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
+    hint = f"; did you mean {group}={near[0]}?" if near else ""
+    return f"{group} must be one of {', '.join(options)}, got {name!r}{hint}"
+
+
+def _unknown(key: str) -> str:
+    """Say that a file has a key that the config has not, and what was most likely meant."""
+    if key in ("experiment", "scale"):
+        return f"unknown key {key}, for its file does not begin with the line # @package _global_"
+    if key in set(config.keys()):
+        first, _, rest = key.partition(".")
+        return (
+            f"{key} must be written as {first}: {{{rest}: ...}} in a file; in one of sweeps/ several values of a key "
+            f"go below hydra: sweeper: params:"
+        )
+    return f"unknown key {key}{hint(key, {*config.keys(), *groups(), *(f'hydra.sweeper.{one}' for one in SWEEP_KEYS)})}"

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-from hydra.errors import HydraException
 from rich.console import Console
 
 from ftexp import config, data, estimate, experiment, labels, model, overrides, show, verb
@@ -403,8 +402,8 @@ def _main() -> int:
     wanted, plain, left = parse(sys.argv[1:])
     try:
         whole = gather(overrides.prepare(left), wanted)
-    except HydraException as error:
-        raise ConfigError(str(error).strip().splitlines()[0]) from error
+    except config.COMPOSING as error:
+        raise ConfigError(overrides.told(error)) from error
     if wanted.probe:
         whole = probed(whole, wanted)
     passed = over(whole, wanted)

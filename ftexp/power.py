@@ -88,7 +88,7 @@ def parse(argv: list[str]) -> tuple[dict[str, float], tuple[int, ...], Path | No
             text = word.partition("=")[2] or (left.pop(0) if left else "")
             if not text:
                 raise ConfigError("--from must be followed by the folder of a sweep, got nothing")
-            folder = runs.place(text, "sweep.json", "trial.json")
+            folder = runs.shown(text)
         elif "=" not in word or (key := word.split("=")[0]) not in (*KEYS, "seeds"):
             raise ConfigError(f"{word}: must be key=value with a key among {', '.join((*KEYS, 'seeds'))}")
         elif key == "seeds":
@@ -207,7 +207,7 @@ def main() -> int:
     """Run the command line; return the exit code."""
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE, end="", file=sys.stderr)
+        print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     return verb.ended(lambda: _main(argv))
 

@@ -330,7 +330,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         "ftexp report", description="Print the leaderboard of a sweep or a run, and write it as one HTML page."
     )
-    made.add_argument("folder", type=Path, help="of a sweep or a run, below outputs/")
+    made.add_argument("folder", type=Path, help="of a sweep or a run, or its name")
     made.add_argument("--html", type=Path, metavar="PATH", help="where the page goes; default FOLDER/report.html")
     made.add_argument(
         "--by", metavar="WHAT", help="rank by another metric, as valid/chrf, or by a function of your own, as "
@@ -352,7 +352,7 @@ def main() -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    args.folder = runs.place(args.folder, "sweep.json", "trial.json")
+    args.folder = runs.shown(args.folder)
     if args.format is None:
         show(args.folder, args.html, not args.no_html, args.by)
         return 0

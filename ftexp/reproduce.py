@@ -138,8 +138,9 @@ def main() -> int:
         words = []
     names = [word for word in words if word != "--json"]
     if len(names) != 1 or names[0].startswith("-"):
-        print(USAGE, file=sys.stderr, end="")
-        return 0 if names in (["-h"], ["--help"]) else 2
+        asked = names in (["-h"], ["--help"])
+        print(USAGE, file=sys.stdout if asked else sys.stderr, end="")
+        return 0 if asked else 2
     quiet_libraries()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     config.register()

@@ -10,10 +10,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from ftexp import config, experiment, overrides, report, verb
 from ftexp.errors import ConfigError, FtexpError, MachineError
@@ -48,7 +45,7 @@ def main() -> int:
 def _main() -> int:
     try:
         return _launch()
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except config.COMPOSING as error:
         raise ConfigError(overrides.told(error)) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from ftexp.errors import MachineError
 from ftexp.files import read_points, read_trial, sha256
 
 OUTPUTS = Path("outputs")
+MANY = 20
+"""Names of one kind that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,32 @@ def place(target: str | Path, *files: str) -> Path:
     return next((place for place in places if any((place / name).exists() for name in files)), Path(target))
 
 
+def shown(target: str | Path) -> Path:
+    """Return the folder of a sweep or run, given that or its name.
+
+    Raises:
+        MachineError: there is none.
+    """
+    folder = place(target, "sweep.json", "trial.json")
+    if not any((folder / name).exists() for name in ("sweep.json", "trial.json")):
+        raise MachineError(
+            f"{target}: must be the folder of a sweep or a run; there is no sweep.json or trial.json{there(target)}"
+        )
+    return folder
+
+
+def there(target: str | Path) -> str:
+    """Tell what `outputs/` holds, as the end of a message on a name that it does not hold."""
+    told, every = [], []
+    for kind, file in (("sweeps", "sweep.json"), ("runs", "trial.json")):
+        names = sorted(path.parent.name for path in (OUTPUTS / kind).glob(f"*/{file}"))
+        every += names
+        more = [f"{len(names) - MANY} more"] if len(names) > MANY else []
+        told += [f"{kind} {', '.join([*names[:MANY], *more])}"] if names else []
+    near = difflib.get_close_matches(Path(target).name, every, n=1)
+    return (f"; did you mean {near[0]}?" if near else "") + f"; there are: {'; '.join(told) or 'none'}"
+
+
 def find(target: str) -> Kept:
     """Find a run by its folder or name, or by its MLflow id or the beginning of it (8 letters at least).
 
@@ -77,6 +106,10 @@ def find(target: str) -> Kept:
     folder = place(target, "trial.json")
     if (kept := read_trial(folder)) is not None:
         return Kept(folder, kept)
+    if (sweep := place(target, "sweep.json") / "sweep.json").exists():
+        trials = sorted(int(path.parent.name) for path in sweep.parent.glob("[0-9]*/trial.json"))
+        name = f", as {target}/{trials[0]}" if trials else ", none has begun"
+        raise MachineError(f"{target}: must be a run, this is a sweep; name one of its trials{name}")
     found = []
     for path in sorted(OUTPUTS.glob("**/trial.json")) if len(target) >= 8 else ():
         kept = read_trial(path.parent) or {}
@@ -86,6 +119,7 @@ def find(target: str) -> Kept:
         told = "no run" if not found else f"{len(found)} runs"
         raise MachineError(
             f"{target}: must be the folder of a run, or an MLflow run id; {told} of this id in {OUTPUTS}"
+            f"{'' if found else there(target)}"
         )
     return found[0]
 

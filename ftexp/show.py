@@ -214,7 +214,8 @@ def main() -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    run = compose([*args.overrides, *([] if args.config_dir is None else [f"--config-dir={args.config_dir}"])])
+    own = [] if args.config_dir is None else [f"--config-dir={args.config_dir}"]
+    run = compose([*args.overrides, *own], "ftexp show")
     if args.json:
         print(verb.as_json(counted(run, args.rows, args.split)))
         return 0

@@ -245,7 +245,8 @@ def _points(kept: Kept, client: MlflowClient, log: Log, told: Brought) -> None:
 def main() -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser("ftexp sync", description="Bring to MLflow what its store missed.")
-    parser.add_argument("folders", nargs="*", type=Path, default=[runs.OUTPUTS], help=f"default: {runs.OUTPUTS}")
+    parser.add_argument("folders", nargs="*", type=Path, default=[runs.OUTPUTS],
+                        help=f"or names of sweeps and runs; default: {runs.OUTPUTS}")  # fmt: skip
     parser.add_argument("--uri", help="tracking store; default: the one each run was started with")
     parser.add_argument("--json", action="store_true", help="for scripts")
     args = parser.parse_args()
@@ -254,7 +255,11 @@ def main() -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    told = sync(args.folders, args.uri)
+    folders = [runs.place(folder, "sweep.json", "trial.json") for folder in args.folders]
+    for folder in folders:
+        if not folder.is_dir() and folder != runs.OUTPUTS:
+            raise MachineError(f"{folder}: must be a folder with runs in it, there is none{runs.there(folder)}")
+    told = sync(folders, args.uri)
     if args.json:
         print(verb.as_json(asdict(told), None))
     else:

@@ -15,7 +15,14 @@ def test_a_line_has_a_cell_for_each_title(tmp_path):
     assert {len(line.cells) for line in lines} == {len(board.titles(found))}
     assert [line.kind for line in lines] == ["base", "best", "complete", "unfinished"]
     assert "between seeds" in board.titles(found)
-    assert isinstance(lines[0], Line) and lines[-1].cells[2] == "1 complete, 1 failed"
+    assert isinstance(lines[0], Line) and lines[-1].cells[1].endswith(" (1 complete, 1 failed)")
+
+
+def test_a_state_stands_beside_the_overrides_and_the_rank_in_its_column(tmp_path):
+    found = board.read(sweep(tmp_path / "s", 3, failed=1))
+    assert board.lines(found)[-1].cells[:3] == ["2", f"{found.trials[2]['label']} (failed)", "16"]
+    found.trials[2]["config"] = {}
+    assert board.lines(found)[-1].cells[:3] == ["2", f"{found.trials[2]['label']} (failed)", ""]
 
 
 def test_point_of_its_trials(tmp_path):

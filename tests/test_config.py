@@ -239,3 +239,21 @@ def test_retired_names_point_to_keys_that_exist():
 def test_dataclass_checks_itself_without_hydra(made):
     with pytest.raises(ConfigError):
         made()
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "why"),
+    [
+        (["lora=none"], "lora.r", "lora.variant=none has no adapter"),
+        (["lora=none"], "lora.train", None),
+        ([], "lora.r", None),
+        (["eval=loss"], "eval.max_new_tokens", "eval.generate=false writes nothing"),
+        ([], "eval.max_new_tokens", None),
+        (["trainer.steps=9"], "trainer.epochs", "trainer.steps=9 goes before"),
+        (["trainer.steps=null"], "trainer.epochs", None),
+        (["data=jsonl", "data.path=a", "data.valid_path=b"], "data.valid", "data.valid_path holds the held-out rows"),
+        ([], "data.valid", None),
+    ],
+)
+def test_key_without_effect_is_told(composed, given, key, why):
+    assert config.idle(composed(*given), key) == why

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import sys
 
 import pytest
 import yaml
@@ -92,7 +94,26 @@ def test_run_and_sweep_of_ones_own_options(cli, mine, tmp_path):
         ({"config": "x: 1", "lora__a": "r: 1"}, "config.yaml is not read"),
         (
             {"lora__a": "rank: 1"},
-            "In 'lora/a': ConfigKeyError raised while composing config: unknown key lora.rank; ftexp calls it lora.r",
+            "mine/lora/a.yaml: unknown key lora.rank; ftexp calls it lora.r",
+        ),
+        (
+            {"lora__a": "r: eight"},
+            "mine/lora/a.yaml: lora.r: Value 'eight' of type 'str' could not be converted to Integer",
+        ),
+        ({"lora__a": "targets: q_proj"}, "mine/lora/a.yaml: lora.targets: a list is wanted"),
+        ({"lora__a": "r: 8\n alpha: 3"}, "mine/lora/a.yaml:2: must be YAML, mapping values are not allowed here"),
+        (
+            {"lora__a": "targets: [q_proj"},
+            "mine/lora/a.yaml:1: must be YAML, expected ',' or ']', but got '<stream end>'",
+        ),
+        (
+            {"lora__a": "# @package _global_\ntrainer: 5"},
+            "mine/lora/a.yaml: trainer: must hold keys and their values, got 5",
+        ),
+        ({"lora__a": "# @package _global_\nlora.r: 5"}, "mine/lora/a.yaml: lora.r must be written as lora: {r: ...}"),
+        (
+            {"lora__a": "r: 1", "sweeps__b": "hydra: {\n"},
+            "mine/sweeps/b.yaml:2: must be YAML, expected the node content",
         ),
         ({"lora__a": "r: -1"}, "lora.r must be"),
         ({"lora__a": "# @package _global_\nhydra:\n  job:\n    env_set:\n      A: b\n"}, "must not be set"),
@@ -133,7 +154,16 @@ def test_show_and_plan_take_the_folder(mine):
 @pytest.mark.parametrize(
     ("files", "given", "told"),
     [
-        ({"sweeps__a": "hydra: {sweeper: [\n"}, ["lora.r=2"], "sweeps/a.yaml:2: while parsing a flow"),
+        ({"sweeps__a": "hydra: {sweeper: [\n"}, ["lora.r=2"], "sweeps/a.yaml:2: must be YAML, expected the node content"),
+        ({"sweeps__a": "# @package _global_\nhydra: {sweeper: {sampler: tpee, params: {lora.r: '2,4'}}}\n"}, ["sweep=a"],
+         "mine/sweeps/a.yaml: hydra.sweeper.sampler: Invalid value 'tpee', expected one of [grid, random, tpe"),
+        ({"sweeps__b": "# @package _global_\nhydra: {sweeper: {samplr: tpe}}\n"}, ["sweep=b"],
+         "mine/sweeps/b.yaml: unknown key hydra.sweeper.samplr; did you mean hydra.sweeper.sampler?"),
+        ({"experiment__a": "# @package _global_\ndefaults: [{override /data: jsonll}]\n"}, ["experiment=a"],
+         "yoda, got 'jsonll'; did you mean data=jsonl?"),
+        ({"sweeps__c": "# @package _global_\nlora.r: '2,4'\n"}, ["sweep=c"],
+         "c.yaml: lora.r must be written as lora: {r: ...} in a file; in one of sweeps/ several values of a key go below "
+         "hydra: sweeper: params:"),
         ({"experiment__a": "trainer:\n  neftune: 3\n"}, ["experiment=a"],
          "unknown key experiment, for its file does not begin with the line # @package _global_"),
         ({"scale__smoke__latex_gpt2": "trainer: {steps: 1}", "lora__a": "r: 1"}, ["lora.r=2"],
@@ -147,6 +177,27 @@ def test_mistake_in_a_folder_is_told_with_its_place(cli, mine, files, given, tol
     assert code == 2
     assert told in err
     assert "Traceback" not in err
+
+
+def test_file_in_another_encoding_is_named(cli, mine):
+    (mine(lora__a="") / "lora" / "a.yaml").write_bytes("variant: \xe9".encode("latin-1"))
+    assert "mine/lora/a.yaml: must be text in UTF-8, byte 9 is not" in cli(*TINY, "--config-dir", "mine", "lora=a")[2]
+
+
+@pytest.mark.parametrize("verb", ["plan", "doctor", "api"])
+@pytest.mark.parametrize(("text", "told"), [("r: eight", "lora.r: Value 'eight'"), ("r: [", "a.yaml:1: must be YAML")])
+def test_every_verb_tells_a_mistake_in_a_file(mine, monkeypatch, capsys, verb, text, told):
+    from importlib import import_module
+
+    given = [f"--config-dir={mine(lora__a=text)}", "model=tiny", "lora=a"]
+    if verb == "api":
+        with pytest.raises(ConfigError, match=re.escape(told)):
+            api.compose(given)
+        return
+    for more in ([], ["seed=1,2", "-m"]):
+        monkeypatch.setattr(sys, "argv", [verb, *given, *more])
+        assert import_module(f"ftexp.{verb}").main() == 2
+        assert told in capsys.readouterr().err
 
 
 def test_folder_of_a_project_may_hold_others(mine, tmp_path):

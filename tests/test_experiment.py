@@ -541,3 +541,31 @@ def test_sealed_pairs_are_scored_when_they_are_opened(tiny, tmp_path):
         scores = experiment.execute(run, tmp_path / kind, "x", opened=1)
         assert scores["test/rows"] == 9
         assert 0 <= scores["test/accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("completion", "more", "told"),
+    [
+        (
+            lambda n: ["cat", "dog"][n % 2],
+            [],
+            "each row has one label, and trainer.multi_label=true decides each label",
+        ),
+        (lambda n: ["cat", "dog"][n % 2], ["trainer.multi_label=false"], None),
+        (lambda n: ["cat", "dog, cat"][n % 2], [], None),
+        (
+            lambda n: f"Over the hill went {n}",
+            [],
+            "40 of 40 labels are of one row alone, of 40 rows; trainer.kind=classify",
+        ),
+    ],
+)
+def test_labels_that_are_most_likely_meant_otherwise_are_told_once(tiny, tmp_path, capsys, completion, more, told):
+    rows = [{"prompt": f"what of {n}?", "completion": completion(n)} for n in range(40)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for lora in ("lora.r=2", "lora.r=4"):
+        run = tiny("data=jsonl", f"data.path={path}", "data.valid=8", "trainer=classify", lora, *more)
+        experiment.prepare(run)
+    err = " ".join(capsys.readouterr().err.split())
+    assert err.count("label") == 0 if told is None else err.count(told) == 1

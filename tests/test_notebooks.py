@@ -96,26 +96,68 @@ def test_table_is_text_only():
     assert told.splitlines() == ["| a | b |", "| --- | --- |", "| x\\|y z | 0.1235 |", "| &lt;b> | 3 |"]
 
 
-def test_command_runs_a_notebook_in_place(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "n.ipynb"
+def test_a_copy_of_a_notebook_of_ones_own_is_run(tmp_path, monkeypatch, capsys):
+    path, there = tmp_path / "n.ipynb", tmp_path / "s" / "notebooks" / "n.ipynb"
     path.write_text(json.dumps({"cells": [cell("from ftexp.notebooks import folder\nfolder().name")]}))
+    before = path.read_bytes()
     monkeypatch.setenv("SWEEP", "")
     monkeypatch.setattr(sys, "argv", ["notebooks", str(sweep(tmp_path / "s")), str(path)])
     assert notebooks.main() == 0
-    assert outputs(load(path))[0]["data"]["text/plain"] == ["'s'"]
+    assert outputs(load(there))[0]["data"]["text/plain"] == ["'s'"]
+    assert path.read_bytes() == before
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["notebooks", str(tmp_path / "s"), str(path), "--json"])
     assert notebooks.main() == 0
-    assert json.loads(capsys.readouterr().out) == {"sweep": str(tmp_path / "s"), "notebooks": [os.path.relpath(path)]}
+    assert json.loads(capsys.readouterr().out) == {"sweep": str(tmp_path / "s"), "notebooks": [os.path.relpath(there)]}
     monkeypatch.setattr(sys, "argv", ["notebooks", str(tmp_path / "gone"), str(NOTEBOOKS[0])])
     assert notebooks.main() == 4
     assert "must be the folder of a sweep" in capsys.readouterr().err
 
 
+def test_ours_and_the_sweep_are_found_by_name(tmp_path, monkeypatch, capsys):
+    folder = sweep(tmp_path / "outputs" / "sweeps" / "s")
+    monkeypatch.setenv("SWEEP", "")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["notebooks", "s", "compare", "cost.ipynb", "cost"])
+    assert notebooks.main() == 0
+    assert sorted(p.name for p in (folder / "notebooks").iterdir()) == ["compare.ipynb", "cost.ipynb"]
+    assert "outputs/sweeps/s/notebooks/cost.ipynb: ran on s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "told"),
+    [
+        (
+            ["s", "comparr"],
+            2,
+            "comparr: must be a notebook that is there, or one of compare, cost, errors, sensitivity",
+        ),
+        (["s", "a/n.ipynb", "n.ipynb"], 2, "n.ipynb: must have a name of its own, a/n.ipynb is copied to the same"),
+        (["s", "scores.py"], 2, "scores.py: must be a notebook, it is no JSON ("),
+        (["s", "n.ipynb"], 2, "n.ipynb: must be a notebook, it has no cells"),
+        (["ss"], 4, "there is no sweep.json or trial.json; did you mean s?; there are: sweeps s"),
+    ],
+)
+def test_wrong_names_end_in_one_line(tmp_path, monkeypatch, capsys, given, code, told):
+    sweep(tmp_path / "outputs" / "sweeps" / "s")
+    (tmp_path / "a").mkdir()
+    for name in ("a/n.ipynb", "n.ipynb"):
+        (tmp_path / name).write_text("[]")
+    (tmp_path / "scores.py").write_text("x")
+    monkeypatch.setenv("SWEEP", "")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["notebooks", *given])
+    assert notebooks.main() == code
+    err = capsys.readouterr().err
+    assert told in err and len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0)])
-def test_usage(argv, code, monkeypatch):
+def test_usage(argv, code, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["notebooks", *argv])
     assert notebooks.main() == code
+    out, err = capsys.readouterr()
+    assert (err if code else out).startswith("usage: ") and not (out if code else err)
 
 
 def test_notebooks_of_the_installation_stay_as_they_are(tmp_path, monkeypatch, capsys):

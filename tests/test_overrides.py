@@ -1,6 +1,6 @@
 import pytest
 
-from ftexp import overrides
+from ftexp import config, overrides
 from ftexp.errors import ConfigError
 
 
@@ -13,8 +13,21 @@ from ftexp.errors import ConfigError
         ("trainer.learning_rate=1", "ftexp calls it trainer.lr"),
         ("trainer.learnin_rate=1", "did you mean trainer.lr\\?"),
         ("max_seq_length=64", "ftexp calls it data.max_length"),
-        ("trainer.dropout=0.1", "did you mean"),
-        ("+model._target_=os.system", "unknown key model._target_"),
+        ("trainer.dropout=0.1", r"did you mean lora\.dropout\?$"),
+        ("lr=1e-3", r"did you mean trainer\.lr\?$"),
+        ("batch=4", r"did you mean eval\.batch or trainer\.batch\?$"),
+        ("batch_size=4", r"ftexp calls it trainer\.batch$"),
+        ("model.name=a", r"ftexp calls it model\.path$"),
+        ("gradient_accumulation_steps=4", r"ftexp calls it trainer\.accumulation$"),
+        ("trainr.lr=1e-3", r"did you mean trainer\.lr\?$"),
+        ("data.vaild=4", r"did you mean data\.valid\?$"),
+        ("epoch=3", r"did you mean trainer\.epochs\?$"),
+        ("modle=tiny", r"did you mean model\?$"),
+        ("sweep.wrokers=2", r"did you mean sweep\.workers\?$"),
+        ("sweep.nope=1", r"^unknown key sweep\.nope in sweep\.nope=1$"),
+        ("lora.kind=dora", r"^unknown key lora\.kind in lora\.kind=dora$"),
+        ("temperature=1", r"^unknown key temperature in temperature=1$"),
+        ("+model._target_=os.system", r"^unknown key model\._target_ in \+model\._target_=os\.system$"),
         ("++trainer.callbacks=[a]", "unknown key trainer.callbacks"),
         ("model=nope", "smollm2_360m, tiny, got 'nope'"),
         ("model=embeded", "did you mean model=embedded"),
@@ -37,11 +50,42 @@ def test_known_override_passes(given):
     overrides.check([given])
 
 
+def test_what_other_tools_call_a_key_is_a_key_here():
+    assert set(overrides.CALLED.values()) <= set(config.keys())
+    assert not set(overrides.CALLED) & (set(config.keys()) | set(config.RETIRED))
+
+
 def test_rows_and_a_scale_that_brings_its_own_are_at_odds():
     with pytest.raises(ConfigError, match="data=chat cannot be chosen with scale=smoke, which brings rows of its own"):
         overrides.check(["experiment=yoda_phi3", "scale=smoke", "data=chat"])
     overrides.check(["experiment=yoda_phi3", "scale=none", "data=chat"])
     overrides.check(["experiment=yoda_phi3", "scale=smoke", "data.rows=50"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["lora=none", "lora.r=8,16"], r"^lora\.r must be left out with lora=none: there is no adapter, got 8,16$"),
+        (["lora.alpha=4", "lora.variant=none"], r"^lora\.alpha must be left out with lora=none"),
+        (["lora=none", "+lora.extra.lora_bias=true"], r"^lora\.extra\.lora_bias must be left out"),
+        (["track=none", "track.uri=x"], r"^track\.uri must be left out with track=none: runs are not tracked, got x$"),
+        (["trainer.epochs=3", "trainer.steps=4"], r"^trainer\.epochs must be left out with trainer\.steps=4, which"),
+    ],
+)
+def test_key_that_another_leaves_without_effect_is_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        overrides.check(given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["lora=none", "lora.train=[layers.1]"], ["lora=none,default", "lora.r=8"], ["lora.variant=lora", "lora.r=8"],
+     ["lora=none", "lora.variant=lora", "lora.r=8"], ["track=none", "track.kind=mlflow", "track.uri=x"],
+     ["trainer.epochs=3", "trainer.steps=null"], ["trainer.epochs=3", "trainer.steps=4,null"], ["trainer.epochs=3"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_keys_that_have_an_effect_pass(given):
+    overrides.check(given)
 
 
 def test_flags_move_to_the_front_and_a_name_is_added():
@@ -71,6 +115,30 @@ def test_a_search_is_a_sweep_without_saying_so():
     assert overrides.prepare(["sweep=rank"])[0] == "-m"
     assert overrides.prepare(["lora.r=interval(1,9)", "sweep.sampler=tpe", "sweep.n_trials=3"])[0] == "-m"
     assert "-m" not in overrides.prepare(["sweep=rank", "--cfg", "job"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["lora.r=2,4", "--cfg", "job", "-m"], "^--multirun and --cfg must not be given together"),
+        (["-m", "--info", "config"], "^--multirun and --info must not be given together"),
+        (["--cfg", "job", "--info"], "^--cfg and --info must not be given together"),
+        (["--cfg", "jobb"], "^--cfg must be one of job, hydra, all, got 'jobb'$"),
+        (["--info=foo"], "^--info must be one of all, config, .*, searchpath, got 'foo'$"),
+        (["--cfg"], "^--cfg/-c: expected one argument$"),
+        (["lora.r=8", "--foo", "3"], "^unknown option --foo; --help tells those there are$"),
+        (["--resolve"], "^--resolve needs --cfg"),
+        (["lora.r=2,4", "--cfg", "job"], "^lora.r=2,4 has several values: --cfg job shows the config of one run"),
+    ],
+)
+def test_wrong_flags_are_refused_before_hydra_sees_them(argv, message):
+    with pytest.raises(ConfigError, match=message):
+        overrides.prepare(argv)
+
+
+def test_flags_that_go_together_are_taken():
+    assert overrides.prepare(["--help", "-m"]) == ["--help", "-m"]
+    assert overrides.prepare(["--cfg", "job", "--resolve", "name=x"]) == ["--cfg", "job", "--resolve", "name=x"]
 
 
 def test_given_name_is_kept():

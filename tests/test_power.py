@@ -116,7 +116,9 @@ def test_one_row_tells_no_noise(ask, sweep):  # noqa: F811
 
 @pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0)])
 def test_usage(ask, argv, code):
-    found, _, err = ask(*argv)
+    found, out, err = ask(*argv)
     assert found == code
+    told, nothing = (err, out) if code else (out, err)
+    assert not nothing
     for key in (*power.KEYS, "seeds", "--from", "--json"):
-        assert f"\n  {key} " in err
+        assert f"\n  {key} " in told

@@ -12,6 +12,7 @@ import made
 import pytest
 from rich.console import Console
 
+from ftexp import board as boards
 from ftexp import report, track
 from ftexp.config import Track
 from ftexp.errors import MachineError
@@ -132,7 +133,7 @@ def test_replicates_are_ranked_as_one_by_their_mean(sweep):
     assert [row[0] for row in rows] == ["base", "2-3 best", "0-1", "4"]
     assert "means over seeds" in text
     assert "0.4243" in rows[2]
-    assert rows[3][2] == "1 complete"  # of two: not ranked
+    assert rows[3][2:5] == ["4", "", ""] and boards.lines(board)[-1].cells[1] == "lora.r=4 (1 complete)"  # of two
 
 
 def test_trials_of_two_bases_show_two(sweep):

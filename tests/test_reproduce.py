@@ -89,6 +89,10 @@ def test_wrong_command_line_ends_in_usage(words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ftexp.reproduce", *words])
     assert reproduce.main() == 2
     assert capsys.readouterr().err.startswith("usage: ")
+    monkeypatch.setattr(sys, "argv", ["ftexp.reproduce", "-h"])
+    assert reproduce.main() == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("usage: ") and not err
 
 
 def test_interruption_ends_in_one_line(monkeypatch, capsys):

@@ -26,6 +26,11 @@ REFUSED = [  # command line, exit code, what the one line must say
         2,
         "Error merging override lora.r=abc: Value 'abc' of type 'str' could not be converted to Integer",
     ),
+    (
+        ["sweep.sampler=tpee", "lora.r=8,16"],
+        2,
+        "Error merging override sweep.sampler=tpee: Invalid value 'tpee', expected one of [grid",
+    ),
     (["lora.rank=8,16", "-m"], 2, "unknown key lora.rank"),
     (["lora.r"], 2, "not a Hydra override"),
     (["trainer.lr=interval(0.1,0.2)", "-m"], 2, "a grid needs single values"),
@@ -46,7 +51,18 @@ REFUSED = [  # command line, exit code, what the one line must say
         2,
         "trainer.extra.num_train_epochs must not be set, it has a key of its own",
     ),
-    ([*TINY, "trainer.optimizer=foo"], 2, "trainer is refused by SFTConfig: foo is not a valid"),
+    ([*TINY, "trainer.extra.adam_beta1=high"], 2, "trainer.extra.adam_beta1 must be a number, got 'high'"),
+    ([*TINY, "lora.extra.fan_in_fan_out=1"], 2, "lora.extra.fan_in_fan_out must be true or false, got 1"),
+    (
+        [*TINY, "trainer.optimizer=foo"],
+        2,
+        "trainer.optimizer must be an optimizer of transformers, got 'foo': adamw_torch",
+    ),
+    (
+        [*TINY, "trainer.optimizer=adamw"],
+        2,
+        "trainer.optimizer must be an optimizer of transformers, got 'adamw'; did you mean adamw_torch or adamw_",
+    ),
     ([*TINY, "lora.extra.nope=1,2", "-m"], 2, "lora.extra is refused by LoraConfig"),
     ([*TINY, "data.max_length=16"], 3, "a row must be at most data.max_length=16 tokens"),
     (

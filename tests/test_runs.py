@@ -52,6 +52,33 @@ def test_torn_last_point_is_left_out(tmp_path):
     assert runs.Kept(tmp_path, {}).points() == [{"step": 1, "train/loss": 2.0}]
 
 
+def test_a_name_that_is_not_there_is_answered_with_those_that_are(kept):
+    write_json(kept / "outputs/sweeps/sums/sweep.json", {})
+    there = r"; there are: sweeps sums; runs a$"
+    with pytest.raises(
+        MachineError, match=rf"^smus: must be the folder of a sweep or a run.*did you mean sums\?{there}"
+    ):
+        runs.shown("smus")
+    with pytest.raises(MachineError, match=rf"no run of this id in outputs{there}"):
+        runs.find("zzzz")
+    with pytest.raises(MachineError, match="2 runs of this id in outputs$"):
+        runs.find("aaaa1111")
+    for n in range(30):
+        write_json(kept / f"outputs/runs/{n:02}/trial.json", {})
+    assert runs.there("zzzz").endswith("18, 19, 11 more")
+
+
+def test_a_sweep_where_a_run_is_wanted_is_told_as_one(kept):
+    write_json(kept / "outputs/sweeps/s/sweep.json", {})
+    with pytest.raises(MachineError, match="^s: must be a run, this is a sweep; name one of its trials, as s/0$"):
+        runs.find("s")
+    write_json(kept / "outputs/sweeps/none/sweep.json", {})
+    with pytest.raises(MachineError, match="this is a sweep; name one of its trials, none has begun$"):
+        runs.find("none")
+    write_json(kept / "outputs/runs/s/trial.json", {"config": {}})
+    assert runs.find("s").folder == runs.OUTPUTS / "runs/s"
+
+
 def test_runs_and_sweeps_are_found_by_name(kept):
     assert runs.find("a").folder == runs.find("outputs/runs/a").folder
     assert runs.find("s/1").folder == runs.find("outputs/sweeps/s/1").folder

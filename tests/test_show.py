@@ -25,6 +25,13 @@ def shown(monkeypatch, capsys):
     return run
 
 
+def test_what_is_no_single_run_is_told_by_the_name_of_the_verb(shown):
+    code, out, err = shown(*SMALL, "lora.r=2,4")
+    assert (code, out) == (2, "")
+    assert "lora.r=2,4 has several values: ftexp show takes the overrides of one run; a sweep is for ftexp run" in err
+    assert "sweep=rank: ftexp show takes the overrides of one run" in shown(*SMALL, "sweep=rank")[2]
+
+
 def example(completion="yo", prompt="Hi\t[b]", template=Template.model):
     return prompts.render((Row(prompt, completion, "t:1"),), tiny.tokenizer(), Data(template=template))[0]
 

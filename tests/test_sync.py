@@ -5,7 +5,9 @@ import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import made
 import pytest
 from conftest import TINY
 
@@ -283,6 +285,19 @@ def test_help_names_the_folder_that_is_searched(verb, capsys):
         verb("--help")
     out = capsys.readouterr().out
     assert "default: outputs" in " ".join(out.split()) and "PosixPath" not in out
+
+
+def test_folders_go_by_name_and_one_that_is_not_there_is_told(verb, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(sync, "sync", lambda folders, uri: asked.append(folders) or sync.Brought())
+    assert verb()[0] == 0  # nothing was run yet
+    made.sweep(tmp_path / "outputs" / "sweeps" / "s")
+    assert verb("s", "outputs")[0] == 0
+    assert asked == [[Path("outputs")], [Path("outputs/sweeps/s"), Path("outputs")]]
+    code, _, err = verb("ss")
+    assert code == 4
+    assert err == "ftexp: ss: must be a folder with runs in it, there is none; did you mean s?; there are: sweeps s\n"
 
 
 def test_interruption_ends_in_one_line(monkeypatch, capsys):

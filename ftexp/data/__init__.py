@@ -64,7 +64,12 @@ def _split(data: Data) -> Splits:
     if not rows:
         raise DataError(f"{source}: must have rows, got none")
     paths = {"valid": data.valid_path, "test": data.test_path}
-    splits = split(rows, data, source, {name: read_file(path, data) for name, path in paths.items() if path})
+    splits = split(
+        rows,
+        data,
+        source,
+        {name: read_file(path, data, key=f"data.{name}_path") for name, path in paths.items() if path},
+    )
     if splits.copies:
         say(f"{source}: {hygiene.told(list(splits.copies), splits.read)}")
     gates.leaks(splits, data)

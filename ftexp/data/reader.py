@@ -62,14 +62,19 @@ Record = tuple[dict[str, Any], str]
 """Column name -> value, and `file:line`."""
 
 
-def records(path: Path, kind: Source) -> Iterator[Record]:
+def records(path: Path, kind: Source, key: str = "data.path") -> Iterator[Record]:
     """Yield the records of a file.
+
+    Args:
+        path: of the file.
+        kind: its format.
+        key: of the config that names it.
 
     Raises:
         DataError: the file or one of its records cannot be used; the message starts with the file, and the line.
     """
-    kind = _kind(path, kind)
-    _check_file(path, kind)
+    kind = _kind(path, kind, key)
+    _check_file(path, kind, key)
     match kind:
         case Source.csv:
             yield from _separated(path, ",")
@@ -83,20 +88,18 @@ def records(path: Path, kind: Source) -> Iterator[Record]:
             yield from _parquet(path)
 
 
-def _kind(path: Path, kind: Source) -> Source:
+def _kind(path: Path, kind: Source, key: str) -> Source:
     if kind is not Source.file:
         return kind
     found = ENDINGS.get(path.suffix.lower())
     if found is None:
-        raise DataError(
-            f"{path}: data.path must end in {', '.join(ENDINGS)}; or name the format, as in data=csv data.path=..."
-        )
+        raise DataError(f"{path}: {key} must end in {', '.join(ENDINGS)}; or name the format, as in data=csv {key}=...")
     return found
 
 
-def _check_file(path: Path, kind: Source) -> None:
+def _check_file(path: Path, kind: Source, key: str) -> None:
     """Refuse what is no regular file, cannot be opened, is empty, or is something else by its first bytes."""
-    rule = f"{path}: data.path must be a file"
+    rule = f"{path}: {key} must be a file"
     try:
         found = path.stat()
     except FileNotFoundError as error:

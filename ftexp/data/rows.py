@@ -31,13 +31,13 @@ def read(data: Data) -> list[Row]:
     return list(shapes.rows(islice(_made(data), data.rows or GENERATED), data))
 
 
-def read_file(path: str, data: Data, count: int | None = None) -> list[Row]:
-    """Read the rows of one file, or the first `count` of them.
+def read_file(path: str, data: Data, count: int | None = None, key: str = "data.path") -> list[Row]:
+    """Read the rows of one file that a key of the config names, or the first `count` of them.
 
     Raises:
         DataError: the file or one of its lines cannot be used; the message starts with `file:line`.
     """
-    return list(shapes.rows(islice(reader.records(Path(path), data.kind), count), data))
+    return list(shapes.rows(islice(reader.records(Path(path), data.kind, key), count), data))
 
 
 def _made(data: Data) -> Iterator[tuple[dict[str, Any], str]]:

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -111,7 +112,7 @@ def recognised(record: dict[str, Any], where: str, data: Data) -> Shape:
         shapes = "; ".join(", ".join(needed) for needed in COLUMNS.values())
         raise DataError(
             f"{where}: the columns must have a known shape ({shapes}), got {', '.join(record) or 'none'}; "
-            "set data.prompt and data.completion, or data.columns"
+            f"{_advice(data)}"
         )
     return found or Shape.completion
 
@@ -139,9 +140,11 @@ def _row(record: dict[str, Any], where: str, shape: Shape, data: Data) -> Row:
             made = _labelled(record, name, where)
         case Shape.text:
             own = data.completion != "{completion}"
-            made = Row("", _filled(data.completion, record, where) if own else _text(record, "text", where), where)
+            made = Row(
+                "", _filled(data.completion, record, where, data) if own else _text(record, "text", where), where
+            )
         case _:
-            texts = [_filled(template, record, where) for template in (data.prompt, data.completion)]
+            texts = [_filled(template, record, where, data) for template in (data.prompt, data.completion)]
             made = Row(texts[0], texts[1], where)
     for part in ("completion",) if shape is Shape.text else ("prompt", "completion"):
         if not getattr(made, part).strip():
@@ -155,9 +158,26 @@ def _row(record: dict[str, Any], where: str, shape: Shape, data: Data) -> Row:
     return replace(made, group=group, stratum=stratum)
 
 
-def _filled(template: str, record: dict[str, Any], where: str) -> str:
-    hint = "set data.prompt and data.completion"
-    return template.format(**{name: _text(record, name, where, hint) for name in config.columns(template)})
+def _filled(template: str, record: dict[str, Any], where: str, data: Data) -> str:
+    names = config.columns(template)
+    return template.format(**{name: _text(record, name, where, _advice(data, name)) for name in names})
+
+
+def _advice(data: Data, name: str | None = None) -> str:
+    """Say how columns get the names that are wanted; a misspelt one of `data.columns` is named.
+
+    Args:
+        data: what was asked for.
+        name: of the column that is missing; None where none is known.
+    """
+    known = {"label", "input", *(name for needed in COLUMNS.values() for name in needed)}
+    used = {*config.columns(data.prompt), *config.columns(data.completion), data.group_by, data.stratify_by}
+    for ours in data.columns.keys() - used:
+        if ours not in known and (near := difflib.get_close_matches(ours, known, n=1)):
+            return f"data.columns.{ours} is no column that is read, did you mean data.columns.{near[0]}?"
+    if data.columns and name is not None:
+        return f"data.columns.{name} tells which column of the file it is"
+    return "set data.prompt and data.completion" + (", or data.columns" if name is None else "")
 
 
 def _missing(name: str, record: dict[str, Any], where: str, hint: str) -> None:

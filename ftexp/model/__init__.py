@@ -11,7 +11,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_type_hints
 
 from ftexp import config, garbage, handed
 from ftexp.config import Attention, Format, Kind, Lora, Method, Model, Quant, Variant
@@ -572,11 +573,33 @@ def accept(made: Any, own: dict[str, Any], extra: dict[str, Any], key: str) -> A
         has = name or f"{key.split('.')[0]}.{taken[0]}" in set(config.keys())
         owner = f"has a key of its own{f': {name}' if name else ''}" if has else "is set by ftexp"
         raise ConfigError(f"{key}.{taken[0]} must not be set, it {owner}")
+    check_types(made, extra, key)
     try:
         return made(**own, **extra)
     except (TypeError, ValueError) as error:
         where = key if extra else key.split(".")[0]
         raise ConfigError(f"{where} is refused by {made.__name__}: {error}") from error
+
+
+PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+"""Types whose values a library takes as they are, in words."""
+
+
+def check_types(made: Any, extra: dict[str, Any], key: str) -> None:
+    """Refuse a keyword of another type than the library's config class has; it would break in the midst of training.
+
+    Raises:
+        ConfigError: names the keyword; one whose type is not plain, as of a list, is the library's to refuse.
+    """
+    types = get_type_hints(made)
+    for name, value in extra.items():
+        kind = types.get(name)
+        kinds = get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is Union else (kind,)
+        if not set(kinds) <= set(PLAIN):
+            continue
+        if type(value) not in kinds and not (type(value) is int and float in kinds):
+            wanted = " or ".join(PLAIN[one] for one in kinds)
+            raise ConfigError(f"{key}.{name} must be {wanted}, got {value!r}")
 
 
 def check_targets(model: PreTrainedModel, targets: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import difflib
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ftexp import config
-from ftexp.errors import MachineError
+from ftexp.errors import ConfigError, MachineError
 from ftexp.files import read_trial
 from ftexp.progress import Sheet, quiet_libraries, say, warn
 from ftexp.sweep import frozen
@@ -217,14 +218,20 @@ def _cell(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
 
 
+VERBS = {
+    ls: "list the sweeps in outputs/sweeps",
+    show: "show the trials of a sweep",
+    stop: "end a running sweep, each trial with a checkpoint",
+    resume: "run what is missing of a sweep, as it was frozen at its launch",
+    export: "write the trials as CSV or JSON",
+}
+
+
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     made = argparse.ArgumentParser("ftexp sweep", description="List, look at, stop, resume and export sweeps.")
     verbs = made.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for run, about in ((ls, "list the sweeps in outputs/sweeps"), (show, "show the trials of a sweep"),
-                       (stop, "end a running sweep, each trial with a checkpoint"),
-                       (resume, "run what is missing of a sweep, as it was frozen at its launch"),
-                       (export, "write the trials as CSV or JSON")):  # fmt: skip
+    for run, about in VERBS.items():
         verb = verbs.add_parser(run.__name__, help=about, description=run.__doc__)
         verb.set_defaults(run=run)
         if run is not ls:
@@ -239,10 +246,19 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _no_verb(given: str) -> int:
+    known = [run.__name__ for run in VERBS]
+    near = difflib.get_close_matches(given, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"sweep must be followed by one of {', '.join(known)}, got {given!r}{hint}")
+
+
 def main() -> int:
     """Run the command line; return the exit code."""
     from ftexp.train import control
 
+    if (given := sys.argv[1:2]) and not given[0].startswith("-") and given[0] not in (run.__name__ for run in VERBS):
+        return ended(lambda: _no_verb(given[0]))
     args = parser().parse_args()
     quiet_libraries()
     config.register()

@@ -155,6 +155,8 @@ class Sweeper(HydraSweeper):
         for axis in searched.axes:
             if axis.key in ("name", "objectives"):
                 raise ConfigError(f"{axis.key} must be one value for the whole sweep, got {','.join(axis.texts)}")
+            if all(why := config.idle(run, axis.key) for run in runs):
+                raise ConfigError(f"{axis.key} must not be searched, its trials would be the same: {why}")
         if options.replicates > 1:
             if any(axis.key == "seed" for axis in searched.axes):
                 raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
 import time
@@ -187,9 +188,16 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
         ConfigError: `trainer.extra` names a keyword TRL does not know or would not act on, or gives one that the schema
             has.
     """
+    from transformers.training_args import OptimizerNames
     from trl import RLOOConfig, SFTConfig
 
     _check_extra(trainer)
+    known = [name.value for name in OptimizerNames]
+    if trainer.optimizer not in known:
+        near = [name for name in known if name.startswith(trainer.optimizer)]
+        near = near[:2] or difflib.get_close_matches(trainer.optimizer, known, n=1)
+        hint = f"; did you mean {' or '.join(near)}?" if near else f": {', '.join(known)}"
+        raise ConfigError(f"trainer.optimizer must be an optimizer of transformers, got {trainer.optimizer!r}{hint}")
     batch, accumulation = spread.shape(trainer, ranks.count())
     own: dict[str, Any] = {
         "output_dir": folder,

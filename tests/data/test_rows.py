@@ -1,9 +1,11 @@
 """Bad rows are refused with file, line and rule; good text survives as it is."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from ftexp import data
 from ftexp.config import Data, Source
 from ftexp.data import reader, rows
 from ftexp.errors import DataError
@@ -18,6 +20,17 @@ def jsonl(path, *lines: bytes | str | dict, **keys):
 
 
 GOOD = {"prompt": "a", "completion": "b"}
+
+
+def test_file_that_is_not_there_is_told_by_its_key(tmp_path):
+    asked = jsonl(tmp_path / "a.jsonl", *({"prompt": f"p{n}", "completion": f"c{n}"} for n in range(9)), valid=2)
+    for key in ("valid_path", "test_path"):
+        with pytest.raises(DataError, match=rf"none\.jsonl: data\.{key} must be a file, and there is none"):
+            data.load(replace(asked, **{key: str(tmp_path / "none.jsonl")}))
+    with pytest.raises(DataError, match=r"none\.txt: data\.valid_path must end in \.csv"):
+        data.load(replace(asked, kind=Source.file, valid_path="none.txt"))
+    with pytest.raises(DataError, match=r"none\.jsonl: data\.path must be a file"):
+        data.load(replace(asked, path=str(tmp_path / "none.jsonl")))
 
 
 @pytest.mark.parametrize(

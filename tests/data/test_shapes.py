@@ -124,6 +124,25 @@ def test_columns_are_mapped():
 
 
 @pytest.mark.parametrize(
+    ("columns", "more", "told"),
+    [
+        (
+            {"promt": "q"},
+            {},
+            r"got a, promt; data\.columns\.promt is no column .*, did you mean data\.columns\.prompt\?$",
+        ),
+        ({"prompt": "q"}, {}, r"'completion' is missing, the row has a, prompt; data\.columns\.completion tells which"),
+        ({"prompt": "q", "completoin": "a"}, {}, r"did you mean data\.columns\.completion\?$"),
+        ({}, {}, r"got q, a; set data\.prompt and data\.completion, or data\.columns$"),
+        ({"prompts": "q"}, {"prompt": "{prompts}"}, r"data\.columns\.completion tells which"),
+    ],
+)
+def test_column_that_is_missing_is_told_with_what_was_likely_meant(columns, more, told):
+    with pytest.raises(DataError, match=told):
+        one({"q": "what?", "a": "that"}, columns=columns, **more)
+
+
+@pytest.mark.parametrize(
     ("columns", "prompt", "completion"),
     [
         ({"prompt": "completion", "completion": "prompt"}, "c", "p"),

@@ -1,5 +1,6 @@
 """Base and adapter: seeds, scaling, targets, and a base that is as before once the adapter is off."""
 
+import dataclasses
 import gc
 import json
 import math
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from dataclasses import replace
+from typing import Literal, Optional
 
 import pytest
 import torch
@@ -392,3 +394,44 @@ def test_four_bit_base_trains_an_adapter_and_counts_true_weights(base, tmp_path)
         ids = torch.arange(3, 20)[None]
         tuned(input_ids=ids, labels=ids).loss.backward()
         assert all(p.grad is not None for p in tuned.parameters() if p.requires_grad)
+
+
+@dataclasses.dataclass
+class Settings:
+    """Keywords of a library."""
+
+    beta: float = 0.9
+    rows: int | None = None
+    on: bool = False
+    name: "Optional[str]" = None  # noqa: UP045
+    either: int | str = 0
+    way: Literal["a", "b"] = "a"
+    several: list[int] | None = None
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"beta": 0.5}, {"beta": 1}, {"rows": None}, {"rows": 3}, {"on": True}, {"name": "x"}, {"either": "x"}, {"way": 1},
+     {"several": "x"}, {"unknown": 1}],
+    ids=str,
+)  # fmt: skip
+def test_library_keyword_of_its_type_is_taken_and_what_is_not_plain_left_to_the_library(extra):
+    model.check_types(Settings, extra, "x")
+
+
+@pytest.mark.parametrize(
+    ("extra", "wanted"),
+    [
+        ({"beta": "high"}, "beta must be a number, got 'high'"),
+        ({"beta": None}, "beta must be a number, got None"),
+        ({"beta": True}, "beta must be a number, got True"),
+        ({"rows": 2.0}, "rows must be a whole number or null, got 2.0"),
+        ({"on": 1}, "on must be true or false, got 1"),
+        ({"name": 1}, "name must be text or null, got 1"),
+        ({"either": [1]}, r"either must be a whole number or text, got \[1\]"),
+    ],
+    ids=str,
+)
+def test_library_keyword_of_another_type_is_refused(extra, wanted):
+    with pytest.raises(ConfigError, match=rf"^trainer\.extra\.{wanted}$"):
+        model.check_types(Settings, extra, "trainer.extra")

@@ -85,7 +85,10 @@ def test_unknown_name_lists_what_is_there(cli, verb):
     assert verb("show", "nope")[::2] == (4, "ftexp: nope: no sweep of this name in outputs/sweeps, and no folder of "
                                             "one; there are: none\n")  # fmt: skip
     assert verb("ls")[1].strip() == "no sweeps in outputs/sweeps"
-    assert verb("nope")[0] == 2
+    told = "ftexp: sweep must be followed by one of ls, show, stop, resume, export, got"
+    assert verb("nope") == (2, "", f"{told} 'nope'\n")
+    assert verb("lss") == (2, "", f"{told} 'lss'; did you mean ls?\n")
+    assert verb()[0] == 2 and verb("--help")[0] == 0
 
 
 def test_resume_runs_what_was_frozen_and_nothing_else(cli, verb, tmp_path, monkeypatch):

@@ -197,6 +197,22 @@ def test_bad_sweep_is_refused_before_it_starts(cli, tmp_path, given, message):
     assert not (tmp_path / "outputs" / "sweeps" / "s" / "sweep.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["sweep=rank", "lora=none"], "lora.r must not be searched, its trials would be the same: lora.variant=none"),
+        (["trainer.epochs=1,2"], "trainer.epochs must not be searched, its trials would be the same: trainer.steps=20"),
+        (["eval=loss", "eval.max_new_tokens=8,9"], "eval.max_new_tokens must not be searched"),
+    ],
+)
+def test_search_without_effect_is_refused_before_it_starts(cli, tmp_path, given, message):
+    code, _, err = cli("model=tiny", *given, "track=none", "name=s", "-m")
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_second_supervisor_is_refused(cli, tmp_path):
     import fcntl
 
