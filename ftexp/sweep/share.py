@@ -67,12 +67,14 @@ def awaited(sweep: Frozen, record: Study, look: float) -> bool:
 
 
 def _ask(sweep: Frozen, record: Study, other: str, look: float) -> None:
-    """Put a wish on record until it is answered, its pack is over, or there is something to claim."""
+    """Put a wish on record until it is answered in full, its pack is over, or something for any worker waits."""
     key, me = f"{WISH} {other}", os.environ[TOKEN]
     wish = {"to": me, "how": how(sweep)}
     record.set_user_attr(key, wish)
     try:
-        while record.user_attrs.get(key) == wish and other in _packs(record) and not study.waiting(record, me):
+        while record.user_attrs.get(key) == wish and other in _packs(record):
+            if any(study.KEPT not in t.user_attrs for t in study.waiting(record, me)):
+                return
             if record.user_attrs.get(STOP):
                 return
             _rest(look)

@@ -208,6 +208,17 @@ def test_what_it_is_given_is_kept_for_it(idle, monkeypatch):
     assert study.ticket(study.claim(idle.record, "me")._cached_frozen_trial) == 2  # type: ignore
 
 
+def test_an_asker_waits_for_all_that_it_is_given(idle):
+    """It took the first of two alone, and the other went back to who had given it once it had waited a minute."""
+    seen = []
+    idle.meanwhile(
+        lambda token: give_back(idle.record, 2, "me"), lambda token: give_back(idle.record, 3, "me"), idle.refuse,
+        lambda token: seen.append(token),
+    )  # fmt: skip
+    assert share.awaited(idle.sweep, idle.record, 0.0) is True
+    assert sorted(study.ticket(t) for t in study.waiting(idle.record, "me")) == [2, 3] and not seen
+
+
 def test_what_nobody_comes_for_is_anybodys_after_a_while(idle, monkeypatch):
     give_back(idle.record, 2, "dead")
     now = time.time()
