@@ -107,7 +107,7 @@ def test_a_search_is_held_to_its_budget_as_a_whole(planned):
 
 @pytest.mark.parametrize(
     ("argv", "text"),
-    [(["lora.q=8"], "unknown key lora.q in lora.q=8; did you mean lora.r?"),
+    [(["lora.rr=8"], "unknown key lora.rr in lora.rr=8; did you mean lora.r?"),
      (["lora.r=0"], "lora.r must be a rank between 1 and 4096, got 0"),
      (["lora.r=0,8", "-m"], "lora.r must be a rank between 1 and 4096, got 0"),
      (["data=jsonl", "data.path=none.jsonl"], "none.jsonl"),

@@ -43,7 +43,8 @@ def test_a_closed_terminal_asks_to_leave_and_is_not_written_to(tmp_path):
     import pty
 
     code = (
-        "import time\nfrom ftexp.progress import say\nfrom ftexp.train import control\n"
+        "import signal, time\nfrom ftexp.progress import say\nfrom ftexp.train import control\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # whoever runs the tests may do so under nohup
         "with control.listening(), control.at_work():\n"
         "    say('ready')\n"
         "    while not control.LEAVE.wait(0.1): pass\n"
