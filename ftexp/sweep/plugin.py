@@ -512,6 +512,7 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
     from ftexp.sweep import screen, study, worker
 
     trials = study.counted(record)
+    _tell_of_the_dead(sweep, trials, run)
     failed = [study.ticket(t) for t in trials if t.user_attrs.get("ftexp:kind") or t.state.name == "FAIL"]
     states = Counter(map(screen.state_of, trials))
     tags, told = track.outcome(states, sweep.objectives[0], screen.best_point(sweep, trials))
@@ -534,6 +535,19 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
             f"{len(failed)} of {len(trials)} trials failed: {', '.join(map(str, failed))}{why}"
             f"{f'; stopped: {stop}' if stop else ''}; see {os.path.relpath(sweep.folder)}"
         )
+
+
+def _tell_of_the_dead(sweep: Frozen, trials: list[Any], run: Run) -> None:
+    """Write down that trials have failed whose workers died: in their folders they run, and in the tracking store."""
+    from ftexp.sweep import study
+
+    for trial in trials:
+        path = sweep.folder / str(study.ticket(trial)) / "trial.json"
+        told: dict[str, Any] = (read_json(path) or {}) if trial.state.name == "FAIL" else {}
+        if told.get("state") == "running":
+            write_json(path, told | {"state": "failed", "error": trial.user_attrs.get("ftexp:reason") or "worker died"})
+            if told.get("mlflow_run"):
+                track.end(run.track, told["mlflow_run"], {}, {}, "FAILED")
 
 
 @contextmanager

@@ -618,6 +618,36 @@ def test_launch_takes_up_what_a_killed_helper_was_giving_back(tmp_path, composed
     plugin._finish(made, record, run)
 
 
+def test_trial_whose_workers_died_has_failed_in_its_folder_and_in_the_store_too(tmp_path, composed, monkeypatch):
+    """It was "running" on the leaderboard, on the page and in MLflow, for ever."""
+    from ftexp import board, track
+    from ftexp.errors import TrialsFailed
+    from ftexp.files import write_json
+    from ftexp.sweep import frozen, space, study, worker
+    from ftexp.sweep.options import Options
+
+    run = composed("model=tiny", "track=none")
+    made = frozen.Frozen(tmp_path, "s", space.parse(["lora.r=2,4"]), Options(), ["valid/loss"], None, "", {}, tickets=2)
+    made.save()
+    record = worker.open_study(made)
+    study.queue(record, [{"lora.r": "2"}, {"lora.r": "4"}])
+    kept = {"label": "lora.r=2", "config": {"lora.r": 2, "objectives": ["valid/loss"]}, "mlflow_run": "abc"}
+    write_json(tmp_path / "0" / "trial.json", kept | {"state": "running"})
+    study.claim(record, "w")
+    study.reap(record, 0, ended={"w"})
+    done = study.claim(record, "w")
+    write_json(tmp_path / "1" / "trial.json", kept | {"state": "complete", "scores": {"valid/loss": 0.5}})
+    record.tell(done, 0.5)
+    ended = []
+    monkeypatch.setattr(track, "end", lambda *told: ended.append((told[1], told[-1])))
+    with pytest.raises(TrialsFailed, match="1 of 2 trials failed: 0"):
+        plugin._finish(made, record, run)
+    told = read_json(tmp_path / "0" / "trial.json")
+    assert (told["state"], told["error"]) == ("failed", "crash: worker died")
+    assert [t["state"] for t in board.read(tmp_path).trials] == ["failed", "complete"]
+    assert ended[0] == ("abc", "FAILED")
+
+
 def test_helper_with_other_code_is_refused_and_stops_nobody(cli, tmp_path, monkeypatch):
     from ftexp.sweep import __main__ as verbs
     from ftexp.sweep import worker
