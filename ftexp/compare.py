@@ -159,7 +159,7 @@ def _tested(
     same = pairs.indistinguishable(comparison, None, ALPHA).members
     best = verdict.best if verdict.best in same else comparison.best  # of equals the leaderboard's
     cost = _cost([kept[n] for n in same])
-    costs = None if cost is None else [_mean(m, cost) for m in kept]
+    costs = None if cost is None else [_mean(m, cost) if n in same else math.inf for n, m in enumerate(kept)]
     cheapest = pairs.indistinguishable(comparison, costs, ALPHA).cheapest
     if costs is None or best is None or costs[best] <= CHANCE * costs[cheapest]:
         cheapest = best

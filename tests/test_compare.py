@@ -104,6 +104,19 @@ def test_cheapest_goes_by_what_sets_the_same_points_apart(sweep, costs, cheapest
     assert found.cost == told
 
 
+def test_a_loser_without_the_cost_that_counts_is_no_hindrance(sweep):
+    """It ran on a machine without a GPU, and what was measured there sets the others apart."""
+    folder = sweep((64, 0, {}), (16, 0.006, {}), (8, 0.5, {}))
+    for number, memory in enumerate((3.0, 2.0, None)):
+        trial = read_json(folder / str(number) / "trial.json")
+        gpu = {} if memory is None else {"cost/gpu_memory_gib": memory}
+        write_json(
+            folder / str(number) / "trial.json", trial | {"scores": trial["scores"] | {"cost/trainable": 1e6} | gpu}
+        )
+    found = read(folder)
+    assert (found.cost, found.points[found.cheapest].label) == ("cost/gpu_memory_gib", "lora.r=16")
+
+
 def test_a_cost_within_chance_of_the_best_is_not_cheaper(sweep):
     folder = sweep((64, 0, {}), (16, 0.006, {}), (8, 0.003, {}))
     best = read(folder).best

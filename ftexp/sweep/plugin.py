@@ -517,7 +517,8 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
     states = Counter(map(screen.state_of, trials))
     tags, told = track.outcome(states, sweep.objectives[0], screen.best_point(sweep, trials))
     stop = record.user_attrs.get(worker.STOP)
-    left = record.user_attrs.get(worker.LEAVE) or (stop and not failed)
+    absent = max(0, sweep.tickets - len(trials))
+    left = record.user_attrs.get(worker.LEAVE) or ((stop or absent) and not failed)
     status = "KILLED" if left else "FAILED" if failed else "FINISHED"
     track.end(run.track, sweep.mlflow_run, tags, told, status)
     record.set_user_attr(worker.LAUNCH, None)
@@ -525,7 +526,6 @@ def _finish(sweep: Frozen, record: Any, run: Run) -> None:
         raise control.left(f"sweep {sweep.name} was stopped: {screen.line(sweep, record)}")
     if record.user_attrs.get(worker.FULL):
         raise NoRoom(stop)
-    absent = max(0, sweep.tickets - len(trials))
     if absent and not (failed or stop):
         raise TrialsFailed(f"{absent} of {sweep.tickets} trials have not begun; the same command goes on with them")
     if failed or stop:

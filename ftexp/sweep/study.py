@@ -473,12 +473,12 @@ def _queued_before(study: Study, trial: FrozenTrial) -> bool:
 PACK = "ftexp:pack"
 """Trial attribute: how many share its training."""
 ALONE = "ftexp:alone"
-"""Trial attribute: true of a ticket whose worker died with a pack. Which of them killed it shows when each is alone."""
+"""Trial attribute: true of a ticket that is to be run without others beside it."""
 
 
 def alone(trial: FrozenTrial) -> bool:
-    """Whether a ticket is to be run without others beside it: one attempt of it, at least, ended with its worker."""
-    return bool(trial.user_attrs.get(ALONE)) or trial.user_attrs.get("ftexp:retries", 0) > 0
+    """Whether a ticket is to be run without others beside it, for one of its attempts may have killed its worker."""
+    return bool(trial.user_attrs.get(ALONE))
 
 
 KEPT, KEPT_SECONDS = "ftexp:kept", 60.0
@@ -561,13 +561,16 @@ OF_ATTEMPT = ("completed_rung", "constraint")
 
 def reap(
     study: Study, max_retries: int, ended: Container[str] = (), there: Container[str] = (), folder: Path | None = None,
-    excused: Container[str] = (),
+    excused: Container[str] = (), with_launch: bool = False,
 ) -> list[int]:  # fmt: skip
     """Queue the tickets of dead workers again, each with the point it had; return their numbers.
 
     After `max_retries` further attempts a ticket has failed: whatever kills its worker is in the trial. A fault of the
     machine is no retry; a ticket that meets more than `MOST_FAULTS` has failed too. Nor is it a retry where there is a
-    checkpoint beyond the one that was there the last time, or where it was one of a pack: those are run alone then.
+    checkpoint beyond the one that was there the last time.
+
+    A ticket whose worker died without one is run alone from then on, which is no retry of a pack: which of them killed
+    it shows when each is alone. Where the launch died too, as at a power cut, it is blamed the second time only.
 
     Args:
         study: the record.
@@ -577,6 +580,7 @@ def reap(
             while, tells no sign of life.
         folder: of the sweep, with the checkpoints; without, each attempt counts.
         excused: tokens of workers that we killed ourselves.
+        with_launch: whether the launch that started them is gone too.
     """
     from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
@@ -588,8 +592,9 @@ def reap(
             continue
         faulty, before = FAULT in trial.user_attrs, trial.user_attrs
         reached = 0 if folder is None else checkpoints.newest(folder / str(ticket(trial)) / "checkpoints")
-        ours, packed = token in excused, before.get(PACK, 1) > 1
-        counts = not (faulty or ours or packed) and reached <= before.get(REACHED, 0)
+        stuck = not faulty and token not in excused and reached <= before.get(REACHED, 0)
+        blamed = stuck and not (with_launch and not before.get("ftexp:retries", 0))
+        counts = stuck and not (blamed and before.get(PACK, 1) > 1)
         retries = before.get("ftexp:retries", 0) + counts
         faults = before.get(FAULTS, 0) + faulty
         lost = retries <= max_retries and faults <= MOST_FAULTS
@@ -604,7 +609,7 @@ def reap(
         except UpdateFinishedTrialError:
             continue  # another process was first
         if lost:
-            requeue(study, trial, retries, faults, reached, single=packed and not (faulty or ours))
+            requeue(study, trial, retries, faults, reached, single=blamed)
             again.append(ticket(trial))
     return again
 
@@ -669,7 +674,7 @@ def settle(
     from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
 
-    reap(study, max_retries, folder=folder)
+    reap(study, max_retries, folder=folder, with_launch=True)
     for trial in counted(study):
         attrs = trial.user_attrs
         if attrs.get("ftexp:kind") == MACHINE:

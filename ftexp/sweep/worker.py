@@ -607,8 +607,6 @@ def _beating(
 
     What else there is to `hear` is looked for as often.
     """
-    from optuna.exceptions import UpdateFinishedTrialError
-
     done = threading.Event()
 
     def beat() -> None:
@@ -621,13 +619,8 @@ def _beating(
             if time.monotonic() - told >= BEAT_SECONDS:
                 told = time.monotonic()
                 for trial in trials:
-                    try:
-                        record._storage.set_trial_user_attr(trial._trial_id, "ftexp:beat", time.time())
-                    except UpdateFinishedTrialError:  # of a pack some are over before the others
-                        if study.was_reaped(record, trial):
-                            _abandon(trial)
-                    except Exception:
-                        continue
+                    with suppress(Exception):  # here too
+                        _tell_alive(record, trial)
 
     thread = threading.Thread(target=beat, name=BEAT, daemon=True)
     thread.start()
@@ -636,6 +629,17 @@ def _beating(
     finally:
         done.set()
         thread.join()
+
+
+def _tell_alive(record: Study, trial: Trial) -> None:
+    """Put a sign of life on record; of a pack some trials are over before the others."""
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    try:
+        record._storage.set_trial_user_attr(trial._trial_id, "ftexp:beat", time.time())
+    except UpdateFinishedTrialError:
+        if study.was_reaped(record, trial):
+            _abandon(trial)
 
 
 def _abandon(trial: Trial) -> None:

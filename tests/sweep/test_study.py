@@ -589,6 +589,41 @@ def test_a_pack_that_dies_is_no_retry_of_its_tickets_and_each_is_run_alone_then(
     assert study.reap(record, 0, ended={"w"}) == []  # now it counts: 0 and 3 have failed
 
 
+def test_a_pack_that_a_power_cut_ended_goes_on_as_a_pack(record, tmp_path):
+    """Nobody is to blame for the first; where the launch dies with it again, one of them may be."""
+    from ftexp.train.checkpoints import SEAL
+
+    points = [{"r": n} for n in range(2)]
+    study.queue(record, points)
+    alone = []
+    for newest in (0, 0, 10, 20):
+        for _ in range(2):
+            trial = study.claim(record, "w")
+            trial.set_user_attr(study.PACK, 2)
+            trial.set_user_attr("ftexp:worker", {"host": study.HOST, "pid": 2**22 + 1, "start": "1.0"})
+            if newest:
+                folder = tmp_path / str(study.ticket(trial._cached_frozen_trial)) / f"checkpoints/checkpoint-{newest}"
+                folder.mkdir(parents=True)
+                (folder / SEAL).touch()
+        study.settle(record, points, 1, tmp_path)
+        waits = study.waiting(record)
+        assert len(waits) == 2
+        alone.append([study.alone(t) for t in waits])
+    assert alone == [[False, False], [True, True], [True, True], [True, True]]
+
+
+def test_a_pack_that_comes_forward_stays_one(record, tmp_path):
+    from ftexp.train.checkpoints import SEAL
+
+    study.queue(record, [{"r": n} for n in range(2)])
+    for number in range(2):
+        study.claim(record, "w").set_user_attr(study.PACK, 2)
+        (tmp_path / str(number) / "checkpoints/checkpoint-5").mkdir(parents=True)
+        (tmp_path / str(number) / "checkpoints/checkpoint-5" / SEAL).touch()
+    study.reap(record, 0, {"w"}, folder=tmp_path)
+    assert [study.alone(t) for t in study.waiting(record)] == [False, False]
+
+
 def test_one_that_died_is_tried_alone_again(record):
     study.queue(record, [{"r": 1}, {"r": 2}])
     study.claim(record, "w")

@@ -258,6 +258,25 @@ def test_worker_that_hears_that_it_was_taken_for_dead_leaves_the_folder_alone(sw
     assert "trial 0: taken for dead by another process" in capfd.readouterr().err
 
 
+def test_worker_goes_on_telling_after_a_record_that_failed_at_a_trial_that_is_over(sweep, monkeypatch):
+    """Whether it was taken for dead is asked of the record, which may be away at that moment too."""
+    made, record = sweep("a=1,2")
+    both, asked = [study.claim(record, "w") for _ in range(2)], []
+    monkeypatch.setattr(worker, "BEAT_SECONDS", 0.0)
+    worker._tell(made, record, both[0], worker.Outcome("failed", "diverged", "nan"), None)
+
+    def away(record, trial):
+        asked.append(trial)
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr(study, "was_reaped", away)
+    until = time.monotonic() + 10
+    with worker._beating(record, 0.01, *both):
+        while len(asked) < 3 and time.monotonic() < until:
+            time.sleep(0.01)
+    assert len(asked) >= 3
+
+
 def test_end_of_one_of_a_pack_ends_no_other(sweep, monkeypatch):
     made, record = sweep("a=1,2")
     both = [study.claim(record, "w") for _ in range(2)]
