@@ -1,9 +1,12 @@
 """Rows side by side: who did better."""
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from made import sweep
 
-from ftexp import compare, examples
+from ftexp import compare, examples, report
+from ftexp.files import read_json, write_json
 
 
 def row(reference, before, after, nats=(1.0, 1.0), **keys):
@@ -64,3 +67,18 @@ def test_labels_are_parted_by_what_the_run_says():
     f1 = lambda separator: [(m.before, m.after) for m in examples.of(told, separator)[0].measures][1]  # noqa: E731
     assert f1("|") == (0.0, 0.5)
     assert f1(",") == (0.0, 0.0)
+
+
+def test_page_parts_labels_by_what_the_run_says(tmp_path):
+    folder = sweep(tmp_path / "s", 2, "labels")
+    for n in range(2):
+        table = compare.read_table(folder / str(n) / "examples.parquet")
+        parted = {k: [v.replace(", ", "|") for v in told] if told and isinstance(told[0], str) else told
+                  for k, told in table.items()}  # fmt: skip
+        pyarrow.parquet.write_table(pyarrow.table(parted), folder / str(n) / "examples.parquet")
+        trial = read_json(folder / str(n) / "trial.json")
+        trial["config"]["eval.labels"] = "|"
+        write_json(folder / str(n) / "trial.json", trial)
+    by_commas = sweep(tmp_path / "commas", 2, "labels")
+    outcomes = [[e.outcome for e in report.gather(f).rows] for f in (folder, by_commas)]
+    assert outcomes[0] == outcomes[1] and len({*outcomes[0]}) == 3

@@ -188,15 +188,24 @@ def test_sabotage_tags_of_a_template_would_mask_nothing(tokenizer):
     assert not any(made["assistant_masks"])
 
 
-def test_end_of_turn_that_is_no_end_of_sequence_stays_within_a_conversation():
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ("<{{ m['role'] }}>{{ m['content'] }};", "yo;see ya;<|im_end|>"),  # ends turns by something else
+        ("{{ m['content'] + eos_token }}", "yo<|im_end|>see ya<|im_end|>"),  # each answer, as Mistral does
+    ],
+)
+def test_end_of_sequence_stays_where_the_template_has_it_in_a_conversation(answer, told):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }};{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
+        f"{{% for m in messages %}}{{% if m['role'] == 'assistant' %}}{answer}"
+        "{% else %}<{{ m['role'] }}>{{ m['content'] }};{% endif %}{% endfor %}"
     )
+    if "<" in answer:
+        tokenizer.chat_template += "{% if add_generation_prompt %}<assistant>{% endif %}"
     example = one(tokenizer, LONG)
-    assert supervised(tokenizer, example) == "yo;see ya;<|im_end|>"
-    assert tokenizer.decode(example.ids).count("<|im_end|>") == 1
+    assert supervised(tokenizer, example) == told
+    assert tokenizer.decode(example.ids).count("<|im_end|>") == told.count("<|im_end|>")
 
 
 def test_template_that_rewrites_earlier_turns_is_refused():
@@ -234,17 +243,6 @@ def test_end_of_sequence_behind_all_turns_is_that_of_the_last_answer(row):
     assert supervised(tokenizer, example) == "".join(f"{text}<|end|>\n" for text in answers) + "<|im_end|>"
     asked = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(example.prompt) == asked
-
-
-def test_end_of_sequence_that_stays_in_a_conversation_ends_each_answer():
-    """As Mistral writes it: nothing is taken off where the conversation goes on behind it."""
-    tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + eos_token }}"
-        "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
-    )
-    example = one(tokenizer, LONG)
-    assert supervised(tokenizer, example) == "yo<|im_end|>see ya<|im_end|>"
 
 
 def test_conversation_needs_a_template(tokenizer):

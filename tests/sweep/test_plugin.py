@@ -603,15 +603,17 @@ def test_launch_takes_up_what_a_killed_helper_was_giving_back(tmp_path, composed
     made.save()
     record = worker.open_study(made)
     study.queue(record, [{"lora.r": "2"}, {"lora.r": "4"}])
-    held = study.claim(record)
+    held, ends = study.claim(record), []
     with monkeypatch.context() as patch:
         patch.setattr(study, "requeue", lambda *_, **__: None)  # the kill
         worker.give_back(record, held)
     with monkeypatch.context() as patch:
         patch.setattr(study, "mend", lambda record: 0)  # as it was
+        patch.setattr(plugin.track, "end", lambda *told: ends.append(told[-1]))
         plugin._run_left(made, record, 1, 0)
         with pytest.raises(TrialsFailed, match="1 of 2 trials have not begun; the same command goes on"):
             plugin._finish(made, record, run)
+    assert ends == ["KILLED"]
     monkeypatch.setattr(study, "MEND_SECONDS", 0.5)
     plugin._run_left(made, record, 1, 0)
     assert [t.state.name for t in study.counted(record)] == ["COMPLETE", "COMPLETE"]
