@@ -5,7 +5,6 @@ Batch size, padding and order change speed and memory, never a score.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
@@ -231,8 +230,13 @@ def _nats(model: AnyModel, rows: list[Example], pad: int) -> list[float]:
 
 
 def _logits(model: AnyModel, rows: list[Example], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run rows through a model, padded on the right; logits and tokens as of `supervised_logits`."""
+    """Run rows through a model, padded on the right; logits and tokens as of `supervised_logits`.
+
+    What they all begin with is read once.
+    """
     import torch
+
+    from ftexp.model import openings
 
     width = max(len(e.ids) for e in rows)
     ids = torch.full((len(rows), width), pad)  # (row, position)
@@ -241,13 +245,19 @@ def _logits(model: AnyModel, rows: list[Example], pad: int) -> tuple[torch.Tenso
         ids[n, : len(e.ids)] = torch.tensor(e.ids)
         labels[n, : len(e.ids)] = torch.tensor(e.labels)
     mask = torch.arange(width)[None, :] < torch.tensor([len(e.ids) for e in rows])[:, None]
-    device = model.device
-    return supervised_logits(model, ids.to(device), mask.long().to(device), labels.to(device))
+    first = [next((n for n, label in enumerate(e.labels) if label != -100), len(e.ids)) for e in rows]
+    begun = openings.opened(model, [e.ids for e in rows], min(first) - 1, width)
+    ids, mask, labels = (t.to(model.device) for t in (ids, mask.long(), labels))
+    if begun and (read := openings.read(model, ids[0, :begun])) is not None:
+        ids, labels, past = ids[:, begun:], labels[:, begun:], openings.before_all(read)
+    else:
+        past = None
+    return supervised_logits(model, ids, mask, labels, past=past)
 
 
 def supervised_logits(
     model: AnyModel, ids: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor,
-    positions: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None, past: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Run a forward pass that projects onto the vocabulary only the positions that predict a supervised token.
 
@@ -257,9 +267,10 @@ def supervised_logits(
     Args:
         model: a causal language model, with or without an adapter.
         ids: token ids, (row, position).
-        mask: 1 for tokens and 0 for padding, (row, position); None with `positions`.
+        mask: 1 for tokens and 0 for padding, (row, position), with those of `past`; None with `positions`.
         labels: token ids, -100 where not supervised, (row, position); the first position cannot be predicted.
         positions: of packed rows: 0 where a row begins, (row, position). A mask beside it would hide where rows end.
+        past: keys and values of what stands in front of every row.
 
     Returns:
         Logits (supervised, vocabulary) and the tokens they should predict (supervised,), row after row.
@@ -270,6 +281,7 @@ def supervised_logits(
     hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][:, :-1][picked][None], *hidden[1:]))
     try:
         more = {} if positions is None else {"position_ids": positions}
+        more |= {} if past is None else {"past_key_values": past}
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **more).logits[0]
     finally:
         hook.remove()
@@ -359,6 +371,8 @@ def continued(
     """Let a model go on from prompts as `write` does, and return token ids, up to the first that ends a completion."""
     import torch
 
+    from ftexp.model import openings
+
     written: dict[int, tuple[int, ...]] = {}
     was_training = model.training
     model.eval()
@@ -367,8 +381,10 @@ def continued(
         with torch.no_grad(), shown as advance:
 
             def work(part: list[int]) -> None:
-                ids, mask = (x.to(model.device) for x in _left_padded([asked[n] for n in part], _pad(tokenizer)))
-                written.update(zip(part, _continued(model, ids, mask, settings, streamer), strict=True))
+                prompts = [asked[n] for n in part]
+                begun = openings.opened(model, prompts, min(map(len, prompts)) - 1, max(map(len, prompts)))
+                ids, mask = (x.to(model.device) for x in _left_padded(prompts, _pad(tokenizer), begun))
+                written.update(zip(part, _continued(model, ids, mask, begun, settings, streamer), strict=True))
                 advance(len(part))
 
             passes.take(ranks.mine(list(passes.batches([len(ids) for ids in asked], batch, spread=0))), work)
@@ -379,14 +395,16 @@ def continued(
 
 
 def _continued(
-    model: AnyModel, ids: torch.Tensor, mask: torch.Tensor, settings: GenerationConfig, streamer: BaseStreamer | None
-) -> list[tuple[int, ...]]:
+    model: AnyModel, ids: torch.Tensor, mask: torch.Tensor, begun: int, settings: GenerationConfig,
+    streamer: BaseStreamer | None,
+) -> list[tuple[int, ...]]:  # fmt: skip
     """Write rows together, and let those that have ended leave: the passes of the others get smaller.
 
     Args:
         model: in evaluation mode.
-        ids: token ids of prompts, padded on the left, (row, position).
+        ids: token ids of prompts, padded on the left, or behind what they begin with alike, (row, position).
         mask: 1 for tokens and 0 for padding, (row, position).
+        begun: tokens of each row in front of its padding, which are read once.
         settings: how to choose tokens, and when to stop.
         streamer: of a single prompt.
 
@@ -395,16 +413,21 @@ def _continued(
     """
     import torch
 
+    from ftexp.model import openings
+
     given: Any = settings.eos_token_id
     ended = {given} if isinstance(given, int) else set(given or ())
     ends = torch.tensor(sorted(ended), dtype=torch.long, device=ids.device)
-    width, rows, cache = ids.shape[1], torch.arange(len(ids), device=ids.device), _cache(model)
+    width, rows, cache = ids.shape[1], torch.arange(len(ids), device=ids.device), openings.cache(model)
     written: dict[int, tuple[int, ...]] = {}
 
     def enough(told: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         done = torch.isin(told[:, width:], ends).any(1)
         return torch.full_like(done, bool(2 * done.sum() >= len(done)))
 
+    if begun and (read := openings.read(model, ids[0, :begun])) is not None:
+        cache = read
+        cache.batch_repeat_interleave(len(rows))
     while len(rows):
         left = copy(settings)
         left.max_new_tokens = width + cast(int, settings.max_new_tokens) - ids.shape[1]
@@ -430,33 +453,21 @@ def _continued(
     return [written[n] for n in range(len(written))]
 
 
-def _cache(model: AnyModel) -> Any:
-    """Make the cache of keys and values that rows can leave; None for a model with another kind of memory."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    asked = cast(Any, model)
-    asked = asked.get_base_model() if hasattr(asked, "get_base_model") else asked
-    takes = "past_key_values" in inspect.signature(asked.forward).parameters
-    if not takes or asked._is_stateful or not asked._supports_default_dynamic_cache():
-        return None
-    made = DynamicCache(config=asked.config)
-    return made if all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in made.layers) else None
-
-
 def planned_tokens(examples: Sequence[Example], how: Eval) -> int:
     """Return the longest completion to write: as asked, or a quarter beyond the longest reference and 8 tokens."""
     longest = max(len(e.completion) for e in examples)
     return how.max_new_tokens or longest + longest // 4 + 8
 
 
-def _left_padded(prompts: list[tuple[int, ...]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _left_padded(prompts: list[tuple[int, ...]], pad: int, begun: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and mask (row, position), padded behind the first `begun` tokens of each row."""
     import torch
 
     width = max(len(p) for p in prompts)
-    ids = torch.full((len(prompts), width), pad)  # (row, position)
+    ids = torch.full((len(prompts), width), pad)
     mask = torch.zeros_like(ids)
     for n, prompt in enumerate(prompts):
-        ids[n, width - len(prompt) :] = torch.tensor(prompt)
-        mask[n, width - len(prompt) :] = 1
+        own = width - len(prompt) + begun
+        for places, text in ((slice(begun), prompt[:begun]), (slice(own, None), prompt[begun:])):
+            ids[n, places], mask[n, places] = torch.tensor(text, dtype=torch.long), 1
     return ids, mask

@@ -261,7 +261,7 @@ def test_sabotage_loss_of_the_batch_and_padding_on_the_right(toy, monkeypatch):
         nats = real(scored, some, pad)
         return [sum(nats) / len(nats)] * len(nats)
 
-    def right(asked, pad):
+    def right(asked, pad, begun):
         import torch
 
         ids, mask = left(asked, pad)

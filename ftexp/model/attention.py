@@ -18,35 +18,70 @@ if TYPE_CHECKING:
     from ftexp.model.packed import Layout
 
 
+@dataclass(frozen=True)
+class Row:
+    """Where a row lies in the sequence: its own tokens, after an opening that another row has too."""
+
+    begin: int
+    """Of its own tokens."""
+    length: int
+    """Of them."""
+    filled: int
+    """To which attention fills them up."""
+    opening: int = 0
+    """Begin of the tokens before them, within an earlier row."""
+    opened: int = 0
+    """How many those are."""
+
+    def place(self, token: int) -> int:
+        """Return where in the sequence a token of the row lies."""
+        return self.opening + token if token < self.opened else self.begin + token - self.opened
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Rows that attention takes as rows of one length, the shorter ones filled up at their ends."""
 
     length: int
-    """Tokens of a row, filled up."""
+    """Tokens of a row that ask, filled up."""
+    opened: int
+    """Tokens of its opening, which are asked too."""
     where: Any
-    """Token at each place, (row * length): a slice of one row, else an index; filling repeats the row's last one."""
+    """Token at each place that asks, (row * length): a slice of one row, else an index; filling repeats the last."""
+    asked: Any
+    """Token at each place that is asked, (row * (opened + length)), in the same way."""
     inside: torch.Tensor | None
     """Places that are no filling, (token); None where all are."""
     outside: torch.Tensor | None
     """The others, (place); None where there are none."""
     tokens: Any
     """Tokens of the rows, as `inside` has them."""
+    openings: torch.Tensor | None
+    """Tokens of their openings, each one once; None where there are none."""
+    among: torch.Tensor
+    """Which of those each token of each row's opening is, (row * opened)."""
 
 
-def batch(length: int, rows: list[tuple[int, int]], device: Any) -> Batch:
-    """Index rows, each of them begin and length, filled up to a length."""
-    if len(rows) == 1:
-        begin = rows[0][0]
-        return Batch(length, slice(begin, begin + length), None, None, slice(begin, begin + length))
-    begins, lengths = (torch.tensor(numbers, device=device)[:, None] for numbers in zip(*rows, strict=True))
+def batch(length: int, opened: int, rows: list[Row], device: Any) -> Batch:
+    """Index rows, filled up to a length, after openings of so many tokens."""
+    if len(rows) == 1 and not opened:
+        here = slice(rows[0].begin, rows[0].begin + length)
+        return Batch(length, 0, here, here, None, None, here, None, torch.empty(0))
+    begins, lengths, openings = (
+        torch.tensor(numbers, device=device)[:, None]
+        for numbers in zip(*((r.begin, r.length, r.opening) for r in rows), strict=True)
+    )
     places = torch.arange(length, device=device)
-    where = (begins + torch.minimum(places, lengths - 1)).view(-1)
-    if all(size == length for _, size in rows):
-        return Batch(length, where, None, None, where)
+    own = begins + torch.minimum(places, lengths - 1)
+    before = openings + torch.arange(opened, device=device)
+    where, asked = own.view(-1), torch.cat([before, own], 1).view(-1)
+    once, among = before.reshape(-1).unique(return_inverse=True)
+    shared = (once if opened else None, among)
+    if all(row.length == length for row in rows):
+        return Batch(length, opened, where, asked, None, None, where, *shared)
     full = (places < lengths).view(-1)
     inside = full.nonzero()[:, 0]
-    return Batch(length, where, inside, (~full).nonzero()[:, 0], where[inside])
+    return Batch(length, opened, where, asked, inside, (~full).nonzero()[:, 0], where[inside], *shared)
 
 
 def attend(
@@ -98,18 +133,19 @@ def attended(
     out = query.new_empty(*query.shape[:2], value.shape[2])
     kept = []
     for rows in groups:
-        length = rows.length
-        q, k, v = (_gathered(x, rows, key.shape[1]) for x in (query, key, value))
+        length, whole = rows.length, rows.opened + rows.length
+        q = _gathered(query, rows.where, length, key.shape[1])
+        k, v = (_gathered(x, rows.asked, whole, key.shape[1]) for x in (key, value))
         scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
         bent = None
         if softcap is not None:
             bent = scores.div_(softcap).tanh_()
             scores = bent * softcap
-        hide = _hidden(length, window, query.device)
-        scores = scores.view(len(k), -1, length, length).masked_fill_(hide, -torch.inf)
+        hide = _hidden(length, whole, window, query.device)
+        scores = scores.view(len(k), -1, length, whole).masked_fill_(hide, -torch.inf)
         precise = torch.promote_types(query.dtype, torch.float32)
-        p = torch.softmax(scores, -1, dtype=precise).to(query.dtype).view(len(k), -1, length)
-        _scatter(out, rows, torch.bmm(p, v))
+        p = torch.softmax(scores, -1, dtype=precise).to(query.dtype).view(len(k), -1, whole)
+        _scatter(out, rows, _apart(torch.bmm(p, v), length, out.shape[1]))
         kept += [p] if bent is None else [p, bent]
     return out, kept
 
@@ -118,13 +154,20 @@ def slopes(
     g: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept: list[torch.Tensor],
     groups: list[Batch], scale: float, softcap: float | None,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """Return the gradients of query, key and value, (position, head, width), from that of what was seen."""
+    """Return the gradients of query, key and value, (position, head, width), from that of what was seen.
+
+    An opening is asked by several rows. Their gradients at it are added up in at least float32, those of one batch
+    after the other, so that a member's do not depend on others.
+    """
     found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
-    given = iter(kept)
     precise = torch.promote_types(query.dtype, torch.float32)
+    more: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    given = iter(kept)
     for rows in groups:
-        q, k, v = (_gathered(x, rows, key.shape[1]) for x in (query, key, value))
-        go = _gathered(g, rows, key.shape[1], bare=True)
+        length, whole = rows.length, rows.opened + rows.length
+        q = _gathered(query, rows.where, length, key.shape[1])
+        k, v = (_gathered(x, rows.asked, whole, key.shape[1]) for x in (key, value))
+        go = _gathered(g, rows.where, length, key.shape[1], rows.outside)
         p = next(given)
         gv = torch.bmm(p.transpose(1, 2), go)
         weight = p.to(precise)
@@ -133,33 +176,51 @@ def slopes(
         if softcap is not None:
             gs = gs * (1 - next(given).to(precise).square())
         gs = gs.mul_(scale).to(query.dtype)
-        _scatter(found[0], rows, torch.bmm(gs, k))
-        _scatter(found[1], rows, torch.bmm(gs.transpose(1, 2), q))
-        _scatter(found[2], rows, gv)
+        _scatter(found[0], rows, _apart(torch.bmm(gs, k), length, query.shape[1]))
+        for n, made in enumerate((torch.bmm(gs.transpose(1, 2), q), gv)):
+            apart = _apart(made, whole, key.shape[1])
+            if rows.openings is not None:
+                before = apart[:, : rows.opened].reshape(-1, *apart.shape[2:]).to(precise)
+                summed = before.new_zeros(len(rows.openings), *before.shape[1:]).index_add_(0, rows.among, before)
+                more.append((1 + n, rows.openings, summed))
+                apart = apart[:, rows.opened :]
+            _scatter(found[1 + n], rows, apart)
+    for n, openings, summed in more:
+        found[n][openings] += summed.to(query.dtype)
     return found
 
 
-def _gathered(x: torch.Tensor, rows: Batch, shared: int, bare: bool = False) -> torch.Tensor:
+def _gathered(
+    x: torch.Tensor, where: Any, length: int, shared: int, outside: torch.Tensor | None = None
+) -> torch.Tensor:
     """Take rows out of (position, head, width), as (row * shared, heads that share * position, width).
 
-    What fills up is the row's last token, which no query within the row sees, or zero where `bare`.
+    What fills up is the row's last token, which no query within the row sees, or zero at places `outside`.
     """
-    taken = x[rows.where]  # (row * position, head, width)
-    if bare and rows.outside is not None:
-        taken[rows.outside] = 0
-    taken = taken.unflatten(0, (-1, rows.length)).transpose(1, 2)  # (row, head, position, width)
+    taken = x[where]  # (row * position, head, width)
+    if outside is not None:
+        taken[outside] = 0
+    taken = taken.unflatten(0, (-1, length)).transpose(1, 2)  # (row, head, position, width)
     return taken.reshape(len(taken) * shared, -1, x.shape[2])
 
 
-def _scatter(out: torch.Tensor, rows: Batch, made: torch.Tensor) -> None:
-    """Put rows back into (position, head, width), without what filled them up."""
-    apart = made.view(-1, out.shape[1], rows.length, made.shape[-1]).transpose(1, 2)
-    apart = apart.reshape(-1, out.shape[1], made.shape[-1])
+def _apart(made: torch.Tensor, length: int, heads: int) -> torch.Tensor:
+    """View what `_gathered` took as (row, position, head, width)."""
+    return made.view(-1, heads, length, made.shape[-1]).transpose(1, 2)
+
+
+def _scatter(out: torch.Tensor, rows: Batch, apart: torch.Tensor) -> None:
+    """Put rows (row, position, head, width) back into (position, head, width), without what filled them up."""
+    apart = apart.reshape(-1, *out.shape[1:2], apart.shape[-1])
     out[rows.tokens] = apart if rows.inside is None else apart[rows.inside]
 
 
 @cache
-def _hidden(length: int, window: int | None, device: Any) -> torch.Tensor:
-    """Mark the keys a query does not see, (query, key): those after it, and those `window` or more before it."""
-    hide = torch.ones(length, length, dtype=torch.bool, device=device).triu_(1)
-    return hide if window is None else hide | torch.ones_like(hide).tril_(-window)
+def _hidden(length: int, whole: int, window: int | None, device: Any) -> torch.Tensor:
+    """Mark the keys that queries do not see, (query, key), of the last so many tokens of the whole.
+
+    Those are the keys after it, and those `window` or more before it.
+    """
+    before = whole - length
+    hide = torch.ones(length, whole, dtype=torch.bool, device=device).triu_(1 + before)
+    return hide if window is None else hide | torch.ones_like(hide).tril_(before - window)

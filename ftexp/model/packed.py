@@ -25,9 +25,10 @@ from torch import nn
 from torch.nn import functional
 
 from ftexp.errors import ConfigError
-from ftexp.model.attention import Batch, attend, batch
+from ftexp.model.attention import Batch, Row, attend, batch
 from ftexp.model.block import Block, fits
 from ftexp.model.linear import Linear
+from ftexp.model.openings import alike
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -48,6 +49,9 @@ ALIKE_LENGTH = 0.75
 """Rows of at least this share of another's length are filled up to it in attention: fewer and larger products."""
 MANY, ROWS = 2048, (16, 17, 24, 33, 48, 65, 91, 128, 200, 231, 300, 453, 700, 912, 1386)
 """Rows of a product whose bits are compared with those of some of them, and how many."""
+WORTH = 0.05
+"""Share of a member's tokens from which on those that its rows begin with are computed once: the attention of rows with
+an opening takes a few more steps."""
 CHUNK = 512
 """Rows of logits that are in memory at once."""
 ALIKE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -67,6 +71,8 @@ class Adapter:
     """Share of inputs of the adapter that are zeroed in training."""
     draw: torch.Generator
     """Of the dropout, this member's alone."""
+    noisy: bool = False
+    """Whether each row has noise of its own on its embeddings in training."""
 
 
 def taken(tuned: PeftModel | PreTrainedModel) -> tuple[Weights, dict[str, float]]:
@@ -112,26 +118,29 @@ class Layout:
     """Place of each token in its row, (1, position)."""
     members: tuple[tuple[Adapter, int, int], ...]
     """Adapter, begin and end of each member's stretch."""
-    rows: tuple[tuple[int, int, int], ...]
-    """Begin, length, and length of the attention that it shares, of each row."""
-    begins: tuple[tuple[int, ...], ...]
-    """Begins of the rows of each member, without what fills up."""
+    rows: tuple[Row, ...]
+    """Where each row lies."""
+    own: tuple[tuple[Row, ...], ...]
+    """Those of each member, without what fills up."""
     training: bool
     batches: dict[bool, list[Batch]] = field(default_factory=dict)
     """Rows that attention takes together, made once: with others of a length, or one by one."""
 
     def attended(self, heads: int, width: int, alone: bool) -> list[Batch]:
-        """Group rows for attention, of which each has so many heads of a width."""
+        """Group rows for attention, of which each has so many heads of a width.
+
+        Those of a member come in the same order alone and beside others.
+        """
         if alone not in self.batches:
-            grouped: dict[int, list[tuple[int, int]]] = {}
-            single: list[tuple[int, int]] = []
-            for begin, length, shared in self.rows:
-                if alone or heads * shared * shared * width <= SMALL:
-                    single.append((begin, length))
+            grouped: dict[tuple[int, int], list[Row]] = {}
+            single: list[tuple[tuple[int, int], list[Row]]] = []
+            for row in self.rows:
+                if alone or heads * row.filled * (row.opened + row.filled) * width <= SMALL:
+                    single.append(((row.opened, row.length), [row]))
                 else:
-                    grouped.setdefault(shared, []).append((begin, length))
-            made = [batch(n, rows, self.ids.device) for n, rows in grouped.items()]
-            self.batches[alone] = made + [batch(n, [(begin, n)], self.ids.device) for begin, n in single]
+                    grouped.setdefault((row.opened, row.filled), []).append(row)
+            order = [*sorted(grouped.items()), *single]
+            self.batches[alone] = [batch(n, opened, rows, self.ids.device) for (opened, n), rows in order]
         return self.batches[alone]
 
     @property
@@ -143,40 +152,57 @@ class Layout:
 def lay_out(given: Sequence[tuple[Adapter, Sequence[list[int]]]], pad: int, device: Any, training: bool) -> Layout:
     """Lay the rows of members behind each other.
 
+    What all rows of a member begin with, such as a template's system prompt, is there once: it has the same hidden
+    states in each of them, and what they ask of it adds up in its gradient. Where rows draw dropout or noise of their
+    own it differs.
+
     Args:
         given: each member's adapter and the token ids of its rows.
         pad: token that fills a stretch up to `FEWEST` tokens, in a row of its own that nothing sees.
         device: of the base.
-        training: whether adapters drop inputs.
+        training: whether adapters drop inputs, and rows have noise.
     """
     ids: list[int] = []
     positions: list[int] = []
-    members, rows, begins = [], [], []
+    members, rows, own = [], [], []
     for adapter, texts in given:
         begin, mine = len(ids), []
-        missing = FEWEST - sum(map(len, texts))
-        whole = [*texts, [pad] * missing] if missing > 0 else texts
-        for text, shared in zip(whole, _shared([len(text) for text in whole]), strict=True):
-            mine.append(len(ids))
-            rows.append((len(ids), len(text), shared))
-            ids += text
-            positions += range(len(text))
+        differ = training and (adapter.noisy or adapter.dropout > 0)
+        opened = 0 if differ else _opening(texts)
+        said = [opened if n else 0 for n in range(len(texts))]  # the first row has it for all
+        missing = FEWEST - sum(map(len, texts)) + sum(said)
+        whole, said = ([*texts, [pad] * missing], [*said, 0]) if missing > 0 else (texts, said)
+        sizes = [len(text) - before for text, before in zip(whole, said, strict=True)]
+        for text, before, size, most in zip(whole, said, sizes, _shared(sizes, said), strict=True):
+            mine.append(Row(len(ids), size, most, begin if before else 0, before))
+            ids += text[before:]
+            positions += range(before, len(text))
         members.append((adapter, begin, len(ids)))
-        begins.append(tuple(mine[: len(texts)]))
+        rows += mine
+        own.append(tuple(mine[: len(texts)]))
     text, places = (torch.tensor([numbers], device=device) for numbers in (ids, positions))
-    return Layout(text, places, tuple(members), tuple(rows), tuple(begins), training)
+    return Layout(text, places, tuple(members), tuple(rows), tuple(own), training)
 
 
-def _shared(lengths: list[int]) -> list[int]:
+def _opening(texts: Sequence[list[int]]) -> int:
+    """Count the tokens that all rows begin with, or 0 where it is not worth its while; each keeps one of its own."""
+    if len(texts) == 1:
+        return 0
+    same = alike(texts, min(map(len, texts)) - 1)
+    return same if same * (len(texts) - 1) >= WORTH * sum(map(len, texts)) else 0
+
+
+def _shared(lengths: list[int], openings: list[int]) -> list[int]:
     """Length that each row of a member is filled up to in attention: that of one at most a third longer.
 
-    Rows of other members have no say, or a member's bits would depend on them.
+    Rows behind other openings have no say, nor have those of other members, or a member's bits would depend on them.
     """
-    filled, longest = [0] * len(lengths), 0
+    filled, longest = [0] * len(lengths), {}
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        if not longest or (longest > SHORT and lengths[n] < ALIKE_LENGTH * longest):
-            longest = lengths[n]
-        filled[n] = longest
+        most = longest.get(openings[n], 0)
+        if not most or (most > SHORT and lengths[n] < ALIKE_LENGTH * most):
+            most = longest[openings[n]] = lengths[n]
+        filled[n] = most
     return filled
 
 
@@ -391,7 +417,8 @@ def check_alike(model: PreTrainedModel, texts: Sequence[list[int]], pad: int, co
         own = torch.cat([model(input_ids=torch.tensor([t], device=model.device)).logits[0] for t in texts])
         with pack.on(set()):
             layout = lay_out([(Adapter({}, {}, 0.0, draw), texts)], pad, model.device, False)
-            mine = head(model, pack.hidden(layout, {})[0, : len(own)])
+            where = [row.place(n) for row, text in zip(layout.own[0], texts, strict=True) for n in range(len(text))]
+            mine = head(model, pack.hidden(layout, {})[0, where])
     error = ((mine - own).abs().max() / own.abs().max()).item()
     plain = getattr(model, "quantization_method", None) is None
     limit = ALIKE.get(model.dtype, ROUGH) if plain else ROUGH

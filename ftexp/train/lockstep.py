@@ -26,6 +26,7 @@ from ftexp.data import splits
 from ftexp.data.prompts import Example
 from ftexp.errors import Diverged, HandedOver, OutOfTime, Pruned, out_of_memory
 from ftexp.model import Base
+from ftexp.model.attention import Row
 from ftexp.model.packed import Adapter, Layout, Pack, Weights, check_alike, lay_out, learned, nats
 from ftexp.progress import progress, say
 from ftexp.train import sft
@@ -203,7 +204,8 @@ def _begun(member: Member) -> _Trial:
     )  # fmt: skip
     steps = sft.planned_steps(run.trainer, len(member.rows))
     trial = _Trial(
-        member, cast(Weights, weights), Adapter(cast(Weights, copies), member.scales, run.lora.dropout, draw),
+        member, cast(Weights, weights),
+        Adapter(cast(Weights, copies), member.scales, run.lora.dropout, draw, bool(run.trainer.neftune)),
         optimizer, schedule(run.trainer, steps), steps, batches(member.rows, run.trainer, run.seed),
     )  # fmt: skip
     if member.kept.resume is not None:
@@ -319,9 +321,10 @@ def _pass(base: Base, pack: Pack, number: int, trials: list[_Trial]) -> None:
     layout = lay_out(given, _pad(base), base.model.device, True)
     hidden = pack.hidden(layout, _noise(base, trials, layout, number))
     gradient, found = torch.zeros_like(hidden), []
-    for trial, mine, begins in zip(trials, rows, layout.begins, strict=True):
-        where, targets = _supervised(mine, begins, hidden.device)
-        nats, gradient[0, where] = learned(base.model, hidden[0, where].detach(), targets, _tokens(trial))
+    for trial, mine, places in zip(trials, rows, layout.own, strict=True):
+        where, targets = _supervised(mine, places, hidden.device)
+        nats, slope = learned(base.model, hidden[0, where].detach(), targets, _tokens(trial))
+        gradient[0].index_add_(0, where, slope)  # tokens of an opening may be supervised in several rows
         found.append(nats.sum().item())
     hidden.backward(gradient)
     sums = [_summed(trial) for trial in trials]  # of all before any is kept: memory may still run out
@@ -358,13 +361,13 @@ def _read(row: Example) -> list[int]:
     return row.ids[:-1] or row.ids
 
 
-def _supervised(rows: Sequence[Example], begins: Sequence[int], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _supervised(rows: Sequence[Example], places: Sequence[Row], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the positions that predict a supervised token, and those tokens."""
     where, targets = [], []
-    for row, begin in zip(rows, begins, strict=True):
+    for row, lies in zip(rows, places, strict=True):
         labels = row.labels[1:]
         mine = [n for n, label in enumerate(labels) if label != -100]
-        where += [begin + n for n in mine]
+        where += [lies.place(n) for n in mine]
         targets += [labels[n] for n in mine]
     return torch.tensor(where, dtype=torch.long, device=device), torch.tensor(targets, dtype=torch.long, device=device)
 
@@ -376,7 +379,7 @@ def _noise(base: Base, trials: list[_Trial], layout: Layout, number: int) -> dic
     """
     made: dict[int, torch.Tensor] = {}
     width = cast(Any, base.model.get_input_embeddings()).weight.shape[1]
-    for trial, begins in zip(trials, layout.begins, strict=True):
+    for trial, places in zip(trials, layout.own, strict=True):
         alpha, rows = trial.member.run.trainer.neftune, trial.now[number]
         if not alpha:
             continue
@@ -384,8 +387,8 @@ def _noise(base: Base, trials: list[_Trial], layout: Layout, number: int) -> dic
         most = alpha / math.sqrt(longest * width)
         drawn = torch.empty(len(rows), longest, width, device=layout.ids.device)
         drawn.uniform_(-most, most, generator=trial.adapter.draw)
-        for row, begin, mine in zip(rows, begins, drawn, strict=True):
-            made[begin] = mine[: len(_read(row))].to(base.model.dtype)
+        for row, lies, mine in zip(rows, places, drawn, strict=True):
+            made[lies.begin] = mine[: len(_read(row))].to(base.model.dtype)
     return made
 
 
@@ -475,8 +478,8 @@ def _curve(base: Base, pack: Pack, trials: list[_Trial], together: int) -> int:
         layout = lay_out(given, _pad(base), base.model.device, False)
         with torch.no_grad():
             hidden = pack.hidden(layout, {})
-            for trial, their, mine, begins in zip(some, numbers, rows, layout.begins, strict=True):
-                where, targets = _supervised(mine, begins, hidden.device)
+            for trial, their, mine, places in zip(some, numbers, rows, layout.own, strict=True):
+                where, targets = _supervised(mine, places, hidden.device)
                 each = nats(base.model, hidden[0, where], targets).split([e.supervised for e in mine])
                 for n, part in zip(their, each, strict=True):
                     told[trial][n] = part.sum().item()

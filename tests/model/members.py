@@ -54,9 +54,11 @@ def exact_norms(monkeypatch):
     """Norms in the format of their inputs, as the packed engine takes them: transformers' own round to float32."""
 
     def normed(self, x):
+        if not hasattr(self, "variance_epsilon"):  # Gemma's
+            return (1 + self.weight) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
-    for name in ("Llama", "Mistral", "Qwen2"):
+    for name in ARCHITECTURES:
         kind = getattr(
             importlib.import_module(f"transformers.models.{name.lower()}.modeling_{name.lower()}"), f"{name}RMSNorm"
         )
@@ -80,11 +82,13 @@ def adapters(base, dropout=0.0, targets="all-linear"):
     return tuned, taken
 
 
-def rows(count: int, seed: int = 0) -> list[list[list[int]]]:
-    """Draw rows of unequal length for each member; some lengths are shared."""
+def rows(count: int, seed: int = 0, opening: int = 0) -> list[list[list[int]]]:
+    """Draw rows of unequal length for each member, which begin with so many tokens alike; some lengths are shared."""
     draw = torch.Generator().manual_seed(seed)
     lengths = [[7, 12, 7], [12, 3], [16], [9, 7, 5, 12]]
-    return [[torch.randint(1, 97, (n,), generator=draw).tolist() for n in lengths[m % 4]] for m in range(count)]
+    first = torch.randint(1, 97, (opening,), generator=draw).tolist()
+    own = [[torch.randint(1, 97, (n,), generator=draw).tolist() for n in lengths[m % 4]] for m in range(count)]
+    return [[first + row for row in mine] for mine in own]
 
 
 def gradients(model, members, texts, training=True):
@@ -98,10 +102,11 @@ def gradients(model, members, texts, training=True):
         layout = packed.lay_out(list(zip(members, texts, strict=True)), 0, "cpu", training)
         hidden = pack.hidden(layout, {})
         slope, told = torch.zeros_like(hidden), []
-        for mine, begins in zip(texts, layout.begins, strict=True):
-            where = torch.tensor([b + n for t, b in zip(mine, begins, strict=True) for n in range(len(t) - 1)])
+        for mine, places in zip(texts, layout.own, strict=True):
+            where = torch.tensor([row.place(n) for t, row in zip(mine, places, strict=True) for n in range(len(t) - 1)])
             goal = torch.tensor([token for t in mine for token in t[1:]])
-            nats, slope[0, where] = packed.learned(model, hidden[0, where].detach(), goal, len(goal))
+            nats, found = packed.learned(model, hidden[0, where].detach(), goal, len(goal))
+            slope[0].index_add_(0, where, found)
             told.append(nats)
         hidden.backward(slope)
     return told, [{k: (a.grad.clone(), b.grad.clone()) for k, (a, b) in m.weights.items()} for m in members]

@@ -100,12 +100,25 @@ def test_sabotage_a_shared_generator_is_seen(point, tmp_path, monkeypatch):
     assert ended([member(run, tmp_path / "x") for run in runs])[0][1] != alone
 
 
-def test_losses_are_those_of_trl(point, tiny, tmp_path):
-    """Twelve steps in float32 over batches of unequal rows, with warm-up, clipping, decay and accumulation."""
+@pytest.mark.parametrize(("worth", "opened"), [(passes.WORTH, {0, 6, 10}), (2.0, {0})])
+def test_losses_are_those_of_trl(point, tiny, tmp_path, monkeypatch, worth, opened):
+    """Twelve steps in float32 over batches of unequal rows, with warm-up, clipping, decay and accumulation.
+
+    TRL reads the tokens that all rows begin with in each of them; here they are read once, or in each too.
+    """
+    monkeypatch.setattr(passes, "WORTH", worth)
     keys = ("trainer.steps=12", "lora.r=8", "trainer.batch=4", "trainer.accumulation=3", "trainer.warmup=0.2",
             "trainer.max_grad_norm=0.5", "trainer.weight_decay=0.05", "trainer.lr=3e-3")  # fmt: skip
-    ours, theirs = [], []
+    ours, theirs, seen, lay_out = [], [], set(), passes.lay_out
+
+    def laid_out(given, *more):
+        made = lay_out(given, *more)
+        seen.add(made.own[0][-1].opened)
+        return made
+
+    monkeypatch.setattr(lockstep, "lay_out", laid_out)
     (_,), (mine,) = ended([member(point(*keys), tmp_path / "x", ours)])
+    assert seen == opened
     run = tiny(*keys)
     train, valid = experiment.tokenised(run, data.load(run.data))
     base = model.load(run.model, run.quant)
@@ -267,7 +280,7 @@ def test_where_memory_runs_out_in_the_curve_fewer_rows_share_a_pass(point, tmp_p
     whole = curve("whole")
 
     def narrow(self, layout, noise):
-        if not layout.training and len(layout.begins[0]) > 3:
+        if not layout.training and len(layout.own[0]) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, layout, noise)
 
