@@ -232,11 +232,11 @@ def _nats(model: AnyModel, rows: list[Example], pad: int) -> list[float]:
 def _logits(model: AnyModel, rows: list[Example], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Run rows through a model, padded on the right; logits and tokens as of `supervised_logits`.
 
-    What they all begin with is read once.
+    The prefix that they share is read once.
     """
     import torch
 
-    from ftexp.model import openings
+    from ftexp.model import prefix
 
     width = max(len(e.ids) for e in rows)
     ids = torch.full((len(rows), width), pad)  # (row, position)
@@ -246,10 +246,10 @@ def _logits(model: AnyModel, rows: list[Example], pad: int) -> tuple[torch.Tenso
         labels[n, : len(e.ids)] = torch.tensor(e.labels)
     mask = torch.arange(width)[None, :] < torch.tensor([len(e.ids) for e in rows])[:, None]
     first = [next((n for n, label in enumerate(e.labels) if label != -100), len(e.ids)) for e in rows]
-    begun = openings.opened(model, [e.ids for e in rows], min(first) - 1, width)
+    shared = prefix.shared(model, [e.ids for e in rows], min(first) - 1, width)
     ids, mask, labels = (t.to(model.device) for t in (ids, mask.long(), labels))
-    if begun and (read := openings.read(model, ids[0, :begun])) is not None:
-        ids, labels, past = ids[:, begun:], labels[:, begun:], openings.before_all(read)
+    if shared and (read := prefix.read(model, ids[0, :shared])) is not None:
+        ids, labels, past = ids[:, shared:], labels[:, shared:], prefix.before_all(read)
     else:
         past = None
     return supervised_logits(model, ids, mask, labels, past=past)
@@ -371,7 +371,7 @@ def continued(
     """Let a model go on from prompts as `write` does, and return token ids, up to the first that ends a completion."""
     import torch
 
-    from ftexp.model import openings
+    from ftexp.model import prefix
 
     written: dict[int, tuple[int, ...]] = {}
     was_training = model.training
@@ -382,9 +382,9 @@ def continued(
 
             def work(part: list[int]) -> None:
                 prompts = [asked[n] for n in part]
-                begun = openings.opened(model, prompts, min(map(len, prompts)) - 1, max(map(len, prompts)))
-                ids, mask = (x.to(model.device) for x in _left_padded(prompts, _pad(tokenizer), begun))
-                written.update(zip(part, _continued(model, ids, mask, begun, settings, streamer), strict=True))
+                shared = prefix.shared(model, prompts, min(map(len, prompts)) - 1, max(map(len, prompts)))
+                ids, mask = (x.to(model.device) for x in _left_padded(prompts, _pad(tokenizer), shared))
+                written.update(zip(part, _continued(model, ids, mask, shared, settings, streamer), strict=True))
                 advance(len(part))
 
             passes.take(ranks.mine(list(passes.batches([len(ids) for ids in asked], batch, spread=0))), work)
@@ -395,16 +395,16 @@ def continued(
 
 
 def _continued(
-    model: AnyModel, ids: torch.Tensor, mask: torch.Tensor, begun: int, settings: GenerationConfig,
+    model: AnyModel, ids: torch.Tensor, mask: torch.Tensor, shared: int, settings: GenerationConfig,
     streamer: BaseStreamer | None,
 ) -> list[tuple[int, ...]]:  # fmt: skip
     """Write rows together, and let those that have ended leave: the passes of the others get smaller.
 
     Args:
         model: in evaluation mode.
-        ids: token ids of prompts, padded on the left, or behind what they begin with alike, (row, position).
+        ids: token ids of prompts, padded on the left, or behind the prefix that they share, (row, position).
         mask: 1 for tokens and 0 for padding, (row, position).
-        begun: tokens of each row in front of its padding, which are read once.
+        shared: tokens of each row in front of its padding, which are read once.
         settings: how to choose tokens, and when to stop.
         streamer: of a single prompt.
 
@@ -413,19 +413,19 @@ def _continued(
     """
     import torch
 
-    from ftexp.model import openings
+    from ftexp.model import prefix
 
     given: Any = settings.eos_token_id
     ended = {given} if isinstance(given, int) else set(given or ())
     ends = torch.tensor(sorted(ended), dtype=torch.long, device=ids.device)
-    width, rows, cache = ids.shape[1], torch.arange(len(ids), device=ids.device), openings.cache(model)
+    width, rows, cache = ids.shape[1], torch.arange(len(ids), device=ids.device), prefix.cache(model)
     written: dict[int, tuple[int, ...]] = {}
 
     def enough(told: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         done = torch.isin(told[:, width:], ends).any(1)
         return torch.full_like(done, bool(2 * done.sum() >= len(done)))
 
-    if begun and (read := openings.read(model, ids[0, :begun])) is not None:
+    if shared and (read := prefix.read(model, ids[0, :shared])) is not None:
         cache = read
         cache.batch_repeat_interleave(len(rows))
     while len(rows):
@@ -459,15 +459,15 @@ def planned_tokens(examples: Sequence[Example], how: Eval) -> int:
     return how.max_new_tokens or longest + longest // 4 + 8
 
 
-def _left_padded(prompts: list[tuple[int, ...]], pad: int, begun: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and mask (row, position), padded behind the first `begun` tokens of each row."""
+def _left_padded(prompts: list[tuple[int, ...]], pad: int, shared: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and mask (row, position), padded behind the first `shared` tokens of each row."""
     import torch
 
     width = max(len(p) for p in prompts)
     ids = torch.full((len(prompts), width), pad)
     mask = torch.zeros_like(ids)
     for n, prompt in enumerate(prompts):
-        own = width - len(prompt) + begun
-        for places, text in ((slice(begun), prompt[:begun]), (slice(own, None), prompt[begun:])):
+        own = width - len(prompt) + shared
+        for places, text in ((slice(shared), prompt[:shared]), (slice(own, None), prompt[shared:])):
             ids[n, places], mask[n, places] = torch.tensor(text, dtype=torch.long), 1
     return ids, mask

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ftexp import evaluate, model
 from ftexp.config import Data, Eval, Gate, Kind, Long, Lora, Model, Quant, Template
 from ftexp.data import Row, load, prompts
-from ftexp.model import openings
+from ftexp.model import prefix
 from ftexp.model import tiny as toy
 
 
@@ -219,7 +219,7 @@ def test_rows_that_end_leave_the_others_as_they_were(kind, base, examples, monke
     assert len({len(told) for told in expected}) > 5  # they end at many places
     assert any(len(told) == 14 for told in expected)  # and some do not
     monkeypatch.setattr(made, "generate", lambda **k: sizes.append(len(k["input_ids"])) or real(**k))
-    assert (openings.cache(made) is not None) == KINDS[kind][2]
+    assert (prefix.cache(made) is not None) == KINDS[kind][2]
     leaves, batch = KINDS[kind][2], 37 if KINDS[kind][2] else 1  # transformers pads no states
     assert evaluate.continued(made, base.tokenizer, asked, settings, batch, "t") == expected
     assert (sizes[0] == 37 and sizes[-1] < 37) if leaves else sizes == [1] * 37
@@ -233,7 +233,7 @@ def test_a_model_that_takes_no_cache_writes_as_it_does(base, examples):
     )
     made, settings = transformers.OpenAIGPTLMHeadModel(config).eval(), lively(base, "keys of all tokens")[1]
     asked = [e.ids[:12] for e in examples[:4]]
-    assert openings.cache(made) is None
+    assert prefix.cache(made) is None
     assert evaluate.continued(made, base.tokenizer, asked, settings, 4, "t") == plainly(made, asked, settings)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """Where a row lies in the sequence: its own tokens, after an opening that another row has too."""
+    """Where a row lies in the sequence: its own tokens, behind a prefix that an earlier row has too."""
 
     begin: int
     """Of its own tokens."""
@@ -28,14 +28,14 @@ class Row:
     """Of them."""
     filled: int
     """To which attention fills them up."""
-    opening: int = 0
-    """Begin of the tokens before them, within an earlier row."""
-    opened: int = 0
+    prefix: int = 0
+    """Begin of the tokens before them, within that row."""
+    prefixed: int = 0
     """How many those are."""
 
     def place(self, token: int) -> int:
         """Return where in the sequence a token of the row lies."""
-        return self.opening + token if token < self.opened else self.begin + token - self.opened
+        return self.prefix + token if token < self.prefixed else self.begin + token - self.prefixed
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,44 +44,44 @@ class Batch:
 
     length: int
     """Tokens of a row that ask, filled up."""
-    opened: int
-    """Tokens of its opening, which are asked too."""
+    prefixed: int
+    """Tokens of its prefix, which are asked too."""
     where: Any
     """Token at each place that asks, (row * length): a slice of one row, else an index; filling repeats the last."""
     asked: Any
-    """Token at each place that is asked, (row * (opened + length)), in the same way."""
+    """Token at each place that is asked, (row * (prefixed + length)), in the same way."""
     inside: torch.Tensor | None
     """Places that are no filling, (token); None where all are."""
     outside: torch.Tensor | None
     """The others, (place); None where there are none."""
     tokens: Any
     """Tokens of the rows, as `inside` has them."""
-    openings: torch.Tensor | None
-    """Tokens of their openings, each one once; None where there are none."""
+    prefixes: torch.Tensor | None
+    """Tokens of their prefixes, each one once; None where there are none."""
     among: torch.Tensor
-    """Which of those each token of each row's opening is, (row * opened)."""
+    """Which of those each token of each row's prefix is, (row * prefixed)."""
 
 
-def batch(length: int, opened: int, rows: list[Row], device: Any) -> Batch:
-    """Index rows, filled up to a length, after openings of so many tokens."""
-    if len(rows) == 1 and not opened:
+def batch(length: int, prefixed: int, rows: list[Row], device: Any) -> Batch:
+    """Index rows, filled up to a length, behind prefixes of so many tokens."""
+    if len(rows) == 1 and not prefixed:
         here = slice(rows[0].begin, rows[0].begin + length)
         return Batch(length, 0, here, here, None, None, here, None, torch.empty(0))
-    begins, lengths, openings = (
+    begins, lengths, before = (
         torch.tensor(numbers, device=device)[:, None]
-        for numbers in zip(*((r.begin, r.length, r.opening) for r in rows), strict=True)
+        for numbers in zip(*((r.begin, r.length, r.prefix) for r in rows), strict=True)
     )
     places = torch.arange(length, device=device)
     own = begins + torch.minimum(places, lengths - 1)
-    before = openings + torch.arange(opened, device=device)
+    before = before + torch.arange(prefixed, device=device)
     where, asked = own.view(-1), torch.cat([before, own], 1).view(-1)
     once, among = before.reshape(-1).unique(return_inverse=True)
-    shared = (once if opened else None, among)
+    shared = (once if prefixed else None, among)
     if all(row.length == length for row in rows):
-        return Batch(length, opened, where, asked, None, None, where, *shared)
+        return Batch(length, prefixed, where, asked, None, None, where, *shared)
     full = (places < lengths).view(-1)
     inside = full.nonzero()[:, 0]
-    return Batch(length, opened, where, asked, inside, (~full).nonzero()[:, 0], where[inside], *shared)
+    return Batch(length, prefixed, where, asked, inside, (~full).nonzero()[:, 0], where[inside], *shared)
 
 
 def attend(
@@ -133,7 +133,7 @@ def attended(
     out = query.new_empty(*query.shape[:2], value.shape[2])
     kept = []
     for rows in groups:
-        length, whole = rows.length, rows.opened + rows.length
+        length, whole = rows.length, rows.prefixed + rows.length
         q = _gathered(query, rows.where, length, key.shape[1])
         k, v = (_gathered(x, rows.asked, whole, key.shape[1]) for x in (key, value))
         scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
@@ -156,7 +156,7 @@ def slopes(
 ) -> list[torch.Tensor]:  # fmt: skip
     """Return the gradients of query, key and value, (position, head, width), from that of what was seen.
 
-    An opening is asked by several rows. Their gradients at it are added up in at least float32, those of one batch
+    A prefix is asked by several rows. Their gradients at it are added up in at least float32, those of one batch
     after the other, so that a member's do not depend on others.
     """
     found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
@@ -164,7 +164,7 @@ def slopes(
     more: list[tuple[int, torch.Tensor, torch.Tensor]] = []
     given = iter(kept)
     for rows in groups:
-        length, whole = rows.length, rows.opened + rows.length
+        length, whole = rows.length, rows.prefixed + rows.length
         q = _gathered(query, rows.where, length, key.shape[1])
         k, v = (_gathered(x, rows.asked, whole, key.shape[1]) for x in (key, value))
         go = _gathered(g, rows.where, length, key.shape[1], rows.outside)
@@ -179,14 +179,14 @@ def slopes(
         _scatter(found[0], rows, _apart(torch.bmm(gs, k), length, query.shape[1]))
         for n, made in enumerate((torch.bmm(gs.transpose(1, 2), q), gv)):
             apart = _apart(made, whole, key.shape[1])
-            if rows.openings is not None:
-                before = apart[:, : rows.opened].reshape(-1, *apart.shape[2:]).to(precise)
-                summed = before.new_zeros(len(rows.openings), *before.shape[1:]).index_add_(0, rows.among, before)
-                more.append((1 + n, rows.openings, summed))
-                apart = apart[:, rows.opened :]
+            if rows.prefixes is not None:
+                before = apart[:, : rows.prefixed].reshape(-1, *apart.shape[2:]).to(precise)
+                summed = before.new_zeros(len(rows.prefixes), *before.shape[1:]).index_add_(0, rows.among, before)
+                more.append((1 + n, rows.prefixes, summed))
+                apart = apart[:, rows.prefixed :]
             _scatter(found[1 + n], rows, apart)
-    for n, openings, summed in more:
-        found[n][openings] += summed.to(query.dtype)
+    for n, prefixes, summed in more:
+        found[n][prefixes] += summed.to(query.dtype)
     return found
 
 

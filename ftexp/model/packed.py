@@ -28,7 +28,7 @@ from ftexp.errors import ConfigError
 from ftexp.model.attention import Batch, Row, attend, batch
 from ftexp.model.block import Block, fits
 from ftexp.model.linear import Linear
-from ftexp.model.openings import alike
+from ftexp.model.prefix import common
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -50,8 +50,8 @@ ALIKE_LENGTH = 0.75
 MANY, ROWS = 2048, (16, 17, 24, 33, 48, 65, 91, 128, 200, 231, 300, 453, 700, 912, 1386)
 """Rows of a product whose bits are compared with those of some of them, and how many."""
 WORTH = 0.05
-"""Share of a member's tokens from which on those that its rows begin with are computed once: the attention of rows with
-an opening takes a few more steps."""
+"""Share of a member's tokens that are saved from which on the prefix of its rows is computed once: attention behind a
+prefix takes a few more steps."""
 CHUNK = 512
 """Rows of logits that are in memory at once."""
 ALIKE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -135,12 +135,12 @@ class Layout:
             grouped: dict[tuple[int, int], list[Row]] = {}
             single: list[tuple[tuple[int, int], list[Row]]] = []
             for row in self.rows:
-                if alone or heads * row.filled * (row.opened + row.filled) * width <= SMALL:
-                    single.append(((row.opened, row.length), [row]))
+                if alone or heads * row.filled * (row.prefixed + row.filled) * width <= SMALL:
+                    single.append(((row.prefixed, row.length), [row]))
                 else:
-                    grouped.setdefault((row.opened, row.filled), []).append(row)
+                    grouped.setdefault((row.prefixed, row.filled), []).append(row)
             order = [*sorted(grouped.items()), *single]
-            self.batches[alone] = [batch(n, opened, rows, self.ids.device) for (opened, n), rows in order]
+            self.batches[alone] = [batch(n, prefixed, rows, self.ids.device) for (prefixed, n), rows in order]
         return self.batches[alone]
 
     @property
@@ -152,9 +152,9 @@ class Layout:
 def lay_out(given: Sequence[tuple[Adapter, Sequence[list[int]]]], pad: int, device: Any, training: bool) -> Layout:
     """Lay the rows of members behind each other.
 
-    What all rows of a member begin with, such as a template's system prompt, is there once: it has the same hidden
-    states in each of them, and what they ask of it adds up in its gradient. Where rows draw dropout or noise of their
-    own it differs.
+    The prefix that all rows of a member share, such as a template's system prompt, is there once: it has the same
+    hidden states in each of them, and what they ask of it adds up in its gradient. Where rows draw dropout or noise of
+    their own it differs.
 
     Args:
         given: each member's adapter and the token ids of its rows.
@@ -168,8 +168,8 @@ def lay_out(given: Sequence[tuple[Adapter, Sequence[list[int]]]], pad: int, devi
     for adapter, texts in given:
         begin, mine = len(ids), []
         differ = training and (adapter.noisy or adapter.dropout > 0)
-        opened = 0 if differ else _opening(texts)
-        said = [opened if n else 0 for n in range(len(texts))]  # the first row has it for all
+        prefix = 0 if differ else _prefix(texts)
+        said = [prefix if n else 0 for n in range(len(texts))]  # the first row has it for all
         missing = FEWEST - sum(map(len, texts)) + sum(said)
         whole, said = ([*texts, [pad] * missing], [*said, 0]) if missing > 0 else (texts, said)
         sizes = [len(text) - before for text, before in zip(whole, said, strict=True)]
@@ -184,24 +184,24 @@ def lay_out(given: Sequence[tuple[Adapter, Sequence[list[int]]]], pad: int, devi
     return Layout(text, places, tuple(members), tuple(rows), tuple(own), training)
 
 
-def _opening(texts: Sequence[list[int]]) -> int:
-    """Count the tokens that all rows begin with, or 0 where it is not worth its while; each keeps one of its own."""
+def _prefix(texts: Sequence[list[int]]) -> int:
+    """Count the tokens of the prefix that rows share, or 0 where it is not worth it; each row keeps one of its own."""
     if len(texts) == 1:
         return 0
-    same = alike(texts, min(map(len, texts)) - 1)
+    same = common(texts, min(map(len, texts)) - 1)
     return same if same * (len(texts) - 1) >= WORTH * sum(map(len, texts)) else 0
 
 
-def _shared(lengths: list[int], openings: list[int]) -> list[int]:
+def _shared(lengths: list[int], prefixes: list[int]) -> list[int]:
     """Length that each row of a member is filled up to in attention: that of one at most a third longer.
 
-    Rows behind other openings have no say, nor have those of other members, or a member's bits would depend on them.
+    Rows behind other prefixes have no say, nor have those of other members, or a member's bits would depend on them.
     """
     filled, longest = [0] * len(lengths), {}
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        most = longest.get(openings[n], 0)
+        most = longest.get(prefixes[n], 0)
         if not most or (most > SHORT and lengths[n] < ALIKE_LENGTH * most):
-            most = longest[openings[n]] = lengths[n]
+            most = longest[prefixes[n]] = lengths[n]
         filled[n] = most
     return filled
 

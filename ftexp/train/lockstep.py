@@ -324,7 +324,7 @@ def _pass(base: Base, pack: Pack, number: int, trials: list[_Trial]) -> None:
     for trial, mine, places in zip(trials, rows, layout.own, strict=True):
         where, targets = _supervised(mine, places, hidden.device)
         nats, slope = learned(base.model, hidden[0, where].detach(), targets, _tokens(trial))
-        gradient[0].index_add_(0, where, slope)  # tokens of an opening may be supervised in several rows
+        gradient[0].index_add_(0, where, slope)  # tokens of a prefix may be supervised in several rows
         found.append(nats.sum().item())
     hidden.backward(gradient)
     sums = [_summed(trial) for trial in trials]  # of all before any is kept: memory may still run out

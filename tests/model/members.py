@@ -82,11 +82,11 @@ def adapters(base, dropout=0.0, targets="all-linear"):
     return tuned, taken
 
 
-def rows(count: int, seed: int = 0, opening: int = 0) -> list[list[list[int]]]:
-    """Draw rows of unequal length for each member, which begin with so many tokens alike; some lengths are shared."""
+def rows(count: int, seed: int = 0, prefix: int = 0) -> list[list[list[int]]]:
+    """Draw rows of unequal length for each member, behind a prefix of so many tokens; some lengths are shared."""
     draw = torch.Generator().manual_seed(seed)
     lengths = [[7, 12, 7], [12, 3], [16], [9, 7, 5, 12]]
-    first = torch.randint(1, 97, (opening,), generator=draw).tolist()
+    first = torch.randint(1, 97, (prefix,), generator=draw).tolist()
     own = [[torch.randint(1, 97, (n,), generator=draw).tolist() for n in lengths[m % 4]] for m in range(count)]
     return [[first + row for row in mine] for mine in own]
 

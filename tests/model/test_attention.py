@@ -39,7 +39,7 @@ def test_attention_equals_that_of_each_row_alone(monkeypatch, window, short, sha
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("small", [16**3, 0])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_attention_to_an_opening_that_rows_share_is_that_of_whole_rows(monkeypatch, window, small, softcap):
+def test_attention_to_a_prefix_that_rows_share_is_that_of_whole_rows(monkeypatch, window, small, softcap):
     """Two members, rows of 9, 7, 8 and of 12, 6 tokens, behind 5 and 4 that each member has once; all have gradients.
 
     A token that several rows see stands for its copies: its query is asked once, its key and value by all of them.
@@ -69,14 +69,14 @@ def test_attention_to_an_opening_that_rows_share_is_that_of_whole_rows(monkeypat
             theirs = torch.einsum("hqk,hkw->qhw", shares, values.repeat_interleave(2, 0))
             for n, place in enumerate(where):
                 torch.testing.assert_close(out[0, place], theirs[n], rtol=1e-12, atol=1e-12)
-                if place not in given:  # an opening that was seen already is not asked again
+                if place not in given:  # a prefix that was seen already is not asked again
                     given[place] = g[0, place]
                     alone = alone + (theirs[n] * g[0, place]).sum()
     for mine, wanted in zip(found, torch.autograd.grad(alone, (q, k, v)), strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_what_rows_begin_with_is_there_once_where_that_is_the_same_and_worth_it():
+def test_the_prefix_of_rows_is_there_once_where_it_is_the_same_and_worth_it():
     def tokens(texts, training=True, **more):
         given = Adapter({}, {}, more.pop("dropout", 0.0), torch.Generator(), **more)
         return packed.lay_out([(given, texts)], 0, "cpu", training).ids.shape[1]

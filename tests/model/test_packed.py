@@ -15,14 +15,14 @@ from ftexp.model import block, linear, packed
 from ftexp.model.packed import Pack
 
 
-@pytest.mark.parametrize("opening", [0, 10])
+@pytest.mark.parametrize("prefix", [0, 10])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_gradients_equal_those_of_separate_peft_models(name, opening, monkeypatch):
+def test_gradients_equal_those_of_separate_peft_models(name, prefix, monkeypatch):
     """Also where a member's rows begin alike, which is computed once and supervised in each of them."""
     exact_norms(monkeypatch)
     base = made(name, torch.float64)
     tuned, members = adapters(base)
-    texts = rows(4, opening=opening)
+    texts = rows(4, prefix=prefix)
     told, found = gradients(base, members, texts)
     worst = 0.0
     for one, mine, nats, grads in zip(tuned, texts, told, found, strict=True):
@@ -42,9 +42,9 @@ def test_gradients_equal_those_of_separate_peft_models(name, opening, monkeypatc
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("dropout", "opening"), [(0.3, 0), (0.0, 11)])
+@pytest.mark.parametrize(("dropout", "prefix"), [(0.3, 0), (0.0, 11)])
 @pytest.mark.parametrize(("name", "threads"), [("Llama", 1), ("Gemma2", 1), ("Gemma2", 2)])
-def test_a_member_has_the_same_bits_alone_and_among_sixteen(name, dtype, threads, dropout, opening):
+def test_a_member_has_the_same_bits_alone_and_among_sixteen(name, dtype, threads, dropout, prefix):
     """Widths that are no multiple of a vector, dropout, and rows so short that libraries change their kernel.
 
     And rows that begin alike: those of a member add up what they ask of it in the same order.
@@ -54,13 +54,13 @@ def test_a_member_has_the_same_bits_alone_and_among_sixteen(name, dtype, threads
     try:
         base = made(name, dtype)
         _, members = adapters(base, dropout=dropout)
-        texts = rows(4, opening=opening)
+        texts = rows(4, prefix=prefix)
         crowd = [copy.copy(members[n % 4]) for n in range(12)]  # sixteen in all
         for n, one in enumerate(crowd):
             one.draw = torch.Generator().manual_seed(100 + n)
             one.weights = {k: tuple(w.detach().clone().requires_grad_() for w in p) for k, p in one.weights.items()}
         states = [m.draw.get_state() for m in members]
-        told, found = gradients(base, [*members, *crowd], [*texts, *rows(12, seed=1, opening=opening)])
+        told, found = gradients(base, [*members, *crowd], [*texts, *rows(12, seed=1, prefix=prefix)])
         for n, member in enumerate(members):
             member.draw.set_state(states[n])
             (nats,), (grads,) = gradients(base, [member], [texts[n]])

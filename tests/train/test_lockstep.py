@@ -100,11 +100,11 @@ def test_sabotage_a_shared_generator_is_seen(point, tmp_path, monkeypatch):
     assert ended([member(run, tmp_path / "x") for run in runs])[0][1] != alone
 
 
-@pytest.mark.parametrize(("worth", "opened"), [(passes.WORTH, {0, 6, 10}), (2.0, {0})])
-def test_losses_are_those_of_trl(point, tiny, tmp_path, monkeypatch, worth, opened):
+@pytest.mark.parametrize(("worth", "prefixes"), [(passes.WORTH, {0, 6, 10}), (2.0, {0})])
+def test_losses_are_those_of_trl(point, tiny, tmp_path, monkeypatch, worth, prefixes):
     """Twelve steps in float32 over batches of unequal rows, with warm-up, clipping, decay and accumulation.
 
-    TRL reads the tokens that all rows begin with in each of them; here they are read once, or in each too.
+    TRL reads the prefix that all rows share in each of them; here it is read once, or in each too.
     """
     monkeypatch.setattr(passes, "WORTH", worth)
     keys = ("trainer.steps=12", "lora.r=8", "trainer.batch=4", "trainer.accumulation=3", "trainer.warmup=0.2",
@@ -113,12 +113,12 @@ def test_losses_are_those_of_trl(point, tiny, tmp_path, monkeypatch, worth, open
 
     def laid_out(given, *more):
         made = lay_out(given, *more)
-        seen.add(made.own[0][-1].opened)
+        seen.add(made.own[0][-1].prefixed)
         return made
 
     monkeypatch.setattr(lockstep, "lay_out", laid_out)
     (_,), (mine,) = ended([member(point(*keys), tmp_path / "x", ours)])
-    assert seen == opened
+    assert seen == prefixes
     run = tiny(*keys)
     train, valid = experiment.tokenised(run, data.load(run.data))
     base = model.load(run.model, run.quant)

@@ -1,4 +1,4 @@
-"""What rows begin with alike, such as the system prompt of a template: read once for all rows of a pass.
+"""The prefix that rows share, such as the system prompt of a template, read once for all rows of a pass.
 
 Where nothing is learned a base remembers what it read as keys and values, which are the same in front of every row.
 """
@@ -22,13 +22,13 @@ MOVING = ("dynamic", "longrope")
 """Rotary positions that are other ones in longer rows."""
 
 
-def alike(rows: Sequence[Sequence[int]], most: int) -> int:
+def common(rows: Sequence[Sequence[int]], most: int) -> int:
     """Count the tokens, at most so many, that all rows begin with.
 
-    >>> alike([[1, 2, 3, 4], [1, 2, 5]], 9), alike([[1, 2, 3], [1, 2, 3]], 2), alike([[7]], 0)
+    >>> common([[1, 2, 3, 4], [1, 2, 5]], 9), common([[1, 2, 3], [1, 2, 3]], 2), common([[7]], 0)
     (2, 2, 0)
     """
-    first, last = min(map(tuple, rows)), max(map(tuple, rows))  # in the order of their tokens: they differ first
+    first, last = min(map(tuple, rows)), max(map(tuple, rows))  # in the order of their tokens: these differ first
     most = min(most, len(first), len(last))
     return next((n for n in range(most) if first[n] != last[n]), most)
 
@@ -49,7 +49,7 @@ def bare(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def opened(model: PeftModel | PreTrainedModel, rows: Sequence[Sequence[int]], most: int, width: int) -> int:
+def shared(model: PeftModel | PreTrainedModel, rows: Sequence[Sequence[int]], most: int, width: int) -> int:
     """Count the tokens in front of rows that are to be read once.
 
     Args:
@@ -61,7 +61,7 @@ def opened(model: PeftModel | PreTrainedModel, rows: Sequence[Sequence[int]], mo
     Returns:
         0 where it is not worth it, or what the model makes of those tokens depends on what follows.
     """
-    count = alike(rows, most)
+    count = common(rows, most)
     if count * (len(rows) - 1) < WORTH * width * len(rows) or len(rows) < 2:
         return 0
     made, settings = cache(model), bare(model).config.get_text_config()

@@ -1,4 +1,4 @@
-"""What rows begin with alike is read once, and changes neither their losses nor what is written after them."""
+"""The prefix that rows share is read once, and changes neither their losses nor what is written after them."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from ftexp import evaluate
 from ftexp.config import Eval
 from ftexp.data.prompts import Example
 from ftexp.data.shapes import Row
-from ftexp.model import openings
+from ftexp.model import prefix
 
 FIRST = tuple(range(40, 60))
 """Twenty tokens in front of all rows."""
@@ -103,13 +103,13 @@ def test_what_is_supervised_is_read_in_each_row():
 def test_where_it_is_not_worth_it_or_depends_on_what_follows_rows_are_read_whole():
     llama, texts = made("Llama", torch.float32), [e.ids for e in rows()]
     width = max(map(len, texts))
-    assert openings.opened(llama, texts, 99, width) == 20
-    assert openings.opened(llama, texts, 12, width) == 12
-    assert openings.opened(llama, texts, 3, width) == 0  # a tenth of what is read
-    assert openings.opened(llama, texts[:1], 99, width) == 0
-    assert openings.opened(llama, [*texts, [1, 2, 3]], 99, width) == 0
+    assert prefix.shared(llama, texts, 99, width) == 20
+    assert prefix.shared(llama, texts, 12, width) == 12
+    assert prefix.shared(llama, texts, 3, width) == 0  # a tenth of what is read
+    assert prefix.shared(llama, texts[:1], 99, width) == 0
+    assert prefix.shared(llama, [*texts, [1, 2, 3]], 99, width) == 0
     turning = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    assert openings.opened(made("Llama", torch.float32, rope_parameters=turning), texts, 99, width) == 0
+    assert prefix.shared(made("Llama", torch.float32, rope_parameters=turning), texts, 99, width) == 0
 
 
 def test_a_model_that_keeps_what_it_read_elsewhere_reads_whole_rows(monkeypatch):
@@ -122,5 +122,5 @@ def test_a_model_that_keeps_what_it_read_elsewhere_reads_whole_rows(monkeypatch)
         return real(*args, past_key_values=None if past_key_values is None else DynamicCache(), **more)
 
     monkeypatch.setattr(model.model, "forward", elsewhere)
-    assert openings.read(model, torch.tensor(FIRST)) is None
+    assert prefix.read(model, torch.tensor(FIRST)) is None
     assert losses(model, examples) == pytest.approx(expected, rel=1e-5)
