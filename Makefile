@@ -54,6 +54,7 @@ bench: $(READY) ## a sweep beside a shell loop over a TRL script, the sweeper's 
 	$(BIN)/python tests/bench/sweeper.py
 	$(BIN)/python tests/bench/loop.py
 	$(BIN)/python tests/bench/loop.py --task short
+	$(BIN)/python tests/bench/loop.py --task system work
 	$(BIN)/python tests/bench/packed.py
 	$(BIN)/python tests/bench/data.py
 	$(BIN)/python tests/bench/storage.py

@@ -2,10 +2,10 @@
 
     python tests/bench/loop.py [one] [work] [answer] [memory] [--task short]
 
-Run whole by `make bench`, for the steps of the demo and for shorter ones (`TASKS`). Each part goes on where it was left:
-what was measured is kept in `outputs/bench/loop-demo.json` and `loop-short.json` (delete them to begin anew), so a part
-can be run in pieces. `--rounds 3` measures each way of `one` three times in turn,
-`--of 2` measures two trials of a loop and takes their mean for the others, which the output says.
+Run whole by `make bench`, for the steps of the demo, for shorter ones, and for rows with a system prompt (`TASKS`). Each
+part goes on where it was left: what was measured is kept in `outputs/bench/loop-TASK.json` (delete it to begin anew), so
+a part can be run in pieces. `--rounds 3` measures each way of `one` three times in turn, `--of 2` measures two trials of
+a loop and takes their mean for the others, which the output says.
 
 Same model, rows, steps, points and scoring; ways take turns, so that a machine that slows down slows all of them. Wall
 time and CPU time are kept for each: on a machine with other work the second is the steadier. Nothing here is a test.
@@ -63,14 +63,21 @@ class Task:
     """Held-out rows, whose loss is taken each `EVERY` steps, and whose completions are written at the end."""
     longest: int
     """Tokens of a row."""
+    template: Template = Template.chatml
 
     def keys(self) -> list[str]:
         """Return the overrides of ftexp."""
-        return [f"trainer.batch={self.batch}", f"data.valid={self.valid}", f"data.max_length={self.longest}"]
+        return [f"trainer.batch={self.batch}", f"data.valid={self.valid}", f"data.max_length={self.longest}",
+                f"data.template={self.template.value}"]  # fmt: skip
 
 
-TASKS = {task.name: task for task in (Task("demo", 20, 8, 48, 128), Task("short", 40, 4, 32, 64))}
-"""Some 230 and 115 tokens a step."""
+TASKS = {
+    task.name: task
+    for task in (
+        Task("demo", 20, 8, 48, 128), Task("short", 40, 4, 32, 64), Task("system", 40, 4, 32, 128, Template.model),
+    )
+}  # fmt: skip
+"""Some 230, 115 and 200 tokens a step; of the last 84 are the model's own system prompt, in front of each row."""
 PACKED = ("trainer.engine=packed", "sweep.pack=0")
 BESIDE = (*PACKED, "sweep.workers=2")
 RACED = ("ftexp raced", "ftexp packed, raced", "ftexp two workers, raced")
@@ -93,7 +100,7 @@ def machine() -> dict[str, Any]:
 
 def rows(folder: Path, task: Task) -> Path:
     """Write the demo's rows with their split, for the script."""
-    splits = data.load(Data(kind=Source.yoda, template=Template.chatml, valid=task.valid, max_length=task.longest))
+    splits = data.load(Data(kind=Source.yoda, template=task.template, valid=task.valid, max_length=task.longest))
     path = folder / "rows.jsonl"
     told = [{"split": name, "prompt": r.prompt, "completion": r.completion}
             for name, part in (("train", splits.train), ("valid", splits.valid)) for r in part]  # fmt: skip
@@ -115,7 +122,8 @@ def timed(command: list[str], folder: Path) -> dict[str, Any]:
 def scripted(task: Task, point: dict[str, Any], *more: str) -> dict[str, Any]:
     """Run one trial of the loop, in a process of its own as a shell does."""
     with tempfile.TemporaryDirectory(prefix="bench") as work:
-        told = json.dumps({**point, "steps": task.steps, "every": EVERY, "batch": task.batch})
+        own = task.template is Template.model
+        told = json.dumps({**point, "steps": task.steps, "every": EVERY, "batch": task.batch, "own_template": own})
         out = Path(work, "trial")
         took = timed([sys.executable, str(SCRIPT), str(embedded.folder()), str(rows(Path(work), task)), told, str(out), *more],
                      Path(work))  # fmt: skip

@@ -2,9 +2,10 @@
 
     python trl_trial.py MODEL ROWS.jsonl POINT FOLDER [tuned]
 
-POINT is JSON with r, alpha, lr, neftune, steps, batch and every. Trains the rows of split `train`, scores the loss of
-split `valid` with the Trainer each `every` steps and at the end, writes a completion for each valid prompt in one batch
-with the tuned and the base model, and saves the adapter. `tuned` takes what a user who read the manuals sets: bfloat16
+POINT is JSON with r, alpha, lr, neftune, steps, batch, every and own_template (the tokenizer's, in place of one without
+a system prompt). Trains the rows of split `train`, scores the loss of split `valid` with the Trainer each `every` steps
+and at the end, writes a completion for each valid prompt in one batch with the tuned and the base model, and saves the
+adapter. `tuned` takes what a user who read the manuals sets: bfloat16
 weights where the CPU multiplies them, eager attention, no gradient checkpointing.
 """
 
@@ -63,7 +64,7 @@ def main():
         path, dtype=torch.bfloat16 if half else torch.float32, **({"attn_implementation": "eager"} if tuned else {})
     )
     tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.chat_template = CHAT
+    tokenizer.chat_template = tokenizer.chat_template if point["own_template"] else CHAT
     told = [json.loads(line) for line in Path(rows).read_text().splitlines()]
     sets = {
         split: Dataset.from_list([
