@@ -6,6 +6,7 @@ import difflib
 import gc
 import hashlib
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -188,8 +189,12 @@ def loading(place: str, key: str = "") -> Iterator[None]:
 
 
 _warm: Base | None = None
+_last: Any = None
+"""Weak reference to the model of the base that was loaded last."""
 _begun = False
 """Whether a base has been loaded in this process."""
+_aside = False
+"""Whether libraries are set aside from garbage collection."""
 _settled = False
 """Whether the base in memory is set aside from garbage collection; `gc.get_freeze_count` takes long to tell."""
 
@@ -208,21 +213,28 @@ def load(model: Model, quant: Quant, labels: int = 0, longest: int = 0) -> Base:
     Raises:
         MachineError: the model cannot be found or loaded.
     """
-    global _warm, _begun, _settled
+    global _warm, _last, _begun, _aside, _settled
     libraries()
     long = longest >= compute.LONG
     key = config.digest(model, quant) + (f"-{labels}" if labels else "") + ("-long" if long else "") + version(model)
     if model.kind is Kind.run:  # a run of that name may have been trained again
         key += str(handed.identity(handed.find(model.path, aloud=False)))
     if _warm is None or _warm.key != key:
-        _warm, _settled = None, False  # frees the other model before this one is loaded
-        gc.unfreeze()
+        _warm = None  # frees the other model before this one is loaded
         if _begun:
             gc.collect()
+        if _settled and _last() is not None:  # something that was set aside with it holds it, and is held by it
+            gc.unfreeze()
+            gc.collect()
+            _aside = False
+        if _begun:
             compute.give_back_pages()
-        gc.freeze()  # libraries, which are there to stay; not the base
-        _begun = True
+        if not _aside:
+            gc.freeze()  # libraries, which are there to stay; not the base
+        _begun = _aside = True
+        _settled = False
         _warm = _load(model, quant, key, labels, longest)
+        _last = weakref.ref(_warm.model)
     elif not _settled:  # a second trial: the base is there to stay too
         gc.collect()
         gc.freeze()
@@ -243,9 +255,9 @@ def libraries() -> None:
 
 def thaw() -> None:
     """Let all that was set aside be collected again, as at the end of a call from another program."""
-    global _settled
+    global _aside, _settled
     gc.unfreeze()
-    _settled = False
+    _aside = _settled = False
 
 
 def forget() -> None:

@@ -61,6 +61,31 @@ def test_garbage_of_libraries_is_not_looked_through_and_another_base_can_go():
     assert gc.get_freeze_count() == 0
 
 
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("trials", [1, 2])
+def test_another_base_has_no_look_through_libraries_unless_what_was_set_aside_holds_the_first(trials, held):
+    model.load(Model(kind=Kind.tiny, dtype=Dtype.bfloat16), Quant())
+    libraries, seen = gc.get_freeze_count(), []
+    first = weakref.ref(model.load(Model(kind=Kind.tiny), Quant()).model)
+    if held:
+        first().itself = [first()]  # goes with a look alone
+    for _ in range(trials - 1):
+        model.load(Model(kind=Kind.tiny), Quant())
+
+    def look(phase, info):
+        seen.append((phase, info["generation"], gc.get_freeze_count()))
+
+    gc.callbacks.append(look)
+    try:
+        model.load(Model(kind=Kind.tiny, dtype=Dtype.bfloat16), Quant())
+    finally:
+        gc.callbacks.remove(look)
+    whole = [aside for phase, generation, aside in seen if (phase, generation) == ("start", 2)]
+    assert whole
+    assert any(aside < libraries / 2 for aside in whole) is (held and trials == 2)
+    assert first() is None
+
+
 def test_nothing_is_looked_for_while_libraries_are_imported():
     code = (
         "import gc; from ftexp import model; n = lambda: sum(s['collections'] for s in gc.get_stats()); a = n(); "
