@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 WHOLE = re.compile(r"interval\(\s*-?\d+\s*,\s*-?\d+\s*\)")
 """A range between whole numbers, as written."""
+ADAPTER, WITHOUT = ("lora", "lora.variant"), ("lora.variant", "lora.train")
+"""What decides whether there is an adapter, and keys of `lora` that have an effect without one."""
 
 
 @dataclass(frozen=True)
@@ -169,18 +171,21 @@ def parse(given: Sequence[str], conditions: dict[str, dict[str, Any]] | None = N
     [{'lora.r': '8'}, {'lora.r': '16'}]
     >>> parse(["lora=default,dora", "lora.r=2,4"], {"lora.r": {"lora": "dora"}}).grid()
     [{'lora': 'default'}, {'lora': 'dora', 'lora.r': '2'}, {'lora': 'dora', 'lora.r': '4'}]
+    >>> parse(["lora.r=2,4", "lora=none,dora"]).grid()  # there is no rank without an adapter
+    [{'lora': 'none'}, {'lora': 'dora', 'lora.r': '2'}, {'lora': 'dora', 'lora.r': '4'}]
 
     Raises:
         ConfigError: a range is empty or has no logarithm, or a condition names no axis before its own.
     """
     told = OverridesParser.create().parse_overrides(list(given))
     last: dict[str, Override] = {o.get_key_element().lstrip("+"): o for o in told}
+    last, conditions = _with_adapter(last, conditions or {})
     fixed = [str(o.input_line) for o in last.values() if not o.is_sweep_override()]
     axes: list[Axis] = []
     never: set[str] = set()
     for key, override in last.items():
         if override.is_sweep_override():
-            condition = (conditions or {}).get(key, {})
+            condition = conditions.get(key, {})
             _check_fixed(key, condition, told, last)
             if not all(other not in never and _holds(last.get(other), given) for other, given in condition.items()):
                 never.add(key)
@@ -191,6 +196,26 @@ def parse(given: Sequence[str], conditions: dict[str, dict[str, Any]] | None = N
             sign, group = element.removesuffix(element.lstrip("+")), key.split("@")[0] in overrides.groups()
             axes.append(replace(_axis(key, override), when=when, composes=group, sign=sign))
     return Space(tuple(fixed), tuple(axes))
+
+
+def _with_adapter(
+    last: dict[str, Override], conditions: dict[str, dict[str, Any]]
+) -> tuple[dict[str, Override], dict[str, dict[str, Any]]]:
+    """Search keys of an adapter only where there is one: without it trials that differ in them would be the same.
+
+    What decides it is searched before them, wherever it was given.
+    """
+    kinds = (k for k in ADAPTER if k in last and last[k].is_discrete_sweep())
+    if (kind := next(kinds, None)) is None:
+        return last, conditions
+    texts = list(dict.fromkeys(last[kind].sweep_string_iterator()))
+    theirs = [key for key in last if key.startswith("lora.") and key not in WITHOUT and last[key].is_sweep_override()]
+    others = [text for text in texts if text != "none"]
+    if not theirs or not others or len(others) == len(texts):
+        return last, conditions
+    late = list(last).index(kind) > list(last).index(theirs[0])
+    ordered = {kind: last[kind]} | last if late else last
+    return ordered, conditions | {key: {kind: others} | conditions.get(key, {}) for key in theirs}
 
 
 def _holds(override: Override | None, given: Any) -> bool:

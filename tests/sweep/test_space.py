@@ -157,3 +157,26 @@ def test_range_between_whole_numbers_of_a_key_that_takes_any_number():
         ["trainer.weight_decay=interval(0,1)", "lora.r=interval(4,8)", "+trainer.extra.x=interval(1,3)"]
     ).axes
     assert (decay.whole, rank.whole, extra.whole) == (False, True, True)
+
+
+def points(*given, conditions=None):
+    return [tuple(point.values()) for point in space.parse(list(given), conditions).grid()]
+
+
+def test_keys_of_an_adapter_are_searched_where_there_is_one():
+    assert points("lora.variant=none,lora", "lora.r=2,4") == [("none",), ("lora", "2"), ("lora", "4")]
+    assert points("seed=1,2", "lora.r=2,4", "lora=none,dora")[:3] == [("none", "1"), ("none", "2"), ("dora", "1", "2")]
+    assert points("lora=none,dora", "lora.train=[],[layers.1]", "lora.r=2,4")[-1] == ("dora", "[layers.1]", "4")
+    assert len(points("lora=none,dora", "trainer.lr=1,2")) == 4
+    assert len(points("lora=none", "lora.r=2,4")) == 2  # refused elsewhere: the key has no effect at all
+    given = {"lora.r": {"trainer.lr": 1}}
+    told = points("lora=none,dora", "trainer.lr=1,2", "lora.r=2,4", conditions=given)
+    assert told == [("none", "1"), ("none", "2"), ("dora", "1", "2"), ("dora", "1", "4"), ("dora", "2")]
+    narrower = {"lora.r": {"lora": "dora"}}
+    assert len(points("lora=none,default,dora", "lora.r=2,4", conditions=narrower)) == 4
+
+
+def test_a_sampler_draws_no_rank_without_an_adapter():
+    searched = space.parse(["lora=none,default", "lora.r=interval(2,8)"])
+    assert searched.trimmed({"lora": "none", "lora.r": 3}) == {"lora": "none"}
+    assert searched.trimmed({"lora": "default", "lora.r": 3}) == {"lora": "default", "lora.r": 3}
