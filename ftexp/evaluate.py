@@ -248,11 +248,8 @@ def _logits(model: AnyModel, rows: list[Example], pad: int) -> tuple[torch.Tenso
     first = [next((n for n, label in enumerate(e.labels) if label != -100), len(e.ids)) for e in rows]
     shared = prefix.shared(model, [e.ids for e in rows], min(first) - 1, width)
     ids, mask, labels = (t.to(model.device) for t in (ids, mask.long(), labels))
-    if shared and (read := prefix.read(model, ids[0, :shared])) is not None:
-        ids, labels, past = ids[:, shared:], labels[:, shared:], prefix.before_all(read)
-    else:
-        past = None
-    return supervised_logits(model, ids, mask, labels, past=past)
+    past = prefix.before_all(prefix.read(model, ids[0, :shared])) if shared else None
+    return supervised_logits(model, ids[:, shared:], mask, labels[:, shared:], past=past)
 
 
 def supervised_logits(
@@ -425,8 +422,8 @@ def _continued(
         done = torch.isin(told[:, width:], ends).any(1)
         return torch.full_like(done, bool(2 * done.sum() >= len(done)))
 
-    if shared and (read := prefix.read(model, ids[0, :shared])) is not None:
-        cache = read
+    if shared:
+        cache = prefix.read(model, ids[0, :shared])
         cache.batch_repeat_interleave(len(rows))
     while len(rows):
         left = copy(settings)

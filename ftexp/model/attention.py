@@ -6,7 +6,6 @@ Rows of about equal length are one product, the shorter ones filled up at their 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,6 +15,9 @@ from ftexp.errors import ConfigError
 
 if TYPE_CHECKING:
     from ftexp.model.packed import Layout
+
+SMALLEST = 128
+"""Tokens of the first mask that is made."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,15 @@ class Batch:
     """The others, (place); None where there are none."""
     tokens: Any
     """Tokens of the rows, as `inside` has them."""
-    prefixes: torch.Tensor | None
-    """Tokens of their prefixes, each one once; None where there are none."""
-    among: torch.Tensor
-    """Which of those each token of each row's prefix is, (row * prefixed)."""
+    prefixes: tuple[tuple[int, int, int], ...]
+    """Begin of each prefix, and the rows that have it, from one and up to another."""
 
 
 def batch(length: int, prefixed: int, rows: list[Row], device: Any) -> Batch:
     """Index rows, filled up to a length, behind prefixes of so many tokens."""
     if len(rows) == 1 and not prefixed:
         here = slice(rows[0].begin, rows[0].begin + length)
-        return Batch(length, 0, here, here, None, None, here, None, torch.empty(0))
+        return Batch(length, 0, here, here, None, None, here, ())
     begins, lengths, before = (
         torch.tensor(numbers, device=device)[:, None]
         for numbers in zip(*((r.begin, r.length, r.prefix) for r in rows), strict=True)
@@ -75,13 +75,22 @@ def batch(length: int, prefixed: int, rows: list[Row], device: Any) -> Batch:
     own = begins + torch.minimum(places, lengths - 1)
     before = before + torch.arange(prefixed, device=device)
     where, asked = own.view(-1), torch.cat([before, own], 1).view(-1)
-    once, among = before.reshape(-1).unique(return_inverse=True)
-    shared = (once if prefixed else None, among)
+    prefixes = _spans([row.prefix for row in rows]) if prefixed else ()
     if all(row.length == length for row in rows):
-        return Batch(length, prefixed, where, asked, None, None, where, *shared)
+        return Batch(length, prefixed, where, asked, None, None, where, prefixes)
     full = (places < lengths).view(-1)
     inside = full.nonzero()[:, 0]
-    return Batch(length, prefixed, where, asked, inside, (~full).nonzero()[:, 0], where[inside], *shared)
+    return Batch(length, prefixed, where, asked, inside, (~full).nonzero()[:, 0], where[inside], prefixes)
+
+
+def _spans(numbers: list[int]) -> tuple[tuple[int, int, int], ...]:
+    """Tell each number that follows itself, and where it begins and ends.
+
+    >>> _spans([7, 7, 0, 9])
+    ((7, 0, 2), (0, 2, 3), (9, 3, 4))
+    """
+    begins = [n for n, number in enumerate(numbers) if n == 0 or number != numbers[n - 1]]
+    return tuple((numbers[b], b, e) for b, e in zip(begins, [*begins[1:], len(numbers)], strict=True))
 
 
 def attend(
@@ -141,7 +150,7 @@ def attended(
         if softcap is not None:
             bent = scores.div_(softcap).tanh_()
             scores = bent * softcap
-        hide = _hidden(length, whole, window, query.device)
+        hide = hidden(length, whole, window, query.device)
         scores = scores.view(len(k), -1, length, whole).masked_fill_(hide, -torch.inf)
         precise = torch.promote_types(query.dtype, torch.float32)
         p = torch.softmax(scores, -1, dtype=precise).to(query.dtype).view(len(k), -1, whole)
@@ -156,12 +165,12 @@ def slopes(
 ) -> list[torch.Tensor]:  # fmt: skip
     """Return the gradients of query, key and value, (position, head, width), from that of what was seen.
 
-    A prefix is asked by several rows. Their gradients at it are added up in at least float32, those of one batch
-    after the other, so that a member's do not depend on others.
+    A prefix is asked by several rows. Their gradients at it are added up in at least float32, those of one batch after
+    the other, so that a member's do not depend on others, and no run on chance.
     """
     found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
     precise = torch.promote_types(query.dtype, torch.float32)
-    more: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    more: list[tuple[int, int, torch.Tensor]] = []
     given = iter(kept)
     for rows in groups:
         length, whole = rows.length, rows.prefixed + rows.length
@@ -179,14 +188,11 @@ def slopes(
         _scatter(found[0], rows, _apart(torch.bmm(gs, k), length, query.shape[1]))
         for n, made in enumerate((torch.bmm(gs.transpose(1, 2), q), gv)):
             apart = _apart(made, whole, key.shape[1])
-            if rows.prefixes is not None:
-                before = apart[:, : rows.prefixed].reshape(-1, *apart.shape[2:]).to(precise)
-                summed = before.new_zeros(len(rows.prefixes), *before.shape[1:]).index_add_(0, rows.among, before)
-                more.append((1 + n, rows.prefixes, summed))
-                apart = apart[:, rows.prefixed :]
-            _scatter(found[1 + n], rows, apart)
-    for n, prefixes, summed in more:
-        found[n][prefixes] += summed.to(query.dtype)
+            for begin, first, end in rows.prefixes:
+                more.append((1 + n, begin, apart[first:end, : rows.prefixed].sum(0, dtype=precise)))
+            _scatter(found[1 + n], rows, apart[:, rows.prefixed :])
+    for n, begin, summed in more:
+        found[n][begin : begin + len(summed)] += summed.to(query.dtype)
     return found
 
 
@@ -215,12 +221,20 @@ def _scatter(out: torch.Tensor, rows: Batch, apart: torch.Tensor) -> None:
     out[rows.tokens] = apart if rows.inside is None else apart[rows.inside]
 
 
-@cache
-def _hidden(length: int, whole: int, window: int | None, device: Any) -> torch.Tensor:
+_masks: dict[tuple[int | None, Any], torch.Tensor] = {}
+"""Window and device -> the mask of the longest rows so far."""
+
+
+def hidden(length: int, whole: int, window: int | None, device: Any) -> torch.Tensor:
     """Mark the keys that queries do not see, (query, key), of the last so many tokens of the whole.
 
-    Those are the keys after it, and those `window` or more before it.
+    Those are the keys after it, and those `window` or more before it. What is returned is a part of one mask, so that
+    rows of ever other lengths fill no memory.
     """
-    before = whole - length
-    hide = torch.ones(length, whole, dtype=torch.bool, device=device).triu_(1 + before)
-    return hide if window is None else hide | torch.ones_like(hide).tril_(before - window)
+    mask = _masks.get((window, device))
+    if mask is None or len(mask) < whole:
+        size = max(whole, 2 * len(mask) if mask is not None else SMALLEST)
+        mask = torch.ones(size, size, dtype=torch.bool, device=device).triu_(1)
+        mask = mask if window is None else mask | torch.ones_like(mask).tril_(-window)
+        _masks[window, device] = mask
+    return mask[whole - length : whole, :whole]

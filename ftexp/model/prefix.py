@@ -18,8 +18,19 @@ if TYPE_CHECKING:
 
 WORTH = 0.2
 """Share of the tokens of a pass from which on reading them once saves more than the pass costs that reads them."""
-MOVING = ("dynamic", "longrope")
-"""Rotary positions that are other ones in longer rows."""
+KNOWN = frozenset({
+    "arcee", "biogpt", "bloom", "cohere", "falcon", "gemma", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granite",
+    "granitemoe", "llama", "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmoe", "opt", "persimmon",
+    "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm",
+    "starcoder2", "xglm",
+})  # fmt: skip
+"""Models of transformers whose tokens see those before them and nothing else, by the positions that a mask counts.
+
+Others see tokens that follow (BERT), number positions otherwise behind what was read (RoBERTa), or count places, of
+which padding takes some (GPT-Neo, RoFormer). All were compared with whole rows, in losses and in completions.
+"""
+STILL = ("default", "linear", "llama3", "yarn")
+"""Rotary positions that are the same ones in longer rows."""
 
 
 def common(rows: Sequence[Sequence[int]], most: int) -> int:
@@ -64,23 +75,27 @@ def shared(model: PeftModel | PreTrainedModel, rows: Sequence[Sequence[int]], mo
     count = common(rows, most)
     if count * (len(rows) - 1) < WORTH * width * len(rows) or len(rows) < 2:
         return 0
-    made, settings = cache(model), bare(model).config.get_text_config()
-    told = getattr(settings, "rope_parameters", None) or {}
-    kinds = {p.get("rope_type") for p in (told, *(v for v in told.values() if isinstance(v, dict)))}
-    whole = made is not None and all(type(layer) is DynamicLayer for layer in made.layers)
-    return count if whole and kinds.isdisjoint(MOVING) else 0
+    return count if _causal(bare(model)) else 0
 
 
-def read(model: PeftModel | PreTrainedModel, ids: torch.Tensor) -> DynamicCache | None:
-    """Read tokens (position,), and no more of their logits than must be.
+def _causal(asked: PreTrainedModel) -> bool:
+    """Whether what a model makes of tokens is the same whatever follows, and keys of all of them are kept."""
+    settings = asked.config
+    if settings.model_type not in KNOWN or not type(asked).__module__.startswith("transformers.models."):
+        return False
+    turned = getattr(settings, "rope_parameters", None) or {}
+    if not getattr(settings, "is_causal", True) or turned.get("rope_type", STILL[0]) not in STILL:
+        return False
+    made = cache(asked)
+    return made is not None and all(type(layer) is DynamicLayer for layer in made.layers)
 
-    Returns:
-        What the model keeps of them as one row; None where it keeps it elsewhere.
-    """
+
+def read(model: PeftModel | PreTrainedModel, ids: torch.Tensor) -> DynamicCache:
+    """Read tokens (position,), and no more of their logits than must be; return what is kept of them as one row."""
     made = cast(DynamicCache, cache(model))
     more = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(bare(model).forward).parameters else {}
     cast(Any, model)(input_ids=ids[None], past_key_values=made, use_cache=True, **more)
-    return made if made.get_seq_length() == len(ids) else None
+    return made
 
 
 def before_all(made: DynamicCache) -> DynamicCache:

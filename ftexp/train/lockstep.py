@@ -323,8 +323,10 @@ def _pass(base: Base, pack: Pack, number: int, trials: list[_Trial]) -> None:
     gradient, found = torch.zeros_like(hidden), []
     for trial, mine, places in zip(trials, rows, layout.own, strict=True):
         where, targets = _supervised(mine, places, hidden.device)
-        nats, slope = learned(base.model, hidden[0, where].detach(), targets, _tokens(trial))
-        gradient[0].index_add_(0, where, slope)  # tokens of a prefix may be supervised in several rows
+        nats, slopes = learned(base.model, hidden[0, where].detach(), targets, _tokens(trial))
+        each = [e.supervised for e in mine]
+        for here, slope in zip(where.split(each), slopes.split(each), strict=True):
+            gradient[0, here] += slope  # a token of a prefix may be supervised in several rows
         found.append(nats.sum().item())
     hidden.backward(gradient)
     sums = [_summed(trial) for trial in trials]  # of all before any is kept: memory may still run out

@@ -88,3 +88,36 @@ def test_the_prefix_of_rows_is_there_once_where_it_is_the_same_and_worth_it():
     assert tokens([[7] * 20, [7] * 20 + [8] * 10]) == 31  # the one of a row's own asks for its next
     assert tokens([[7, 8] + [n] * 30 for n in (1, 2)]) == 64  # two of 64 are not worth the steps
     assert tokens([[7] * 90]) == 90
+
+
+def test_bits_of_a_member_do_not_depend_on_the_order_of_others_lengths():
+    """Rows of three lengths behind a prefix of 40 tokens, beside a member whose first rows are the shortest."""
+    torch.manual_seed(0)
+    one, other = (
+        [[m] * 40 + [m + n] * n for n in lengths] for m, lengths in ((1, (20, 130, 90, 200)), (2, (20, 90, 200, 130)))
+    )
+
+    def run(texts, *given):
+        layout = packed.lay_out([(PLAIN, mine) for mine in texts], 0, "cpu", True)
+        groups = layout.attended(9, 64, False)
+        assert sum(bool(group.prefixes) for group in groups) > 2
+        out, kept = attention.attended(*given[:3], groups, 0.125, None, None)
+        return [out, *attention.slopes(given[3], *given[:3], kept, groups, 0.125, None)]
+
+    size = packed.lay_out([(PLAIN, one)], 0, "cpu", True).ids.shape[1]
+    given = [torch.randn(2 * size, heads, 64) for heads in (9, 3, 3, 9)]
+    both = run([other, one], *given)
+    for mine, together in zip(run([one], *(x[size:].clone() for x in given)), both, strict=True):
+        assert torch.equal(mine, together[size:])
+
+
+def test_masks_of_ever_other_lengths_are_parts_of_one():
+    attention._masks.clear()
+    for whole in range(1, 400):
+        length = 1 + whole // 2
+        seen = ~attention.hidden(length, whole, 7, "cpu")
+        places = torch.arange(whole)
+        apart = places[whole - length :, None] - places
+        assert torch.equal(seen, (apart >= 0) & (apart < 7))
+    assert [len(mask) for mask in attention._masks.values()] == [512]
+    assert torch.equal(attention.hidden(2, 3, None, "cpu"), torch.tensor([[False, False, True], [False, False, False]]))

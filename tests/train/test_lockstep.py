@@ -1,6 +1,7 @@
 """Trials in lockstep: each ends with the bytes it has alone, in any pack, whoever leaves it and however it is cut."""
 
 import threading
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -134,6 +135,26 @@ def test_losses_are_those_of_trl(point, tiny, tmp_path, monkeypatch, worth, pref
     for name, pair in mine.weights.items():
         for got, wanted, first in zip(pair, trained[name], start[name], strict=True):
             assert (got - wanted).norm() < 1e-3 * (wanted - first).norm()
+
+
+def test_what_is_supervised_within_a_prefix_counts_in_each_row(point, tmp_path, monkeypatch):
+    """Answers of earlier turns that rows share, read once and predicted in each."""
+    keys = ("lora.r=8", "trainer.batch=4", "trainer.steps=6", "trainer.lr=3e-3")
+
+    def curve(worth):
+        monkeypatch.setattr(passes, "WORTH", worth)
+        told = []
+        plain = member(point(*keys), tmp_path / "x", told)
+        rows = [replace(e, earlier=((3, 8),)) for e in plain.rows]
+        (_,), (learned,) = ended([replace(plain, rows=rows)])
+        return learned.weights, [v["train/loss"] for _, v in told if "train/loss" in v]
+
+    (once, losses), (each, wanted) = curve(0.05), curve(2.0)
+    assert losses == pytest.approx(wanted, abs=1e-5)
+    start = member(point(*keys), tmp_path / "x").start
+    for name, pair in once.items():
+        for got, right, first in zip(pair, each[name], start[name], strict=True):
+            assert (got - right).norm() < 1e-3 * (right - first).norm()
 
 
 @pytest.mark.parametrize("shape", [("4", "2"), ("2", "4"), ("1", "8")])
