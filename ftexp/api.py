@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +122,14 @@ _ONE = threading.RLock()
 def _as_found() -> Iterator[None]:
     """Silence libraries for a while, and leave the process as the caller has it.
 
-    That is environment, levels of logging, warnings, random numbers and garbage collection. A tracking server that did
-    not answer an earlier run is asked again.
+    That is environment, levels of logging, warnings, random numbers, garbage collection, bars, and what an Accelerator
+    of the caller's computes with. A tracking server that did not answer an earlier run is asked again.
     """
     np, torch = sys.modules.get("numpy"), sys.modules.get("torch")  # one that is not there yet has drawn nothing
     loggers = [logging.getLogger(name) for name in (*LOUD, "alembic", "mlflow")]
     levels, environment = [logger.level for logger in loggers], dict(os.environ)
     drawn = random.getstate(), np and np.random.get_state(), torch and torch.random.get_rng_state()
+    shared, bars = [dict(state) for state in _accelerate()], _bars()
     track.hope()
     try:
         with warnings.catch_warnings():
@@ -145,8 +147,26 @@ def _as_found() -> Iterator[None]:
             np.random.set_state(drawn[1])
         if torch is not None:
             torch.random.set_rng_state(drawn[2])
+        for state, values in zip_longest(_accelerate(), shared, fillvalue={}):
+            state.clear()
+            state.update(values)
+        if bars and (told := sys.modules.get("transformers.utils.logging")) is not None:
+            told.enable_progress_bar()
         model.thaw()
         control.LEAVE.clear()
+
+
+def _accelerate() -> list[dict[str, Any]]:
+    """List what accelerate keeps for the whole process, the device and precision of the first Accelerator."""
+    state = sys.modules.get("accelerate.state")
+    kinds = ("PartialState", "AcceleratorState", "GradientState")
+    return [] if state is None else [getattr(state, kind)._shared_state for kind in kinds]
+
+
+def _bars() -> bool:
+    """Whether transformers shows bars, as it does where nobody told it otherwise."""
+    told = sys.modules.get("transformers.utils.logging")
+    return told is None or told.is_progress_bar_enabled()
 
 
 def _name(given: list[str], marks: list[str]) -> str:

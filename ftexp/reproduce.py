@@ -13,9 +13,11 @@ from typing import Any
 from ftexp import config, data, experiment, runs, verb
 from ftexp.config import Tracker
 from ftexp.errors import DataError, MachineError
-from ftexp.files import write_json
+from ftexp.files import read_json, write_json
 from ftexp.progress import quiet_libraries, say
 from ftexp.runs import Kept
+from ftexp.sweep import plugin
+from ftexp.train import control
 
 TOLERANCE = 0.01
 """Largest relative difference of a loss that still counts as the same training, rounded otherwise."""
@@ -50,14 +52,17 @@ class Result:
 
 
 def reproduce(kept: Kept, tolerance: float = TOLERANCE) -> Result:
-    """Train a run again and compare.
+    """Train a run again and compare; where that was interrupted it goes on.
 
     Raises:
-        MachineError: the run is not complete.
+        MachineError: the run is not complete, its weights are gone, or another process is at it.
+        Preempted: the process was asked to leave; the same call goes on.
         DataError: its rows are no longer those it was trained on.
     """
     if kept.trial.get("state") != "complete":
         raise MachineError(f"{kept.folder}: must be complete to be reproduced, it is {kept.trial.get('state')}")
+    if kept.weights() is None:
+        raise MachineError(f"{kept.folder}: what it trained is gone, so nothing is left to compare with")
     run = kept.config()
     run.track.kind = Tracker.none
     rows, told = data.load(run.data).digest(), kept.trial["facts"]["rows"]["sha256"]
@@ -66,14 +71,25 @@ def reproduce(kept: Kept, tolerance: float = TOLERANCE) -> Result:
                         f"{rows[:12]}: the file or its generator was changed")  # fmt: skip
     _take_threads(kept)
     folder = kept.folder / "reproduced"
-    shutil.rmtree(folder, ignore_errors=True)
     experiment.check(run, None)
     experiment.prepare(run)
-    experiment.execute(run, folder, f"{kept.name} again")
+    with plugin.only(folder, f"{kept.name} again"):
+        if (read_json(folder / "trial.json") or {}).get("state") == "complete":
+            _forget(folder)
+        experiment.execute(run, folder, f"{kept.name} again")
     again = runs.find(str(folder))
     result = compared(kept, again, tolerance)
     write_json(kept.folder / FILE, asdict(result))
     return result
+
+
+def _forget(folder: Path) -> None:
+    """Remove what an earlier repetition left, but for the lock, which is ours."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != plugin.LOCK:
+            path.unlink()
 
 
 def _take_threads(kept: Kept) -> None:
@@ -86,7 +102,10 @@ def _take_threads(kept: Kept) -> None:
 
 
 def compared(old: Kept, new: Kept, tolerance: float) -> Result:
-    """Compare two runs of one config, point by point."""
+    """Compare two runs of one config, point by point.
+
+    On a CPU, other weights after losses that are equal to the last bit are not what the run trained.
+    """
     before, after = (_losses(kept) for kept in (old, new))
     first, largest = None, 0.0
     for key in sorted(before.keys() | after.keys(), key=lambda k: (k[1], k[0])):
@@ -97,8 +116,9 @@ def compared(old: Kept, new: Kept, tolerance: float) -> Result:
         off = abs(a - b) / max(abs(a), abs(b), 1e-12)
         largest = max(largest, math.inf if math.isnan(off) else off)
     equal = old.weights() is not None and old.weights() == new.weights()
+    others = first is None and not equal and old.trial["facts"].get("compute", {}).get("device") == "cpu"
     exact = first is None and equal
-    verdict = "bit-exact" if exact else "within tolerance" if largest <= tolerance else "different"
+    verdict = "bit-exact" if exact else "within tolerance" if largest <= tolerance and not others else "different"
     return Result(verdict, len(before), first, largest, equal, runs.changed(runs.facts(old), runs.facts(new)))
 
 
@@ -121,6 +141,8 @@ def told(result: Result) -> list[str]:
         for key, both in result.causes.items():
             old, new = ("absent" if value is None else value for value in both)
             lines.append(f"not shared: {key}: {old} -> {new}")
+    elif result.first_difference is None and result.verdict == "different":
+        lines.append("the losses are equal to the last bit: the weights in the folder are not those that it trained")
     elif result.verdict != "bit-exact":
         lines.append("nothing that is recorded differs: the device rounds otherwise from run to run (GPUs do)")
     return lines
@@ -144,7 +166,8 @@ def main() -> int:
     quiet_libraries()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     config.register()
-    return verb.ended(lambda: _main(names[0], tolerance, "--json" in words))
+    with control.listening():
+        return verb.ended(lambda: _main(names[0], tolerance, "--json" in words))
 
 
 def _main(target: str, tolerance: float, plain: bool) -> int:

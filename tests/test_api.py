@@ -173,6 +173,24 @@ def test_run_leaves_the_process_as_it_was(tmp_path, monkeypatch):
     OmegaConf.clear_resolver("mul")
 
 
+def test_an_accelerator_and_the_bars_of_the_caller_stay_as_they_were(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from transformers.utils import logging
+
+    monkeypatch.chdir(tmp_path)
+    AcceleratorState._reset_state(True)
+    logging.enable_progress_bar()
+    try:
+        api.run(*TINY, "track=none", folder="one")
+        mine = Accelerator(mixed_precision="bf16", cpu=True)  # which one of another precision would refuse
+        api.run(*TINY, "track=none", folder="two")
+        assert mine.mixed_precision == AcceleratorState().mixed_precision == "bf16"
+        assert logging.is_progress_bar_enabled()
+    finally:
+        AcceleratorState._reset_state(True)
+
+
 def test_ctrl_c_keeps_a_checkpoint_and_the_next_call_goes_on(tmp_path):
     import signal
 

@@ -1,13 +1,17 @@
 """A run trained again: equal to the last bit on a CPU, and every way in which it may not be."""
 
 import json
+import signal
 import sys
 
 import pytest
+import transformers
+from safetensors.torch import load_file, save_file
 
 from ftexp import experiment, facts, reproduce, runs
 from ftexp.errors import ConfigError, DataError, MachineError
 from ftexp.files import read_json, write_json
+from ftexp.train import control
 
 
 @pytest.fixture
@@ -57,17 +61,55 @@ def test_small_differences_are_within_tolerance_and_larger_are_not(kept, tmp_pat
     again = tmp_path / "again"
     again.mkdir()
     (again / "trial.json").write_text((kept.folder / "trial.json").read_text())
-    for factor, verdict in ((1.0, "within tolerance"), (1.009, "within tolerance"), (1.02, "different")):
+    for factor, verdict in ((1.0, "different"), (1.009, "within tolerance"), (1.02, "different")):
         points = [
             {k: v * factor if k.endswith("/loss") and p["step"] == 3 else v for k, v in p.items()}
             for p in kept.points()
         ]
         (again / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
         result = reproduce.compared(kept, runs.find(str(again)), reproduce.TOLERANCE)
-        assert result.verdict == verdict  # never bit-exact: there is no adapter to compare
+        assert result.verdict == verdict  # never bit-exact: there is no adapter to compare, which equal losses betray
         assert (result.first_difference is None) == (factor == 1)
     (again / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in kept.points()[:-3]))
     assert reproduce.compared(kept, runs.find(str(again)), reproduce.TOLERANCE).verdict == "different"
+
+
+def test_other_weights_after_equal_losses_are_not_what_the_run_trained(kept, monkeypatch, capsys):
+    path = kept.folder / "adapter" / "adapter_model.safetensors"
+    save_file({name: 50 * weight for name, weight in load_file(path).items()}, path)
+    monkeypatch.setattr(sys, "argv", ["ftexp.reproduce", str(kept.folder)])
+    assert reproduce.main() == 5
+    told = capsys.readouterr().out
+    assert told.startswith("different: 6 losses compared, adapters differ")
+    assert "the weights in the folder are not those that it trained" in told
+    path.unlink()
+    assert reproduce.main() == 4
+    assert "what it trained is gone" in capsys.readouterr().err
+
+
+def test_an_interrupted_repetition_goes_on_from_its_checkpoint(kept, monkeypatch, capsys):
+    real, taken = transformers.Trainer.training_step, []
+
+    def leaving(self, *args, **more):
+        taken.append(1)
+        if len(taken) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, *args, **more)
+
+    monkeypatch.setattr(sys, "argv", ["ftexp.reproduce", str(kept.folder)])
+    monkeypatch.setattr(transformers.Trainer, "training_step", leaving)
+    try:
+        assert reproduce.main() == 75
+    finally:
+        control.LEAVE.clear()
+    assert "the same command goes on" in capsys.readouterr().err
+    again = kept.folder / "reproduced"
+    assert [p.name for p in again.rglob("checkpoint-*") if p.is_dir()]
+    assert reproduce.main() == 0
+    assert capsys.readouterr().out.startswith("bit-exact")
+    assert read_json(again / "trial.json")["resumed_at"] == [2]
+    assert reproduce.main() == 0  # and a third time from nothing
+    assert "resumed_at" not in read_json(again / "trial.json")
 
 
 def test_rows_that_changed_are_refused(kept):
