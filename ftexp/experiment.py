@@ -65,6 +65,8 @@ def check(run: Run, folder: Path | None) -> None:
         DataError: a row cannot be used.
         MachineError: a model folder is not there.
     """
+    if folder is not None and (folder / "sweep.json").exists():
+        raise ConfigError(f"{folder}: must be the folder of one run, this is a sweep's; choose another")
     for name in run.objectives:
         metrics.check_objective(name, switched_on(run))
     stored = run.model.kind is not Kind.tiny and (run.model.kind is not Kind.run or model.origin(run.model)[1] is None)

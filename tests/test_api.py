@@ -265,6 +265,13 @@ def test_what_cannot_be_is_told_whole(given, rows, message, tmp_path, capfd):
     assert "usage" not in capfd.readouterr().err
 
 
+def test_folder_of_a_sweep_is_refused(tmp_path):
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(ConfigError, match="must be the folder of one run, this is a sweep's"):
+        api.run(*TINY, folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
+
+
 def test_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "r").write_text("")
     with pytest.raises(MachineError, match="a file of this name is in the way"):
