@@ -260,7 +260,7 @@ def _scores(kept: Kept, confirmed: str | None) -> str:
             "",
             "The run confirms a sweep's point with a fresh seed: these rows chose the point, not this run.",
         ]
-    elif kept.folder.name.isdigit():
+    elif kept.of_sweep:
         lines += ["", "The run is a trial of a sweep that these rows ranked, so its scores look better than they are."]
     if confirmed is not None:
         lines += ["", f"The same config was trained again: {_plain(confirmed)}"]
