@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from ftexp.model.compute import Compute
 
 FORMS = ("adapter", "merged", "gguf", "merged4bit")
-WEIGHTS = "adapter_model.safetensors"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 EPILOG = """forms:
   adapter     the adapter as the run saved it, with tokenizer and card; needs the base model to be used (default)
@@ -107,7 +106,7 @@ def export(kept: Kept, target: Path, form: str | None = None, dtype: str | None 
 
 def _adapter(kept: Kept, run: Run, folder: Path) -> None:
     """Copy the adapter, name its base as others know it, and put the tokenizer beside it."""
-    from ftexp.model.saved import ADAPTER
+    from ftexp.model.saved import ADAPTER, WEIGHTS
 
     if kept.whole:
         raise ConfigError(f"--form must be merged, got adapter: {kept.name} trained its whole model and has none")

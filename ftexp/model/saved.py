@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 ADAPTER = "adapter_config.json"
 """File that a folder with an adapter has."""
+WEIGHTS = "adapter_model.safetensors"
+"""The other one: what the adapter learned."""
 
 
 def as_trained(kept: Kept, run: Run) -> tuple[Run, bool]:
@@ -93,10 +95,11 @@ def attached(model: PreTrainedModel, folder: Path) -> PeftModel:
     """
     from peft import PeftModel
 
-    if not (folder / ADAPTER).is_file():
-        raise MachineError(f"{folder}: must hold an adapter; there is no {ADAPTER}")
+    for name in (ADAPTER, WEIGHTS):
+        if not (folder / name).is_file():  # the library would ask the hub for a repository of the folder's name
+            raise MachineError(f"{folder}: must hold an adapter; there is no {name}")
     try:
-        return cast("PeftModel", PeftModel.from_pretrained(model, str(folder)).eval())
+        return cast("PeftModel", PeftModel.from_pretrained(model, str(folder.absolute())).eval())
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         told = " ".join(str(error).split())[:300]
         raise MachineError(f"{folder}: the adapter does not fit its base model: {told}") from error
