@@ -68,7 +68,7 @@ def on_hub(of: Model) -> bool:
     return of.kind is Kind.embedded or (of.kind is Kind.hub and not _is_folder(of))
 
 
-def write(kept: Kept, form: str, told: Fidelity | None, confirmed: str | None) -> str:
+def write(kept: Kept, form: str, told: Fidelity | None, confirmed: str | None, ends: Sequence[int] = ()) -> str:
     """Write the card.
 
     Args:
@@ -76,11 +76,13 @@ def write(kept: Kept, form: str, told: Fidelity | None, confirmed: str | None) -
         form: one of `FORMS`.
         told: how the export compares with the run; None for an adapter, whose weights are the run's own.
         confirmed: the line of the sweep's confirmation, where this trial is its winner; None where there is none.
+        ends: tokens that end a completion, where the model's own settings do not tell them all.
     """
     run = kept.config()
     parts = [
-        _front(kept, run, form), f"# {_plain(kept.name)}", _about(kept, run, form), "## Use", _use(kept, run, form),
-        "## Data", _data(kept, run), "## Training", _training(kept, run), "## Scores", _scores(kept, confirmed),
+        _front(kept, run, form), f"# {_plain(kept.name)}", _about(kept, run, form), "## Use",
+        _use(kept, run, form, ends), "## Data", _data(kept, run), "## Training", _training(kept, run), "## Scores",
+        _scores(kept, confirmed),
         *(["## Faithful to the run", _faithful(told, form)] if told is not None else []),
         "## Again", _again(kept),
         "## License", "Unknown: it follows from the base model and the data, and the run's files do not tell it.",
@@ -120,7 +122,7 @@ def _where(of: Model) -> str:
     return f" at revision `{of.revision}`" if of.revision else ""
 
 
-def _use(kept: Kept, run: Run, form: str) -> str:
+def _use(kept: Kept, run: Run, form: str, ends: Sequence[int]) -> str:
     kind = "AutoModelForSequenceClassification" if trained.outputs(kept) else "AutoModelForCausalLM"
     if form == "adapter":
         load = [_base(kept, run, kind), "model = PeftModel.from_pretrained(base, folder)"]
@@ -133,7 +135,7 @@ def _use(kept: Kept, run: Run, form: str) -> str:
     load = [line.replace("(folder)", f"(folder{file})") for line in load]
     read = f"tokenizer = AutoTokenizer.from_pretrained(folder{file})"
     lines = [*first, "", 'folder = "."  # this folder', *load, read]
-    return "```python\n" + "\n".join([*lines, *_asking(run)]) + "\n```" + _decided(kept, run)
+    return "```python\n" + "\n".join([*lines, *_asking(run, ends)]) + "\n```" + _decided(kept, run)
 
 
 def _base(kept: Kept, run: Run, kind: str) -> str:
@@ -148,7 +150,7 @@ def _base(kept: Kept, run: Run, kind: str) -> str:
     return f"base = {kind}.from_pretrained({base_name(run.model)!r}{more}){where}"
 
 
-def _asking(run: Run) -> list[str]:
+def _asking(run: Run, ends: Sequence[int]) -> list[str]:
     if run.trainer.kind is Method.classify:
         squash = "sigmoid()" if run.trainer.multi_label else "softmax(-1)"
         cut = f", truncation=True, max_length={run.data.max_length}" if run.data.long is Long.cut else ""
@@ -168,9 +170,10 @@ def _asking(run: Run) -> list[str]:
     else:
         ask = ('inputs = tokenizer.apply_chat_template([{"role": "user", "content": "a prompt"}], '
                'add_generation_prompt=True, return_dict=True, return_tensors="pt")')  # fmt: skip
+    stop = f", eos_token_id={[*ends]}" if ends else ""
     return [
         ask,
-        "out = model.generate(**inputs, max_new_tokens=64, do_sample=False)",
+        f"out = model.generate(**inputs, max_new_tokens=64, do_sample=False{stop})",
         'print(tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
     ]
 

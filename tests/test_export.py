@@ -326,6 +326,51 @@ def test_template_of_training_goes_with_the_tokenizer(composed):
     assert export.shipped(tiny.tokenizer(), classifier).chat_template == tiny.TEMPLATE
 
 
+@pytest.fixture
+def saved_base(tmp_path, monkeypatch, capsys):
+    """Return a function that trains on a saved tiny model, the config of whose base it may change; gives the run."""
+    from conftest import TINY
+
+    from ftexp import run as command
+
+    def train(*given, **settings):
+        monkeypatch.chdir(tmp_path)
+        base = tiny.model("eager")
+        for name, value in settings.items():
+            setattr(base.generation_config, name, value)
+        base.save_pretrained("my-model")
+        tiny.tokenizer().save_pretrained("my-model")
+        argv = [t for t in TINY if t != "model=tiny"] + ["model=hub", "model.path=./my-model", "track=none"]
+        monkeypatch.setattr(sys, "argv", ["ftexp.run", *argv, *given, "name=r"])
+        assert command.main() == 0, capsys.readouterr().err
+        return trained.find("r")
+
+    return train
+
+
+@pytest.mark.parametrize("lora", ["default", "none"])
+def test_model_stops_where_the_run_does_and_not_at_the_bases_end_alone(lora, saved_base, run, tmp_path, monkeypatch):
+    kept = saved_base(f"lora={lora}", eos_token_id=0)
+    with trained.load(kept) as loaded:
+        ends = evaluate.ends(loaded.tuned, loaded.tokenizer)
+    assert ends == [0, 2]
+    code, _, err = run("r", "--to", tmp_path / "m", "--form", "merged")
+    assert code == 0, err
+    assert read_json(tmp_path / "m" / "generation_config.json")["eos_token_id"] == ends
+    assert "eos_token_id" not in (tmp_path / "m" / "README.md").read_text()
+    if lora == "default":
+        assert run("r", "--to", tmp_path / "a")[0] == 0
+        assert "do_sample=False, eos_token_id=[0, 2])" in (tmp_path / "a" / "README.md").read_text()
+        snippet(tmp_path / "a", monkeypatch, tmp_path)
+
+
+def test_one_end_stays_one_number(saved_base, run, tmp_path):
+    saved_base(eos_token_id=[2])
+    assert run("r", "--to", tmp_path / "m", "--form", "merged")[0] == run("r", "--to", tmp_path / "a")[0] == 0
+    assert read_json(tmp_path / "m" / "generation_config.json")["eos_token_id"] == 2
+    assert "eos_token_id" not in (tmp_path / "a" / "README.md").read_text()
+
+
 def test_packed_base_is_merged_into_its_weights_before_packing(tmp_path, monkeypatch, capsys):
     """A run on nf4 weights: the merged model stands on the full weights, within the limit for packed bases."""
     from conftest import TINY
