@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftexp import fidelity, metrics, report, trained
-from ftexp.config import Kind, Long, Method, Model, Run, Template, Variant
+from ftexp.config import Format, Kind, Long, Method, Model, Run, Template, Variant
 from ftexp.fidelity import Fidelity
+from ftexp.files import read_json
 from ftexp.metrics import SCORES
 from ftexp.runs import Kept
 
@@ -125,8 +126,11 @@ def _where(of: Model) -> str:
 def _use(kept: Kept, run: Run, form: str, ends: Sequence[int]) -> str:
     kind = "AutoModelForSequenceClassification" if trained.outputs(kept) else "AutoModelForCausalLM"
     if form == "adapter":
-        load = [_base(kept, run, kind), "model = PeftModel.from_pretrained(base, folder)"]
-        first = ["from peft import PeftModel", f"from transformers import {kind}, AutoTokenizer"]
+        packed = run.quant.kind is not Format.none and run.model.kind is not Kind.tiny
+        load = [*([_packing(kept, run)] if packed else []), _base(kept, run, kind, packed),
+                "model = PeftModel.from_pretrained(base, folder)"]  # fmt: skip
+        more = ", BitsAndBytesConfig" if packed else ""
+        first = ["from peft import PeftModel", f"from transformers import {kind}, AutoTokenizer{more}"]
         first += ["from ftexp.model import tiny"] if run.model.kind is Kind.tiny else []
     else:
         load = [f"model = {kind}.from_pretrained(folder)"]
@@ -138,7 +142,18 @@ def _use(kept: Kept, run: Run, form: str, ends: Sequence[int]) -> str:
     return "```python\n" + "\n".join([*lines, *_asking(run, ends)]) + "\n```" + _decided(kept, run)
 
 
-def _base(kept: Kept, run: Run, kind: str) -> str:
+def _packing(kept: Kept, run: Run) -> str:
+    """Write the line that says how the run packed its base: the adapter learned on what that left of the weights."""
+    spared = (read_json(kept.folder / "adapter" / "adapter_config.json") or {}).get("modules_to_save")
+    told: dict[str, Any] = {"load_in_8bit": True}
+    if run.quant.kind is Format.nf4:
+        told = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": run.quant.double,
+                "bnb_4bit_compute_dtype": kept.trial["facts"]["compute"]["dtype"]}  # fmt: skip
+    told |= {"llm_int8_skip_modules": sorted(spared)} if spared else {}
+    return f"packed = BitsAndBytesConfig({', '.join(f'{key}={value!r}' for key, value in told.items())})"
+
+
+def _base(kept: Kept, run: Run, kind: str, packed: bool) -> str:
     """Write the line that loads the base model."""
     labels = trained.outputs(kept)
     if run.model.kind is Kind.tiny:
@@ -146,6 +161,8 @@ def _base(kept: Kept, run: Run, kind: str) -> str:
     more = (f", revision={run.model.revision!r}" if run.model.revision else "") + (
         f", num_labels={labels}" if labels else ""
     )
+    if packed:
+        more += f", quantization_config=packed, dtype={kept.trial['facts']['compute']['dtype']!r}"
     where = "" if on_hub(run.model) else "  # the folder of the base model"
     return f"base = {kind}.from_pretrained({base_name(run.model)!r}{more}){where}"
 

@@ -11,6 +11,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import encoders
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -348,6 +349,19 @@ def saved_base(tmp_path, monkeypatch, capsys):
     return train
 
 
+def sorter(cli, monkeypatch, kind, folder, *given):
+    """Train a classifier on a small encoder of a kind; bitsandbytes reads blocks of 64 numbers on some CPUs."""
+    from conftest import TINY
+
+    monkeypatch.chdir(folder)
+    wide = {"dim": 64} if kind == "distilbert" else {"hidden_size": 64}
+    monkeypatch.setitem(encoders.KINDS, kind, encoders.KINDS[kind] | wide)
+    more = ["model=hub", f"model.path=./{encoders.save(kind, folder / kind).name}", "data=genres", "trainer=classify"]
+    code, _, err = cli(*[t for t in TINY if t != "model=tiny"], *more, *given, "track=none", "name=r")
+    assert code == 0, err
+    return trained.find("r")
+
+
 @pytest.mark.parametrize("lora", ["default", "none"])
 def test_model_stops_where_the_run_does_and_not_at_the_bases_end_alone(lora, saved_base, run, tmp_path, monkeypatch):
     kept = saved_base(f"lora={lora}", eos_token_id=0)
@@ -362,6 +376,30 @@ def test_model_stops_where_the_run_does_and_not_at_the_bases_end_alone(lora, sav
         assert run("r", "--to", tmp_path / "a")[0] == 0
         assert "do_sample=False, eos_token_id=[0, 2])" in (tmp_path / "a" / "README.md").read_text()
         snippet(tmp_path / "a", monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("packing", [["quant=nf4"], ["quant=nf4", "quant.double=false"], ["quant=nf4", "lora=loftq"]])
+def test_adapter_of_a_packed_base_is_put_on_one_that_is_packed_alike(packing, saved_base, run, tmp_path, monkeypatch):
+    """The reader's own lines give the held-out loss that the run recorded."""
+    kept = saved_base(*packing)
+    assert run("r", "--to", tmp_path / "a")[0] == 0
+    printed, loaded = snippet(tmp_path / "a", monkeypatch, tmp_path)
+    assert printed
+    found, again = loaded.get_base_model().config.quantization_config, kept.config()
+    assert found.bnb_4bit_use_double_quant == again.quant.double
+    assert found.bnb_4bit_quant_type == "nf4" and found.bnb_4bit_compute_dtype == torch.float32
+    rows = prompts.render(data.load(again.data).valid, tiny.tokenizer(), again.data)
+    loss = evaluate.score(loaded.eval(), tiny.tokenizer(), rows, again.eval, "t").scores["loss"]
+    assert loss == pytest.approx(kept.trial["scores"]["valid/loss"], abs=1e-4)  # some CPUs repack and round
+
+
+def test_adapter_of_a_classifier_on_a_packed_base_leaves_its_head_unpacked(cli, run, tmp_path, monkeypatch):
+    kept = sorter(cli, monkeypatch, "roberta", tmp_path, "quant=nf4")
+    assert run("r", "--to", tmp_path / "a")[0] == 0
+    printed, loaded = snippet(tmp_path / "a", monkeypatch, tmp_path)
+    assert len(re.findall(r"0\.\d+", printed)) == len(kept.trial["labels"])
+    head = loaded.get_base_model().classifier.modules_to_save["default"]
+    assert type(head.dense) is type(head.out_proj) is torch.nn.Linear
 
 
 def test_one_end_stays_one_number(saved_base, run, tmp_path):
