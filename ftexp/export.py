@@ -180,7 +180,7 @@ def _merged(kept: Kept, run: Run, folder: Path, form: str, dtype: str) -> Fideli
     made.to(getattr(torch, dtype)).save_pretrained(str(folder))
     del made
     if form == "merged4bit":
-        _pack(folder, chosen, heads)
+        _pack(kept, folder, chosen, heads)
     if form == "gguf":
         _one_file(folder)
     say("asking the model as it was written")
@@ -211,12 +211,13 @@ def _describe(made: Any, tokenizer: PreTrainedTokenizerBase, known: list[str], r
         made.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
 
 
-def _pack(folder: Path, chosen: Any, labels: int) -> None:
-    """Pack the model of a folder to 4 bit, in its place."""
+def _pack(kept: Kept, folder: Path, chosen: Any, labels: int) -> None:
+    """Pack the model of a folder to 4 bit, in its place; a head and what was trained whole stay as they are."""
     from ftexp.model import saved
 
     say("warning: packing a merged model to 4 bit changes its answers; by how much is measured below")
-    base = saved.read(folder, chosen, labels, nf4=True)
+    told = read_json(kept.folder / "adapter" / saved.ADAPTER) or {}
+    base = saved.read(folder, chosen, labels, nf4=True, trained=told.get("modules_to_save") or ())
     for path in folder.glob("model*.safetensors*"):
         path.unlink()
     base.model.save_pretrained(str(folder))

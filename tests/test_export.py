@@ -402,6 +402,26 @@ def test_adapter_of_a_classifier_on_a_packed_base_leaves_its_head_unpacked(cli, 
     assert type(head.dense) is type(head.out_proj) is torch.nn.Linear
 
 
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        ("distilbert", ["pre_classifier", "classifier"]),
+        ("roberta", ["classifier.dense", "classifier.out_proj"]),
+        ("bert", ["bert.pooler.dense", "classifier"]),
+    ],
+)
+def test_head_of_a_classifier_is_not_packed_with_its_model(kind, head, cli, run, tmp_path, monkeypatch):
+    kept = sorter(cli, monkeypatch, kind, tmp_path)
+    code, out, err = run("r", "--to", tmp_path / "m", "--form", "merged4bit", "--json")
+    assert code == 0, err
+    told = json.loads(out)["fidelity"]
+    assert told["before"] == pytest.approx(kept.trial["scores"]["valid/loss"], rel=1e-6)
+    assert told["moved"] <= fidelity.PACKED.loss and told["choices"] >= fidelity.PACKED.choices
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    assert {stored[f"{name}.weight"].dtype for name in head} == {torch.float32}
+    assert sum(weight.dtype == torch.uint8 and "quant" not in name for name, weight in stored.items()) >= 12
+
+
 def test_one_end_stays_one_number(saved_base, run, tmp_path):
     saved_base(eos_token_id=[2])
     assert run("r", "--to", tmp_path / "m", "--form", "merged")[0] == run("r", "--to", tmp_path / "a")[0] == 0
