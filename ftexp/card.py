@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftexp import fidelity, metrics, report, trained
-from ftexp.config import Kind, Long, Method, Model, Run, Template, Variant
+from ftexp.config import Format, Kind, Long, Method, Model, Run, Template, Variant
 from ftexp.fidelity import Fidelity
+from ftexp.files import read_json
 from ftexp.metrics import SCORES
 from ftexp.runs import Kept
 
@@ -68,7 +69,7 @@ def on_hub(of: Model) -> bool:
     return of.kind is Kind.embedded or (of.kind is Kind.hub and not _is_folder(of))
 
 
-def write(kept: Kept, form: str, told: Fidelity | None, confirmed: str | None) -> str:
+def write(kept: Kept, form: str, told: Fidelity | None, confirmed: str | None, ends: Sequence[int] = ()) -> str:
     """Write the card.
 
     Args:
@@ -76,11 +77,13 @@ def write(kept: Kept, form: str, told: Fidelity | None, confirmed: str | None) -
         form: one of `FORMS`.
         told: how the export compares with the run; None for an adapter, whose weights are the run's own.
         confirmed: the line of the sweep's confirmation, where this trial is its winner; None where there is none.
+        ends: tokens that end a completion, where the model's own settings do not tell them all.
     """
     run = kept.config()
     parts = [
-        _front(kept, run, form), f"# {_plain(kept.name)}", _about(kept, run, form), "## Use", _use(kept, run, form),
-        "## Data", _data(kept, run), "## Training", _training(kept, run), "## Scores", _scores(kept, confirmed),
+        _front(kept, run, form), f"# {_plain(kept.name)}", _about(kept, run, form), "## Use",
+        _use(kept, run, form, ends), "## Data", _data(kept, run), "## Training", _training(kept, run), "## Scores",
+        _scores(kept, confirmed),
         *(["## Faithful to the run", _faithful(told, form)] if told is not None else []),
         "## Again", _again(kept),
         "## License", "Unknown: it follows from the base model and the data, and the run's files do not tell it.",
@@ -120,11 +123,14 @@ def _where(of: Model) -> str:
     return f" at revision `{of.revision}`" if of.revision else ""
 
 
-def _use(kept: Kept, run: Run, form: str) -> str:
+def _use(kept: Kept, run: Run, form: str, ends: Sequence[int]) -> str:
     kind = "AutoModelForSequenceClassification" if trained.outputs(kept) else "AutoModelForCausalLM"
     if form == "adapter":
-        load = [_base(kept, run, kind), "model = PeftModel.from_pretrained(base, folder)"]
-        first = ["from peft import PeftModel", f"from transformers import {kind}, AutoTokenizer"]
+        packed = run.quant.kind is not Format.none and run.model.kind is not Kind.tiny
+        load = [*([_packing(kept, run)] if packed else []), _base(kept, run, kind, packed),
+                "model = PeftModel.from_pretrained(base, folder)"]  # fmt: skip
+        more = ", BitsAndBytesConfig" if packed else ""
+        first = ["from peft import PeftModel", f"from transformers import {kind}, AutoTokenizer{more}"]
         first += ["from ftexp.model import tiny"] if run.model.kind is Kind.tiny else []
     else:
         load = [f"model = {kind}.from_pretrained(folder)"]
@@ -133,10 +139,21 @@ def _use(kept: Kept, run: Run, form: str) -> str:
     load = [line.replace("(folder)", f"(folder{file})") for line in load]
     read = f"tokenizer = AutoTokenizer.from_pretrained(folder{file})"
     lines = [*first, "", 'folder = "."  # this folder', *load, read]
-    return "```python\n" + "\n".join([*lines, *_asking(run)]) + "\n```" + _decided(kept, run)
+    return "```python\n" + "\n".join([*lines, *_asking(run, ends)]) + "\n```" + _decided(kept, run)
 
 
-def _base(kept: Kept, run: Run, kind: str) -> str:
+def _packing(kept: Kept, run: Run) -> str:
+    """Write the line that says how the run packed its base: the adapter learned on what that left of the weights."""
+    spared = (read_json(kept.folder / "adapter" / "adapter_config.json") or {}).get("modules_to_save")
+    told: dict[str, Any] = {"load_in_8bit": True}
+    if run.quant.kind is Format.nf4:
+        told = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": run.quant.double,
+                "bnb_4bit_compute_dtype": kept.trial["facts"]["compute"]["dtype"]}  # fmt: skip
+    told |= {"llm_int8_skip_modules": sorted(spared)} if spared else {}
+    return f"packed = BitsAndBytesConfig({', '.join(f'{key}={value!r}' for key, value in told.items())})"
+
+
+def _base(kept: Kept, run: Run, kind: str, packed: bool) -> str:
     """Write the line that loads the base model."""
     labels = trained.outputs(kept)
     if run.model.kind is Kind.tiny:
@@ -144,11 +161,13 @@ def _base(kept: Kept, run: Run, kind: str) -> str:
     more = (f", revision={run.model.revision!r}" if run.model.revision else "") + (
         f", num_labels={labels}" if labels else ""
     )
+    if packed:
+        more += f", quantization_config=packed, dtype={kept.trial['facts']['compute']['dtype']!r}"
     where = "" if on_hub(run.model) else "  # the folder of the base model"
     return f"base = {kind}.from_pretrained({base_name(run.model)!r}{more}){where}"
 
 
-def _asking(run: Run) -> list[str]:
+def _asking(run: Run, ends: Sequence[int]) -> list[str]:
     if run.trainer.kind is Method.classify:
         squash = "sigmoid()" if run.trainer.multi_label else "softmax(-1)"
         cut = f", truncation=True, max_length={run.data.max_length}" if run.data.long is Long.cut else ""
@@ -168,9 +187,10 @@ def _asking(run: Run) -> list[str]:
     else:
         ask = ('inputs = tokenizer.apply_chat_template([{"role": "user", "content": "a prompt"}], '
                'add_generation_prompt=True, return_dict=True, return_tensors="pt")')  # fmt: skip
+    stop = f", eos_token_id={[*ends]}" if ends else ""
     return [
         ask,
-        "out = model.generate(**inputs, max_new_tokens=64, do_sample=False)",
+        f"out = model.generate(**inputs, max_new_tokens=64, do_sample=False{stop})",
         'print(tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
     ]
 
@@ -260,7 +280,7 @@ def _scores(kept: Kept, confirmed: str | None) -> str:
             "",
             "The run confirms a sweep's point with a fresh seed: these rows chose the point, not this run.",
         ]
-    elif kept.folder.name.isdigit():
+    elif kept.of_sweep:
         lines += ["", "The run is a trial of a sweep that these rows ranked, so its scores look better than they are."]
     if confirmed is not None:
         lines += ["", f"The same config was trained again: {_plain(confirmed)}"]

@@ -335,7 +335,12 @@ def greedy(
 
 def ends(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """List the tokens that end a completion: the tokenizer's, and those of the model's own settings."""
-    own = model.generation_config.eos_token_id  # type: ignore
+    return stops(model.generation_config, tokenizer)  # type: ignore
+
+
+def stops(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """List the same tokens of a model that is not in memory, from the settings beside its weights."""
+    own = settings.eos_token_id
     return sorted({cast(int, tokenizer.eos_token_id), *(own if isinstance(own, list) else [own])} - {None})
 
 

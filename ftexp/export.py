@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftexp import card, config, data, fidelity, model, trained, verb
+from ftexp import card, config, data, evaluate, fidelity, model, trained, verb
 from ftexp.config import Format, Kind, Method, Run, Template, Variant
 from ftexp.data import prompts
 from ftexp.errors import ConfigError, DataError, MachineError, Unfaithful
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from ftexp.model.compute import Compute
 
 FORMS = ("adapter", "merged", "gguf", "merged4bit")
-WEIGHTS = "adapter_model.safetensors"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 EPILOG = """forms:
   adapter     the adapter as the run saved it, with tokenizer and card; needs the base model to be used (default)
@@ -94,20 +93,24 @@ def export(kept: Kept, target: Path, form: str | None = None, dtype: str | None 
     if dtype is not None and form == "adapter":
         raise ConfigError(f"--dtype must be left out with --form adapter, got {dtype}: it is as the run saved it")
     with whole(target) as folder:
-        told = None
+        told, ends = None, []
         if form == "adapter":
-            _adapter(kept, run, folder)
+            ends = _adapter(kept, run, folder)
         else:
             told = _merged(kept, run, folder, form, dtype or kept.trial["facts"]["compute"]["dtype"])
-        text = card.write(kept, form, told, trained.confirmed(kept))
+        text = card.write(kept, form, told, trained.confirmed(kept), ends)
         (folder / "README.md").write_text(text, encoding="utf-8")
         files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*"))}
     return Exported(str(kept.folder), str(target), form, card.form_of(kept, form), files, told)
 
 
-def _adapter(kept: Kept, run: Run, folder: Path) -> None:
-    """Copy the adapter, name its base as others know it, and put the tokenizer beside it."""
-    from ftexp.model.saved import ADAPTER
+def _adapter(kept: Kept, run: Run, folder: Path) -> list[int]:
+    """Copy the adapter, name its base as others know it, and put the tokenizer beside it.
+
+    Returns:
+        The tokens that end a completion, where the settings of the base do not name them all.
+    """
+    from ftexp.model.saved import ADAPTER, WEIGHTS
 
     if kept.whole:
         raise ConfigError(f"--form must be merged, got adapter: {kept.name} trained its whole model and has none")
@@ -123,7 +126,13 @@ def _adapter(kept: Kept, run: Run, folder: Path) -> None:
     shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)
     named = {"base_model_name_or_path": card.base_name(run.model), "revision": run.model.revision}
     write_json(folder / ADAPTER, told | named)
-    shipped(model.tokenizer(run.model), run).save_pretrained(str(folder))
+    tokenizer = shipped(model.tokenizer(run.model), run)
+    tokenizer.save_pretrained(str(folder))
+    if run.trainer.kind not in model.WRITERS:
+        return []
+    settings = model.writing(run.model)
+    own, ends = settings.eos_token_id, evaluate.stops(settings, tokenizer)
+    return [] if {*ends} == {*(own if isinstance(own, list) else [own])} else ends
 
 
 def shipped(tokenizer: PreTrainedTokenizerBase, run: Run) -> PreTrainedTokenizerBase:
@@ -165,16 +174,13 @@ def _merged(kept: Kept, run: Run, folder: Path, form: str, dtype: str) -> Fideli
     else:
         say("merging in float32")
         made = saved.merged(run.model, kept.folder / "adapter", heads, packed)
-    if known:
-        made.config.id2label = dict(enumerate(known))
-        made.config.label2id = {name: n for n, name in enumerate(known)}
-        made.config.problem_type = "multi_label_classification" if run.trainer.multi_label else (
-            "single_label_classification")  # fmt: skip
+    tokenizer = shipped(model.tokenizer(run.model), run)
+    tokenizer.save_pretrained(str(folder))
+    _describe(made, tokenizer, known, run)
     made.to(getattr(torch, dtype)).save_pretrained(str(folder))
     del made
-    shipped(model.tokenizer(run.model), run).save_pretrained(str(folder))
     if form == "merged4bit":
-        _pack(folder, chosen, heads)
+        _pack(kept, folder, chosen, heads)
     if form == "gguf":
         _one_file(folder)
     say("asking the model as it was written")
@@ -193,12 +199,25 @@ def _merged(kept: Kept, run: Run, folder: Path, form: str, dtype: str) -> Fideli
     return told
 
 
-def _pack(folder: Path, chosen: Any, labels: int) -> None:
-    """Pack the model of a folder to 4 bit, in its place."""
+def _describe(made: Any, tokenizer: PreTrainedTokenizerBase, known: list[str], run: Run) -> None:
+    """Write into a model's settings what its run knows: labels of a classifier, and where a text ends."""
+    if known:
+        made.config.id2label = dict(enumerate(known))
+        made.config.label2id = {name: n for n, name in enumerate(known)}
+        made.config.problem_type = "multi_label_classification" if run.trainer.multi_label else (
+            "single_label_classification")  # fmt: skip
+    if run.trainer.kind in model.WRITERS:
+        ends = evaluate.ends(made, tokenizer)
+        made.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+
+
+def _pack(kept: Kept, folder: Path, chosen: Any, labels: int) -> None:
+    """Pack the model of a folder to 4 bit, in its place; a head and what was trained whole stay as they are."""
     from ftexp.model import saved
 
     say("warning: packing a merged model to 4 bit changes its answers; by how much is measured below")
-    base = saved.read(folder, chosen, labels, nf4=True)
+    told = read_json(kept.folder / "adapter" / saved.ADAPTER) or {}
+    base = saved.read(folder, chosen, labels, nf4=True, trained=told.get("modules_to_save") or ())
     for path in folder.glob("model*.safetensors*"):
         path.unlink()
     base.model.save_pretrained(str(folder))

@@ -114,15 +114,21 @@ def no_room(error: BaseException, place: Path | None = None) -> NoRoom | None:
 def whole(target: Path) -> Iterator[Path]:
     """Lend an empty folder that takes the name `target` where the work ends well, and is removed where it does not.
 
+    An empty folder that is there may be the current one or a mount point, which cannot be replaced: the work is done
+    inside of it, and moved up.
+
     Raises:
         ConfigError: the name is taken.
         MachineError: the folder cannot be made.
     """
+    taken = ConfigError(f"{target}: must be a new or an empty folder, there is something of this name")
     if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-        raise ConfigError(f"{target}: must be a new or an empty folder, there is something of this name")
+        raise taken
+    inside = target.exists()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        place = target if inside else target.parent
+        fresh = Path(tempfile.mkdtemp(dir=place, prefix=f".{target.absolute().name}.")).absolute()
     except OSError as error:
         raise MachineError(f"{target}: cannot be made: {error.strerror or error}") from error
     try:
@@ -131,9 +137,30 @@ def whole(target: Path) -> Iterator[Path]:
         fresh.chmod(0o777 & ~mask)  # a temporary folder is made for its owner alone
         for path in fresh.rglob("*"):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-        fresh.replace(target)
+        _move(fresh, fresh.parent if inside else target, taken)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _move(fresh: Path, target: Path, taken: ConfigError) -> None:
+    """Give a folder its name, or move what it holds up into the folder that it lies in.
+
+    Raises:
+        ConfigError: another process has filled the target meanwhile.
+        MachineError: the target cannot be written.
+    """
+    try:
+        if fresh.parent != target:
+            fresh.replace(target)
+            return
+        if len(list(target.iterdir())) > 1:
+            raise taken
+        for path in list(fresh.iterdir()):
+            path.rename(target / path.name)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise taken from error
+        raise MachineError(f"{target}: cannot be written: {error.strerror or error}") from error
 
 
 def read_json(path: Path) -> Any | None:

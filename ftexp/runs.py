@@ -31,6 +31,11 @@ class Kept:
         """The folder below `outputs/runs` or `outputs/sweeps`."""
         return f"{self.folder.parent.name}/{self.folder.name}" if self.folder.name.isdigit() else self.folder.name
 
+    @property
+    def of_sweep(self) -> bool:
+        """Whether it is a trial of a sweep; a run may be named by a number too."""
+        return self.folder.name.isdigit() and (self.folder.parent / "sweep.json").exists()
+
     def points(self) -> list[dict[str, float]]:
         """Read the points of `metrics.jsonl`, in order; a line that a kill tore is left out."""
         return read_points(self.folder / "metrics.jsonl")

@@ -106,6 +106,13 @@ def test_run_of_a_confirmation_is_not_told_as_one_that_was_ranked(kept, tmp_path
     assert "that these rows ranked" not in text
 
 
+def test_run_that_is_named_by_a_number_is_no_trial_of_a_sweep(at, tmp_path):
+    single = trained.find(str(shutil.copytree(trained.find("c").folder, tmp_path / "7")))
+    write_json(tmp_path / "confirm.json", {"line": "x", "openings": [{"result": {"members": [{"trials": [7]}]}}]})
+    assert trained.confirmed(single) is None
+    assert "trial of a sweep" not in card.write(single, "adapter", None, None)
+
+
 def test_paths_are_cut_in_the_whole_card(kept, tmp_path):
     folder = shutil.copytree(kept.folder, tmp_path / "1")
     words = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())

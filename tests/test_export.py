@@ -11,6 +11,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import encoders
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -324,6 +325,108 @@ def test_template_of_training_goes_with_the_tokenizer(composed):
     assert told["model"] == tiny.TEMPLATE
     classifier = composed("model=tiny", "data=genres", "trainer=classify")
     assert export.shipped(tiny.tokenizer(), classifier).chat_template == tiny.TEMPLATE
+
+
+@pytest.fixture
+def saved_base(tmp_path, monkeypatch, capsys):
+    """Return a function that trains on a saved tiny model, the config of whose base it may change; gives the run."""
+    from conftest import TINY
+
+    from ftexp import run as command
+
+    def train(*given, **settings):
+        monkeypatch.chdir(tmp_path)
+        base = tiny.model("eager")
+        for name, value in settings.items():
+            setattr(base.generation_config, name, value)
+        base.save_pretrained("my-model")
+        tiny.tokenizer().save_pretrained("my-model")
+        argv = [t for t in TINY if t != "model=tiny"] + ["model=hub", "model.path=./my-model", "track=none"]
+        monkeypatch.setattr(sys, "argv", ["ftexp.run", *argv, *given, "name=r"])
+        assert command.main() == 0, capsys.readouterr().err
+        return trained.find("r")
+
+    return train
+
+
+def sorter(cli, monkeypatch, kind, folder, *given):
+    """Train a classifier on a small encoder of a kind; bitsandbytes reads blocks of 64 numbers on some CPUs."""
+    from conftest import TINY
+
+    monkeypatch.chdir(folder)
+    wide = {"dim": 64} if kind == "distilbert" else {"hidden_size": 64}
+    monkeypatch.setitem(encoders.KINDS, kind, encoders.KINDS[kind] | wide)
+    more = ["model=hub", f"model.path=./{encoders.save(kind, folder / kind).name}", "data=genres", "trainer=classify"]
+    code, _, err = cli(*[t for t in TINY if t != "model=tiny"], *more, *given, "track=none", "name=r")
+    assert code == 0, err
+    return trained.find("r")
+
+
+@pytest.mark.parametrize("lora", ["default", "none"])
+def test_model_stops_where_the_run_does_and_not_at_the_bases_end_alone(lora, saved_base, run, tmp_path, monkeypatch):
+    kept = saved_base(f"lora={lora}", eos_token_id=0)
+    with trained.load(kept) as loaded:
+        ends = evaluate.ends(loaded.tuned, loaded.tokenizer)
+    assert ends == [0, 2]
+    code, _, err = run("r", "--to", tmp_path / "m", "--form", "merged")
+    assert code == 0, err
+    assert read_json(tmp_path / "m" / "generation_config.json")["eos_token_id"] == ends
+    assert "eos_token_id" not in (tmp_path / "m" / "README.md").read_text()
+    if lora == "default":
+        assert run("r", "--to", tmp_path / "a")[0] == 0
+        assert "do_sample=False, eos_token_id=[0, 2])" in (tmp_path / "a" / "README.md").read_text()
+        snippet(tmp_path / "a", monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("packing", [["quant=nf4"], ["quant=nf4", "quant.double=false"], ["quant=nf4", "lora=loftq"]])
+def test_adapter_of_a_packed_base_is_put_on_one_that_is_packed_alike(packing, saved_base, run, tmp_path, monkeypatch):
+    """The reader's own lines give the held-out loss that the run recorded."""
+    kept = saved_base(*packing)
+    assert run("r", "--to", tmp_path / "a")[0] == 0
+    printed, loaded = snippet(tmp_path / "a", monkeypatch, tmp_path)
+    assert printed
+    found, again = loaded.get_base_model().config.quantization_config, kept.config()
+    assert found.bnb_4bit_use_double_quant == again.quant.double
+    assert found.bnb_4bit_quant_type == "nf4" and found.bnb_4bit_compute_dtype == torch.float32
+    rows = prompts.render(data.load(again.data).valid, tiny.tokenizer(), again.data)
+    loss = evaluate.score(loaded.eval(), tiny.tokenizer(), rows, again.eval, "t").scores["loss"]
+    assert loss == pytest.approx(kept.trial["scores"]["valid/loss"], abs=1e-4)  # some CPUs repack and round
+
+
+def test_adapter_of_a_classifier_on_a_packed_base_leaves_its_head_unpacked(cli, run, tmp_path, monkeypatch):
+    kept = sorter(cli, monkeypatch, "roberta", tmp_path, "quant=nf4")
+    assert run("r", "--to", tmp_path / "a")[0] == 0
+    printed, loaded = snippet(tmp_path / "a", monkeypatch, tmp_path)
+    assert len(re.findall(r"0\.\d+", printed)) == len(kept.trial["labels"])
+    head = loaded.get_base_model().classifier.modules_to_save["default"]
+    assert type(head.dense) is type(head.out_proj) is torch.nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        ("distilbert", ["pre_classifier", "classifier"]),
+        ("roberta", ["classifier.dense", "classifier.out_proj"]),
+        ("bert", ["bert.pooler.dense", "classifier"]),
+    ],
+)
+def test_head_of_a_classifier_is_not_packed_with_its_model(kind, head, cli, run, tmp_path, monkeypatch):
+    kept = sorter(cli, monkeypatch, kind, tmp_path)
+    code, out, err = run("r", "--to", tmp_path / "m", "--form", "merged4bit", "--json")
+    assert code == 0, err
+    told = json.loads(out)["fidelity"]
+    assert told["before"] == pytest.approx(kept.trial["scores"]["valid/loss"], rel=1e-6)
+    assert told["moved"] <= fidelity.PACKED.loss and told["choices"] >= fidelity.PACKED.choices
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    assert {stored[f"{name}.weight"].dtype for name in head} == {torch.float32}
+    assert sum(weight.dtype == torch.uint8 and "quant" not in name for name, weight in stored.items()) >= 12
+
+
+def test_one_end_stays_one_number(saved_base, run, tmp_path):
+    saved_base(eos_token_id=[2])
+    assert run("r", "--to", tmp_path / "m", "--form", "merged")[0] == run("r", "--to", tmp_path / "a")[0] == 0
+    assert read_json(tmp_path / "m" / "generation_config.json")["eos_token_id"] == 2
+    assert "eos_token_id" not in (tmp_path / "a" / "README.md").read_text()
 
 
 def test_packed_base_is_merged_into_its_weights_before_packing(tmp_path, monkeypatch, capsys):

@@ -1,9 +1,11 @@
+import errno
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +81,48 @@ def test_folder_that_is_taken_is_refused(tmp_path):
     with pytest.raises(MachineError, match="cannot be made"), files.whole(tmp_path / "file" / "below"):
         pass
     assert (tmp_path / "full" / "x").read_text() == (tmp_path / "file").read_text() == "mine"
+
+
+def test_current_folder_is_filled_where_it_is_empty(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    place = Path().stat().st_ino
+    with pytest.raises(KeyboardInterrupt), files.whole(Path()) as folder:
+        (folder / "x").write_text("1")
+        raise KeyboardInterrupt
+    assert os.listdir() == []
+    with files.whole(Path()) as folder:
+        (folder / "x").write_text("1")
+        (folder / "below").mkdir()
+        (folder / "below" / "y").write_text("2")
+    assert sorted(os.listdir()) == ["below", "x"] and os.listdir("below") == ["y"]
+    assert tmp_path.stat().st_ino == place  # a mount point cannot be replaced either
+    assert (tmp_path / "below").stat().st_mode & 0o777 == 0o777 & ~current_umask()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_folder_that_another_process_fills_meanwhile_is_refused(tmp_path, there):
+    target = tmp_path / "a"
+    if there:
+        target.mkdir()
+    with pytest.raises(ConfigError, match="a: must be a new or an empty folder"), files.whole(target) as folder:
+        (folder / "x").write_text("1")
+        target.mkdir(exist_ok=True)
+        (target / "x").write_text("theirs")
+    assert os.listdir(tmp_path) == ["a"] and os.listdir(target) == ["x"]
+    assert (target / "x").read_text() == "theirs"
+
+
+def test_folder_that_cannot_be_moved_is_told_in_one_line(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "replace", refused)
+    with (
+        pytest.raises(MachineError, match="a: cannot be written: Device or resource busy"),
+        files.whole(tmp_path / "a"),
+    ):
+        pass
+    assert os.listdir(tmp_path) == []
 
 
 def current_umask():

@@ -25,7 +25,7 @@ from ftexp.model.compute import Compute
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -170,6 +170,20 @@ def tokenizer(model: Model) -> PreTrainedTokenizerBase:
     if loaded.pad_token_id is None:
         loaded.pad_token = loaded.unk_token or loaded.eos_token
     return cast("PreTrainedTokenizerBase", loaded)
+
+
+def writing(model: Model) -> GenerationConfig:
+    """Read the settings for writing text that a model comes with, of its config where it has no file of them."""
+    from transformers import GenerationConfig
+
+    model = rooted(model)
+    if model.kind is Kind.tiny:
+        return GenerationConfig.from_model_config(tiny.configuration())
+    config = configuration(model)
+    try:
+        return GenerationConfig.from_pretrained(source(model), revision=model.revision or "main")
+    except OSError:  # there is no such file, and transformers does the same
+        return GenerationConfig.from_model_config(config)
 
 
 @contextmanager

@@ -128,7 +128,10 @@ def _settings(made: GGUFWriter, config: dict[str, Any]) -> None:
     made.add_feed_forward_length(config["intermediate_size"])
     made.add_head_count(heads)
     made.add_head_count_kv(config["num_key_value_heads"])
-    made.add_rope_dimension_count(config.get("head_dim") or config["hidden_size"] // heads)
+    size = config.get("head_dim") or config["hidden_size"] // heads
+    made.add_key_length(size)  # left out, llama.cpp takes hidden size / heads
+    made.add_value_length(size)
+    made.add_rope_dimension_count(size)
     made.add_rope_freq_base(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
     made.add_layer_norm_rms_eps(config["rms_norm_eps"])
     made.add_vocab_size(config["vocab_size"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,9 @@ from ftexp.model import (
     checksums,
     compute,
     forget,
+    keep_gradients,
     loading,
+    not_packed,
     source,
     stored,
     wrapped,
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 ADAPTER = "adapter_config.json"
 """File that a folder with an adapter has."""
+WEIGHTS = "adapter_model.safetensors"
+"""The other one: what the adapter learned."""
 
 
 def as_trained(kept: Kept, run: Run) -> tuple[Run, bool]:
@@ -93,10 +97,11 @@ def attached(model: PreTrainedModel, folder: Path) -> PeftModel:
     """
     from peft import PeftModel
 
-    if not (folder / ADAPTER).is_file():
-        raise MachineError(f"{folder}: must hold an adapter; there is no {ADAPTER}")
+    for name in (ADAPTER, WEIGHTS):
+        if not (folder / name).is_file():  # the library would ask the hub for a repository of the folder's name
+            raise MachineError(f"{folder}: must hold an adapter; there is no {name}")
     try:
-        return cast("PeftModel", PeftModel.from_pretrained(model, str(folder)).eval())
+        return cast("PeftModel", PeftModel.from_pretrained(model, str(folder.absolute())).eval())
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         told = " ".join(str(error).split())[:300]
         raise MachineError(f"{folder}: the adapter does not fit its base model: {told}") from error
@@ -153,7 +158,10 @@ def _untied(base: PreTrainedModel) -> None:
     base.config.get_text_config().tie_word_embeddings = base.config.tie_word_embeddings = False
 
 
-def read(folder: Path, chosen: compute.Compute, labels: int = 0, nf4: bool = False, gguf: str | None = None) -> Base:
+def read(
+    folder: Path, chosen: compute.Compute, labels: int = 0, nf4: bool = False, gguf: str | None = None,
+    trained: Sequence[str] = (),
+) -> Base:  # fmt: skip
     """Read a whole model from a folder, as anybody would; nothing of the run it was made from is in memory.
 
     Args:
@@ -162,6 +170,7 @@ def read(folder: Path, chosen: compute.Compute, labels: int = 0, nf4: bool = Fal
         labels: outputs of its classification head; 0 for a language model.
         nf4: whether its weights are to be packed into 4 bit while they are read.
         gguf: name of the GGUF file that holds it all, where there is one.
+        trained: names of modules that are not to be packed, beside a classification head.
 
     Raises:
         MachineError: a file of it is missing or broken, or names code or a file outside.
@@ -172,12 +181,14 @@ def read(folder: Path, chosen: compute.Compute, labels: int = 0, nf4: bool = Fal
 
     logging.disable_progress_bar()
     kind: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
-    more = {"quantization_config": _quantization(Quant(Format.nf4), chosen)} if nf4 else {}  # None hides the file's own
     file = {"gguf_file": gguf} if gguf else {}
     made_from = Model(kind=Kind.hub, path=str(folder))
     if gguf is None:
         source(made_from)  # refuses what leads out of the folder
     with loading(str(folder)), attending(chosen.attention):
+        spared = _spared_head(kind, folder, trained) if nf4 and labels else None
+        packing = _quantization(Quant(Format.nf4), chosen, spared) if nf4 else None
+        more = {"quantization_config": packing} if packing else {}  # None hides the file's own
         model = kind.from_pretrained(
             folder,
             dtype=getattr(torch, chosen.dtype),
@@ -191,4 +202,12 @@ def read(folder: Path, chosen: compute.Compute, labels: int = 0, nf4: bool = Fal
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **file)
     model.requires_grad_(False).eval()
+    keep_gradients(model)
     return Base(model, tokenizer, chosen, "", "", made_from)
+
+
+def _spared_head(kind: Any, folder: Path, trained: Sequence[str]) -> list[str]:
+    """Name the modules of a whole classifier that stay as they are: all beside its base model, and what was trained."""
+    found = kind.from_pretrained(folder, device_map={"": "meta"}, trust_remote_code=False, local_files_only=True)
+    beside = [name for name, _ in found.named_children() if name != found.base_model_prefix]
+    return not_packed(found, (*beside, *trained))

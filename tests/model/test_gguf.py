@@ -21,6 +21,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "nu
 KINDS = {
     "smollm": {"model_type": "llama", "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
     "llama": {"model_type": "llama", "tie_word_embeddings": False},
+    "wide": {"model_type": "llama", "tie_word_embeddings": False, "head_dim": 32},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
 }  # fmt: skip
 TEXTS = ["In 1984 he had 27 cats, hadn't he?\n\n  Yes!", "é ü 你好 😀", "<|im_start|>user\nhi<|im_end|>\n", "a  b\tc "]
@@ -73,6 +74,16 @@ def test_transformers_reads_back_weights_tokens_and_settings(tmp_path, name, dty
     assert [one(t).input_ids for t in TEXTS] == [other(t).input_ids for t in TEXTS]
     assert one.chat_template == other.chat_template
     assert (one.eos_token_id, one.pad_token_id) == (other.eos_token_id, other.pad_token_id)
+
+
+@pytest.mark.parametrize(("name", "size"), [("llama", 16), ("wide", 32)])
+def test_size_of_a_head_is_told_where_llama_cpp_looks_for_it(tmp_path, name, size):
+    from gguf import GGUFReader
+
+    gguf.write(made(tmp_path / "m", name), tmp_path / "m.gguf")
+    fields = GGUFReader(tmp_path / "m.gguf").fields
+    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        assert fields[f"llama.{key}"].contents() == size
 
 
 def test_sabotage_rotary_pairs_in_another_order_are_another_model(tmp_path, monkeypatch):

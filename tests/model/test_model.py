@@ -19,7 +19,7 @@ from transformers.utils import is_flash_attn_2_available
 from ftexp import model
 from ftexp.config import Attention, Dtype, Format, Kind, Lora, Model, Quant, Variant
 from ftexp.errors import ConfigError, MachineError
-from ftexp.model import compute
+from ftexp.model import compute, tiny
 
 TINY = Model(kind=Kind.tiny)
 
@@ -460,3 +460,13 @@ def test_library_keyword_of_its_type_is_taken_and_what_is_not_plain_left_to_the_
 def test_library_keyword_of_another_type_is_refused(extra, wanted):
     with pytest.raises(ConfigError, match=rf"^trainer\.extra\.{wanted}$"):
         model.check_types(Settings, extra, "trainer.extra")
+
+
+def test_settings_for_writing_are_those_that_a_loaded_model_has(tmp_path):
+    made = tiny.model("eager")
+    made.generation_config.eos_token_id = [2, 0]
+    made.save_pretrained(tmp_path)
+    of = Model(kind=Kind.hub, path=str(tmp_path))
+    assert model.writing(of).eos_token_id == [2, 0]
+    (tmp_path / "generation_config.json").unlink()
+    assert model.writing(of).eos_token_id == model.writing(Model(kind=Kind.tiny)).eos_token_id == 2

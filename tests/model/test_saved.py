@@ -72,6 +72,15 @@ def test_adapter_of_another_shape_is_refused_and_the_base_dropped(at, tmp_path):
         saved.merged(FLAT, tmp_path)
 
 
+def test_adapter_whose_weights_are_gone_is_refused_and_not_sought_on_the_hub(at, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(at / TRIAL, "runs/adapter")  # relative, it reads as the name of a repository
+    Path("runs/adapter/adapter_model.safetensors").unlink()
+    monkeypatch.setattr("peft.utils.save_and_load.hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(MachineError, match=r"must hold an adapter; there is no adapter_model\.safetensors"):
+        saved.attached(tiny.model("eager"), Path("runs/adapter"))
+
+
 def test_adapter_that_is_not_finite_is_not_merged(at, tmp_path):
     from safetensors.torch import save_file
 
