@@ -128,7 +128,7 @@ def _plan(sweep: Frozen, record: Any, by: str | None) -> Plan:
     from ftexp.sweep import screen
 
     objective = by or sweep.objectives[0]
-    if by is not None and objective.removeprefix("valid/") not in SCORES:
+    if by is not None and objective not in {f"valid/{name}" for name in SCORES}:
         raise ConfigError(f"--by must be a score of held-out rows, as valid/chrf, got {by}")
     if not objective.startswith("valid/"):
         raise ConfigError(f"{sweep.name} ranks by {objective}, which no held-out row tells; only valid/ is confirmed")

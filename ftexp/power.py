@@ -80,11 +80,16 @@ def parse(argv: list[str]) -> tuple[dict[str, float], tuple[int, ...], Path | No
     given: dict[str, float] = {}
     seeds: tuple[int, ...] = (1, 2, 3, 5)
     folder, as_json, left = None, False, list(argv)
+    named: set[str] = set()
     while left:
         word = left.pop(0)
         if word == "--json":
             as_json = True
-        elif word == "--from" or word.startswith("--from="):
+            continue
+        if (name := word.partition("=")[0]) in named:
+            raise ConfigError(f"{name} must be given once, got {word} too")
+        named.add(name)
+        if word == "--from" or word.startswith("--from="):
             text = word.partition("=")[2] or (left.pop(0) if left else "")
             if not text:
                 raise ConfigError("--from must be followed by the folder of a sweep, got nothing")

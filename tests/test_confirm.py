@@ -412,6 +412,7 @@ def test_sweep_that_runs_is_refused(sweep):
         (["s", "--by", "cost/seconds"], 2, "--by must be a score of held-out rows, as valid/chrf, got cost/seconds"),
         (["s", "--by", "scores.py:number"], 2, "--by must be a score of held-out rows, as valid/chrf, got scores.py:"),
         (["s", "--by", "valid/chrf"], 2, "chrf"),
+        (["s", "--by", "chrf"], 2, "--by must be a score of held-out rows, as valid/chrf, got chrf"),
     ],
 )
 def test_mistake_is_told_in_one_line(sweep, cli, argv, code, message):

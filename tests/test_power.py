@@ -88,6 +88,8 @@ def test_noise_is_read_from_a_sweep(ask, sweep):  # noqa: F811
         (["effect=1", "sd_rows=1", "alpha=1"], "alpha must be between 1e-06 and 0.5, got 1"),
         (["effct=1", "sd_rows=1"], "effct=1: must be key=value with a key among effect,"),
         (["effect"], "effect: must be key=value"),
+        (["effect=0.1", "effect=0.02", "sd_rows=1"], "effect must be given once, got effect=0.02 too"),
+        (["effect=1", "sd_rows=1", "seeds=1", "seeds=2"], "seeds must be given once, got seeds=2 too"),
         (["effect=1", "--from"], "--from must be followed by the folder of a sweep"),
     ],
 )
