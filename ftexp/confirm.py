@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ftexp import config, data, experiment, facts, metrics, registry, report, track, verb
-from ftexp.config import Run, Track
+from ftexp.config import Run, Track, Variant
 from ftexp.errors import ConfigError, DataError, Diverged, MachineError, TrialsFailed
 from ftexp.files import read_trial, write_json
 from ftexp.metrics import METRICS, SCORES, Direction
@@ -86,7 +86,9 @@ class Plan:
         return self.verdict.objective.removeprefix("valid/")
 
 
-def confirm(folder: Path, seeds: int | None = None, again: bool = False, by: str | None = None) -> dict[str, Any]:
+def confirm(
+    folder: Path, seeds: int | None = None, again: bool = False, by: str | None = None, name: str | None = None
+) -> dict[str, Any]:
     """Confirm a sweep, go on with what a kill left of it, or return what is kept.
 
     Args:
@@ -94,13 +96,14 @@ def confirm(folder: Path, seeds: int | None = None, again: bool = False, by: str
         seeds: fresh seeds a point; None takes those of the kept plan, else `SEEDS`.
         again: open the sealed rows once more; every output then says how often they were opened.
         by: score of held-out rows whose winner it is, as `valid/chrf`; None takes the sweep's first objective.
+        name: registered model that the winner is to become, for which it must have an adapter.
 
     Returns:
         The last entry of `confirm.json`: opening, plan and result.
 
     Raises:
         ConfigError: the sweep has no sealed rows or ranks by something else than held-out scores, `by` is no score that
-            its trials have, or its sealed rows were opened for another plan.
+            its trials have, its sealed rows were opened for another plan, or a winner with a `name` has no adapter.
         DataError: the rows are no longer those of the sweep.
         MachineError: the sweep is not finished, or no point is complete.
         TrialsFailed: the winner diverged on every fresh seed.
@@ -108,6 +111,8 @@ def confirm(folder: Path, seeds: int | None = None, again: bool = False, by: str
     sweep, record = sweeps.opened(folder)
     with plugin.only_supervisor(sweep.folder, sweep.name):
         plan = _plan(sweep, record, by)
+        if name is not None and plan.members[0].run.lora.variant is Variant.none:
+            raise ConfigError(f"--register={name} needs an adapter, {plan.members[0].label} trained the whole model")
         kept = openings(sweep.folder)
         last = kept[-1] if kept else None
         if last is not None and _asked_for(last, plan, seeds) and not (again and "result" in last):
@@ -536,7 +541,7 @@ def _main(args: argparse.Namespace) -> int:
     folder = sweeps.find(args.name).absolute()
     if args.register is not None:
         _check_register(folder, args.register)
-    entry = confirm(folder, args.seeds, args.again, args.by)
+    entry = confirm(folder, args.seeds, args.again, args.by, args.register)
     version = None if args.register is None else register(folder, entry, args.register)
     if args.json:
         print(verb.as_json(entry if version is None else entry | {"registered": asdict(version)}))

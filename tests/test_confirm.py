@@ -571,6 +571,21 @@ def test_what_cannot_be_registered_is_refused_before_training(sweep, quick, cli)
     assert not quick and not (sweep / "confirm.json").exists()
 
 
+def test_winner_without_an_adapter_is_not_to_be_registered_and_opens_nothing(tmp_path, cli, quick, monkeypatch):
+    config.register()
+    with monkeypatch.context() as real:
+        real.setattr(experiment, "execute", EXECUTE)
+        sweep = launched(
+            tmp_path, *(o for o in SMALL if "trainer.lr" not in o), "lora=none", "trainer.lr=1e-4,1e-3", "eval=loss"
+        )
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli("s", "--register", "yoda")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "--register=yoda needs an adapter, trainer.lr=" in err and "trained the whole model" in err
+    assert not quick and not (sweep / "confirm.json").exists()
+    assert cli("s", "--seeds", "1")[0] == 0
+
+
 def test_all_points_are_counted_whose_best_was_chosen(sweep, quick, monkeypatch):
     """Also those that the verdict left out of its tests: the best flatters by all of them."""
     monkeypatch.setattr(compare, "MOST_POINTS", 1)
