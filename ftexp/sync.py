@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from ftexp import board, config, experiment, runs, sealed, track, verb
+from ftexp import board, config, experiment, registry, runs, sealed, track, verb
 from ftexp.config import Track
 from ftexp.errors import MachineError
 from ftexp.files import read_json, read_trial, write_json
@@ -91,11 +91,13 @@ def _bring(kept: Kept, uri: str, told: Brought, parents: dict[Path, str]) -> Non
         log.inputs(kept.trial.get("inputs", []))
     if "facts" in kept.trial:
         log.tags({f"ftexp.{k}": v for k, v in config.flat(kept.trial["facts"]).items()})
-    there = {entry.path for entry in client.list_artifacts(run_id)}
-    for name in ("examples.parquet", "labels.json", "adapter"):
-        if name not in there and (kept.folder / name).exists():
-            log.files(kept.folder / name, "adapter" if name == "adapter" else None)
-            told.files += 1
+    there = _stored(client, run_id)
+    for name in ("examples.parquet", "labels.json", registry.ADAPTER):
+        missing = [path for path in _files(kept.folder / name) if _is_missing(path, kept.folder, there)]
+        for path in missing:
+            under = path.parent.relative_to(kept.folder).as_posix()
+            log.files(path, None if under == "." else under)
+        told.files += bool(missing)
     if "examples.json" not in there and (kept.folder / "examples.parquet").exists():
         log.table(_examples(kept), "examples")
         told.files += 1
@@ -104,6 +106,24 @@ def _bring(kept: Kept, uri: str, told: Brought, parents: dict[Path, str]) -> Non
     if log.client is None:
         raise MachineError(f"track.uri={uri} failed while {kept.folder} was brought; the same command goes on")
     _end(kept, client, stored)
+
+
+def _stored(client: MlflowClient, run_id: str, under: str | None = None) -> dict[str, int | None]:
+    """Return the sizes of a run's files in the store by their paths; None where a store does not tell one."""
+    found: dict[str, int | None] = {}
+    for entry in client.list_artifacts(run_id, under):
+        found |= _stored(client, run_id, entry.path) if entry.is_dir else {entry.path: entry.file_size}
+    return found
+
+
+def _files(path: Path) -> list[Path]:
+    """List a file, or all files below a folder; none where there is neither."""
+    return [file for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
+
+
+def _is_missing(path: Path, folder: Path, there: dict[str, int | None]) -> bool:
+    """Tell whether the store has a file not at all or, of an upload that broke off, in another size."""
+    return there.get(path.relative_to(folder).as_posix(), -1) not in (None, path.stat().st_size)
 
 
 def _confirmed(sweep: Path, trial: str | None = None) -> dict[str, str]:

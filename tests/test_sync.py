@@ -139,6 +139,25 @@ def test_sabotage_without_a_look_at_the_store_points_are_brought_again(cli, tmp_
     assert sync.sync([tmp_path / "outputs"]).points > 0
 
 
+def stored(client, run_id):
+    return Path(client.get_run(run_id).info.artifact_uri.removeprefix("file://"))
+
+
+def test_files_of_an_adapter_that_came_by_half_are_brought(cli, verb, tmp_path):
+    """An upload that broke off left one file out and one torn."""
+    assert cli(*TINY, "eval=loss", "name=one", f"track.uri=sqlite:///{tmp_path}/ml.db")[0] == 0
+    run = tmp_path / "outputs/runs/one"
+    client, _ = track.store(Track(uri=f"sqlite:///{tmp_path}/ml.db"))
+    there = stored(client, read_json(run / "trial.json")["mlflow_run"]) / "adapter"
+    whole = {path.name: path.read_bytes() for path in (run / "adapter").iterdir()}
+    assert {path.name: path.read_bytes() for path in there.iterdir()} == whole
+    (there / "adapter_model.safetensors").unlink()
+    (there / "adapter_config.json").write_text("{")
+    assert json.loads(verb("--json")[1])["files"] == 1
+    assert {path.name: path.read_bytes() for path in there.iterdir()} == whole
+    assert json.loads(verb("--json")[1])["files"] == 0
+
+
 class Silent:
     """A store whose calls of some names time out, as of a server that is stopped."""
 
