@@ -86,8 +86,8 @@ def _bring(kept: Kept, uri: str, told: Brought, parents: dict[Path, str]) -> Non
     log = Log(kept.folder, client, run_id)
     _points(kept, client, log, told)
     stored = client.get_run(run_id)
-    if not stored.data.params:
-        log.params(kept.trial["config"])
+    log.params({k: v for k, v in kept.trial["config"].items() if k not in stored.data.params})
+    if stored.inputs is None or not stored.inputs.dataset_inputs:
         log.inputs(kept.trial.get("inputs", []))
     if "facts" in kept.trial:
         log.tags({f"ftexp.{k}": v for k, v in config.flat(kept.trial["facts"]).items()})

@@ -158,6 +158,27 @@ def test_files_of_an_adapter_that_came_by_half_are_brought(cli, verb, tmp_path):
     assert json.loads(verb("--json")[1])["files"] == 0
 
 
+@pytest.mark.parametrize("lost", ["inputs", "params"])
+def test_data_sets_and_parameters_that_were_missed_are_brought_each_for_itself(cli, tmp_path, monkeypatch, lost):
+    """The store failed after the parameters, or after the first call of them."""
+    honest = track.Log.params
+    if lost == "inputs":
+        monkeypatch.setattr(track.Log, "inputs", lambda *_: None)
+    else:
+        monkeypatch.setattr(track.Log, "params", lambda log, told: honest(log, dict(list(told.items())[:3])))
+    assert cli(*TINY, "eval=loss", "name=one", f"track.uri=sqlite:///{tmp_path}/ml.db")[0] == 0
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    kept = read_json(tmp_path / "outputs/runs/one/trial.json")
+    client, _ = track.store(Track(uri=f"sqlite:///{tmp_path}/ml.db"))
+    for _ in range(2):
+        sync.sync([tmp_path / "outputs"])
+        run = client.get_run(kept["mlflow_run"])
+        assert sorted(one.tags[0].value for one in run.inputs.dataset_inputs) == ["training", "validation"]
+        assert kept["config"].keys() <= run.data.params.keys()
+        assert not [tag for tag in run.data.tags if tag.startswith(track.CHANGED)]
+
+
 class Silent:
     """A store whose calls of some names time out, as of a server that is stopped."""
 
