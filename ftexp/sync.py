@@ -19,7 +19,7 @@ from ftexp import board, config, experiment, registry, runs, sealed, track, verb
 from ftexp.config import Track
 from ftexp.errors import MachineError
 from ftexp.files import read_json, read_trial, write_json
-from ftexp.progress import progress, quiet_libraries
+from ftexp.progress import progress, quiet_libraries, say
 from ftexp.runs import Kept
 from ftexp.track import Log
 
@@ -44,6 +44,8 @@ class Brought:
     """Files and folders that were not there."""
     running: int = 0
     """Runs that are not over, or were killed and not gone on with, and are left out."""
+    damaged: int = 0
+    """Runs whose `trial.json` cannot be read, each told in one line, and are left out."""
 
 
 def sync(folders: list[Path], uri: str | None = None) -> Brought:
@@ -53,6 +55,8 @@ def sync(folders: list[Path], uri: str | None = None) -> Brought:
         folders: searched for runs.
         uri: tracking store; None takes the one each run was started with. Runs with `track=none` are left out.
 
+    A run whose `trial.json` is damaged is told on stderr and left out.
+
     Raises:
         MachineError: a store cannot be reached.
     """
@@ -61,13 +65,23 @@ def sync(folders: list[Path], uri: str | None = None) -> Brought:
     with progress("bringing runs", len(found)) as advance:
         for path in found:
             with FileLock(path.parent.parent / LOCK):  # of the sweep: another node may be bringing it
-                kept = Kept(path.parent, read_trial(path.parent) or {})
+                kept = _read(path.parent, told)
                 if "track" in kept.trial and kept.trial.get("state") == "running":
                     told.running += 1
                 elif "track" in kept.trial and "repeats" not in kept.trial:  # one run for a point and seed
                     _bring(kept, uri or kept.trial["track"]["uri"], told, parents)
             advance(1)
     return told
+
+
+def _read(folder: Path, told: Brought) -> Kept:
+    """Read a run; one that is damaged is told, and is nothing to bring: the others are not to wait for it."""
+    try:
+        return Kept(folder, read_trial(folder) or {})
+    except MachineError as error:
+        say(str(error), always=True)
+        told.damaged += 1
+        return Kept(folder, {})
 
 
 def _bring(kept: Kept, uri: str, told: Brought, parents: dict[Path, str]) -> None:
@@ -231,7 +245,10 @@ def _note(path: Path, run_id: str) -> None:
 
 def _end_of_sweep(folder: Path, sweep: dict[str, Any]) -> str | None:
     """Tell how a sweep ended, as MLflow says it; None of one that has trials left, or does not say how many it has."""
-    trials = [read_trial(path.parent) or {} for path in folder.glob("[0-9]*/trial.json")]
+    try:
+        trials = [read_trial(path.parent) or {} for path in folder.glob("[0-9]*/trial.json")]
+    except MachineError:  # of a damaged trial, which is told where it is to be brought
+        return None
     states = {(trial | board.undefined(trial, sweep.get("objectives", ()))).get("state") for trial in trials}
     whole = 0 < sweep.get("tickets", 0) <= len(trials)
     if whole and states <= {"complete", "pruned", "skipped", "failed"}:
@@ -286,7 +303,7 @@ def _main(args: argparse.Namespace) -> int:
         print(f"brought {told.runs} runs, {told.points} points and {told.files} files that were not there")
         if told.running:
             print(f"left out {told.running} that are not over; one that was killed is brought once it has gone on")
-    return 0
+    return MachineError.exit_code if told.damaged else 0
 
 
 if __name__ == "__main__":

@@ -315,9 +315,20 @@ def test_dead_store_is_named(cli, verb, tmp_path):
         sync.sync([tmp_path / "outputs"])
 
 
+def test_damaged_run_is_told_and_the_others_are_brought(cli, verb, tmp_path):
+    assert cli("lora.r=2,4", *TINY, "eval=loss", "name=s", DEAD, "-m")[0] == 0
+    path = tmp_path / "outputs/sweeps/s/0/trial.json"
+    path.write_text(path.read_text()[:40])
+    uri = f"sqlite:///{tmp_path}/ml.db"
+    code, out, err = verb("--uri", uri, "--json")
+    assert (code, json.loads(out)["runs"], json.loads(out)["damaged"]) == (4, 2, 1)
+    assert err.count("outputs/sweeps/s/0/trial.json: is damaged, it must be JSON") == 1
+    assert set(histories(uri)) == {"s", "lora.r=4"}
+
+
 def test_run_without_tracking_is_left_out(cli, verb):
     assert cli(*TINY, "name=one", "track=none")[0] == 0
-    assert json.loads(verb("--json")[1]) == {"runs": 0, "points": 0, "files": 0, "running": 0}
+    assert json.loads(verb("--json")[1]) == {"runs": 0, "points": 0, "files": 0, "running": 0, "damaged": 0}
 
 
 def test_help_names_the_folder_that_is_searched(verb, capsys):
