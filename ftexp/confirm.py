@@ -105,7 +105,7 @@ def confirm(
         ConfigError: the sweep has no sealed rows or ranks by something else than held-out scores, `by` is no score that
             its trials have, its sealed rows were opened for another plan, or a winner with a `name` has no adapter.
         DataError: the rows are no longer those of the sweep.
-        MachineError: the sweep is not finished, or no point is complete.
+        MachineError: the sweep is not finished, no point is complete, or its store is not there from this folder.
         TrialsFailed: the winner diverged on every fresh seed.
     """
     sweep, record = sweeps.opened(folder)
@@ -114,12 +114,15 @@ def confirm(
         if name is not None and plan.members[0].run.lora.variant is Variant.none:
             raise ConfigError(f"--register={name} needs an adapter, {plan.members[0].label} trained the whole model")
         kept = openings(sweep.folder)
-        last = kept[-1] if kept else None
-        if last is not None and _asked_for(last, plan, seeds) and not (again and "result" in last):
-            return last if "result" in last else _carry_out(plan, kept)
-        entry = _opening(plan, seeds or SEEDS, again, kept)
-        _keep(sweep.folder, [*kept, entry])
-        return _carry_out(plan, [*kept, entry])
+        last = kept[-1] if kept and _asked_for(kept[-1], plan, seeds) else None
+        if last is not None and "result" in last and not again:
+            return last
+        if sweep.mlflow_run is not None:
+            track.check_here(sweep.track_uri)
+        if last is None or "result" in last:
+            kept = [*kept, _opening(plan, seeds or SEEDS, again, kept)]
+            _keep(sweep.folder, kept)
+        return _carry_out(plan, kept)
 
 
 def _keep(folder: Path, entries: list[dict[str, Any]]) -> None:
@@ -481,6 +484,7 @@ def register(folder: Path, entry: dict[str, Any], name: str) -> registry.Version
     if "track" not in trial or not trial.get("mlflow_run"):
         raise MachineError(f"trial {number} of {folder.name} is not in MLflow; bring it with: python -m ftexp.sync")
     where = Track(uri=trial["track"]["uri"], experiment=trial["track"]["experiment"])
+    track.check_here(where.uri)
     told = json.dumps(trial["config"], sort_keys=True)
     score = entry["result"]["objective"].replace("valid/", "test/")
     ends = winner["test"][score.removeprefix("test/")]

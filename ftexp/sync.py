@@ -69,7 +69,7 @@ def sync(folders: list[Path], uri: str | None = None) -> Brought:
                 if "track" in kept.trial and kept.trial.get("state") == "running":
                     told.running += 1
                 elif "track" in kept.trial and "repeats" not in kept.trial:  # one run for a point and seed
-                    _bring(kept, uri or kept.trial["track"]["uri"], told, parents)
+                    _bring(kept, uri, told, parents)
             advance(1)
     return told
 
@@ -84,15 +84,21 @@ def _read(folder: Path, told: Brought) -> Kept:
         return Kept(folder, {})
 
 
-def _bring(kept: Kept, uri: str, told: Brought, parents: dict[Path, str]) -> None:
+def _bring(kept: Kept, given: str | None, told: Brought, parents: dict[Path, str]) -> None:
+    uri, own_id = given or kept.trial["track"]["uri"], kept.trial.get("mlflow_run")
     where = Track(uri=uri, experiment=kept.trial["track"]["experiment"])
+    if given is None and own_id is not None:
+        track.check_here(uri, ", or give --uri")
     client, _ = track.store(where)
-    own = uri == kept.trial["track"]["uri"]
-    run_id = _known(client, kept.trial.get("mlflow_run") if own else _elsewhere(kept.folder, uri))
+    run_id = _known(client, own_id, *_elsewhere(kept.folder, uri))
+    if given is None and run_id is None and own_id is not None and track.is_foreign(uri, kept.folder):
+        raise MachineError(
+            f"track.uri={uri} in {Path.cwd()} does not hold {kept.folder}; {track.FROM_WHERE}, or give --uri"
+        )
     parent = _parent(kept, where, client, parents, told)
     if run_id is None:
         run_id = track.create(where, kept.trial["label"], kept.folder, parent, min(_times(kept), default=None))
-        if own:
+        if _is_own(kept, uri):
             _note(kept.folder / "trial.json", run_id)
         else:
             _keep_elsewhere(kept.folder, uri, run_id)
@@ -173,33 +179,40 @@ def _times(kept: Kept) -> list[int]:
     return [int(point["time"]) for point in kept.points()]
 
 
-def _elsewhere(folder: Path, uri: str) -> str | None:
-    """Return the id that a run or sweep was given in a store which is not its own."""
-    return (read_json(folder / ELSEWHERE) or {}).get(_hashed(uri))
+def _is_own(kept: Kept, uri: str) -> bool:
+    return track.address(uri) == track.address(kept.trial["track"]["uri"])
+
+
+def _elsewhere(folder: Path, uri: str) -> list[str]:
+    """Return the ids that a run or sweep was given in a store not its own, by its address or as that was given."""
+    kept = read_json(folder / ELSEWHERE) or {}
+    return [kept[key] for key in (_hashed(track.address(uri)), _hashed(uri)) if key in kept]
 
 
 def _keep_elsewhere(folder: Path, uri: str, run_id: str) -> None:
-    write_json(folder / ELSEWHERE, (read_json(folder / ELSEWHERE) or {}) | {_hashed(uri): run_id})
+    write_json(folder / ELSEWHERE, (read_json(folder / ELSEWHERE) or {}) | {_hashed(track.address(uri)): run_id})
 
 
 def _hashed(uri: str) -> str:
     return hashlib.sha256(uri.encode()).hexdigest()  # a uri may hold a password
 
 
-def _known(client: MlflowClient, run_id: str | None) -> str | None:
-    """Return a run's id where the store holds it.
+def _known(client: MlflowClient, *run_ids: str | None) -> str | None:
+    """Return the first id of a run that the store holds: its own one too, for a store may be spelled in several ways.
 
     Raises:
         MachineError: the store does not answer.
     """
     from mlflow.exceptions import MlflowException
 
-    try:
-        return None if run_id is None else client.get_run(run_id).info.run_id
-    except MlflowException as error:
-        if track.is_unanswered(error):
-            raise MachineError(f"the tracking store does not answer: {str(error).splitlines()[0][:200]}") from error
-        return None
+    for run_id in run_ids:
+        try:
+            if run_id is not None:
+                return client.get_run(run_id).info.run_id
+        except MlflowException as error:
+            if track.is_unanswered(error):
+                raise MachineError(f"the tracking store does not answer: {str(error).splitlines()[0][:200]}") from error
+    return None
 
 
 def _parent(
@@ -212,8 +225,7 @@ def _parent(
     if sweep is None:
         return None
     if folder not in parents:
-        own = where.uri == kept.trial["track"]["uri"]
-        known = _known(client, sweep["mlflow_run"] if own else _elsewhere(folder, where.uri))
+        known = _known(client, sweep["mlflow_run"], *_elsewhere(folder, where.uri))
         parents[folder] = known or track.create(where, sweep["name"], folder, None)
         for name, value in _confirmed(folder).items():
             client.set_tag(parents[folder], name, value)
@@ -225,7 +237,7 @@ def _parent(
             Log(folder, client, parents[folder]).params(track.searched(read_json(folder / "identity.json") or {}))
             keys = [axis["key"] for axis in sweep.get("axes", ()) if not axis.get("composes")]
             track.view(where, parents[folder], sweep["name"], sweep["objectives"], keys)
-            if own:
+            if _is_own(kept, where.uri):
                 _note(folder / "sweep.json", parents[folder])
             else:
                 _keep_elsewhere(folder, where.uri, parents[folder])

@@ -561,6 +561,13 @@ def test_confirmed_winner_is_registered(tmp_path, monkeypatch, cli, quick):
     count = len(quick)
     _, again, _ = cli("s", "--register", "yoda")
     assert "registered before: models:/yoda/1" in again and len(quick) == count
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    for more in (["--again"], ["--register", "yoda"]):  # a store here would be a stray one
+        code, _, err = cli(str(sweep), *more)
+        assert (code, err.count("\n")) == (4, 1)
+        assert f"track.uri=sqlite:///outputs/mlflow.db is not there from {tmp_path}/away; call this from the" in err
+    assert cli(str(sweep))[0] == 0 and len(quick) == count and not list((tmp_path / "away").iterdir())
 
 
 def test_what_cannot_be_registered_is_refused_before_training(sweep, quick, cli):

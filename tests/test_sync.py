@@ -179,6 +179,32 @@ def test_data_sets_and_parameters_that_were_missed_are_brought_each_for_itself(c
         assert not [tag for tag in run.data.tags if tag.startswith(track.CHANGED)]
 
 
+def test_store_in_another_spelling_or_seen_from_another_folder_takes_no_run_twice(cli, verb, tmp_path, monkeypatch):
+    assert cli("lora.r=2,4", *TINY, "eval=loss", "name=s", "-m")[0] == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "outputs").rglob("*.json")}
+    (tmp_path / "away").mkdir()
+    for folder in (tmp_path, tmp_path / "away"):
+        monkeypatch.chdir(folder)
+        code, out, err = verb(str(tmp_path / "outputs"), "--uri", f"sqlite:///{tmp_path}/away/../outputs/mlflow.db")
+        assert (code, out) == (0, "brought 0 runs, 0 points and 0 files that were not there\n"), err
+    code, _, err = verb(str(tmp_path / "outputs"))
+    assert (code, err.count("\n")) == (4, 1)
+    assert f"track.uri=sqlite:///outputs/mlflow.db is not there from {tmp_path}/away; call this from the folder" in err
+    assert ", or give --uri" in err
+    assert not list((tmp_path / "away").iterdir())
+    track.store(Track())  # of another project
+    code, _, err = verb(str(tmp_path / "outputs"))
+    assert code == 4 and f"in {tmp_path}/away does not hold {tmp_path}/outputs/sweeps/s/0; call this from" in err
+    assert {path: path.read_bytes() for path in (tmp_path / "outputs").rglob("*.json")} == files
+    assert not histories("sqlite:///outputs/mlflow.db")
+
+
+def test_second_store_in_another_spelling_takes_no_run_twice(cli, verb, tmp_path):
+    assert cli(*TINY, "eval=loss", "name=one", f"track.uri=sqlite:///{tmp_path}/own.db")[0] == 0
+    uris = ("sqlite:///team.db", f"sqlite:///{tmp_path}/team.db", "sqlite:///outputs/../team.db")
+    assert [json.loads(verb("--uri", uri, "--json")[1])["runs"] for uri in uris] == [1, 0, 0]
+
+
 class Silent:
     """A store whose calls of some names time out, as of a server that is stopped."""
 
