@@ -32,7 +32,7 @@ from ftexp.errors import ConfigError, DataError, Diverged, MachineError, TrialsF
 from ftexp.files import read_trial, write_json
 from ftexp.metrics import METRICS, SCORES, Direction
 from ftexp.progress import Sheet, quiet_libraries, say, warn
-from ftexp.sealed import FILE, line, lines, number, openings, ranged, times
+from ftexp.sealed import FILE, before, line, lines, number, openings, ranged, times
 from ftexp.sweep import __main__ as sweeps
 from ftexp.sweep import frozen, plugin
 from ftexp.sweep.frozen import Frozen
@@ -205,11 +205,11 @@ def _opening(plan: Plan, seeds: int, again: bool, kept: list[dict[str, Any]]) ->
             "launch it with data.test=200 under another name"
         )
     digest = splits.sealed_digest()
-    before = [entry for entry in kept if entry["test"]["sha256"] == digest]
-    if before and not again:
+    earlier = [entry for entry in kept if entry["test"]["sha256"] == digest]
+    if earlier and not again:
         raise ConfigError(
-            f"the sealed rows of {plan.sweep.name} were opened {before[-1]['date']} by {before[-1]['who']} for "
-            f"{_purpose(before[-1])}; --again opens them once more and says so everywhere"
+            f"the sealed rows of {plan.sweep.name} were opened {earlier[-1]['date']} by {earlier[-1]['who']} for "
+            f"{_purpose(earlier[-1])}; --again opens them once more and says so everywhere"
         )
     numbers = count(sum(len(entry["runs"]) for entry in kept))
     fresh = _fresh(plan, kept, seeds)
@@ -218,11 +218,14 @@ def _opening(plan: Plan, seeds: int, again: bool, kept: list[dict[str, Any]]) ->
         for (n, seed), number in zip(((n, s) for n in range(len(plan.members)) for s in fresh), numbers, strict=False)
     ]
     objective, usual = plan.verdict.objective, plan.sweep.objectives[0]
+    hashes = splits.sealed_hashes()
+    elsewhere, shared = _elsewhere(plan.sweep.folder, digest, hashes)
     return {
         **({} if objective == usual else {"by": objective}),
-        "opened": len(before) + 1, "date": datetime.now(UTC).isoformat(timespec="seconds"), "who": _who(),
-        "test": {"sha256": digest, "rows": len(splits.test)}, "plan": [member.told() for member in plan.members],
-        "seeds": fresh, "runs": runs, "elsewhere": _elsewhere(plan.sweep.folder, digest),
+        "opened": len(earlier) + 1, "date": datetime.now(UTC).isoformat(timespec="seconds"), "who": _who(),
+        "test": {"sha256": digest, "rows": len(splits.test), "hashes": " ".join(hashes)},
+        "plan": [member.told() for member in plan.members],
+        "seeds": fresh, "runs": runs, "elsewhere": elsewhere, "shared": shared,
     }  # fmt: skip
 
 
@@ -258,13 +261,20 @@ def _who() -> str:
     return f"{user} on {socket.gethostname()}"
 
 
-def _elsewhere(folder: Path, digest: str) -> list[str]:
-    """Name the sweeps beside this one that opened the same rows."""
+def _elsewhere(folder: Path, digest: str, hashes: list[str]) -> tuple[list[str], int]:
+    """Name the sweeps beside this one that opened some of the same rows, and count those rows.
+
+    Openings of before rows had hashes are known by the digest of all rows.
+    """
     others = (path.parent for path in sorted(folder.parent.glob(f"*/{FILE}")) if path.parent != folder)
-    return [
-        f"{other.name}, {entry['date']}" for other in others for entry in openings(other)
-        if entry["test"]["sha256"] == digest
-    ]  # fmt: skip
+    named, opened = [], set()
+    for name, entry in ((other.name, entry) for other in others for entry in openings(other)):
+        test = entry["test"]
+        theirs = set(hashes) if test["sha256"] == digest else set(test.get("hashes", "").split())
+        if not theirs.isdisjoint(hashes):
+            named.append(f"{name}, {entry['date']}")
+            opened |= theirs
+    return named, sum(row in opened for row in hashes)
 
 
 def _carry_out(plan: Plan, entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -293,8 +303,8 @@ def _folder(sweep: Frozen, planned: dict[str, Any]) -> Path:
 
 
 def _warn(entry: dict[str, Any]) -> None:
-    if entry["elsewhere"]:
-        warn(f"these sealed rows were opened before, by {'; '.join(entry['elsewhere'])}")
+    if told := before(entry):
+        warn(told)
     if entry["opened"] > 1:
         warn(f"the sealed rows are opened {times(entry)}; what was learned before may bias the choice")
 

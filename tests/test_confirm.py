@@ -320,6 +320,23 @@ def test_same_rows_opened_by_another_sweep_are_told(sweep, quick, cli, tmp_path)
     assert confirm.openings(sweep)[0]["opened"] == 1
 
 
+@pytest.mark.parametrize("hashes", [True, False])
+def test_sealed_rows_that_another_sweep_opened_in_part_are_counted(sweep, quick, cli, tmp_path, hashes):
+    """As of `data.test=11` after `data.test=10`; openings of before rows had hashes are known by their digest alone."""
+    other = Path(shutil.copytree(sweep, tmp_path / "outputs" / "sweeps" / "other"))
+    entry = confirm.confirm(other)
+    ten = " ".join([*entry["test"]["hashes"].split()[:10], "0" * 16])
+    test = (
+        {"sha256": "another", "rows": 11, "hashes": ten} if hashes else {"sha256": entry["test"]["sha256"], "rows": 20}
+    )
+    write_json(other / "confirm.json", {"line": "", "openings": [entry | {"test": test}]})
+    code, out, err = cli("s", "--seeds", "1")
+    assert code == 0
+    told = f"sealed rows were opened before, by other, {entry['date']}"
+    assert (f"warning: 10 of these 20 {told}" in err) == hashes
+    assert f"10 of these 20 {told}." in out if hashes else f"These {told}." in out
+
+
 @pytest.mark.parametrize("seeds", [(3,), (2, 3, 4)])
 def test_seed_that_diverges_is_counted(sweep, cli, monkeypatch, seeds):
     honest = sft.train
