@@ -68,7 +68,7 @@ class Answer:
     plans: tuple[Plan, ...]
     """One for each number of seeds; empty without `effect`."""
     at: tuple[tuple[int, float | None, float], ...]
-    """For the rows there are: seeds, power, smallest effect found; empty without `rows`."""
+    """For the rows there are: seeds, power, smallest effect found, NaN for too few rows; empty without `rows`."""
 
 
 def parse(argv: list[str]) -> tuple[dict[str, float], tuple[int, ...], Path | None, bool]:
@@ -202,7 +202,9 @@ def lines(question: Question, found: Answer) -> list[str]:
     for seeds, chance, smallest in found.at:
         runs = f"{q.rows} rows, {seeds} seed{'s' if seeds > 1 else ''} a point"
         finds = "" if chance is None else f": {q.effect:g} is found with chance {chance:.2f}"
-        told.append(f"{runs}{finds}{':' if chance is None else ';'} {smallest:.3g} is found with chance {q.target:g}")
+        least = f"{smallest:.3g} is found with chance {q.target:g}"
+        least = "too few rows to tell any difference" if math.isnan(smallest) else least
+        told.append(f"{runs}{finds}{':' if chance is None else ';'} {least}")
     if q.spread.seed == 0 and q.spread.mixed == 0:
         told.append("Training noise counts as 0: give sd_seed, or a sweep with sweep.replicates.")
     return told
