@@ -428,11 +428,12 @@ def _noise(verdict: Verdict) -> list[str]:
     if comparison is None or len(verdict.points) == 1:
         return []
     unit = " nats" if verdict.objective == "valid/perplexity" else ""
-    told = []
+    finds = "too few rows to tell any difference"
     if not math.isnan(verdict.detectable):
-        found, ahead = f"{_number(verdict.detectable)}{unit}", f"{_number(comparison.optimism)}{unit}"
-        told.append(f"{verdict.rows} rows: this sweep finds a difference of {found} in four of five cases; were all "
-                    f"points equal, the best would look {ahead} too good.")  # fmt: skip
+        finds = f"this sweep finds a difference of {_number(verdict.detectable)}{unit} in four of five cases"
+    ahead = f"; were all points equal, the best would look {_number(comparison.optimism)}{unit} too good"
+    rows = f"{verdict.rows} row{'s' * (verdict.rows != 1)}"
+    told = [f"{rows}: {finds}{'' if math.isnan(comparison.optimism) else ahead}."]
     if comparison.seeds is None:
         told.append("One run a point: p is about these adapters, not about training again (sweep.replicates=3).")
     else:

@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ftexp import config, data, experiment, facts, metrics, registry, report, track, verb
-from ftexp.config import Run, Track
+from ftexp.config import Run, Track, Variant
 from ftexp.errors import ConfigError, DataError, Diverged, MachineError, TrialsFailed
 from ftexp.files import read_trial, write_json
 from ftexp.metrics import METRICS, SCORES, Direction
 from ftexp.progress import Sheet, quiet_libraries, say, warn
-from ftexp.sealed import FILE, line, lines, number, openings, ranged, times
+from ftexp.sealed import FILE, before, line, lines, number, openings, ranged, times
 from ftexp.sweep import __main__ as sweeps
 from ftexp.sweep import frozen, plugin
 from ftexp.sweep.frozen import Frozen
@@ -86,7 +86,9 @@ class Plan:
         return self.verdict.objective.removeprefix("valid/")
 
 
-def confirm(folder: Path, seeds: int | None = None, again: bool = False, by: str | None = None) -> dict[str, Any]:
+def confirm(
+    folder: Path, seeds: int | None = None, again: bool = False, by: str | None = None, name: str | None = None
+) -> dict[str, Any]:
     """Confirm a sweep, go on with what a kill left of it, or return what is kept.
 
     Args:
@@ -94,27 +96,33 @@ def confirm(folder: Path, seeds: int | None = None, again: bool = False, by: str
         seeds: fresh seeds a point; None takes those of the kept plan, else `SEEDS`.
         again: open the sealed rows once more; every output then says how often they were opened.
         by: score of held-out rows whose winner it is, as `valid/chrf`; None takes the sweep's first objective.
+        name: registered model that the winner is to become, for which it must have an adapter.
 
     Returns:
         The last entry of `confirm.json`: opening, plan and result.
 
     Raises:
         ConfigError: the sweep has no sealed rows or ranks by something else than held-out scores, `by` is no score that
-            its trials have, or its sealed rows were opened for another plan.
+            its trials have, its sealed rows were opened for another plan, or a winner with a `name` has no adapter.
         DataError: the rows are no longer those of the sweep.
-        MachineError: the sweep is not finished, or no point is complete.
+        MachineError: the sweep is not finished, no point is complete, or its store is not there from this folder.
         TrialsFailed: the winner diverged on every fresh seed.
     """
     sweep, record = sweeps.opened(folder)
     with plugin.only_supervisor(sweep.folder, sweep.name):
         plan = _plan(sweep, record, by)
+        if name is not None and plan.members[0].run.lora.variant is Variant.none:
+            raise ConfigError(f"--register={name} needs an adapter, {plan.members[0].label} trained the whole model")
         kept = openings(sweep.folder)
-        last = kept[-1] if kept else None
-        if last is not None and _asked_for(last, plan, seeds) and not (again and "result" in last):
-            return last if "result" in last else _carry_out(plan, kept)
-        entry = _opening(plan, seeds or SEEDS, again, kept)
-        _keep(sweep.folder, [*kept, entry])
-        return _carry_out(plan, [*kept, entry])
+        last = kept[-1] if kept and _asked_for(kept[-1], plan, seeds) else None
+        if last is not None and "result" in last and not again:
+            return last
+        if sweep.mlflow_run is not None:
+            track.check_here(sweep.track_uri)
+        if last is None or "result" in last:
+            kept = [*kept, _opening(plan, seeds or SEEDS, again, kept)]
+            _keep(sweep.folder, kept)
+        return _carry_out(plan, kept)
 
 
 def _keep(folder: Path, entries: list[dict[str, Any]]) -> None:
@@ -128,7 +136,7 @@ def _plan(sweep: Frozen, record: Any, by: str | None) -> Plan:
     from ftexp.sweep import screen
 
     objective = by or sweep.objectives[0]
-    if by is not None and objective.removeprefix("valid/") not in SCORES:
+    if by is not None and objective not in {f"valid/{name}" for name in SCORES}:
         raise ConfigError(f"--by must be a score of held-out rows, as valid/chrf, got {by}")
     if not objective.startswith("valid/"):
         raise ConfigError(f"{sweep.name} ranks by {objective}, which no held-out row tells; only valid/ is confirmed")
@@ -197,11 +205,11 @@ def _opening(plan: Plan, seeds: int, again: bool, kept: list[dict[str, Any]]) ->
             "launch it with data.test=200 under another name"
         )
     digest = splits.sealed_digest()
-    before = [entry for entry in kept if entry["test"]["sha256"] == digest]
-    if before and not again:
+    earlier = [entry for entry in kept if entry["test"]["sha256"] == digest]
+    if earlier and not again:
         raise ConfigError(
-            f"the sealed rows of {plan.sweep.name} were opened {before[-1]['date']} by {before[-1]['who']} for "
-            f"{_purpose(before[-1])}; --again opens them once more and says so everywhere"
+            f"the sealed rows of {plan.sweep.name} were opened {earlier[-1]['date']} by {earlier[-1]['who']} for "
+            f"{_purpose(earlier[-1])}; --again opens them once more and says so everywhere"
         )
     numbers = count(sum(len(entry["runs"]) for entry in kept))
     fresh = _fresh(plan, kept, seeds)
@@ -210,11 +218,14 @@ def _opening(plan: Plan, seeds: int, again: bool, kept: list[dict[str, Any]]) ->
         for (n, seed), number in zip(((n, s) for n in range(len(plan.members)) for s in fresh), numbers, strict=False)
     ]
     objective, usual = plan.verdict.objective, plan.sweep.objectives[0]
+    hashes = splits.sealed_hashes()
+    elsewhere, shared = _elsewhere(plan.sweep.folder, digest, hashes)
     return {
         **({} if objective == usual else {"by": objective}),
-        "opened": len(before) + 1, "date": datetime.now(UTC).isoformat(timespec="seconds"), "who": _who(),
-        "test": {"sha256": digest, "rows": len(splits.test)}, "plan": [member.told() for member in plan.members],
-        "seeds": fresh, "runs": runs, "elsewhere": _elsewhere(plan.sweep.folder, digest),
+        "opened": len(earlier) + 1, "date": datetime.now(UTC).isoformat(timespec="seconds"), "who": _who(),
+        "test": {"sha256": digest, "rows": len(splits.test), "hashes": " ".join(hashes)},
+        "plan": [member.told() for member in plan.members],
+        "seeds": fresh, "runs": runs, "elsewhere": elsewhere, "shared": shared,
     }  # fmt: skip
 
 
@@ -250,13 +261,20 @@ def _who() -> str:
     return f"{user} on {socket.gethostname()}"
 
 
-def _elsewhere(folder: Path, digest: str) -> list[str]:
-    """Name the sweeps beside this one that opened the same rows."""
+def _elsewhere(folder: Path, digest: str, hashes: list[str]) -> tuple[list[str], int]:
+    """Name the sweeps beside this one that opened some of the same rows, and count those rows.
+
+    Openings of before rows had hashes are known by the digest of all rows.
+    """
     others = (path.parent for path in sorted(folder.parent.glob(f"*/{FILE}")) if path.parent != folder)
-    return [
-        f"{other.name}, {entry['date']}" for other in others for entry in openings(other)
-        if entry["test"]["sha256"] == digest
-    ]  # fmt: skip
+    named, opened = [], set()
+    for name, entry in ((other.name, entry) for other in others for entry in openings(other)):
+        test = entry["test"]
+        theirs = set(hashes) if test["sha256"] == digest else set(test.get("hashes", "").split())
+        if not theirs.isdisjoint(hashes):
+            named.append(f"{name}, {entry['date']}")
+            opened |= theirs
+    return named, sum(row in opened for row in hashes)
 
 
 def _carry_out(plan: Plan, entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -285,8 +303,8 @@ def _folder(sweep: Frozen, planned: dict[str, Any]) -> Path:
 
 
 def _warn(entry: dict[str, Any]) -> None:
-    if entry["elsewhere"]:
-        warn(f"these sealed rows were opened before, by {'; '.join(entry['elsewhere'])}")
+    if told := before(entry):
+        warn(told)
     if entry["opened"] > 1:
         warn(f"the sealed rows are opened {times(entry)}; what was learned before may bias the choice")
 
@@ -476,6 +494,7 @@ def register(folder: Path, entry: dict[str, Any], name: str) -> registry.Version
     if "track" not in trial or not trial.get("mlflow_run"):
         raise MachineError(f"trial {number} of {folder.name} is not in MLflow; bring it with: python -m ftexp.sync")
     where = Track(uri=trial["track"]["uri"], experiment=trial["track"]["experiment"])
+    track.check_here(where.uri)
     told = json.dumps(trial["config"], sort_keys=True)
     score = entry["result"]["objective"].replace("valid/", "test/")
     ends = winner["test"][score.removeprefix("test/")]
@@ -536,7 +555,7 @@ def _main(args: argparse.Namespace) -> int:
     folder = sweeps.find(args.name).absolute()
     if args.register is not None:
         _check_register(folder, args.register)
-    entry = confirm(folder, args.seeds, args.again, args.by)
+    entry = confirm(folder, args.seeds, args.again, args.by, args.register)
     version = None if args.register is None else register(folder, entry, args.register)
     if args.json:
         print(verb.as_json(entry if version is None else entry | {"registered": asdict(version)}))

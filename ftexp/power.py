@@ -68,7 +68,7 @@ class Answer:
     plans: tuple[Plan, ...]
     """One for each number of seeds; empty without `effect`."""
     at: tuple[tuple[int, float | None, float], ...]
-    """For the rows there are: seeds, power, smallest effect found; empty without `rows`."""
+    """For the rows there are: seeds, power, smallest effect found, NaN for too few rows; empty without `rows`."""
 
 
 def parse(argv: list[str]) -> tuple[dict[str, float], tuple[int, ...], Path | None, bool]:
@@ -80,11 +80,16 @@ def parse(argv: list[str]) -> tuple[dict[str, float], tuple[int, ...], Path | No
     given: dict[str, float] = {}
     seeds: tuple[int, ...] = (1, 2, 3, 5)
     folder, as_json, left = None, False, list(argv)
+    named: set[str] = set()
     while left:
         word = left.pop(0)
         if word == "--json":
             as_json = True
-        elif word == "--from" or word.startswith("--from="):
+            continue
+        if (name := word.partition("=")[0]) in named:
+            raise ConfigError(f"{name} must be given once, got {word} too")
+        named.add(name)
+        if word == "--from" or word.startswith("--from="):
             text = word.partition("=")[2] or (left.pop(0) if left else "")
             if not text:
                 raise ConfigError("--from must be followed by the folder of a sweep, got nothing")
@@ -197,7 +202,9 @@ def lines(question: Question, found: Answer) -> list[str]:
     for seeds, chance, smallest in found.at:
         runs = f"{q.rows} rows, {seeds} seed{'s' if seeds > 1 else ''} a point"
         finds = "" if chance is None else f": {q.effect:g} is found with chance {chance:.2f}"
-        told.append(f"{runs}{finds}{':' if chance is None else ';'} {smallest:.3g} is found with chance {q.target:g}")
+        least = f"{smallest:.3g} is found with chance {q.target:g}"
+        least = "too few rows to tell any difference" if math.isnan(smallest) else least
+        told.append(f"{runs}{finds}{':' if chance is None else ';'} {least}")
     if q.spread.seed == 0 and q.spread.mixed == 0:
         told.append("Training noise counts as 0: give sd_seed, or a sweep with sweep.replicates.")
     return told

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from ftexp import config, track
 from ftexp.config import Track
@@ -56,7 +57,8 @@ def register(where: Track, run_id: str, name: str, tags: Mapping[str, str], abou
     client, _ = track.store(where)
     try:
         source = f"{client.get_run(run_id).info.artifact_uri}/{ADAPTER}"
-        if not client.list_artifacts(run_id, ADAPTER):
+        there = {Path(entry.path).name for entry in client.list_artifacts(run_id, ADAPTER)}
+        if not {"adapter_model.safetensors", "adapter_config.json"} <= there:  # an upload may have broken off
             raise MachineError(
                 f"track.uri={where.uri} holds no adapter of run {run_id}; bring it with: python -m ftexp.sync"
             )

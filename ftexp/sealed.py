@@ -53,8 +53,19 @@ def lines(entry: dict[str, Any]) -> list[str]:
                     f"p={pair['p']:.2g}: they {verdict} on sealed rows.")  # fmt: skip
     said += [f"The winner alone: {result['alone']}."] if result["alone"] else []
     said += ["One fresh seed: the intervals are over rows alone."] if len(winner["seeds"]) == 1 else []
-    said += [f"These sealed rows were opened before, by {'; '.join(entry['elsewhere'])}."] * bool(entry["elsewhere"])
-    return said
+    told = before(entry)
+    return said if told is None else [*said, f"{told[0].upper()}{told[1:]}."]
+
+
+def before(entry: dict[str, Any]) -> str | None:
+    """Tell which other sweeps opened rows of this opening before; None where none did."""
+    if not entry["elsewhere"]:
+        return None
+    rows = entry["test"]["rows"]
+    shared = entry.get("shared", rows)  # openings of before rows had hashes share all
+    which = "these sealed rows" if shared == rows else f"{shared} of these {rows} sealed rows"
+    were = "was" if shared == 1 < rows else "were"
+    return f"{which} {were} opened before, by {'; '.join(entry['elsewhere'])}"
 
 
 def moved(entry: dict[str, Any], trials: list[int], label: str, ranking: str) -> str | None:

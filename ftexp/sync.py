@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from ftexp import board, config, experiment, runs, sealed, track, verb
+from ftexp import board, config, experiment, registry, runs, sealed, track, verb
 from ftexp.config import Track
 from ftexp.errors import MachineError
 from ftexp.files import read_json, read_trial, write_json
-from ftexp.progress import progress, quiet_libraries
+from ftexp.progress import progress, quiet_libraries, say
 from ftexp.runs import Kept
 from ftexp.track import Log
 
@@ -44,6 +44,8 @@ class Brought:
     """Files and folders that were not there."""
     running: int = 0
     """Runs that are not over, or were killed and not gone on with, and are left out."""
+    damaged: int = 0
+    """Runs whose `trial.json` cannot be read, each told in one line, and are left out."""
 
 
 def sync(folders: list[Path], uri: str | None = None) -> Brought:
@@ -53,6 +55,8 @@ def sync(folders: list[Path], uri: str | None = None) -> Brought:
         folders: searched for runs.
         uri: tracking store; None takes the one each run was started with. Runs with `track=none` are left out.
 
+    A run whose `trial.json` is damaged is told on stderr and left out.
+
     Raises:
         MachineError: a store cannot be reached.
     """
@@ -61,24 +65,40 @@ def sync(folders: list[Path], uri: str | None = None) -> Brought:
     with progress("bringing runs", len(found)) as advance:
         for path in found:
             with FileLock(path.parent.parent / LOCK):  # of the sweep: another node may be bringing it
-                kept = Kept(path.parent, read_trial(path.parent) or {})
+                kept = _read(path.parent, told)
                 if "track" in kept.trial and kept.trial.get("state") == "running":
                     told.running += 1
                 elif "track" in kept.trial and "repeats" not in kept.trial:  # one run for a point and seed
-                    _bring(kept, uri or kept.trial["track"]["uri"], told, parents)
+                    _bring(kept, uri, told, parents)
             advance(1)
     return told
 
 
-def _bring(kept: Kept, uri: str, told: Brought, parents: dict[Path, str]) -> None:
+def _read(folder: Path, told: Brought) -> Kept:
+    """Read a run; one that is damaged is told, and is nothing to bring: the others are not to wait for it."""
+    try:
+        return Kept(folder, read_trial(folder) or {})
+    except MachineError as error:
+        say(str(error), always=True)
+        told.damaged += 1
+        return Kept(folder, {})
+
+
+def _bring(kept: Kept, given: str | None, told: Brought, parents: dict[Path, str]) -> None:
+    uri, own_id = given or kept.trial["track"]["uri"], kept.trial.get("mlflow_run")
     where = Track(uri=uri, experiment=kept.trial["track"]["experiment"])
+    if given is None and own_id is not None:
+        track.check_here(uri, ", or give --uri")
     client, _ = track.store(where)
-    own = uri == kept.trial["track"]["uri"]
-    run_id = _known(client, kept.trial.get("mlflow_run") if own else _elsewhere(kept.folder, uri))
+    run_id = _known(client, own_id, *_elsewhere(kept.folder, uri))
+    if given is None and run_id is None and own_id is not None and track.is_foreign(uri, kept.folder):
+        raise MachineError(
+            f"track.uri={uri} in {Path.cwd()} does not hold {kept.folder}; {track.FROM_WHERE}, or give --uri"
+        )
     parent = _parent(kept, where, client, parents, told)
     if run_id is None:
         run_id = track.create(where, kept.trial["label"], kept.folder, parent, min(_times(kept), default=None))
-        if own:
+        if _is_own(kept, uri):
             _note(kept.folder / "trial.json", run_id)
         else:
             _keep_elsewhere(kept.folder, uri, run_id)
@@ -86,16 +106,18 @@ def _bring(kept: Kept, uri: str, told: Brought, parents: dict[Path, str]) -> Non
     log = Log(kept.folder, client, run_id)
     _points(kept, client, log, told)
     stored = client.get_run(run_id)
-    if not stored.data.params:
-        log.params(kept.trial["config"])
+    log.params({k: v for k, v in kept.trial["config"].items() if k not in stored.data.params})
+    if stored.inputs is None or not stored.inputs.dataset_inputs:
         log.inputs(kept.trial.get("inputs", []))
     if "facts" in kept.trial:
         log.tags({f"ftexp.{k}": v for k, v in config.flat(kept.trial["facts"]).items()})
-    there = {entry.path for entry in client.list_artifacts(run_id)}
-    for name in ("examples.parquet", "labels.json", "adapter"):
-        if name not in there and (kept.folder / name).exists():
-            log.files(kept.folder / name, "adapter" if name == "adapter" else None)
-            told.files += 1
+    there = _stored(client, run_id)
+    for name in ("examples.parquet", "labels.json", registry.ADAPTER):
+        missing = [path for path in _files(kept.folder / name) if _is_missing(path, kept.folder, there)]
+        for path in missing:
+            under = path.parent.relative_to(kept.folder).as_posix()
+            log.files(path, None if under == "." else under)
+        told.files += bool(missing)
     if "examples.json" not in there and (kept.folder / "examples.parquet").exists():
         log.table(_examples(kept), "examples")
         told.files += 1
@@ -104,6 +126,24 @@ def _bring(kept: Kept, uri: str, told: Brought, parents: dict[Path, str]) -> Non
     if log.client is None:
         raise MachineError(f"track.uri={uri} failed while {kept.folder} was brought; the same command goes on")
     _end(kept, client, stored)
+
+
+def _stored(client: MlflowClient, run_id: str, under: str | None = None) -> dict[str, int | None]:
+    """Return the sizes of a run's files in the store by their paths; None where a store does not tell one."""
+    found: dict[str, int | None] = {}
+    for entry in client.list_artifacts(run_id, under):
+        found |= _stored(client, run_id, entry.path) if entry.is_dir else {entry.path: entry.file_size}
+    return found
+
+
+def _files(path: Path) -> list[Path]:
+    """List a file, or all files below a folder; none where there is neither."""
+    return [file for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
+
+
+def _is_missing(path: Path, folder: Path, there: dict[str, int | None]) -> bool:
+    """Tell whether the store has a file not at all or, of an upload that broke off, in another size."""
+    return there.get(path.relative_to(folder).as_posix(), -1) not in (None, path.stat().st_size)
 
 
 def _confirmed(sweep: Path, trial: str | None = None) -> dict[str, str]:
@@ -139,33 +179,40 @@ def _times(kept: Kept) -> list[int]:
     return [int(point["time"]) for point in kept.points()]
 
 
-def _elsewhere(folder: Path, uri: str) -> str | None:
-    """Return the id that a run or sweep was given in a store which is not its own."""
-    return (read_json(folder / ELSEWHERE) or {}).get(_hashed(uri))
+def _is_own(kept: Kept, uri: str) -> bool:
+    return track.address(uri) == track.address(kept.trial["track"]["uri"])
+
+
+def _elsewhere(folder: Path, uri: str) -> list[str]:
+    """Return the ids that a run or sweep was given in a store not its own, by its address or as that was given."""
+    kept = read_json(folder / ELSEWHERE) or {}
+    return [kept[key] for key in (_hashed(track.address(uri)), _hashed(uri)) if key in kept]
 
 
 def _keep_elsewhere(folder: Path, uri: str, run_id: str) -> None:
-    write_json(folder / ELSEWHERE, (read_json(folder / ELSEWHERE) or {}) | {_hashed(uri): run_id})
+    write_json(folder / ELSEWHERE, (read_json(folder / ELSEWHERE) or {}) | {_hashed(track.address(uri)): run_id})
 
 
 def _hashed(uri: str) -> str:
     return hashlib.sha256(uri.encode()).hexdigest()  # a uri may hold a password
 
 
-def _known(client: MlflowClient, run_id: str | None) -> str | None:
-    """Return a run's id where the store holds it.
+def _known(client: MlflowClient, *run_ids: str | None) -> str | None:
+    """Return the first id of a run that the store holds: its own one too, for a store may be spelled in several ways.
 
     Raises:
         MachineError: the store does not answer.
     """
     from mlflow.exceptions import MlflowException
 
-    try:
-        return None if run_id is None else client.get_run(run_id).info.run_id
-    except MlflowException as error:
-        if track.is_unanswered(error):
-            raise MachineError(f"the tracking store does not answer: {str(error).splitlines()[0][:200]}") from error
-        return None
+    for run_id in run_ids:
+        try:
+            if run_id is not None:
+                return client.get_run(run_id).info.run_id
+        except MlflowException as error:
+            if track.is_unanswered(error):
+                raise MachineError(f"the tracking store does not answer: {str(error).splitlines()[0][:200]}") from error
+    return None
 
 
 def _parent(
@@ -178,8 +225,7 @@ def _parent(
     if sweep is None:
         return None
     if folder not in parents:
-        own = where.uri == kept.trial["track"]["uri"]
-        known = _known(client, sweep["mlflow_run"] if own else _elsewhere(folder, where.uri))
+        known = _known(client, sweep["mlflow_run"], *_elsewhere(folder, where.uri))
         parents[folder] = known or track.create(where, sweep["name"], folder, None)
         for name, value in _confirmed(folder).items():
             client.set_tag(parents[folder], name, value)
@@ -191,7 +237,7 @@ def _parent(
             Log(folder, client, parents[folder]).params(track.searched(read_json(folder / "identity.json") or {}))
             keys = [axis["key"] for axis in sweep.get("axes", ()) if not axis.get("composes")]
             track.view(where, parents[folder], sweep["name"], sweep["objectives"], keys)
-            if own:
+            if _is_own(kept, where.uri):
                 _note(folder / "sweep.json", parents[folder])
             else:
                 _keep_elsewhere(folder, where.uri, parents[folder])
@@ -211,7 +257,10 @@ def _note(path: Path, run_id: str) -> None:
 
 def _end_of_sweep(folder: Path, sweep: dict[str, Any]) -> str | None:
     """Tell how a sweep ended, as MLflow says it; None of one that has trials left, or does not say how many it has."""
-    trials = [read_trial(path.parent) or {} for path in folder.glob("[0-9]*/trial.json")]
+    try:
+        trials = [read_trial(path.parent) or {} for path in folder.glob("[0-9]*/trial.json")]
+    except MachineError:  # of a damaged trial, which is told where it is to be brought
+        return None
     states = {(trial | board.undefined(trial, sweep.get("objectives", ()))).get("state") for trial in trials}
     whole = 0 < sweep.get("tickets", 0) <= len(trials)
     if whole and states <= {"complete", "pruned", "skipped", "failed"}:
@@ -266,7 +315,7 @@ def _main(args: argparse.Namespace) -> int:
         print(f"brought {told.runs} runs, {told.points} points and {told.files} files that were not there")
         if told.running:
             print(f"left out {told.running} that are not over; one that was killed is brought once it has gone on")
-    return 0
+    return MachineError.exit_code if told.damaged else 0
 
 
 if __name__ == "__main__":

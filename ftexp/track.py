@@ -44,6 +44,7 @@ CONFIRMED = "ftexp.confirmed"
 ENDS = {PRUNED, ERROR}
 """Tags that tell how an attempt ended."""
 SQLITE = "sqlite:///"
+FROM_WHERE = "call this from the folder that the run was started in"
 VIEWS, VIEW = "mlflow.sharedViewState.", "ftexp"
 """Tag of an experiment that holds a view of its runs, and the key of ours."""
 KIND = {"mlflow.experimentKind": "custom_model_development"}
@@ -474,6 +475,41 @@ def store(track: Track) -> tuple[MlflowClient, str]:
     return _stores[key]
 
 
+def address(uri: str) -> str:
+    """Spell the address of a store in one way: a SQLite file by its whole path, another without a slash at its end.
+
+    >>> address("sqlite:////a/../b.db?x=1"), address("http://host:5000/")
+    ('sqlite:////b.db?x=1', 'http://host:5000')
+    """
+    if not uri.startswith(SQLITE):
+        return uri.rstrip("/")
+    name, mark, query = uri.removeprefix(SQLITE).partition("?")
+    return f"{SQLITE}{Path(name).resolve()}{mark}{query}"
+
+
+def check_here(uri: str, else_do: str = "") -> None:
+    """Refuse a SQLite store that runs are in already and that is not there, as from another folder: it would be made.
+
+    Raises:
+        MachineError: says from where to call, `else_do` what may be done instead.
+    """
+    path = _relative(uri)
+    if path is not None and not path.exists():
+        raise MachineError(f"track.uri={uri} is not there from {Path.cwd()}; {FROM_WHERE}{else_do}")
+
+
+def is_foreign(uri: str, folder: Path) -> bool:
+    """Tell whether a SQLite store of a relative name is likely another one here: the run is not in its folder."""
+    path = _relative(uri)
+    return path is not None and not folder.resolve().is_relative_to(path.parent.resolve())
+
+
+def _relative(uri: str) -> Path | None:
+    """Return the file of a SQLite store whose name depends on the current folder."""
+    path = Path(uri.removeprefix(SQLITE).partition("?")[0])
+    return path if uri.startswith(SQLITE) and not path.is_absolute() else None
+
+
 def _restrain() -> None:
     """Keep MLflow from waiting long and talking much."""
     import logging
@@ -494,20 +530,18 @@ def _connect(track: Track, moved: bool = False) -> tuple[MlflowClient, str]:
         from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    artifacts, address, path = None, track.uri, None
+    artifacts, path = None, None
     lock: Any = _unlocked()
     try:
         if track.uri.startswith(SQLITE):
-            name, mark, query = track.uri.removeprefix(SQLITE).partition("?")
-            path = Path(name)
+            path = Path(track.uri.removeprefix(SQLITE).partition("?")[0])
             path.parent.mkdir(parents=True, exist_ok=True)
             artifacts = (path.parent / "mlartifacts").resolve().as_uri()
             lock = FileLock(f"{path}.lock")
-            address = f"{SQLITE}{path.resolve()}{mark}{query}" if moved else track.uri
         with lock:
             if path is not None and not path.exists():
                 _begin(path)
-            client = MlflowClient(tracking_uri=address)
+            client = MlflowClient(tracking_uri=address(track.uri) if path is not None and moved else track.uri)
             found = client.get_experiment_by_name(track.experiment)
             experiment = found.experiment_id if found else client.create_experiment(track.experiment, artifacts, KIND)
     except (MlflowException, SQLAlchemyError, OSError) as error:

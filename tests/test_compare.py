@@ -267,6 +267,17 @@ def test_one_unit_tells_no_noise(sweep):
     assert not any("too good" in line or "nan" in line for line in compare.lines(found))
 
 
+def test_few_rows_that_can_tell_nothing_say_so(sweep):
+    """Five signs have no p below 2 / 2 ** 5; the JSON has no number for what such a sweep finds."""
+    folder = sweep((64, 0, {}), (8, 0.5, {}), prompts=[f"{n % 5}" for n in range(40)])
+    found = read(folder)
+    (told,) = [line for line in compare.lines(found) if line.startswith("5 rows: ")]
+    assert told.startswith("5 rows: too few rows to tell any difference; were all points equal, the best would look 0.")
+    gathered = report.gather(folder)
+    assert report.data(gathered)["detectable"] is None
+    assert "Too few rows to tell any difference: 5" in page._noise(gathered)
+
+
 def test_rows_of_one_document_are_one_unit(sweep):
     units = {"unit": [n // 8 for n in range(40)]}
     assert read(sweep((64, 0, {}), (16, 0, {}), columns=[units, units])).rows == 5

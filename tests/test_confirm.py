@@ -320,6 +320,23 @@ def test_same_rows_opened_by_another_sweep_are_told(sweep, quick, cli, tmp_path)
     assert confirm.openings(sweep)[0]["opened"] == 1
 
 
+@pytest.mark.parametrize("hashes", [True, False])
+def test_sealed_rows_that_another_sweep_opened_in_part_are_counted(sweep, quick, cli, tmp_path, hashes):
+    """As of `data.test=11` after `data.test=10`; openings of before rows had hashes are known by their digest alone."""
+    other = Path(shutil.copytree(sweep, tmp_path / "outputs" / "sweeps" / "other"))
+    entry = confirm.confirm(other)
+    ten = " ".join([*entry["test"]["hashes"].split()[:10], "0" * 16])
+    test = (
+        {"sha256": "another", "rows": 11, "hashes": ten} if hashes else {"sha256": entry["test"]["sha256"], "rows": 20}
+    )
+    write_json(other / "confirm.json", {"line": "", "openings": [entry | {"test": test}]})
+    code, out, err = cli("s", "--seeds", "1")
+    assert code == 0
+    told = f"sealed rows were opened before, by other, {entry['date']}"
+    assert (f"warning: 10 of these 20 {told}" in err) == hashes
+    assert f"10 of these 20 {told}." in out if hashes else f"These {told}." in out
+
+
 @pytest.mark.parametrize("seeds", [(3,), (2, 3, 4)])
 def test_seed_that_diverges_is_counted(sweep, cli, monkeypatch, seeds):
     honest = sft.train
@@ -412,6 +429,7 @@ def test_sweep_that_runs_is_refused(sweep):
         (["s", "--by", "cost/seconds"], 2, "--by must be a score of held-out rows, as valid/chrf, got cost/seconds"),
         (["s", "--by", "scores.py:number"], 2, "--by must be a score of held-out rows, as valid/chrf, got scores.py:"),
         (["s", "--by", "valid/chrf"], 2, "chrf"),
+        (["s", "--by", "chrf"], 2, "--by must be a score of held-out rows, as valid/chrf, got chrf"),
     ],
 )
 def test_mistake_is_told_in_one_line(sweep, cli, argv, code, message):
@@ -560,6 +578,13 @@ def test_confirmed_winner_is_registered(tmp_path, monkeypatch, cli, quick):
     count = len(quick)
     _, again, _ = cli("s", "--register", "yoda")
     assert "registered before: models:/yoda/1" in again and len(quick) == count
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    for more in (["--again"], ["--register", "yoda"]):  # a store here would be a stray one
+        code, _, err = cli(str(sweep), *more)
+        assert (code, err.count("\n")) == (4, 1)
+        assert f"track.uri=sqlite:///outputs/mlflow.db is not there from {tmp_path}/away; call this from the" in err
+    assert cli(str(sweep))[0] == 0 and len(quick) == count and not list((tmp_path / "away").iterdir())
 
 
 def test_what_cannot_be_registered_is_refused_before_training(sweep, quick, cli):
@@ -568,6 +593,21 @@ def test_what_cannot_be_registered_is_refused_before_training(sweep, quick, cli)
     code, _, err = cli("s", "--register", "a/b")
     assert code == 2 and "--register must be 1 to 64 letters" in err
     assert not quick and not (sweep / "confirm.json").exists()
+
+
+def test_winner_without_an_adapter_is_not_to_be_registered_and_opens_nothing(tmp_path, cli, quick, monkeypatch):
+    config.register()
+    with monkeypatch.context() as real:
+        real.setattr(experiment, "execute", EXECUTE)
+        sweep = launched(
+            tmp_path, *(o for o in SMALL if "trainer.lr" not in o), "lora=none", "trainer.lr=1e-4,1e-3", "eval=loss"
+        )
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli("s", "--register", "yoda")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "--register=yoda needs an adapter, trainer.lr=" in err and "trained the whole model" in err
+    assert not quick and not (sweep / "confirm.json").exists()
+    assert cli("s", "--seeds", "1")[0] == 0
 
 
 def test_all_points_are_counted_whose_best_was_chosen(sweep, quick, monkeypatch):

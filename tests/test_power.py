@@ -56,6 +56,15 @@ def test_rows_alone_tell_the_smallest_effect(ask):
     assert "34 rows, 1 seed a point: 0.495 is found with chance 0.8" in out
 
 
+def test_rows_that_are_too_few_say_so(ask):
+    _, out, _ = ask("effect=9", "rows=5", "sd_rows=0.1", "seeds=1,2")
+    assert "1 seed a point: 6 rows find 9 with chance 1.00" in out
+    assert "5 rows, 1 seed a point: 9 is found with chance 0.00; too few rows to tell any difference" in out
+    assert "5 rows, 2 seeds a point: 9 is found with chance 1.00; 0." in out
+    _, out, _ = ask("rows=5", "sd_rows=0.1", "seeds=1", "--json")
+    assert json.loads(out)["at"] == [[1, None, None]]
+
+
 def test_noise_is_read_from_a_sweep(ask, sweep):  # noqa: F811
     folder = sweep((64, 0, {}), (64, 0.1, {}), (16, 0, {}), (16, 0.1, {}), (8, 0, {}), (8, 0.1, {}), replicates=2)
     code, out, _ = ask("effect=0.05", "--from", folder, "--json")
@@ -88,6 +97,8 @@ def test_noise_is_read_from_a_sweep(ask, sweep):  # noqa: F811
         (["effect=1", "sd_rows=1", "alpha=1"], "alpha must be between 1e-06 and 0.5, got 1"),
         (["effct=1", "sd_rows=1"], "effct=1: must be key=value with a key among effect,"),
         (["effect"], "effect: must be key=value"),
+        (["effect=0.1", "effect=0.02", "sd_rows=1"], "effect must be given once, got effect=0.02 too"),
+        (["effect=1", "sd_rows=1", "seeds=1", "seeds=2"], "seeds must be given once, got seeds=2 too"),
         (["effect=1", "--from"], "--from must be followed by the folder of a sweep"),
     ],
 )

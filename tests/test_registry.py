@@ -1,5 +1,7 @@
 """MLflow's model registry, in a real local store: what a version holds, and every refusal."""
 
+from pathlib import Path
+
 import pytest
 
 from ftexp import registry, track
@@ -19,6 +21,7 @@ def tracked(tiny, store, tmp_path):
     run.track = store
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
     with track.start(run, tmp_path / "run", "x", None) as log:
         log.files(tmp_path / "adapter", "adapter")
     return log.run_id
@@ -60,6 +63,17 @@ def test_what_is_not_in_the_store_is_refused(store, tracked, tiny, tmp_path):
     with pytest.raises(MachineError, match=f"holds no adapter of run {log.run_id}; bring it with"):
         registry.register(store, log.run_id, "yoda", {}, "")
     assert not track.store(store)[0].search_registered_models()  # nothing half made
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_adapter_that_came_by_half_is_refused(store, tracked, name):
+    from urllib.parse import urlparse
+
+    client, _ = track.store(store)
+    (Path(urlparse(client.get_run(tracked).info.artifact_uri).path) / "adapter" / name).unlink()
+    with pytest.raises(MachineError, match=f"holds no adapter of run {tracked}; bring it with"):
+        registry.register(store, tracked, "yoda", {}, "")
+    assert not client.search_registered_models()
 
 
 @pytest.mark.parametrize("name", ["", " ", "a/b", "a:b", "it's", "a\nb", "x" * 65])

@@ -139,6 +139,72 @@ def test_sabotage_without_a_look_at_the_store_points_are_brought_again(cli, tmp_
     assert sync.sync([tmp_path / "outputs"]).points > 0
 
 
+def stored(client, run_id):
+    return Path(client.get_run(run_id).info.artifact_uri.removeprefix("file://"))
+
+
+def test_files_of_an_adapter_that_came_by_half_are_brought(cli, verb, tmp_path):
+    """An upload that broke off left one file out and one torn."""
+    assert cli(*TINY, "eval=loss", "name=one", f"track.uri=sqlite:///{tmp_path}/ml.db")[0] == 0
+    run = tmp_path / "outputs/runs/one"
+    client, _ = track.store(Track(uri=f"sqlite:///{tmp_path}/ml.db"))
+    there = stored(client, read_json(run / "trial.json")["mlflow_run"]) / "adapter"
+    whole = {path.name: path.read_bytes() for path in (run / "adapter").iterdir()}
+    assert {path.name: path.read_bytes() for path in there.iterdir()} == whole
+    (there / "adapter_model.safetensors").unlink()
+    (there / "adapter_config.json").write_text("{")
+    assert json.loads(verb("--json")[1])["files"] == 1
+    assert {path.name: path.read_bytes() for path in there.iterdir()} == whole
+    assert json.loads(verb("--json")[1])["files"] == 0
+
+
+@pytest.mark.parametrize("lost", ["inputs", "params"])
+def test_data_sets_and_parameters_that_were_missed_are_brought_each_for_itself(cli, tmp_path, monkeypatch, lost):
+    """The store failed after the parameters, or after the first call of them."""
+    honest = track.Log.params
+    if lost == "inputs":
+        monkeypatch.setattr(track.Log, "inputs", lambda *_: None)
+    else:
+        monkeypatch.setattr(track.Log, "params", lambda log, told: honest(log, dict(list(told.items())[:3])))
+    assert cli(*TINY, "eval=loss", "name=one", f"track.uri=sqlite:///{tmp_path}/ml.db")[0] == 0
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    kept = read_json(tmp_path / "outputs/runs/one/trial.json")
+    client, _ = track.store(Track(uri=f"sqlite:///{tmp_path}/ml.db"))
+    for _ in range(2):
+        sync.sync([tmp_path / "outputs"])
+        run = client.get_run(kept["mlflow_run"])
+        assert sorted(one.tags[0].value for one in run.inputs.dataset_inputs) == ["training", "validation"]
+        assert kept["config"].keys() <= run.data.params.keys()
+        assert not [tag for tag in run.data.tags if tag.startswith(track.CHANGED)]
+
+
+def test_store_in_another_spelling_or_seen_from_another_folder_takes_no_run_twice(cli, verb, tmp_path, monkeypatch):
+    assert cli("lora.r=2,4", *TINY, "eval=loss", "name=s", "-m")[0] == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "outputs").rglob("*.json")}
+    (tmp_path / "away").mkdir()
+    for folder in (tmp_path, tmp_path / "away"):
+        monkeypatch.chdir(folder)
+        code, out, err = verb(str(tmp_path / "outputs"), "--uri", f"sqlite:///{tmp_path}/away/../outputs/mlflow.db")
+        assert (code, out) == (0, "brought 0 runs, 0 points and 0 files that were not there\n"), err
+    code, _, err = verb(str(tmp_path / "outputs"))
+    assert (code, err.count("\n")) == (4, 1)
+    assert f"track.uri=sqlite:///outputs/mlflow.db is not there from {tmp_path}/away; call this from the folder" in err
+    assert ", or give --uri" in err
+    assert not list((tmp_path / "away").iterdir())
+    track.store(Track())  # of another project
+    code, _, err = verb(str(tmp_path / "outputs"))
+    assert code == 4 and f"in {tmp_path}/away does not hold {tmp_path}/outputs/sweeps/s/0; call this from" in err
+    assert {path: path.read_bytes() for path in (tmp_path / "outputs").rglob("*.json")} == files
+    assert not histories("sqlite:///outputs/mlflow.db")
+
+
+def test_second_store_in_another_spelling_takes_no_run_twice(cli, verb, tmp_path):
+    assert cli(*TINY, "eval=loss", "name=one", f"track.uri=sqlite:///{tmp_path}/own.db")[0] == 0
+    uris = ("sqlite:///team.db", f"sqlite:///{tmp_path}/team.db", "sqlite:///outputs/../team.db")
+    assert [json.loads(verb("--uri", uri, "--json")[1])["runs"] for uri in uris] == [1, 0, 0]
+
+
 class Silent:
     """A store whose calls of some names time out, as of a server that is stopped."""
 
@@ -275,9 +341,20 @@ def test_dead_store_is_named(cli, verb, tmp_path):
         sync.sync([tmp_path / "outputs"])
 
 
+def test_damaged_run_is_told_and_the_others_are_brought(cli, verb, tmp_path):
+    assert cli("lora.r=2,4", *TINY, "eval=loss", "name=s", DEAD, "-m")[0] == 0
+    path = tmp_path / "outputs/sweeps/s/0/trial.json"
+    path.write_text(path.read_text()[:40])
+    uri = f"sqlite:///{tmp_path}/ml.db"
+    code, out, err = verb("--uri", uri, "--json")
+    assert (code, json.loads(out)["runs"], json.loads(out)["damaged"]) == (4, 2, 1)
+    assert err.count("outputs/sweeps/s/0/trial.json: is damaged, it must be JSON") == 1
+    assert set(histories(uri)) == {"s", "lora.r=4"}
+
+
 def test_run_without_tracking_is_left_out(cli, verb):
     assert cli(*TINY, "name=one", "track=none")[0] == 0
-    assert json.loads(verb("--json")[1]) == {"runs": 0, "points": 0, "files": 0, "running": 0}
+    assert json.loads(verb("--json")[1]) == {"runs": 0, "points": 0, "files": 0, "running": 0, "damaged": 0}
 
 
 def test_help_names_the_folder_that_is_searched(verb, capsys):

@@ -146,7 +146,7 @@ def _noise(sweep: Sweep) -> str:
         f"Between seeds: standard deviation {_number(seeds.sd)}{unit} ({_span(seeds.low, seeds.high)})."
     )  # fmt: skip
     if not math.isfinite(verdict.detectable):
-        return floor
+        return f"{floor}<br>Too few rows to tell any difference: {verdict.rows}"
     return (
         f"{floor}<br>Smallest difference found in four of five cases, with {verdict.rows} rows: "
         f"<strong>{_number(verdict.detectable)}{unit}</strong>"

@@ -95,6 +95,7 @@ def power(effect: float, rows: float, spread: Spread, seeds: int = 1, trials: in
 
     With one seed the test does not see training noise. What is returned then is the chance that these two runs are told
     apart; with `effect` 0 it is the rate of false winners a pair, above `alpha` where the noise between seeds matters.
+    The exact test counts 2 ** rows signs and has no p below 2 ** (1 - rows): few rows have no power (`can_tell`).
 
     Args:
         effect: true difference, in units of the score.
@@ -110,6 +111,8 @@ def power(effect: float, rows: float, spread: Spread, seeds: int = 1, trials: in
     row_part = spread.rows**2 / rows
     seed_part = 2 * (spread.seed**2 + spread.mixed**2 / rows) / seeds
     total = row_part + seed_part
+    if not can_tell(rows, seeds, alpha):
+        return 0.0
     seen = total if seeds > 1 else row_part + 2 * spread.mixed**2 / rows
     if seen == 0:
         return float(effect != 0 or total > 0)
@@ -123,6 +126,15 @@ def power(effect: float, rows: float, spread: Spread, seeds: int = 1, trials: in
         weighted = drawn * critical(trials, df, alpha) + row_part * critical(trials, rows - 1, alpha)
         bars = weighted / np.sqrt((drawn + row_part) * total)
     return float((norm.sf(bars - shift) + norm.cdf(-bars - shift)).mean())
+
+
+def can_tell(rows: float, seeds: int = 1, alpha: float = ALPHA) -> bool:
+    """Tell whether any difference on so few rows can be told: with one seed all signs and their mirror are the best p.
+
+    >>> can_tell(5), can_tell(6)
+    (False, True)
+    """
+    return seeds > 1 or 2.0 ** (1 - rows) <= alpha
 
 
 def critical(trials: int, df: float, alpha: float = ALPHA) -> float:
@@ -182,12 +194,14 @@ def needed(
 def detectable(
     rows: int, spread: Spread, seeds: int = 1, trials: int = 2, alpha: float = ALPHA, target: float = POWER
 ) -> float:
-    """Smallest difference that `power` finds with chance `target`; arguments as there. NaN for fewer than two rows.
+    """Smallest difference that `power` finds with chance `target`; arguments as there.
+
+    NaN for fewer than two rows, and for so few that they tell no difference.
 
     >>> round(detectable(34, Spread(1.0)), 3)
     0.495
     """
-    if rows < 2 or math.isnan(spread.rows):
+    if rows < 2 or math.isnan(spread.rows) or not can_tell(rows, seeds, alpha):
         return math.nan
     scale = math.sqrt(spread.rows**2 / rows + 2 * (spread.seed**2 + spread.mixed**2 / rows) / seeds)
 

@@ -310,6 +310,8 @@ def test_sealed_digest_is_of_the_test_rows_alone_in_any_order():
     other = Splits(tuple(rows[1:4]), tuple(rows[:1]), tuple(rows[:3:-1]), 6)
     assert one.sealed_digest() == other.sealed_digest()
     assert replace(one, test=tuple(rows[3:5])).sealed_digest() != one.sealed_digest()
+    assert one.sealed_hashes() == other.sealed_hashes()
+    assert len({*one.sealed_hashes(), *replace(one, test=tuple(rows[3:5])).sealed_hashes()}) == 3
 
 
 def test_one_prompt_with_many_answers_can_be_parted_where_leaks_are_allowed():

@@ -105,7 +105,7 @@ def test_usersmd_example_paired_and_unpaired():
 
 
 def test_smallest_effect_is_found_for_any_noise():
-    for rows, sd, trials in ((40, 0.14, 18), (3, 1e-9, 2), (5000, 1e6, 50)):
+    for rows, sd, trials in ((40, 0.14, 18), (6, 1e-9, 2), (5000, 1e6, 50)):
         found = detectable(rows, Spread(sd), trials=trials)
         assert power(found, rows, Spread(sd), trials=trials) == pytest.approx(0.8, abs=0.001)
 
@@ -114,6 +114,21 @@ def test_detectable_without_noise_or_rows():
     assert detectable(50, Spread(0.0)) == 0
     assert math.isnan(detectable(1, Spread(1.0)))
     assert math.isnan(detectable(50, Spread(math.nan)))
+
+
+@pytest.mark.parametrize(("alpha", "fewest"), [(0.05, 6), (0.01, 8), (0.5, 2)])
+def test_rows_whose_signs_cannot_tell_promise_nothing(alpha, fewest):
+    """All signs and their mirror are the smallest p of the exact test, 2 / 2 ** rows, however large the effect is."""
+    for spread in (Spread(0.1), Spread(0.0)):
+        told = [power(100.0, rows, spread, alpha=alpha) > 0 for rows in range(2, 12)]
+        assert told == [rows >= fewest for rows in range(2, 12)]
+        assert [math.isfinite(detectable(rows, spread, alpha=alpha)) for rows in range(2, 12)] == told
+        assert needed(100.0, spread, alpha=alpha).rows == fewest
+    for rows in (fewest - 1, fewest):
+        better, worse = mean([0.0] * rows), mean([1.0 + n / 10 for n in range(rows)])
+        (pair,) = pairs.compare([[better], [worse]], Direction.minimize).pairs
+        assert (pair.p <= alpha) == (rows == fewest)
+    assert power(100.0, 3, Spread(0.1), seeds=2, alpha=alpha) > 0.5  # the test over seeds counts no signs
 
 
 def test_expected_maximum_equals_simulation():
