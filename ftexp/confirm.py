@@ -118,7 +118,7 @@ def confirm(
         if last is not None and "result" in last and not again:
             return last
         if sweep.mlflow_run is not None:
-            track.check_here(sweep.track_uri)
+            track.check_here(sweep.track_uri, sweep.folder)
         if last is None or "result" in last:
             kept = [*kept, _opening(plan, seeds or SEEDS, again, kept)]
             _keep(sweep.folder, kept)
@@ -494,7 +494,7 @@ def register(folder: Path, entry: dict[str, Any], name: str) -> registry.Version
     if "track" not in trial or not trial.get("mlflow_run"):
         raise MachineError(f"trial {number} of {folder.name} is not in MLflow; bring it with: python -m ftexp.sync")
     where = Track(uri=trial["track"]["uri"], experiment=trial["track"]["experiment"])
-    track.check_here(where.uri)
+    track.check_here(where.uri, folder)
     told = json.dumps(trial["config"], sort_keys=True)
     score = entry["result"]["objective"].replace("valid/", "test/")
     ends = winner["test"][score.removeprefix("test/")]

@@ -88,7 +88,7 @@ def _bring(kept: Kept, given: str | None, told: Brought, parents: dict[Path, str
     uri, own_id = given or kept.trial["track"]["uri"], kept.trial.get("mlflow_run")
     where = Track(uri=uri, experiment=kept.trial["track"]["experiment"])
     if given is None and own_id is not None:
-        track.check_here(uri, ", or give --uri")
+        track.check_here(uri, kept.folder, ", or give --uri")
     client, _ = track.store(where)
     run_id = _known(client, own_id, *_elsewhere(kept.folder, uri))
     if given is None and run_id is None and own_id is not None and track.is_foreign(uri, kept.folder):

@@ -487,14 +487,16 @@ def address(uri: str) -> str:
     return f"{SQLITE}{Path(name).resolve()}{mark}{query}"
 
 
-def check_here(uri: str, else_do: str = "") -> None:
-    """Refuse a SQLite store that runs are in already and that is not there, as from another folder: it would be made.
+def check_here(uri: str, folder: Path, else_do: str = "") -> None:
+    """Refuse a SQLite store that the run of a folder is in and that is not there from here: it would be made.
+
+    Where the folder lies beside it, the store was deleted, and is made anew.
 
     Raises:
         MachineError: says from where to call, `else_do` what may be done instead.
     """
     path = _relative(uri)
-    if path is not None and not path.exists():
+    if path is not None and not path.exists() and is_foreign(uri, folder):
         raise MachineError(f"track.uri={uri} is not there from {Path.cwd()}; {FROM_WHERE}{else_do}")
 
 

@@ -199,6 +199,14 @@ def test_store_in_another_spelling_or_seen_from_another_folder_takes_no_run_twic
     assert not histories("sqlite:///outputs/mlflow.db")
 
 
+def test_a_store_that_was_deleted_is_made_anew_beside_its_runs(cli, tmp_path):
+    assert cli(*TINY, "eval=loss", "name=one")[0] == 0
+    for path in (tmp_path / "outputs").glob("mlflow.db*"):
+        path.unlink()
+    again = subprocess.run([sys.executable, "-m", "ftexp.sync", "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(again.stdout)["runs"] == 1  # another process: MLflow holds the file that was deleted
+
+
 def test_second_store_in_another_spelling_takes_no_run_twice(cli, verb, tmp_path):
     assert cli(*TINY, "eval=loss", "name=one", f"track.uri=sqlite:///{tmp_path}/own.db")[0] == 0
     uris = ("sqlite:///team.db", f"sqlite:///{tmp_path}/team.db", "sqlite:///outputs/../team.db")
