@@ -950,10 +950,13 @@ def idle(run: Run, key: str) -> str | None:
     """Tell why a key has no effect on a run, whatever its value; None where it has one, or only others know."""
     rules = (
         (run.lora.variant is Variant.none and key.startswith("lora.") and key not in ("lora.variant", "lora.train"),
-         "lora.variant=none has no adapter"),
-        (not run.eval.generate and key == "eval.max_new_tokens", "eval.generate=false writes nothing"),
-        (run.trainer.steps is not None and key == "trainer.epochs", f"trainer.steps={run.trainer.steps} goes before"),
-        (bool(run.data.valid_path) and key == "data.valid", "data.valid_path holds the held-out rows"),
+         "lora.variant=none has no adapter (lora=default has one)"),
+        (not run.eval.generate and key == "eval.max_new_tokens",
+         "eval.generate=false writes nothing (eval.generate=true does)"),
+        (run.trainer.steps is not None and key == "trainer.epochs",
+         f"trainer.steps={run.trainer.steps} goes before (trainer.steps=null trains for epochs)"),
+        (bool(run.data.valid_path) and key == "data.valid",
+         "data.valid_path holds the held-out rows (data.valid_path='' draws them)"),
     )  # fmt: skip
     return next((why for holds, why in rules if holds), None)
 

@@ -9,7 +9,7 @@ import argparse
 import difflib
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -363,6 +363,18 @@ def _check_idle(overrides: list[str]) -> None:
         for start, free, holds, why in rules:
             if holds and key.startswith(start) and key not in free:
                 raise ConfigError(f"{key} must be left out with {why}, got {value}")
+
+
+def check_effect(overrides: list[str], runs: Sequence[config.Run]) -> None:
+    """Refuse a key with one value that has no effect on any of the runs, as files of groups may leave it without.
+
+    Raises:
+        ConfigError: names the key, what leaves it without effect, and the way out.
+    """
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key = override.key_or_group
+        if not override.is_sweep_override() and all(why := config.idle(run, key) for run in runs):
+            raise ConfigError(f"{key} would change nothing, got {override.get_value_element_as_str()}: {why}")
 
 
 def _is_mapping(override: Override) -> bool:
