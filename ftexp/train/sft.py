@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -53,6 +54,22 @@ PREPARED = {
 """Keywords of TRL for what ftexp does itself, from rows to ids and masks and from files to a model -> the key for it.
 
 TRL gets ids and labels and a model, so these would change nothing, or the tokenizer behind our back."""
+INSTEAD = {
+    "auto_find_batch_size": "a batch that finds no memory is halved by itself, and the effective batch kept",
+    "deepspeed": "sweep.gpus_per_trial spreads a trial over GPUs",
+    "eval_*": "trainer.report_steps says when held-out rows are scored, and keys of eval how",
+    "fsdp*": "sweep.gpus_per_trial spreads a trial over GPUs",
+    "greater_is_better": "objectives name what trials are ranked by, and metrics know their direction",
+    "hub_*": "ftexp export --push uploads a finished run",
+    "load_best_model_at_end": "the weights of the last step are kept, and trainer.steps says which that is",
+    "push_to_hub": "ftexp export --push uploads a finished run",
+    "resume_from_checkpoint": "the same command goes on from its checkpoint",
+    "save_*": "trainer.checkpoint_minutes says when checkpoints are kept",
+}
+"""Keywords of transformers, as patterns, for what ftexp does around its Trainer -> what to use; those with a key of
+their own are in `config.RETIRED`.
+
+They would be taken and do nothing, or upload a model before it is trained."""
 
 
 def train(
@@ -253,6 +270,9 @@ def _check_extra(trainer: Trainer) -> None:
         if name in PREPARED and not acts:
             key = f": {PREPARED[name]}" if PREPARED[name] else ""
             raise ConfigError(f"trainer.extra.{name} must not be set, ftexp prepares rows and model itself{key}")
+        found = next((pattern for pattern in INSTEAD if fnmatchcase(name, pattern)), None)
+        if found and name not in RETIRED:
+            raise ConfigError(f"trainer.extra.{name} must not be set: {INSTEAD[found]}")
     if trainer.kind not in (Method.sft, Method.rloo):
         of_trl = {f.name for f in fields(SFTConfig)} - {f.name for f in fields(TrainingArguments)} - set(RETIRED)
         for name in sorted(of_trl & set(trainer.extra)):

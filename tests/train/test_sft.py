@@ -1,6 +1,8 @@
 """Training: known answers about the loss, accumulation, NEFTune, divergence and repeatability."""
 
+import fnmatch
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -277,6 +279,38 @@ def test_keyword_for_what_trl_would_prepare_is_refused(tiny, name, value, key):
     run.trainer.extra = {name: value}
     with pytest.raises(ConfigError, match=rf"trainer\.extra\.{name} must not be set, ftexp prepares .* itself: {key}$"):
         sft.arguments(run.trainer, "cpu", 0, "x", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [("auto_find_batch_size", True, "halved by itself"), ("save_only_model", True, "trainer.checkpoint_minutes"),
+     ("save_steps", 5, "trainer.checkpoint_minutes"), ("eval_delay", 3, "trainer.report_steps"),
+     ("eval_on_start", True, "trainer.report_steps"), ("load_best_model_at_end", True, "trainer.steps"),
+     ("metric_for_best_model", "loss", "objectives"), ("greater_is_better", False, "objectives"),
+     ("resume_from_checkpoint", "x", "the same command"), ("hub_model_id", "a/b", "ftexp export --push"),
+     ("push_to_hub", True, "ftexp export --push"), ("deepspeed", "x.json", "sweep.gpus_per_trial"),
+     ("fsdp", True, "sweep.gpus_per_trial"), ("fsdp_config", {"a": 1}, "sweep.gpus_per_trial")],
+)  # fmt: skip
+def test_keyword_for_what_is_done_around_the_trainer_is_refused(tiny, name, value, instead):
+    run = tiny()
+    run.trainer.extra = {name: value}
+    with pytest.raises(ConfigError, match=rf"^trainer\.extra\.{name} must not be set.*{instead}"):
+        sft.arguments(run.trainer, "cpu", 0, "x", 1)
+
+
+def test_keywords_that_are_refused_are_of_the_library():
+    from transformers import TrainingArguments
+
+    known = [f.name for f in fields(TrainingArguments)]
+    assert all(fnmatch.filter(known, pattern) for pattern in sft.INSTEAD)
+
+
+def test_offloading_to_the_memory_of_a_cpu_is_refused_on_a_cpu(tiny, monkeypatch):
+    monkeypatch.setattr(experiment.compute, "has_gpu", lambda: False)
+    run = tiny("+trainer.extra.activation_offloading=true")
+    with pytest.raises(ConfigError, match=r"^trainer\.extra\.activation_offloading must not be true on a CPU"):
+        experiment.prepare(run)
+    experiment.prepare(run, elsewhere=True)
 
 
 def test_keys_that_stand_for_what_trl_would_prepare_are_there():
