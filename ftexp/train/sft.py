@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ftexp import evaluate, metrics, ranks
 from ftexp.config import RETIRED, Loss, Method, Packing, Run, Trainer
 from ftexp.data.prompts import Example
-from ftexp.errors import ConfigError, Diverged, OutOfTime, Preempted, Pruned
+from ftexp.errors import ConfigError, Diverged, FtexpError, OutOfTime, Preempted, Pruned
 from ftexp.model import Base, accept
 from ftexp.progress import progress
 from ftexp.train import lengths, losses, spread
@@ -144,9 +144,10 @@ def optimise(
     with progress(f"training {steps} steps", steps) as advance:
         advance(resume.step if resume else 0)
         stopped: list[BaseException] = []
-        trainer = make(watch(run, curve, steps, report, advance, kept, control, stopped))
-        if run.lora.lr_ratio != 1:
-            trainer.optimizer = two_rates(tuned, trainer, run.lora.lr_ratio)
+        with _from_extra(run.trainer.extra):
+            trainer = make(watch(run, curve, steps, report, advance, kept, control, stopped))
+            if run.lora.lr_ratio != 1:
+                trainer.optimizer = two_rates(tuned, trainer, run.lora.lr_ratio)
         with cleaned_up(trainer), at_work():
             trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
     if stopped:
@@ -246,7 +247,7 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
         own["ddp_find_unused_parameters"] = False  # every weight that is trained has its part in every loss
     if trainer.kind is not Method.rloo:
         own |= {"max_length": None}  # rows were refused where too long, so nothing is cut here
-        return cast("SFTConfig", accept(SFTConfig, own, trainer.extra, "trainer.extra"))
+        return _accepted(SFTConfig, own, trainer.extra)
     own |= {
         "num_generations": trainer.generations,
         "beta": 0.0,  # RLOOTrainer would load the reference from files; `rloo.train` gives it ours
@@ -257,7 +258,39 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
         "disable_dropout": False,  # for good; `answers.undisturbed` does so for a while
         "use_vllm": False,
     }
-    return cast("SFTConfig", accept(RLOOConfig, own, trainer.extra, "trainer.extra"))
+    return _accepted(RLOOConfig, own, trainer.extra)
+
+
+def _accepted(made: Any, own: dict[str, Any], extra: dict[str, Any]) -> SFTConfig:
+    """Make the config of a Trainer, whose optimizer and schedule take what it has for them."""
+    import torch
+    from transformers import Trainer as Stepper
+    from transformers import get_scheduler
+
+    settings = cast("SFTConfig", accept(made, own, extra, "trainer.extra"))
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    with _from_extra(extra):
+        if "optim_args" in extra and not settings.optim_target_modules:  # which are of a model
+            kind, keywords = Stepper.get_optimizer_cls_and_kwargs(settings, cast(Any, torch.nn.Module()))
+            kind(weights, **keywords)
+        if "lr_scheduler_kwargs" in extra:
+            keywords = cast(Any, settings.lr_scheduler_kwargs)
+            get_scheduler(settings.lr_scheduler_type, torch.optim.SGD(weights), 0, 1, keywords)
+    return settings
+
+
+@contextmanager
+def _from_extra(extra: dict[str, Any]):
+    """Tell in one line that a library refuses what `trainer.extra` hands to it."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if not extra or isinstance(error, FtexpError):
+            raise
+        told = " ".join(str(error).split())
+        raise ConfigError(
+            f"trainer.extra is refused by the Trainer, with {', '.join(sorted(extra))}: {told}"
+        ) from error
 
 
 def _check_extra(trainer: Trainer) -> None:

@@ -335,6 +335,35 @@ def test_order_of_prompts_is_left_to_rloo(tiny):
     assert sft.arguments(run.trainer, "cpu", 0, "x", 1).shuffle_dataset is False
 
 
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [({"lr_scheduler_kwargs": {"num_cycles": 2}}, "lr_scheduler_kwargs: .*unexpected keyword argument 'num_cycles'"),
+     ({"optim_args": "x"}, "optim_args: not enough values to unpack")],
+)  # fmt: skip
+def test_keyword_that_the_schedule_or_the_optimizer_refuses_is_told_in_one_line(tiny, extra, told):
+    run, drawn = tiny(), torch.get_rng_state()
+    run.trainer.extra = extra
+    with pytest.raises(ConfigError, match=rf"^trainer\.extra is refused by the Trainer, with {told}.*$"):
+        sft.arguments(run.trainer, "cpu", 0, "x", 1)
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_error_while_a_trainer_is_built_names_extra_where_there_is_some(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(sft, "_trainer", lambda *_: int("x"))
+    for extra, kind in (({"adam_beta2": 0.5}, ConfigError), ({}, ValueError)):
+        run = tiny("eval=loss")
+        run.trainer.extra = extra
+        with pytest.raises(kind, match="invalid literal") as caught:
+            trained(run, tmp_path)
+        assert str(caught.value).startswith("trainer.extra is refused by the Trainer, with adam_beta2: ") == bool(extra)
+
+
+def test_keywords_of_a_schedule_and_an_optimizer_are_taken(tiny):
+    run = tiny("trainer.scheduler=cosine", "trainer.optimizer=rmsprop")
+    run.trainer.extra = {"lr_scheduler_kwargs": {"num_cycles": 2}, "optim_args": "momentum=0.5"}
+    assert sft.arguments(run.trainer, "cpu", 0, "x", 1).lr_scheduler_kwargs == {"num_cycles": 2}
+
+
 def test_library_keyword_reaches_the_library(tiny):
     run = tiny("+trainer.extra.adam_beta2=0.5")
     assert sft.arguments(run.trainer, "cpu", 0, "x", 1).adam_beta2 == 0.5
