@@ -318,6 +318,8 @@ def check(overrides: list[str]) -> None:
             raise ConfigError(f"{text}: keys cannot be deleted, every key of the schema has a value")
         if key in options and not _is_mapping(override):
             _check_options(key, override, options[key])
+            if text.startswith("+"):
+                raise ConfigError(f"{text}: {key} exists already, write {text.lstrip('+')}")
         elif key not in known and not _spelled_out(key).startswith("++"):
             raise ConfigError(f"unknown key {key} in {text}{hint(key, known | set(options))}")
         elif override.is_add() and key in known and f"{key}." not in OPEN:
@@ -390,6 +392,10 @@ def _check_options(group: str, override: Override, options: list[str]) -> None:
                 continue
             if str(one) not in options:
                 raise ConfigError(_no_option(group, one, options))
+        if isinstance(name, list):  # Hydra would merge them into one
+            each = f"{group}={','.join(map(str, names))}"
+            way = "start each by its own command" if group == "sweep" else f"write {each} -m for a run of each"
+            raise ConfigError(f"{group} takes one option, got [{','.join(map(str, names))}]: {way}")
 
 
 CALLED = {
