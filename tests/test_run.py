@@ -86,6 +86,7 @@ REFUSED = [  # command line, exit code, what the one line must say
         "data.valid would change nothing, got 0.4: data.valid_path holds the held-out rows",
     ),
     (["lora.r=4,8", "trainer.epochs=1", "-m"], 2, "trainer.epochs would change nothing, got 1: trainer.steps=20 goes"),
+    ([*TINY, "lora=none", "lora.train=[layers.1],[foo]", "-m"], 2, "lora.train: 'foo' is in the name of no weight"),
     (["data=jsonl", "data.path=none.jsonl"], 3, "none.jsonl: data.path must be a file"),
     (["model=hub", "model.path=./none"], 4, "model.path must be a folder with a config.json, got './none'"),
 ]
