@@ -990,6 +990,15 @@ def is_real(key: str) -> bool:
     return _type(key) in ("float", "float | None")
 
 
+def is_list(key: str) -> bool:
+    """Tell whether a key takes a list.
+
+    >>> is_list("lora.targets"), is_list("objectives"), is_list("lora.r"), is_list("no.such.key")
+    (True, True, False, False)
+    """
+    return str(_type(key)).startswith("list[")
+
+
 def _type(key: str) -> Any:
     """Return the type of a key as the schema spells it; None where it has no such key."""
     node: Any = Run

@@ -152,6 +152,9 @@ def prepare(argv: list[str], several: str = "add -m for a sweep over them") -> l
         flags.append("-m")
     elif not args.multirun and (swept := next((text for text in overrides if is_sweep(text)), None)) is not None:
         advice = f"--cfg {args.cfg} shows the config of one run, give one" if args.cfg else several
+        key, _, value = swept.partition("=")
+        if config.is_list(key) and re.fullmatch(r"[^\[(]+", value):
+            advice += f", or write {key}=[{value}] for a list"
         raise ConfigError(f"{swept} has several values: {advice}")
     return flags + overrides
 
@@ -482,7 +485,8 @@ def told(error: Exception) -> str:
     if inside := re.match(r"In '(\w+)/([^']+)': \w+ raised while composing config:\n(.+)", whole):
         lines = [str(_file(inside[1], inside[2])), *([key[1]] if key else []), inside[3]]
     if "is not a ListConfig" in whole:
-        lines[-1] = "a list is wanted, such as [q_proj] for lora.targets"
+        typed = re.search(r"override \+*(\S+?)=(.+)", lines[0])
+        lines[-1] = f"a list is wanted, such as [{typed[2]}] for {typed[1]}" if typed else "a list is wanted, in [ ]"
     if unknown := re.search(r"Key '.+' not in '.+'\n\s+full_key: (\S+)", whole):
         lines = [lines[0].rstrip(":."), _unknown(unknown[1])]
     if plain := re.search(r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*)", whole):

@@ -134,6 +134,12 @@ def test_a_search_is_a_sweep_without_saying_so():
         (["--cfg"], "^--cfg/-c: expected one argument$"),
         (["lora.r=8", "--foo", "3"], "^unknown option --foo; --help tells those there are$"),
         (["--resolve"], "^--resolve needs --cfg"),
+        (["lora.r=2,4"], "^lora.r=2,4 has several values: add -m for a sweep over them$"),
+        (
+            ["lora.targets=q_proj,v_proj"],
+            r"add -m for a sweep over them, or write lora\.targets=\[q_proj,v_proj\] for a list",
+        ),
+        (["lora.targets=[q_proj],[v_proj]"], r"has several values: add -m for a sweep over them$"),
         (["lora.r=2,4", "--cfg", "job"], "^lora.r=2,4 has several values: --cfg job shows the config of one run"),
     ],
 )

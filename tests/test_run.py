@@ -302,6 +302,7 @@ def test_mappings_are_taken_whole(cli, tmp_path, sign):
     ("given", "told"),
     [
         (["lora.targets=q_proj"], "a list is wanted, such as [q_proj] for lora.targets"),
+        (["objectives=valid/perplexity"], "a list is wanted, such as [valid/perplexity] for objectives"),
         (
             ["--config-path", "mine"],
             "configs are closed and checked; a file of values of yours goes into the folder of its group",
