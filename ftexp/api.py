@@ -63,7 +63,9 @@ def compose(given: list[str], caller: str = "ftexp.api") -> Run:
         GlobalHydra.instance().clear()  # of the caller, who may be an application of Hydra's
         try:
             with hydra.initialize_config_dir(str(overrides.CONF), **overrides.BASE):
-                return config.build(hydra.compose("config", given))
+                made = config.build(hydra.compose("config", given))
+                overrides.check_effect(given, [made])
+                return made
         except config.COMPOSING as error:
             raise ConfigError(overrides.told(error)) from error
         finally:

@@ -950,10 +950,13 @@ def idle(run: Run, key: str) -> str | None:
     """Tell why a key has no effect on a run, whatever its value; None where it has one, or only others know."""
     rules = (
         (run.lora.variant is Variant.none and key.startswith("lora.") and key not in ("lora.variant", "lora.train"),
-         "lora.variant=none has no adapter"),
-        (not run.eval.generate and key == "eval.max_new_tokens", "eval.generate=false writes nothing"),
-        (run.trainer.steps is not None and key == "trainer.epochs", f"trainer.steps={run.trainer.steps} goes before"),
-        (bool(run.data.valid_path) and key == "data.valid", "data.valid_path holds the held-out rows"),
+         "lora.variant=none has no adapter (lora=default has one)"),
+        (not run.eval.generate and key == "eval.max_new_tokens",
+         "eval.generate=false writes nothing (eval.generate=true does)"),
+        (run.trainer.steps is not None and key == "trainer.epochs",
+         f"trainer.steps={run.trainer.steps} goes before (trainer.steps=null trains for epochs)"),
+        (bool(run.data.valid_path) and key == "data.valid",
+         "data.valid_path holds the held-out rows (data.valid_path='' draws them)"),
     )  # fmt: skip
     return next((why for holds, why in rules if holds), None)
 
@@ -985,6 +988,15 @@ def is_real(key: str) -> bool:
     (True, False, False)
     """
     return _type(key) in ("float", "float | None")
+
+
+def is_list(key: str) -> bool:
+    """Tell whether a key takes a list.
+
+    >>> is_list("lora.targets"), is_list("objectives"), is_list("lora.r"), is_list("no.such.key")
+    (True, True, False, False)
+    """
+    return str(_type(key)).startswith("list[")
 
 
 def _type(key: str) -> Any:

@@ -194,6 +194,8 @@ def prepare(run: Run, elsewhere: bool = False) -> None:
     int8 = run.quant.kind is Format.int8 and run.lora.variant is Variant.dora
     if int8 and not elsewhere and not compute.has_gpu():
         raise ConfigError("lora.variant must not be dora with quant=int8 on a CPU: bitsandbytes keeps no scales there")
+    if run.trainer.extra.get("activation_offloading") and not elsewhere and not compute.has_gpu():
+        raise ConfigError("trainer.extra.activation_offloading must not be true on a CPU: all is in its memory")
     sft.arguments(run.trainer, "cpu", run.seed, "", 1)
     losses.chosen(run.trainer)
     if run.trainer.kind is Method.classify:

@@ -165,7 +165,8 @@ def check_objective(name: str, given: Collection[str], key: str = "objectives") 
         raise ConfigError(f"{key}: {name} ranks a sweep that is there: ftexp report SWEEP --by scores.py:number")
     if name not in METRICS:
         rankable = [n for n, metric in METRICS.items() if not metric.sealed and not metric.afterwards]
-        near = difflib.get_close_matches(name, rankable, n=1)
+        usual = f"valid/{name}"
+        near = [usual] if usual in rankable else difflib.get_close_matches(name, rankable, n=1)
         known = ", ".join(n for n in rankable if not n.startswith(("base/", "tfidf/")))
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{key} must be among {known} (base/ and tfidf/ for valid/ too), got {name!r}{hint}")

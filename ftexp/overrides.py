@@ -9,7 +9,7 @@ import argparse
 import difflib
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -152,6 +152,9 @@ def prepare(argv: list[str], several: str = "add -m for a sweep over them") -> l
         flags.append("-m")
     elif not args.multirun and (swept := next((text for text in overrides if is_sweep(text)), None)) is not None:
         advice = f"--cfg {args.cfg} shows the config of one run, give one" if args.cfg else several
+        key, _, value = swept.partition("=")
+        if config.is_list(key) and re.fullmatch(r"[^\[(]+", value):
+            advice += f", or write {key}=[{value}] for a list"
         raise ConfigError(f"{swept} has several values: {advice}")
     return flags + overrides
 
@@ -318,6 +321,8 @@ def check(overrides: list[str]) -> None:
             raise ConfigError(f"{text}: keys cannot be deleted, every key of the schema has a value")
         if key in options and not _is_mapping(override):
             _check_options(key, override, options[key])
+            if text.startswith("+"):
+                raise ConfigError(f"{text}: {key} exists already, write {text.lstrip('+')}")
         elif key not in known and not _spelled_out(key).startswith("++"):
             raise ConfigError(f"unknown key {key} in {text}{hint(key, known | set(options))}")
         elif override.is_add() and key in known and f"{key}." not in OPEN:
@@ -365,6 +370,18 @@ def _check_idle(overrides: list[str]) -> None:
                 raise ConfigError(f"{key} must be left out with {why}, got {value}")
 
 
+def check_effect(overrides: list[str], runs: Sequence[config.Run]) -> None:
+    """Refuse a key with one value that has no effect on any of the runs, as files of groups may leave it without.
+
+    Raises:
+        ConfigError: names the key, what leaves it without effect, and the way out.
+    """
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key = override.key_or_group
+        if not override.is_sweep_override() and all(why := config.idle(run, key) for run in runs):
+            raise ConfigError(f"{key} would change nothing, got {override.get_value_element_as_str()}: {why}")
+
+
 def _is_mapping(override: Override) -> bool:
     return isinstance(override.value(), dict)
 
@@ -378,6 +395,10 @@ def _check_options(group: str, override: Override, options: list[str]) -> None:
                 continue
             if str(one) not in options:
                 raise ConfigError(_no_option(group, one, options))
+        if isinstance(name, list):  # Hydra would merge them into one
+            each = f"{group}={','.join(map(str, names))}"
+            way = "start each by its own command" if group == "sweep" else f"write {each} -m for a run of each"
+            raise ConfigError(f"{group} takes one option, got [{','.join(map(str, names))}]: {way}")
 
 
 CALLED = {
@@ -464,7 +485,8 @@ def told(error: Exception) -> str:
     if inside := re.match(r"In '(\w+)/([^']+)': \w+ raised while composing config:\n(.+)", whole):
         lines = [str(_file(inside[1], inside[2])), *([key[1]] if key else []), inside[3]]
     if "is not a ListConfig" in whole:
-        lines[-1] = "a list is wanted, such as [q_proj] for lora.targets"
+        typed = re.search(r"override \+*(\S+?)=(.+)", lines[0])
+        lines[-1] = f"a list is wanted, such as [{typed[2]}] for {typed[1]}" if typed else "a list is wanted, in [ ]"
     if unknown := re.search(r"Key '.+' not in '.+'\n\s+full_key: (\S+)", whole):
         lines = [lines[0].rstrip(":."), _unknown(unknown[1])]
     if plain := re.search(r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*)", whole):

@@ -57,7 +57,7 @@ def _launch() -> int:
         return 0
     wanted = overrides.runs(argv)
     composed = check_composed(argv) if wanted is not None else None
-    folder = _check_single(composed) if composed is not None and wanted == "single" else Path()
+    folder = _check_single(composed, overrides.given(argv)) if composed is not None and wanted == "single" else Path()
     ran: list[Any] = []
 
     def task(cfg: DictConfig) -> Any:
@@ -121,12 +121,13 @@ def check_composed(argv: list[str]) -> DictConfig:
     return cfg
 
 
-def _check_single(cfg: DictConfig) -> Path:
-    """Check a composed single run before Hydra writes its folder, and return it."""
+def _check_single(cfg: DictConfig, given: list[str]) -> Path:
+    """Check a single run, composed from what was given, before Hydra writes its folder, and return it."""
     folder = Path(cfg.hydra.run.dir)
     with read_write(cfg), open_dict(cfg):
         del cfg["hydra"]
     run = config.build(cfg)
+    overrides.check_effect(given, [run])
     check_folder(folder)
     experiment.check(run, folder)
     if experiment.complete(run, folder) is None:

@@ -23,6 +23,8 @@ from ftexp.sweep import plugin
 TINY = ["model=tiny", "model.dtype=float32", "data.rows=120", "data.valid=12", "data.max_length=256", "trainer.steps=4", "trainer.lr=1e-2",
         "trainer.report_steps=2", "eval.max_new_tokens=8"]  # fmt: skip
 """Overrides of a run of the real code path that takes about a second."""
+UNWRITTEN = [text for text in TINY if not text.startswith("eval.")]
+"""The same for `eval=loss`, with which no completion is written."""
 
 
 @pytest.fixture

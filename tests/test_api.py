@@ -7,7 +7,7 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, UNWRITTEN
 
 from ftexp import api, track
 from ftexp.config import Track
@@ -44,7 +44,7 @@ def test_other_rows_are_another_folder(tmp_path):
 
 
 def test_run_from_python_is_that_of_the_command_line(cli, tmp_path):
-    given = [*TINY, "track=none", "eval=loss"]
+    given = [*UNWRITTEN, "track=none", "eval=loss"]
     mine = api.run(*given, folder=tmp_path / "mine")
     assert cli(*given, "name=theirs")[0] == 0
     theirs = read_json(tmp_path / "outputs" / "runs" / "theirs" / "trial.json")["scores"]
@@ -122,7 +122,13 @@ def test_model_saved_again_into_its_folder_is_the_one_that_is_trained(tmp_path, 
 
     for name in ("a", "b"):
         saved(tmp_path / name / "m", 1.0 if name == "a" else 9.0)
-    keys = ("model=hub", "model.path=./m", *[k for k in TINY if not k.startswith("model")], "track=none", "eval=loss")
+    keys = (
+        "model=hub",
+        "model.path=./m",
+        *[k for k in UNWRITTEN if not k.startswith("model")],
+        "track=none",
+        "eval=loss",
+    )
     losses = []
     for name in ("a", "b", "a"):
         monkeypatch.chdir(tmp_path / name)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import TINY
+from conftest import UNWRITTEN
 
 from ftexp import board as boards
 from ftexp import compare, report
@@ -451,7 +451,7 @@ def test_empty_sweep_says_nothing(sweep):
 
 
 def test_real_sweep_is_compared(cli, tmp_path):
-    code, out, err = cli(*TINY, "track=none", "eval=loss", "lora.r=2,4", "sweep.replicates=2", "name=real", "-m")
+    code, out, err = cli(*UNWRITTEN, "track=none", "eval=loss", "lora.r=2,4", "sweep.replicates=2", "name=real", "-m")
     assert code == 0, err
     found = read(tmp_path / "outputs" / "sweeps" / "real")
     assert [p.trials for p in found.points] == [(0, 1), (2, 3)]

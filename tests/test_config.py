@@ -244,14 +244,18 @@ def test_dataclass_checks_itself_without_hydra(made):
 @pytest.mark.parametrize(
     ("given", "key", "why"),
     [
-        (["lora=none"], "lora.r", "lora.variant=none has no adapter"),
+        (["lora=none"], "lora.r", "lora.variant=none has no adapter (lora=default has one)"),
         (["lora=none"], "lora.train", None),
         ([], "lora.r", None),
-        (["eval=loss"], "eval.max_new_tokens", "eval.generate=false writes nothing"),
+        (["eval=loss"], "eval.max_new_tokens", "eval.generate=false writes nothing (eval.generate=true does)"),
         ([], "eval.max_new_tokens", None),
-        (["trainer.steps=9"], "trainer.epochs", "trainer.steps=9 goes before"),
+        (["trainer.steps=9"], "trainer.epochs", "trainer.steps=9 goes before (trainer.steps=null trains for epochs)"),
         (["trainer.steps=null"], "trainer.epochs", None),
-        (["data=jsonl", "data.path=a", "data.valid_path=b"], "data.valid", "data.valid_path holds the held-out rows"),
+        (
+            ["data=jsonl", "data.path=a", "data.valid_path=b"],
+            "data.valid",
+            "data.valid_path holds the held-out rows (data.valid_path='' draws them)",
+        ),
         ([], "data.valid", None),
     ],
 )

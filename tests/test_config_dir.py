@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import TINY
+from conftest import TINY, UNWRITTEN
 
 from ftexp import api, completion, config, overrides, report
 from ftexp.errors import ConfigError
@@ -211,7 +211,7 @@ def test_command_of_a_trial_runs_it_alone_with_what_its_sweep_chose_for_all(cli,
     params = "hydra:\n  sweeper:\n    params:\n      lora.r: 2,4\n"
     more = "objectives: [valid/loss, cost/seconds]\ntrainer:\n  neftune: 5\n  extra: {adam_beta1: 0.8}\n"
     mine(sweeps__ours=f"{more}{params}")
-    code, _, err = cli("--config-dir=mine", *TINY, "track=none", "eval=loss", "sweep=ours", "name=s")
+    code, _, err = cli("--config-dir=mine", *UNWRITTEN, "track=none", "eval=loss", "sweep=ours", "name=s")
     assert code == 0, err
     trial = json.loads((tmp_path / "outputs/sweeps/s/1/trial.json").read_text())
     words = report.command(tmp_path / "outputs/sweeps/s/1", trial)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
-from conftest import TINY
+from conftest import UNWRITTEN
 
 from ftexp import compare, config, confirm, data, evaluate, experiment, model, report
 from ftexp import run as command
@@ -25,7 +25,7 @@ from ftexp.sweep import frozen
 from ftexp.train import classify, sft
 
 EXECUTE = experiment.execute
-SMALL = [*[t for t in TINY if not t.startswith(("trainer.", "data.rows"))], "data.rows=80", "data.test=20", "trainer.steps=2",
+SMALL = [*[t for t in UNWRITTEN if not t.startswith(("trainer.", "data.rows"))], "data.rows=80", "data.test=20", "trainer.steps=2",
          "trainer.lr=1e-4", "trainer.report_steps=0", "trainer.checkpoint_minutes=0", "name=s"]  # fmt: skip
 """Two ranks so little trained that they cannot be told apart."""
 

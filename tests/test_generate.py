@@ -9,7 +9,7 @@ from dataclasses import replace
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import TINY
+from conftest import UNWRITTEN
 
 from ftexp import data, evaluate, generate, model, trained
 from ftexp import run as command
@@ -217,7 +217,7 @@ def test_texts_without_prompts_are_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = [{"text": f"once there was number {n} of many"} for n in range(40)]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    own = [t for t in TINY if not t.startswith("data.rows")]
+    own = [t for t in UNWRITTEN if not t.startswith("data.rows")]
     monkeypatch.setattr(sys, "argv", ["ftexp.run", *own, "data=jsonl", "data.path=t.jsonl", "eval=loss", "track=none",
                                       "data.valid=4", "name=t"])  # fmt: skip
     assert command.main() == 0

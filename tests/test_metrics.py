@@ -134,6 +134,8 @@ def test_base_and_tuned_model_have_the_same_metrics():
             set(),
             r"objectives: test/loss is of sealed rows, which rank nothing; use valid/loss, then ftexp",
         ),
+        ("perplexity", set(), r"did you mean valid/perplexity\?$"),
+        ("loss", set(), r"did you mean valid/loss\?$"),
         ("tst/loss", set(), r"did you mean (?!test)\w+/loss\?"),
     ],
 )

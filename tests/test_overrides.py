@@ -34,6 +34,12 @@ from ftexp.errors import ConfigError
         ("lora=default,dorra", "got 'dorra'; did you mean lora=dora"),
         ("~lora.dropout", "keys cannot be deleted"),
         ("+lora.r=8", "lora.r exists already, write lora.r=8"),
+        ("+lora=dora", r"^\+lora=dora: lora exists already, write lora=dora$"),
+        ("++experiment=yoda_phi3", "experiment exists already, write experiment=yoda_phi3$"),
+        ("+sweep=rank", "sweep exists already, write sweep=rank$"),
+        ("lora=[dora,rslora]", r"^lora takes one option, got \[dora,rslora\]: write lora=dora,rslora -m for a run of"),
+        ("lora=[dora,nope]", "lora must be one of .*, got 'nope'"),
+        ("sweep=[rank,seeds]", r"^sweep takes one option, got \[rank,seeds\]: start each by its own command$"),
         ("lora.r", "not a Hydra override"),
     ],
 )
@@ -128,6 +134,12 @@ def test_a_search_is_a_sweep_without_saying_so():
         (["--cfg"], "^--cfg/-c: expected one argument$"),
         (["lora.r=8", "--foo", "3"], "^unknown option --foo; --help tells those there are$"),
         (["--resolve"], "^--resolve needs --cfg"),
+        (["lora.r=2,4"], "^lora.r=2,4 has several values: add -m for a sweep over them$"),
+        (
+            ["lora.targets=q_proj,v_proj"],
+            r"add -m for a sweep over them, or write lora\.targets=\[q_proj,v_proj\] for a list",
+        ),
+        (["lora.targets=[q_proj],[v_proj]"], r"has several values: add -m for a sweep over them$"),
         (["lora.r=2,4", "--cfg", "job"], "^lora.r=2,4 has several values: --cfg job shows the config of one run"),
     ],
 )

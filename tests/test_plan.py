@@ -111,6 +111,7 @@ def test_a_search_is_held_to_its_budget_as_a_whole(planned):
      (["lora.r=0"], "lora.r must be a rank between 1 and 4096, got 0"),
      (["lora.r=0,8", "-m"], "lora.r must be a rank between 1 and 4096, got 0"),
      (["data=jsonl", "data.path=none.jsonl"], "none.jsonl"),
+     (["trainer.epochs=2"], "trainer.epochs would change nothing, got 2: trainer.steps=20 goes before"),
      (["--rows", "5"], "--rows and --tokens must be given together"),
      (["--rows", "0", "--tokens", "4"], "--rows must be above 0, got 0"),
      (["--usd-per-hour", "0.29"], "--usd-per-hour needs the time"),

@@ -384,6 +384,7 @@ def test_function_of_ones_own_ranks_a_sweep_that_is_there(scored, monkeypatch, c
     ("by", "rule"),
     [
         ("valid/chr", r"--by must be among .*did you mean valid/chrf\?"),
+        ("loss", r"--by must be among .*did you mean valid/loss\?"),
         ("test/loss", "--by: test/loss is of sealed rows"),
         ("valid/own", r"--by: valid/own ranks a sweep that is there: ftexp report SWEEP --by scores\.py:number"),
         ("valid/kl", "--by valid/kl: trial 0 has no such score"),

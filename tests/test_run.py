@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import TINY, UNWRITTEN
 
 from ftexp.files import read_json
 
@@ -70,6 +70,23 @@ REFUSED = [  # command line, exit code, what the one line must say
         3,
         "the model takes at most 512 tokens",
     ),
+    (
+        ["model=tiny", "trainer.epochs=1"],
+        2,
+        "trainer.epochs would change nothing, got 1: trainer.steps=20 goes before (trainer.steps=null trains for epochs)",
+    ),
+    (
+        ["experiment=latex_gpt2", "lora.r=8"],
+        2,
+        "lora.r would change nothing, got 8: lora.variant=none has no adapter (lora=default has one)",
+    ),
+    (
+        ["data=jsonl", "data.path=a.jsonl", "data.valid_path=b.jsonl", "data.valid=0.4"],
+        2,
+        "data.valid would change nothing, got 0.4: data.valid_path holds the held-out rows",
+    ),
+    (["lora.r=4,8", "trainer.epochs=1", "-m"], 2, "trainer.epochs would change nothing, got 1: trainer.steps=20 goes"),
+    ([*TINY, "lora=none", "lora.train=[layers.1],[foo]", "-m"], 2, "lora.train: 'foo' is in the name of no weight"),
     (["data=jsonl", "data.path=none.jsonl"], 3, "none.jsonl: data.path must be a file"),
     (["model=hub", "model.path=./none"], 4, "model.path must be a folder with a config.json, got './none'"),
 ]
@@ -285,6 +302,7 @@ def test_mappings_are_taken_whole(cli, tmp_path, sign):
     ("given", "told"),
     [
         (["lora.targets=q_proj"], "a list is wanted, such as [q_proj] for lora.targets"),
+        (["objectives=valid/perplexity"], "a list is wanted, such as [valid/perplexity] for objectives"),
         (
             ["--config-path", "mine"],
             "configs are closed and checked; a file of values of yours goes into the folder of its group",
@@ -307,7 +325,7 @@ def test_target_that_is_no_layer_is_refused_before_a_sweep_begins(cli, tmp_path)
 
 def test_split_that_leaves_little_to_train_on_is_told(cli, tmp_path):
     (tmp_path / "my.jsonl").write_text("".join(f'{{"prompt": "q{n}", "completion": "a{n}"}}\n' for n in range(160)))
-    given = [t for t in TINY if not t.startswith("data.")]
+    given = [t for t in UNWRITTEN if not t.startswith("data.")]
     given += ["data=jsonl", "data.path=my.jsonl", "track=none", "eval=loss", "name=m"]
     assert "my.jsonl: of 160 rows 128 are held out, 32 are left to train on; data.valid=0.2" in cli(*given)[2]
     assert "held out" not in cli(*given, "data.valid=0.2", "name=n")[2]

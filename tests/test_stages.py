@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, UNWRITTEN
 from safetensors.torch import load_file
 
 from ftexp import api, errors, evaluate, experiment, labels, model
@@ -14,7 +14,7 @@ from ftexp.errors import ConfigError
 from ftexp.model import compute, loftq
 from ftexp.train import control, rewarder
 
-SHORT = [t for t in TINY if not t.startswith("trainer.lr")] + ["track=none", "eval=loss", "trainer.lr=5e-2"]
+SHORT = [t for t in UNWRITTEN if not t.startswith("trainer.lr")] + ["track=none", "eval=loss", "trainer.lr=5e-2"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import made
 import pytest
-from conftest import TINY
+from conftest import TINY, UNWRITTEN
 
 from ftexp import sync, track
 from ftexp.config import Track
@@ -233,7 +233,7 @@ def test_server_that_stops_answering_as_a_run_is_opened_fails_no_trial_and_doubl
 ):
     """A trial that goes on after a kill keeps its run, whichever call was not answered; `sync` finds it again."""
     uri = f"sqlite:///{tmp_path}/ml.db"
-    given = [*TINY, "eval=loss", "name=one", f"track.uri={uri}"]
+    given = [*UNWRITTEN, "eval=loss", "name=one", f"track.uri={uri}"]
     run = tmp_path / "outputs" / "runs" / "one"
     if call != "create_run":
         assert cli(*given)[0] == 0
@@ -259,14 +259,14 @@ def test_server_that_stops_answering_as_a_run_is_opened_fails_no_trial_and_doubl
 def test_launch_that_is_not_answered_runs_its_trials(cli, tmp_path, monkeypatch):
     honest = track.store
     monkeypatch.setattr(track, "store", lambda how: (Silent(honest(how)[0], "create_run"), honest(how)[1]))
-    code, _, err = cli("lora.r=2,4", *TINY, "eval=loss", "name=s", f"track.uri=sqlite:///{tmp_path}/ml.db", "-m")
+    code, _, err = cli("lora.r=2,4", *UNWRITTEN, "eval=loss", "name=s", f"track.uri=sqlite:///{tmp_path}/ml.db", "-m")
     assert code == 0, err
     monkeypatch.setattr(track, "store", honest)
     assert sync.sync([tmp_path / "outputs"]).runs == 3
 
 
 def test_sync_without_an_answer_makes_no_second_run(cli, verb, tmp_path, monkeypatch):
-    assert cli(*TINY, "eval=loss", "name=one", f"track.uri=sqlite:///{tmp_path}/ml.db")[0] == 0
+    assert cli(*UNWRITTEN, "eval=loss", "name=one", f"track.uri=sqlite:///{tmp_path}/ml.db")[0] == 0
     honest = track.store
     monkeypatch.setattr(track, "store", lambda how: (Silent(honest(how)[0], "get_run"), honest(how)[1]))
     code, _, err = verb()
@@ -280,7 +280,7 @@ def test_sync_without_an_answer_makes_no_second_run(cli, verb, tmp_path, monkeyp
 @pytest.mark.parametrize("locked", [True, False])
 def test_two_nodes_that_bring_the_same_sweep_bring_each_point_once(cli, tmp_path, locked):
     """Without the lock both find the runs missing and make them: its sabotage twin."""
-    code, _, err = cli("lora.r=2,4", *TINY, "name=s", "eval=loss", DEAD, "-m")
+    code, _, err = cli("lora.r=2,4", *UNWRITTEN, "name=s", "eval=loss", DEAD, "-m")
     assert code == 0, err
     uri = f"sqlite:///{tmp_path}/ml.db"
     track.store(Track(uri=uri, experiment="ftexp"))
@@ -474,7 +474,7 @@ def test_sweep_that_was_stopped_is_killed_in_the_store_and_runs_again_when_it_go
     from ftexp.sweep import plugin
 
     uri = f"sqlite:///{tmp_path}/ml.db"
-    given = [*TINY, "lora.r=2,4", "name=s", f"track.uri={uri}", "eval=loss", "-m"]
+    given = [*UNWRITTEN, "lora.r=2,4", "name=s", f"track.uri={uri}", "eval=loss", "-m"]
     honest, seen = plugin._run_left, []
     monkeypatch.setattr(plugin, "_run_left", ended)
     assert cli(*given)[0] == 75
@@ -494,7 +494,7 @@ def test_sweep_that_was_stopped_is_killed_in_the_store_and_runs_again_when_it_go
 def test_what_is_written_while_the_store_is_asked_stays(cli, verb, tmp_path, monkeypatch):
     """A launch that goes on, and a trial that ends, were put back to what had been read before."""
     uri = f"sqlite:///{tmp_path}/ml.db"
-    assert cli("lora.r=2", *TINY, "name=s", f"track.uri={uri}", "eval=loss", "-m")[0] == 0
+    assert cli("lora.r=2", *UNWRITTEN, "name=s", f"track.uri={uri}", "eval=loss", "-m")[0] == 0
     sweep = tmp_path / "outputs" / "sweeps" / "s"
     for path in (sweep / "sweep.json", sweep / "0" / "trial.json"):
         write_json(path, read_json(path) | {"mlflow_run": None})

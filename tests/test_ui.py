@@ -5,7 +5,7 @@ import sys
 import zlib
 
 import pytest
-from conftest import TINY
+from conftest import UNWRITTEN
 
 from ftexp import track, ui
 from ftexp.config import Track
@@ -51,7 +51,7 @@ def test_port_that_does_not_exist_is_refused(tmp_path, monkeypatch, capsys, port
 def test_newest_sweep_is_a_view_of_its_trials_best_first_and_its_link_is_printed(cli, tmp_path, monkeypatch, capsys):
     """The table of runs shows no score by itself, and the pages for agents first."""
     uri = f"sqlite:///{tmp_path}/m.db"
-    given = [*TINY, "eval=loss", f"track.uri={uri}"]
+    given = [*UNWRITTEN, "eval=loss", f"track.uri={uri}"]
     assert cli(*given, "lora.r=2", "trainer.steps=2", "name=alone")[0] == 0
     assert track.viewed(uri) is None
     assert cli(*given, "lora.r=2,4", "lora=default,dora", "name=first", "-m")[0] == 0
@@ -95,7 +95,7 @@ def test_sweep_whose_view_is_refused_runs_all_the_same(cli, tmp_path, monkeypatc
 
     monkeypatch.setattr(MlflowClient, "set_experiment_tag", refused)
     uri = f"sqlite:///{tmp_path}/m.db"
-    code, _, err = cli(*TINY, "eval=loss", f"track.uri={uri}", "lora.r=2,4", "name=s", "-m")
+    code, _, err = cli(*UNWRITTEN, "eval=loss", f"track.uri={uri}", "lora.r=2,4", "name=s", "-m")
     assert code == 0
     assert f"sweep s is no view in MLflow: {told}" in err and "files only" not in err
     client, experiment = track.store(Track(uri=uri))
@@ -104,7 +104,7 @@ def test_sweep_whose_view_is_refused_runs_all_the_same(cli, tmp_path, monkeypatc
 
 def test_run_of_a_sweep_describes_what_its_ranking_is_worth(cli, tmp_path):
     uri = f"sqlite:///{tmp_path}/m.db"
-    assert cli(*TINY, "eval=loss", f"track.uri={uri}", "lora.r=2,4", "name=s", "-m")[0] == 0
+    assert cli(*UNWRITTEN, "eval=loss", f"track.uri={uri}", "lora.r=2,4", "name=s", "-m")[0] == 0
     parent = read_json(tmp_path / "outputs/sweeps/s/sweep.json")["mlflow_run"]
     note = track.store(Track(uri=uri))[0].get_run(parent).data.tags["mlflow.note.content"]
     assert note.startswith("- lora.r=") and " is best (loss " in note and "\n- 12 rows: " in note

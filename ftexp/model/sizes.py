@@ -114,7 +114,7 @@ def outline(model: Model, quant: Quant, lora: Lora, dtype: str, attention: str, 
 
 
 def check_adapter(model: Model, lora: Lora, labels: int = 0) -> None:
-    """Refuse names that match no layer, and what PiSSA cannot take out of one, before weights are loaded.
+    """Refuse names that match no layer or weight, and what PiSSA cannot take out of one, before weights are loaded.
 
     Raises:
         ConfigError: names what was asked for and the nearest layer, or the layer and its size.
@@ -122,11 +122,12 @@ def check_adapter(model: Model, lora: Lora, labels: int = 0) -> None:
     """
     import torch
 
-    if lora.targets == ["all-linear"] and lora.variant is not Variant.pissa and not lora.extra:
+    if lora.targets == ["all-linear"] and lora.variant is not Variant.pissa and not lora.extra and not lora.train:
         return
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         base = _base(model, "float32", "eager", labels)
         head = _head(base, labels) if labels else ()
+    models.thawed(base, lora.train, head)
     models.check_targets(base, lora.targets)
     if lora.variant is Variant.pissa:
         models.check_rank(base, lora, head)

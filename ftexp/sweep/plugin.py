@@ -67,6 +67,7 @@ class Sweeper(HydraSweeper):
         searched = space.parse(*_params(options.params, arguments))
         folder = Path(self.master.hydra.sweep.dir).absolute()
         runs = self._checked(searched, options)
+        overrides.check_effect(arguments, runs)
         if (instead := type(self).instead) is not None:
             instead(searched, options, runs)
             return

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ftexp import evaluate, metrics, ranks
 from ftexp.config import RETIRED, Loss, Method, Packing, Run, Trainer
 from ftexp.data.prompts import Example
-from ftexp.errors import ConfigError, Diverged, OutOfTime, Preempted, Pruned
+from ftexp.errors import ConfigError, Diverged, FtexpError, OutOfTime, Preempted, Pruned
 from ftexp.model import Base, accept
 from ftexp.progress import progress
 from ftexp.train import lengths, losses, spread
@@ -53,6 +54,22 @@ PREPARED = {
 """Keywords of TRL for what ftexp does itself, from rows to ids and masks and from files to a model -> the key for it.
 
 TRL gets ids and labels and a model, so these would change nothing, or the tokenizer behind our back."""
+INSTEAD = {
+    "auto_find_batch_size": "a batch that finds no memory is halved by itself, and the effective batch kept",
+    "deepspeed": "sweep.gpus_per_trial spreads a trial over GPUs",
+    "eval_*": "trainer.report_steps says when held-out rows are scored, and keys of eval how",
+    "fsdp*": "sweep.gpus_per_trial spreads a trial over GPUs",
+    "greater_is_better": "objectives name what trials are ranked by, and metrics know their direction",
+    "hub_*": "ftexp export --push uploads a finished run",
+    "load_best_model_at_end": "the weights of the last step are kept, and trainer.steps says which that is",
+    "push_to_hub": "ftexp export --push uploads a finished run",
+    "resume_from_checkpoint": "the same command goes on from its checkpoint",
+    "save_*": "trainer.checkpoint_minutes says when checkpoints are kept",
+}
+"""Keywords of transformers, as patterns, for what ftexp does around its Trainer -> what to use; those with a key of
+their own are in `config.RETIRED`.
+
+They would be taken and do nothing, or upload a model before it is trained."""
 
 
 def train(
@@ -127,9 +144,10 @@ def optimise(
     with progress(f"training {steps} steps", steps) as advance:
         advance(resume.step if resume else 0)
         stopped: list[BaseException] = []
-        trainer = make(watch(run, curve, steps, report, advance, kept, control, stopped))
-        if run.lora.lr_ratio != 1:
-            trainer.optimizer = two_rates(tuned, trainer, run.lora.lr_ratio)
+        with _from_extra(run.trainer.extra):
+            trainer = make(watch(run, curve, steps, report, advance, kept, control, stopped))
+            if run.lora.lr_ratio != 1:
+                trainer.optimizer = two_rates(tuned, trainer, run.lora.lr_ratio)
         with cleaned_up(trainer), at_work():
             trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
     if stopped:
@@ -229,7 +247,7 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
         own["ddp_find_unused_parameters"] = False  # every weight that is trained has its part in every loss
     if trainer.kind is not Method.rloo:
         own |= {"max_length": None}  # rows were refused where too long, so nothing is cut here
-        return cast("SFTConfig", accept(SFTConfig, own, trainer.extra, "trainer.extra"))
+        return _accepted(SFTConfig, own, trainer.extra)
     own |= {
         "num_generations": trainer.generations,
         "beta": 0.0,  # RLOOTrainer would load the reference from files; `rloo.train` gives it ours
@@ -240,7 +258,39 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
         "disable_dropout": False,  # for good; `answers.undisturbed` does so for a while
         "use_vllm": False,
     }
-    return cast("SFTConfig", accept(RLOOConfig, own, trainer.extra, "trainer.extra"))
+    return _accepted(RLOOConfig, own, trainer.extra)
+
+
+def _accepted(made: Any, own: dict[str, Any], extra: dict[str, Any]) -> SFTConfig:
+    """Make the config of a Trainer, whose optimizer and schedule take what it has for them."""
+    import torch
+    from transformers import Trainer as Stepper
+    from transformers import get_scheduler
+
+    settings = cast("SFTConfig", accept(made, own, extra, "trainer.extra"))
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    with _from_extra(extra):
+        if "optim_args" in extra and not settings.optim_target_modules:  # which are of a model
+            kind, keywords = Stepper.get_optimizer_cls_and_kwargs(settings, cast(Any, torch.nn.Module()))
+            kind(weights, **keywords)
+        if "lr_scheduler_kwargs" in extra:
+            keywords = cast(Any, settings.lr_scheduler_kwargs)
+            get_scheduler(settings.lr_scheduler_type, torch.optim.SGD(weights), 0, 1, keywords)
+    return settings
+
+
+@contextmanager
+def _from_extra(extra: dict[str, Any]):
+    """Tell in one line that a library refuses what `trainer.extra` hands to it."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if not extra or isinstance(error, FtexpError):
+            raise
+        told = " ".join(str(error).split())
+        raise ConfigError(
+            f"trainer.extra is refused by the Trainer, with {', '.join(sorted(extra))}: {told}"
+        ) from error
 
 
 def _check_extra(trainer: Trainer) -> None:
@@ -253,6 +303,9 @@ def _check_extra(trainer: Trainer) -> None:
         if name in PREPARED and not acts:
             key = f": {PREPARED[name]}" if PREPARED[name] else ""
             raise ConfigError(f"trainer.extra.{name} must not be set, ftexp prepares rows and model itself{key}")
+        found = next((pattern for pattern in INSTEAD if fnmatchcase(name, pattern)), None)
+        if found and name not in RETIRED:
+            raise ConfigError(f"trainer.extra.{name} must not be set: {INSTEAD[found]}")
     if trainer.kind not in (Method.sft, Method.rloo):
         of_trl = {f.name for f in fields(SFTConfig)} - {f.name for f in fields(TrainingArguments)} - set(RETIRED)
         for name in sorted(of_trl & set(trainer.extra)):

@@ -5,7 +5,7 @@ import math
 
 import optuna
 import pytest
-from conftest import TINY
+from conftest import UNWRITTEN
 
 from ftexp import report
 from ftexp.files import read_json
@@ -33,7 +33,7 @@ def test_none_of_fifty_diverged_trials_is_best(cli, tmp_path, monkeypatch):
 
     monkeypatch.setattr(worker, "run_ticket", run_ticket)
     monkeypatch.setattr(sft, "token_mean", poisoned)
-    small = [t for t in TINY if not t.startswith(("trainer.steps", "trainer.report"))]
+    small = [t for t in UNWRITTEN if not t.startswith(("trainer.steps", "trainer.report"))]
     code, _, err = cli(*small, f"trainer.steps={STEPS}", "trainer.report_steps=1", "eval=loss", "track=none", "name=k",
                        f"seed={','.join(map(str, range(COUNT + HEALTHY)))}", "-m")  # fmt: skip
     assert code == 5, err[-2000:]

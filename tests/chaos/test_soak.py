@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import TINY
+from conftest import UNWRITTEN
 
 from ftexp import facts
 from ftexp.sweep import worker
@@ -34,7 +34,7 @@ def test_many_trials_leave_nothing_behind(cli, tmp_path, monkeypatch):
         told.append(counted())
 
     monkeypatch.setattr(worker, "run_ticket", run_ticket)
-    small = [t for t in TINY if not t.startswith(("trainer.steps", "trainer.report"))]
+    small = [t for t in UNWRITTEN if not t.startswith(("trainer.steps", "trainer.report"))]
     code, _, err = cli(*small, "trainer.steps=1", "trainer.report_steps=0", "eval=loss", "track=none", "name=k",
                        f"seed={','.join(map(str, range(TRIALS)))}", "-m")  # fmt: skip
     assert code == 0, err[-2000:]

@@ -16,7 +16,7 @@ import optuna
 import psutil
 import pytest
 import servers
-from conftest import TINY
+from conftest import UNWRITTEN
 
 from ftexp.files import read_json
 from ftexp.sweep import frozen, study, worker
@@ -25,7 +25,7 @@ cluster = pytest.mark.cluster
 POINTS = ["lora.r=1,2,3,4,5,6", "seed=0,1,2,3"]
 BRIEF = 8
 """Steps of a trial where every machine runs the test."""
-PLAIN = [*[t for t in TINY if ".steps" not in t], "track=none", "eval=loss", "name=s", "sweep.max_retries=9"]
+PLAIN = [*[t for t in UNWRITTEN if ".steps" not in t], "track=none", "eval=loss", "name=s", "sweep.max_retries=9"]
 
 
 @pytest.fixture(autouse=True)

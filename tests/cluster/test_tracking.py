@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import servers
-from conftest import TINY
+from conftest import UNWRITTEN
 from mlflow import MlflowClient
 
-WORDS = [*(t for t in TINY if ".steps" not in t), "trainer.steps=4", "eval=loss", "name=s"]
+WORDS = [*(t for t in UNWRITTEN if ".steps" not in t), "trainer.steps=4", "eval=loss", "name=s"]
 
 
 def launch(folder, *more):

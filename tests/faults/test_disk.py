@@ -9,7 +9,7 @@ import json
 import sys
 
 import pytest
-from conftest import TINY
+from conftest import UNWRITTEN
 from disks import disk
 from full import POINTS, arm
 
@@ -20,7 +20,7 @@ from ftexp.files import no_room, read_json
 from ftexp.sweep import study, worker
 from ftexp.train import checkpoints
 
-RUN = [*TINY, "track=none", "eval=loss", "name=k", "lora.r=2", "trainer.checkpoint_minutes=0"]
+RUN = [*UNWRITTEN, "track=none", "eval=loss", "name=k", "lora.r=2", "trainer.checkpoint_minutes=0"]
 SWEEP = [*RUN, "-m"]
 OF_A_SWEEP = (
     "frozen configs",
@@ -157,7 +157,7 @@ def test_full_tracking_store_costs_one_warning_and_sync_brings_the_rest(cli, tmp
             arm("MLflow store", lent.fill, patch.setattr)
             honest = track.Log.flush
             patch.setattr(track.Log, "flush", lambda log: (honest(log), None if lent.mounted else lent.free())[1])
-            code, _, err = cli(*TINY, "eval=loss", "name=one", f"track.uri={uri}")
+            code, _, err = cli(*UNWRITTEN, "eval=loss", "name=one", f"track.uri={uri}")
         assert code == 0, err
         assert err.count("MLflow failed") == 1
         lent.free()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, UNWRITTEN
 
 from ftexp.errors import MachineError
 from ftexp.files import read_json
@@ -69,7 +69,7 @@ def test_a_format_trains_within_its_planned_memory(name, shell, smollm2):
 
 def test_the_packed_engine_has_the_losses_of_trl(shell):
     """On the device sums come in another order, so losses are equal to 1e-3 and not to the bit."""
-    words = [*TINY, "model.dtype=float32", "eval=loss"]
+    words = [*UNWRITTEN, "model.dtype=float32", "eval=loss"]
     trl = shell(*words, "lora.r=2,4", "trainer.engine=trl", "name=a", "-m") / "sweeps" / "a"
     ours = shell(*words, "lora.r=2,4", "trainer.engine=packed", "name=b", "-m") / "sweeps" / "b"
     for number in ("0", "1"):
@@ -78,7 +78,7 @@ def test_the_packed_engine_has_the_losses_of_trl(shell):
 
 
 def test_two_workers_share_a_device(shell):
-    folder = shell(*TINY, "lora.r=1,2,4,8", "eval=loss", "sweep.slots_per_gpu=2", "name=s", "-m") / "sweeps" / "s"
+    folder = shell(*UNWRITTEN, "lora.r=1,2,4,8", "eval=loss", "sweep.slots_per_gpu=2", "name=s", "-m") / "sweeps" / "s"
     trials = [read_json(folder / str(n) / "trial.json") for n in range(4)]
     assert [t["state"] for t in trials] == ["complete"] * 4
     assert {t["facts"]["compute"]["device"] for t in trials} == {"cuda"}

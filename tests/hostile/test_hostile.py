@@ -9,7 +9,7 @@ import pickle
 import shutil
 
 import pytest
-from conftest import TINY
+from conftest import TINY, UNWRITTEN
 
 from ftexp import data, experiment, model, overrides
 from ftexp.config import Data, Dtype, Kind, Model, Quant, Source
@@ -184,7 +184,7 @@ def left(tmp_path_factory):
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(overrides.CONF), **overrides.BASE):
-        run = config.build(compose("config", [*TINY, "track=none", "eval=loss", "trainer.checkpoint_minutes=0"]))
+        run = config.build(compose("config", [*UNWRITTEN, "track=none", "eval=loss", "trainer.checkpoint_minutes=0"]))
     folder = tmp_path_factory.mktemp("left") / "a"
     with pytest.raises(Preempted):
         experiment.execute(run, folder, "x", control=Control(leave=After()))
@@ -237,7 +237,7 @@ def own(tmp_path):
 
 
 def run_on(composed, own):
-    return composed(*TINY[1:], "model=hub", f"model.path={own}", "track=none", "eval=loss", "data.template=model")
+    return composed(*UNWRITTEN[1:], "model=hub", f"model.path={own}", "track=none", "eval=loss", "data.template=model")
 
 
 TEMPLATES = {

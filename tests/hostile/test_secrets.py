@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import TINY, UNWRITTEN
 
 from ftexp import config
 
@@ -45,7 +45,7 @@ def test_no_secret_of_the_environment_or_the_checkout_is_written(cli, tmp_path, 
         subprocess.run(["git", "-C", code, *words], check=True)
     real = facts.git
     monkeypatch.setattr(facts, "git", lambda _: real(code))
-    given = [*TINY, "lora.r=2,4", "eval=loss", "trainer.checkpoint_minutes=0", "name=k", "-m"]
+    given = [*UNWRITTEN, "lora.r=2,4", "eval=loss", "trainer.checkpoint_minutes=0", "name=k", "-m"]
     got, _, err = cli(*given)
     assert got == 0, err
     bytes_ = written(tmp_path)
@@ -68,7 +68,7 @@ def test_secret_on_the_command_line_is_refused_and_not_repeated(cli, tmp_path, o
 def test_sabotage_config_that_takes_a_password_writes_it(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(config, "refuse_secret", lambda *_: None)
     cli(
-        *TINY,
+        *UNWRITTEN,
         "eval=loss",
         "trainer.steps=1",
         "name=k",

@@ -215,6 +215,13 @@ def test_number_of_no_layer_is_refused():
         sizes.check_adapter(Model(kind=Kind.tiny), replace(asked, extra={"layers_to_transform": [0, 7]}))
 
 
+def test_part_that_is_in_the_name_of_no_weight_is_refused():
+    sizes.check_adapter(Model(kind=Kind.tiny), Lora(variant=Variant.none, train=["layers.1"]))
+    for labels in (0, 2):
+        with pytest.raises(ConfigError, match=r"^lora\.train: 'layres\.1' is in the name of no weight"):
+            sizes.check_adapter(Model(kind=Kind.tiny), Lora(variant=Variant.none, train=["layres.1"]), labels)
+
+
 def test_pattern_of_a_layer_that_gets_no_adapter_is_refused():
     lora = Lora(targets=["v_proj"], extra={"rank_pattern": {"q_proj": 4}})
     with pytest.raises(ConfigError, match=r"'q_proj' matches no layer with an adapter; adapters are on v_proj$"):

@@ -7,13 +7,13 @@ import sys
 
 import optuna
 import pytest
-from conftest import TINY
+from conftest import UNWRITTEN
 
 from ftexp.errors import ConfigError
 from ftexp.sweep import engines, study, worker
 from ftexp.sweep.options import Engine, Options
 
-SWEEP = [*TINY, "track=none", "eval=loss", "lora.r=2,4,8"]
+SWEEP = [*UNWRITTEN, "track=none", "eval=loss", "lora.r=2,4,8"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import TINY
+from conftest import UNWRITTEN
 
 from ftexp import estimate, machine
 from ftexp.config import Data, Eval, Kind, Lora, Loss, Method, Model, Run, Trainer
@@ -190,7 +190,7 @@ def test_how_workers_compute_is_chosen_before_they_start(tiny, monkeypatch):
     assert torch.get_num_threads() == before
 
 
-SWEEP = [*TINY, "track=none", "eval=loss", "lora.r=2,4", "name=s", "-m"]
+SWEEP = [*UNWRITTEN, "track=none", "eval=loss", "lora.r=2,4", "name=s", "-m"]
 
 
 def test_a_choice_is_made_once_told_and_kept(cli, tmp_path, monkeypatch):

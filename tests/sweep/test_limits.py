@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from conftest import TINY
+from conftest import TINY, UNWRITTEN
 
 from ftexp import plan
 from ftexp.errors import ConfigError
@@ -13,7 +13,7 @@ from ftexp.sweep import __main__ as sweeps
 from ftexp.sweep import limits
 from ftexp.sweep.options import Options, Over
 
-SWEEP = [*TINY, "track=none", "eval=loss", "name=s"]
+SWEEP = [*UNWRITTEN, "track=none", "eval=loss", "name=s"]
 
 
 def trials(folder, count):

@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from conftest import TINY
+from conftest import UNWRITTEN
 
 from ftexp.files import read_json
 from ftexp.sweep import __main__ as verbs
@@ -21,7 +21,7 @@ def adapters(folder):
     return {p.parts[-3]: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*/adapter/*.safetensors")}
 
 
-SWEEP = [*TINY, "track=none", "eval=loss", "name=s"]
+SWEEP = [*UNWRITTEN, "track=none", "eval=loss", "name=s"]
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_resume_from_elsewhere_finds_what_is_named_from_the_folder_of_the_launch
     """Rows and tracking store are relative: from another folder the rows were missing, and the store a new one."""
     lines = [json.dumps({"prompt": f"say {n}", "completion": f"I say {n}"}) for n in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    given = [t for t in TINY if not t.startswith("data.")]
+    given = [t for t in UNWRITTEN if not t.startswith("data.")]
     given += ["data=jsonl", "data.path=rows.jsonl", "data.template=plain", "data.valid=8", "eval=loss", "name=s"]
     assert cli("lora.r=2,4", *given, "track.uri=sqlite:///my.db", "-m")[0] == 0
     folder = tmp_path / "outputs" / "sweeps" / "s"

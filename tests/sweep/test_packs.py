@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import UNWRITTEN
 
 from ftexp import data, estimate, experiment
 from ftexp.config import Run
@@ -22,7 +22,7 @@ from ftexp.sweep.space import parse
 from ftexp.train import control, lockstep
 from ftexp.train.turns import Turns
 
-SWEEP = [*TINY, "track=none", "eval=loss", "trainer.engine=packed", "trainer.lr=1e-2", "lora.r=2,4", "seed=0,1",
+SWEEP = [*UNWRITTEN, "track=none", "eval=loss", "trainer.engine=packed", "trainer.lr=1e-2", "lora.r=2,4", "seed=0,1",
          "name=s", "-m"]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from conftest import TINY
+from conftest import TINY, UNWRITTEN
 from hydra.core.plugins import Plugins
 
 from ftexp import config, experiment, runs, track
@@ -17,6 +17,7 @@ from ftexp.files import read_json, write_json
 from ftexp.sweep import frozen, plugin
 
 SWEEP = [*TINY, "track=none", "name=s"]
+UNWRITTEN_SWEEP = [*UNWRITTEN, "track=none", "name=s"]
 
 
 def adapters(folder):
@@ -145,7 +146,7 @@ def test_search_has_exactly_its_trials_and_more_only_when_asked(cli, tmp_path):
     given = [
         "trainer.lr=tag(log,interval(1e-4,1e-1))",
         "sweep.sampler=tpe",
-        *[t for t in SWEEP if ".lr=" not in t],
+        *[t for t in UNWRITTEN_SWEEP if ".lr=" not in t],
         "eval=loss",
     ]
     for total in (3, 3, 5):
@@ -257,7 +258,7 @@ hydra:
 
 def test_conditional_values_of_a_sweeps_file(cli, tmp_path, sweeps_file):
     sweeps_file("branches", CONDITIONAL)
-    code, _, err = cli("sweep=branches", *SWEEP, "eval=loss")
+    code, _, err = cli("sweep=branches", *UNWRITTEN_SWEEP, "eval=loss")
     assert code == 0, err
     ran = [read_json(tmp_path / f"outputs/sweeps/s/{n}/trial.json") for n in range(3)]
     assert [(t["config"]["lora.variant"], t["config"]["lora.r"]) for t in ran] == [
@@ -265,7 +266,9 @@ def test_conditional_values_of_a_sweeps_file(cli, tmp_path, sweeps_file):
         ("dora", 2),
         ("dora", 4),
     ]
-    code, _, err = cli("sweep=branches", "lora.r=8", *[t if t != "name=s" else "name=t" for t in SWEEP], "eval=loss")
+    code, _, err = cli(
+        "sweep=branches", "lora.r=8", *[t if t != "name=s" else "name=t" for t in UNWRITTEN_SWEEP], "eval=loss"
+    )
     assert code == 0, err  # the command line wins over the file, condition and all
     assert "2 of 2 trials to do" in err
 
@@ -285,7 +288,7 @@ def test_second_launch_helps_when_asked_to(cli, tmp_path):
     import sys
 
     points = "lora.r=1,2,3,4,5,6"
-    cli(points, *SWEEP, "eval=loss", "-m")
+    cli(points, *UNWRITTEN_SWEEP, "eval=loss", "-m")
     calm = adapters(tmp_path / "outputs" / "sweeps" / "s")
     given = [t if t != "name=s" else "name=w" for t in SWEEP]
     command = [sys.executable, "-m", "ftexp.run", points, *given, "eval=loss", "sweep.join=true", "-m"]
@@ -378,7 +381,7 @@ def test_dashboard_of_optuna_opens_the_default_store(cli, tmp_path):
     from optuna.storages.journal import JournalFileBackend
     from optuna_dashboard import wsgi
 
-    assert cli("lora.r=2,4", *SWEEP, "eval=loss", "-m")[0] == 0
+    assert cli("lora.r=2,4", *UNWRITTEN_SWEEP, "eval=loss", "-m")[0] == 0
     folder = tmp_path / "outputs" / "sweeps" / "s"
     app = wsgi(JournalStorage(JournalFileBackend(str(folder / "study.journal"))))
     studies = ask(app, "/api/studies")["study_summaries"]
@@ -406,7 +409,7 @@ def ask(app, path):
 
 
 def test_replicates_run_over_seeds(cli, tmp_path):
-    code, _, err = cli("lora.r=2,4", *SWEEP, "sweep.replicates=2", "eval=loss", "-m")
+    code, _, err = cli("lora.r=2,4", *UNWRITTEN_SWEEP, "sweep.replicates=2", "eval=loss", "-m")
     assert code == 0, err
     folder = tmp_path / "outputs" / "sweeps" / "s"
     ran = [read_json(folder / str(n) / "trial.json")["config"] for n in range(4)]
@@ -476,7 +479,7 @@ def test_sweep_of_the_embedded_model_learns(cli, tmp_path):
 def test_launch_that_ended_before_its_trials_leaves_nothing_to_the_next(cli, tmp_path):
     """It froze a config of its own, which is not that of the command that is corrected."""
     (tmp_path / "file").touch()
-    given = ["lora.r=2", *TINY, "eval=loss", "name=s", "-m"]
+    given = ["lora.r=2", *UNWRITTEN, "eval=loss", "name=s", "-m"]
     code, _, err = cli(*given, "track.uri=sqlite:///file/x.db")
     assert code == 4, err
     code, _, err = cli(*given, "track=none", "trainer.lr=1e-3")
@@ -500,7 +503,7 @@ def test_sqlite_is_refused_where_gpus_make_several_workers(cli, monkeypatch):
 def test_trial_whose_folder_is_gone_runs_again(cli, tmp_path):
     import shutil
 
-    given = ["lora.r=2,4", *SWEEP, "eval=loss", "-m"]
+    given = ["lora.r=2,4", *UNWRITTEN_SWEEP, "eval=loss", "-m"]
     assert cli(*given)[0] == 0
     folder = tmp_path / "outputs" / "sweeps" / "s"
     before = adapters(folder)
@@ -515,7 +518,7 @@ def test_trial_whose_folder_is_gone_runs_again(cli, tmp_path):
 def test_storage_that_holds_another_sweep_of_the_name_is_refused(cli, tmp_path):
     import shutil
 
-    given = [*SWEEP, "eval=loss", f"sweep.storage=sqlite:///{tmp_path}/x.db", "-m"]
+    given = [*UNWRITTEN_SWEEP, "eval=loss", f"sweep.storage=sqlite:///{tmp_path}/x.db", "-m"]
     assert cli("lora.r=2", *given)[0] == 0
     shutil.rmtree(tmp_path / "outputs")
     told = Track(uri=f"sqlite:///{tmp_path}/ml.db")
@@ -540,7 +543,7 @@ def test_helper_waits_until_the_launch_takes_back_an_old_order_to_stop(cli, tmp_
     from ftexp.sweep import __main__ as verbs
     from ftexp.sweep import worker
 
-    given = [*TINY, "lora.r=2,4", "track=none", "eval=loss", "name=h", "-m"]
+    given = [*UNWRITTEN, "lora.r=2,4", "track=none", "eval=loss", "name=h", "-m"]
     assert cli(*given)[0] == 0
     folder = tmp_path / "outputs/sweeps/h"
     _, record = verbs.opened(folder)
@@ -654,7 +657,7 @@ def test_helper_with_other_code_is_refused_and_stops_nobody(cli, tmp_path, monke
     from ftexp.sweep import __main__ as verbs
     from ftexp.sweep import worker
 
-    given = [*TINY, "lora.r=2,4", "track=none", "eval=loss", "name=h", "-m"]
+    given = [*UNWRITTEN, "lora.r=2,4", "track=none", "eval=loss", "name=h", "-m"]
     assert cli(*given)[0] == 0
     folder = tmp_path / "outputs/sweeps/h"
     monkeypatch.setattr(plugin.facts, "code", lambda: "other")
@@ -666,7 +669,7 @@ def test_helper_with_other_code_is_refused_and_stops_nobody(cli, tmp_path, monke
 
 
 def test_bound_is_given_on_the_command_line_and_holds_in_leaderboard_and_summary(cli, tmp_path):
-    given = ["lora.r=2,4", *TINY, "eval=loss", "name=s", "-m"]
+    given = ["lora.r=2,4", *UNWRITTEN, "eval=loss", "name=s", "-m"]
     code, out, err = cli(*given, "sweep.at_most={cost/trainable: 5000}", "track.uri=sqlite:///m.db")
     assert code == 0, err
     trials = [read_json(tmp_path / "outputs/sweeps/s" / str(n) / "trial.json")["scores"] for n in range(2)]
@@ -692,7 +695,7 @@ def test_model_that_was_written_to_between_two_trials_of_a_sweep_is_refused(cli,
     base = model.fresh(Model(kind=Kind.tiny, dtype=Dtype.float32), Quant())
     base.model.save_pretrained(tmp_path / "mine")
     base.tokenizer.save_pretrained(tmp_path / "mine")
-    given = [*TINY[1:], "model=hub", f"model.path={tmp_path}/mine", "eval=loss", "track=none", "name=k", "lora.r=2,4",
+    given = [*UNWRITTEN[1:], "model=hub", f"model.path={tmp_path}/mine", "eval=loss", "track=none", "name=k", "lora.r=2,4",
              "trainer.steps=1", "trainer.report_steps=0", "-m"]  # fmt: skip
     assert cli(*given)[0] == 0
     shutil.rmtree(tmp_path / "outputs" / "sweeps" / "k" / "1")
@@ -708,7 +711,7 @@ def test_model_that_was_written_to_between_two_trials_of_a_sweep_is_refused(cli,
 
 
 def test_same_sweep_in_another_store_is_refused(cli, tmp_path):
-    given = [*TINY, "eval=loss", "name=k", "lora.r=2", "trainer.steps=1", "-m"]
+    given = [*UNWRITTEN, "eval=loss", "name=k", "lora.r=2", "trainer.steps=1", "-m"]
     assert cli(*given, "track.uri=sqlite:///a.db")[0] == 0
     code, _, err = cli(*given, "track.uri=sqlite:///b.db")
     assert code == 2
@@ -753,7 +756,14 @@ def test_point_that_is_drawn_again_takes_the_result_there_is(cli, tmp_path, monk
         return execute(run, folder, *more)
 
     monkeypatch.setattr(experiment, "_execute", counted)
-    given = [*TINY, "lora.r=choice(2,4)", "sweep.sampler=random", "sweep.n_trials=5", "sweep.replicates=2", "eval=loss"]
+    given = [
+        *UNWRITTEN,
+        "lora.r=choice(2,4)",
+        "sweep.sampler=random",
+        "sweep.n_trials=5",
+        "sweep.replicates=2",
+        "eval=loss",
+    ]
     code, out, err = cli(*given, "track.uri=sqlite:///m.db", "name=again")
     assert code == 0, err
     folder = tmp_path / "outputs/sweeps/again"
@@ -780,7 +790,7 @@ def test_point_that_is_drawn_again_takes_the_result_there_is(cli, tmp_path, monk
 
 
 def test_sabotage_point_of_other_versions_is_trained_again(cli, tmp_path, monkeypatch):
-    given = [*TINY, "lora.r=choice(2,4)", "sweep.sampler=random", "track=none", "eval=loss", "name=other"]
+    given = [*UNWRITTEN, "lora.r=choice(2,4)", "sweep.sampler=random", "track=none", "eval=loss", "name=other"]
     assert cli(*given, "sweep.n_trials=2")[0] == 0
     folder = tmp_path / "outputs/sweeps/other"
     for n in range(2):
@@ -802,7 +812,7 @@ def test_command_line_wins_over_a_file_in_open_keys_too(cli, tmp_path):
     (tmp_path / "mine/sweeps").mkdir(parents=True)
     text = "hydra:\n  sweeper:\n    params:\n      lora.r: 2,4\n      trainer.extra.adam_beta1: 0.8,0.9\n"
     (tmp_path / "mine/sweeps/betas.yaml").write_text(text)
-    given = [*TINY, "--config-dir=mine", "sweep=betas", "track=none", "eval=loss"]
+    given = [*UNWRITTEN, "--config-dir=mine", "sweep=betas", "track=none", "eval=loss"]
     for more, wanted in (([], [0.8, 0.9] * 2), (["trainer.extra.adam_beta1=0.7"], [0.7] * 2),
                          (["trainer.extra.adam_beta1=0.6,0.7"], [0.6, 0.7] * 2)):  # fmt: skip
         name = f"b{len(more)}{len(wanted)}"
@@ -838,7 +848,7 @@ def aged(folder):
 
 def test_sweep_of_an_ftexp_with_fewer_keys_goes_on(cli, tmp_path):
     (tmp_path / "my.jsonl").write_text(lines := "".join(f'{{"text": "row {n} of many"}}\n' for n in range(40)))
-    given = [t for t in TINY if not t.startswith("data.")]
+    given = [t for t in UNWRITTEN if not t.startswith("data.")]
     given += ["data=jsonl", "data.path=my.jsonl", "data.valid=8", "track=none", "eval=loss", "lora.r=2", "name=s", "-m"]
     folder = tmp_path / "outputs/sweeps/s"
     assert cli(*given)[0] == 0
@@ -865,7 +875,7 @@ def test_sweep_of_an_ftexp_with_fewer_keys_goes_on(cli, tmp_path):
 def test_range_goes_on_in_the_numbers_it_was_begun_in(cli, tmp_path):
     """As a sweep of an earlier ftexp, for which `interval(0,1)` was of whole numbers."""
     given = [
-        *TINY,
+        *UNWRITTEN,
         "trainer.weight_decay=interval(0,1)",
         "lora.r=2,4",
         "sweep.sampler=random",
@@ -887,7 +897,7 @@ def test_range_goes_on_in_the_numbers_it_was_begun_in(cli, tmp_path):
 
 def test_helper_stops_nothing(cli, tmp_path, monkeypatch):
     """It says so to what looks after its workers: where they die, it leaves the sweep to the launch."""
-    given = [*TINY, "lora.r=2,4", "track=none", "eval=loss", "name=h", "-m"]
+    given = [*UNWRITTEN, "lora.r=2,4", "track=none", "eval=loss", "name=h", "-m"]
     assert cli(*given)[0] == 0
     seen = []
     monkeypatch.setattr(plugin, "_run_left", lambda *_, helps=False: seen.append(helps))

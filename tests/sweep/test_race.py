@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, UNWRITTEN
 from test_worker import sweep  # noqa: F401
 
 from ftexp import experiment
@@ -183,7 +183,7 @@ def test_same_sweep_is_raced(race_of):
 
 def test_sweep_of_a_model_is_raced_and_the_same_command_keeps_its_end(cli, tmp_path):
     """The last trial has a useless learning rate: every row says so at its first rung."""
-    given = [*(t for t in TINY if not t.startswith(("trainer.lr", "data.valid", "data.rows"))), "data.valid=24"]
+    given = [*(t for t in UNWRITTEN if not t.startswith(("trainer.lr", "data.valid", "data.rows"))), "data.valid=24"]
     command = ("trainer.lr=2e-2,1e-2,1e-9", *given, "data.rows=140", "track=none", "name=s", "sweep.pruner=race",
                "eval=loss", "-m")  # fmt: skip
     code, _, err = cli(*command)

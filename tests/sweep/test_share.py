@@ -9,7 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
-from conftest import TINY
+from conftest import UNWRITTEN
 from optuna.trial import TrialState, create_trial
 
 from ftexp.files import read_json, sha256
@@ -17,7 +17,7 @@ from ftexp.sweep import frozen, share, study, worker
 from ftexp.sweep.options import Engine, Options, Sampler
 from ftexp.train import control, lockstep
 
-SWEEP = [*TINY, "track=none", "eval=loss", "trainer.engine=packed", "trainer.lr=1e-2", "-m"]
+SWEEP = [*UNWRITTEN, "track=none", "eval=loss", "trainer.engine=packed", "trainer.lr=1e-2", "-m"]
 
 
 def ends(folder: Path) -> dict[str, tuple]:

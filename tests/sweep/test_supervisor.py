@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 import psutil
 import pytest
-from conftest import TINY
+from conftest import UNWRITTEN
 from optuna.trial import TrialState
 
 from ftexp.files import read_json
@@ -69,7 +69,7 @@ COMMAND = [
     sys.executable,
     "-m",
     "ftexp.run",
-    *TINY,
+    *UNWRITTEN,
     "track=none",
     "eval=loss",
     "name=k",

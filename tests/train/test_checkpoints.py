@@ -11,7 +11,7 @@ import time
 from contextlib import nullcontext
 
 import pytest
-from conftest import TINY
+from conftest import UNWRITTEN
 
 from ftexp import experiment
 from ftexp.errors import Diverged, Preempted, Pruned
@@ -223,7 +223,7 @@ def test_killed_run_goes_on_with_the_same_command(cli, tmp_path):
 
     The undisturbed one runs in this process: where a training runs changes no bit.
     """
-    command = [sys.executable, "-m", "ftexp.run", *TINY, *HARD, "track=none", "eval=loss", "name=k", "trainer.steps=40",
+    command = [sys.executable, "-m", "ftexp.run", *UNWRITTEN, *HARD, "track=none", "eval=loss", "name=k", "trainer.steps=40",
                "trainer.report_steps=0"]  # fmt: skip
     calm, wild = tmp_path, tmp_path / "wild"
     wild.mkdir()

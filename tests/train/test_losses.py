@@ -163,9 +163,9 @@ def test_held_out_loss_stays_nats_a_token(tiny, tmp_path):
 
 
 def test_losses_are_swept(cli, tmp_path):
-    from conftest import TINY
+    from conftest import UNWRITTEN
 
-    code, out, err = cli(*TINY, "track=none", "eval=loss", "trainer.loss=nll,dft,focal", "name=s", "-m")
+    code, out, err = cli(*UNWRITTEN, "track=none", "eval=loss", "trainer.loss=nll,dft,focal", "name=s", "-m")
     assert code == 0, err
     told = [read_json(tmp_path / "outputs/sweeps/s" / str(n) / "trial.json") for n in range(3)]
     assert [t["config"]["trainer.loss"] for t in told] == ["nll", "dft", "focal"]

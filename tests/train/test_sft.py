@@ -1,6 +1,8 @@
 """Training: known answers about the loss, accumulation, NEFTune, divergence and repeatability."""
 
+import fnmatch
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -279,6 +281,38 @@ def test_keyword_for_what_trl_would_prepare_is_refused(tiny, name, value, key):
         sft.arguments(run.trainer, "cpu", 0, "x", 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [("auto_find_batch_size", True, "halved by itself"), ("save_only_model", True, "trainer.checkpoint_minutes"),
+     ("save_steps", 5, "trainer.checkpoint_minutes"), ("eval_delay", 3, "trainer.report_steps"),
+     ("eval_on_start", True, "trainer.report_steps"), ("load_best_model_at_end", True, "trainer.steps"),
+     ("metric_for_best_model", "loss", "objectives"), ("greater_is_better", False, "objectives"),
+     ("resume_from_checkpoint", "x", "the same command"), ("hub_model_id", "a/b", "ftexp export --push"),
+     ("push_to_hub", True, "ftexp export --push"), ("deepspeed", "x.json", "sweep.gpus_per_trial"),
+     ("fsdp", True, "sweep.gpus_per_trial"), ("fsdp_config", {"a": 1}, "sweep.gpus_per_trial")],
+)  # fmt: skip
+def test_keyword_for_what_is_done_around_the_trainer_is_refused(tiny, name, value, instead):
+    run = tiny()
+    run.trainer.extra = {name: value}
+    with pytest.raises(ConfigError, match=rf"^trainer\.extra\.{name} must not be set.*{instead}"):
+        sft.arguments(run.trainer, "cpu", 0, "x", 1)
+
+
+def test_keywords_that_are_refused_are_of_the_library():
+    from transformers import TrainingArguments
+
+    known = [f.name for f in fields(TrainingArguments)]
+    assert all(fnmatch.filter(known, pattern) for pattern in sft.INSTEAD)
+
+
+def test_offloading_to_the_memory_of_a_cpu_is_refused_on_a_cpu(tiny, monkeypatch):
+    monkeypatch.setattr(experiment.compute, "has_gpu", lambda: False)
+    run = tiny("+trainer.extra.activation_offloading=true")
+    with pytest.raises(ConfigError, match=r"^trainer\.extra\.activation_offloading must not be true on a CPU"):
+        experiment.prepare(run)
+    experiment.prepare(run, elsewhere=True)
+
+
 def test_keys_that_stand_for_what_trl_would_prepare_are_there():
     assert {key for key in sft.PREPARED.values() if key} <= set(config.keys())
 
@@ -299,6 +333,35 @@ def test_order_of_prompts_is_left_to_rloo(tiny):
     run.trainer.kind = Method.rloo
     run.trainer.batch, run.trainer.accumulation = run.trainer.generations, 1
     assert sft.arguments(run.trainer, "cpu", 0, "x", 1).shuffle_dataset is False
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [({"lr_scheduler_kwargs": {"num_cycles": 2}}, "lr_scheduler_kwargs: .*unexpected keyword argument 'num_cycles'"),
+     ({"optim_args": "x"}, "optim_args: not enough values to unpack")],
+)  # fmt: skip
+def test_keyword_that_the_schedule_or_the_optimizer_refuses_is_told_in_one_line(tiny, extra, told):
+    run, drawn = tiny(), torch.get_rng_state()
+    run.trainer.extra = extra
+    with pytest.raises(ConfigError, match=rf"^trainer\.extra is refused by the Trainer, with {told}.*$"):
+        sft.arguments(run.trainer, "cpu", 0, "x", 1)
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_error_while_a_trainer_is_built_names_extra_where_there_is_some(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(sft, "_trainer", lambda *_: int("x"))
+    for extra, kind in (({"adam_beta2": 0.5}, ConfigError), ({}, ValueError)):
+        run = tiny("eval=loss")
+        run.trainer.extra = extra
+        with pytest.raises(kind, match="invalid literal") as caught:
+            trained(run, tmp_path)
+        assert str(caught.value).startswith("trainer.extra is refused by the Trainer, with adam_beta2: ") == bool(extra)
+
+
+def test_keywords_of_a_schedule_and_an_optimizer_are_taken(tiny):
+    run = tiny("trainer.scheduler=cosine", "trainer.optimizer=rmsprop")
+    run.trainer.extra = {"lr_scheduler_kwargs": {"num_cycles": 2}, "optim_args": "momentum=0.5"}
+    assert sft.arguments(run.trainer, "cpu", 0, "x", 1).lr_scheduler_kwargs == {"num_cycles": 2}
 
 
 def test_library_keyword_reaches_the_library(tiny):
