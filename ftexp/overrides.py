@@ -56,6 +56,11 @@ HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.verbose")
 """Settings of Hydra that may be overridden; callbacks, logging and launchers of Hydra can name code to run."""
 
 
+REPLACED = {"n_jobs": "sweep.workers", "direction": "objectives, whose directions are known", "study_name": "name",
+            "sampler.seed": "sweep.seed"}  # fmt: skip
+"""Keys below `hydra.sweeper` of Hydra's Optuna sweeper, and ours."""
+
+
 class Own(SearchPathPlugin):
     """The folder of `--config-dir`, where Hydra looks for options after our own."""
 
@@ -331,6 +336,11 @@ def _options(key: str, options: dict[str, list[str]]) -> str:
 def _check_hydra(key: str, text: str) -> None:
     """Refuse settings of Hydra that run code, change folders under way, or write the environment to disk."""
     own = tuple(f"hydra.sweeper.{name}" for name in SWEEP_KEYS)
+    if key.startswith("hydra.sweeper.params."):
+        searched = text.lstrip("+").removeprefix("hydra.sweeper.params.")
+        raise ConfigError(f"{text}: write {searched} -m, or a file in sweeps/")
+    if (name := REPLACED.get(key.removeprefix("hydra.sweeper."))) is not None:
+        raise ConfigError(f"{text}: ftexp brings its own sweeper and calls it {name}")
     if key not in HYDRA and not key.startswith(own):
         raise ConfigError(f"{text}: of Hydra's own settings only {', '.join(HYDRA)} may be set")
 
