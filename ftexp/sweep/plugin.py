@@ -122,8 +122,8 @@ class Sweeper(HydraSweeper):
             raise ConfigError(f"sweep.n_trials must be set with sweep.sampler={options.sampler.value}, got null")
         if not searching and options.n_trials is not None:
             raise ConfigError(
-                f"sweep.n_trials={options.n_trials} needs a sampler that draws, such as sweep.sampler=tpe; a grid has the "
-                "points it has"
+                f"sweep.n_trials={options.n_trials} needs a sampler that draws, such as sweep.sampler=tpe; a grid has "
+                "the points it has"
             )
         points = frozen.corners(searched) if searching else searched.grid()
         frozen.check_limit(len(points))
