@@ -197,11 +197,25 @@ def read_trial(folder: Path) -> dict[str, Any] | None:
 
 
 def read_points(path: Path) -> list[dict[str, Any]]:
-    """Read the points of a file of metrics, in order, null as NaN; a last line that a kill tore is left out."""
+    """Read the points of a file of metrics, in order, null as NaN; a last line that a kill tore is left out.
+
+    Raises:
+        MachineError: another line is not JSON.
+    """
     if not path.exists():
         return []
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    return [_numbers(json.loads(line)) for line in whole]
+    whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    return [_point(line, f"{path}:{number}") for number, line in enumerate(whole, 1)]
+
+
+def _point(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        told = json.loads(line)
+    except ValueError as error:
+        raise MachineError(f"{where}: is damaged, a line must be JSON ({error}); put it back or remove it") from error
+    if not isinstance(told, dict):
+        raise MachineError(f"{where}: is damaged, a line must be a JSON object, got {told!r:.40}; remove it")
+    return _numbers(told)
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, Any]:

@@ -98,7 +98,15 @@ def read_file(path: Path, data: Data) -> list[Row]:
 
 
 def typed(text: str, where: str) -> Row:
-    """Make a row of a prompt that is as `data.prompt` would have made it."""
+    """Make a row of a prompt that is as `data.prompt` would have made it.
+
+    Raises:
+        ConfigError: it holds bytes that are no UTF-8, which Python reads as letters that nothing else takes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where} must be text in UTF-8, letter {error.start + 1} is not") from error
     return Row(text, STAND_IN, where)
 
 
@@ -264,8 +272,8 @@ def interactive(loaded: Trained, how: How, beside: bool, texts: bool) -> None:
             return
         if not line.strip():
             continue
-        row = typed(line, "the prompt")
         try:
+            row = typed(line, "the prompt")
             if trained.names(loaded.kept):
                 show(classified(loaded, [row]), console)
                 continue
@@ -351,7 +359,10 @@ def _rows(args: argparse.Namespace, data: Data) -> list[Row] | None:
         if args.json:
             raise ConfigError("--json needs prompts: on the command line, with --file, or on stdin")
         return None
-    given = args.prompts or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    try:
+        given = args.prompts or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"stdin must be text in UTF-8, byte {error.start} is not") from error
     if not given:
         raise ConfigError("PROMPT must be given: on the command line, with --file, or on stdin; got none")
     for n, text in enumerate(given, 1):

@@ -65,14 +65,20 @@ def execute(notebook: dict[str, Any], name: str = "notebook") -> dict[str, Any]:
     """Run the code cells in order, and return the notebook with what they print and show.
 
     An exception of a cell leaves with the cell's number noted.
+
+    Raises:
+        ConfigError: a cell is no Python, or ends the program.
     """
     space: dict[str, Any] = {"__name__": "__main__"}
     cells, count = [], 0
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             count += 1
+            tree = _parsed("".join(cell["source"]), f"{name}, code cell {count}")
             try:
-                outputs = _run("".join(cell["source"]), space, count)
+                outputs = _run(tree, space, count)
+            except SystemExit as error:
+                raise ConfigError(f"{name}, code cell {count}: must not end the program, exit({error.code})") from error
             except Exception as error:
                 error.add_note(f"in {name}, code cell {count}")
                 raise
@@ -81,8 +87,18 @@ def execute(notebook: dict[str, Any], name: str = "notebook") -> dict[str, Any]:
     return notebook | {"cells": cells}
 
 
-def _run(source: str, space: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    tree, out, value = ast.parse(source), io.StringIO(), None
+def _parsed(source: str, where: str) -> ast.Module:
+    try:
+        compile(source, "<cell>", "exec")  # refuses more than the parser, as `return` outside a function
+        return ast.parse(source)
+    except SyntaxError as error:
+        line = (error.text or "").strip()
+        hint = "; commands of Jupyter are not run" if line.startswith(("%", "!")) else ""
+        raise ConfigError(f"{where}: line {error.lineno} must be Python, got {line}{hint}") from error
+
+
+def _run(tree: ast.Module, space: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    out, value = io.StringIO(), None
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     with contextlib.redirect_stdout(out):
         exec(compile(tree, "<cell>", "exec"), space)
@@ -129,6 +145,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: must be a notebook, it is no JSON ({error})") from error
     if not isinstance(told, dict) or "cells" not in told:
         raise ConfigError(f"{path}: must be a notebook, it has no cells")
+    for number, cell in enumerate(told["cells"], 1):
+        if not isinstance(cell, dict) or not {"cell_type", "source"} <= cell.keys():
+            raise ConfigError(f"{path}: must be a notebook, its cell {number} has no cell_type or no source")
     return told
 
 

@@ -56,6 +56,11 @@ HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.verbose")
 """Settings of Hydra that may be overridden; callbacks, logging and launchers of Hydra can name code to run."""
 
 
+REPLACED = {"n_jobs": "sweep.workers", "direction": "objectives, whose directions are known", "study_name": "name",
+            "sampler.seed": "sweep.seed"}  # fmt: skip
+"""Keys below `hydra.sweeper` of Hydra's Optuna sweeper, and ours."""
+
+
 class Own(SearchPathPlugin):
     """The folder of `--config-dir`, where Hydra looks for options after our own."""
 
@@ -336,6 +341,11 @@ def _options(key: str, options: dict[str, list[str]]) -> str:
 def _check_hydra(key: str, text: str) -> None:
     """Refuse settings of Hydra that run code, change folders under way, or write the environment to disk."""
     own = tuple(f"hydra.sweeper.{name}" for name in SWEEP_KEYS)
+    if key.startswith("hydra.sweeper.params."):
+        searched = text.lstrip("+").removeprefix("hydra.sweeper.params.")
+        raise ConfigError(f"{text}: write {searched} -m, or a file in sweeps/")
+    if (name := REPLACED.get(key.removeprefix("hydra.sweeper."))) is not None:
+        raise ConfigError(f"{text}: ftexp brings its own sweeper and calls it {name}")
     if key not in HYDRA and not key.startswith(own):
         raise ConfigError(f"{text}: of Hydra's own settings only {', '.join(HYDRA)} may be set")
 
@@ -413,6 +423,20 @@ CALLED = {
 """Names in scripts and other tools, and what they are here; those of peft, transformers and TRL are in `config`."""
 
 
+ADVICE = {
+    "save_steps": "ftexp calls it trainer.checkpoint_minutes, which counts minutes",
+    "resume_from_checkpoint": "the same command again goes on from the last checkpoint",
+    "load_best_model_at_end": "the weights of the last step are kept; trainer.steps says which step that is",
+    "push_to_hub": "ftexp export RUN --push OWNER/NAME uploads what a run learned",
+    "auto_find_batch_size": "a batch is halved by itself where memory runs out, and the effective batch stays",
+    "gradient_checkpointing_kwargs": "ftexp takes it as trainer.extra.gradient_checkpointing_kwargs",
+    "lora.bias": "ftexp trains no biases, which are of the base that a run is compared with",
+    "eval.do_sample": "completions are scored greedily; ftexp generate --temperature draws them",
+    "eval.temperature": "completions are scored greedily; ftexp generate --temperature draws them",
+}
+"""Names in other tools, of a group where a dot says so, that no key of ours stands for alone, and what does instead."""
+
+
 def hint(key: str, known: set[str]) -> str:
     """Name the keys that were most likely meant: by what other tools call them, by their last part, then by spelling.
 
@@ -420,6 +444,8 @@ def hint(key: str, known: set[str]) -> str:
     """
     group, _, leaf = key.rpartition(".")
     names = CALLED | config.RETIRED
+    if key in ADVICE or leaf in ADVICE:
+        return f"; {ADVICE.get(key) or ADVICE[leaf]}"
     if key in names or leaf in names:
         return f"; ftexp calls it {names.get(key) or names[leaf]}"
     same = sorted(name for name in known if name.rsplit(".", 1)[-1] == leaf and not name.startswith("hydra."))
@@ -503,7 +529,8 @@ def _file(group: str, name: str) -> Path:
 
 def _no_option(group: str, name: Any, options: list[str]) -> str:
     """Say that a group has no such option, and which it has."""
-    near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
+    plain = group == "lora" and name == "lora"  # the variant of the option `default`
+    near = ["default"] if plain else difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
     hint = f"; did you mean {group}={near[0]}?" if near else ""
     return f"{group} must be one of {', '.join(options)}, got {name!r}{hint}"
 

@@ -153,10 +153,8 @@ def _lengths(console: Console, examples: list[Example], how: Data) -> None:
     told = {name: lengths[min(len(lengths) - 1, int(share * len(lengths)))]
             for name, share in (("least", 0), ("median", 0.5), ("95 %", 0.95), ("most", 1))}  # fmt: skip
     spread = ", ".join(f"{name} {value}" for name, value in told.items())
-    console.print(
-        f"tokens: {sum(lengths)}, {learned / sum(lengths):.1%} supervised; a row has {spread}", highlight=False,
-        soft_wrap=True,
-    )  # fmt: skip
+    share = f", {learned / sum(lengths):.1%} supervised" if learned else ""  # a classifier learns labels, no tokens
+    console.print(f"tokens: {sum(lengths)}{share}; a row has {spread}", highlight=False, soft_wrap=True)
     counts = histogram(lengths)
     widest, most = len(str(counts[-1][1])), max(count for *_, count in counts)
     for first, last, count in counts:

@@ -547,6 +547,11 @@ def _connect(track: Track, moved: bool = False) -> tuple[MlflowClient, str]:
             found = client.get_experiment_by_name(track.experiment)
             experiment = found.experiment_id if found else client.create_experiment(track.experiment, artifacts, KIND)
     except (MlflowException, SQLAlchemyError, OSError) as error:
+        if not track.uri.partition(":")[1] or track.uri.startswith("file:"):
+            near = f"{SQLITE}{Path(track.uri.removeprefix('file:')).with_suffix('.db')}"
+            raise MachineError(
+                f"track.uri={track.uri} must be a database, as track.uri={near}: MLflow takes no folder"
+            ) from error
         kind = Unreachable if track.uri.startswith("http") else MachineError
         raise kind(f"track.uri={track.uri} cannot be opened: {_first(error)}") from error
     return client, experiment

@@ -8,19 +8,24 @@ import socket
 import sys
 from pathlib import Path
 
-from ftexp import track, verb
-from ftexp.config import Track, require
+from ftexp import config, track, verb
+from ftexp.config import Track
 from ftexp.errors import MachineError
 
 HOST = "127.0.0.1"
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+"""What MLflow serves from; a server serves a UI of its own."""
 
 
 def command(uri: str, port: int) -> list[str]:
     """Return the command that serves a tracking store.
 
     Raises:
-        MachineError: the store is a SQLite file that is not there yet.
+        ConfigError: the store is no database.
+        MachineError: it is a SQLite file that is not there yet.
     """
+    config.require(uri.partition("://")[0].partition("+")[0] in DATABASES and "://" in uri, "--uri", uri,
+                   f"an address of a database, as sqlite:///outputs/mlflow.db ({', '.join(DATABASES)})")  # fmt: skip
     path = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not path.is_file():
         raise MachineError(f"{path}: there are no runs to show yet; start with python -m ftexp.run lora.r=8,16,64 -m")
@@ -50,7 +55,7 @@ def check_port(port: int) -> None:
         ConfigError: there is no such port.
         MachineError: another program has it, or it is not ours to take.
     """
-    require(0 < port < 65536, "--port", port, "from 1 to 65535")
+    config.require(0 < port < 65536, "--port", port, "from 1 to 65535")
     with socket.socket() as tried:
         tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

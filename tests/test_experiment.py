@@ -8,13 +8,18 @@ import pyarrow.parquet
 import pytest
 from conftest import TINY
 
-from ftexp import experiment, metrics, model
+from ftexp import data, experiment, metrics, model
 from ftexp.errors import ConfigError, DataError, Diverged, MachineError
 from ftexp.files import read_json, write_json
 
 
 def adapter_hash(folder):
     return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def test_the_model_for_dry_runs_takes_the_default_rows(composed):
+    run = composed("model=tiny")
+    assert len(experiment.tokenised(run, data.load(run.data))[0]) > 2000
 
 
 def test_run_leaves_scores_table_and_adapter(tiny, tmp_path):

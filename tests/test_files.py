@@ -152,3 +152,11 @@ def test_points_of_a_file_of_metrics_end_before_a_torn_line(tmp_path):
     path.write_text('{"step": 1, "valid/loss": 2.0}\n{"step": 2, "valid/f1": null}\n{"step": 3, "val')
     first, second = files.read_points(path)
     assert first == {"step": 1, "valid/loss": 2.0} and math.isnan(second["valid/f1"])
+
+
+@pytest.mark.parametrize("bad", [b"{nope", b'{"step": "\xff"}', b"3"])
+def test_bad_line_inside_a_file_of_metrics_is_named(tmp_path, bad):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + bad + b'\n{"step": 3}\n')
+    with pytest.raises(MachineError, match=r"metrics\.jsonl:2: is damaged, a line must be (JSON|a JSON object)"):
+        files.read_points(path)

@@ -13,7 +13,7 @@ from conftest import UNWRITTEN
 
 from ftexp import data, evaluate, generate, model, trained
 from ftexp import run as command
-from ftexp.config import Kind, Long, Model, Quant, Shape
+from ftexp.config import Data, Kind, Long, Model, Quant, Shape
 from ftexp.data import prompts
 from ftexp.errors import ConfigError, DataError
 from ftexp.generate import How
@@ -284,6 +284,7 @@ def test_a_terminal_is_asked_for_prompts(run, monkeypatch, capsys):
     [
         (["s"], "PROMPT must be given"),
         (["s", " "], "prompt 1 must be a text"),
+        (["s", "x", "abc\udcff"], "prompt 2 must be text in UTF-8, letter 4 is not"),
         (["s", "x", "--temperature", "-1"], "--temperature must be between 0 (greedy) and 100"),
         (["s", "x", "--temperature", "nan"], "--temperature must be between 0 (greedy) and 100"),
         (["s", "x", "--top-p", "0.5"], "--top-p must be 1 where --temperature is 0"),
@@ -299,6 +300,17 @@ def test_what_is_wrong_is_told_before_a_model_is_loaded(argv, told, run, monkeyp
     code, out, err = run(*argv)
     assert (code, out) == (2, "")
     assert told in err.replace("\n", " ")
+
+
+def test_bytes_of_stdin_that_are_no_text_are_refused(run, monkeypatch):
+    class Bytes:
+        isatty, read = staticmethod(lambda: False), staticmethod(lambda: b"abc\xff\n".decode())
+
+    code, _, err = run("s", stdin="abc\udcff\n")
+    assert code == 2 and err.endswith("ftexp: prompt 1 must be text in UTF-8, letter 4 is not\n")
+    monkeypatch.setattr(sys, "stdin", Bytes())
+    with pytest.raises(ConfigError, match=r"^stdin must be text in UTF-8, byte 3 is not$"):
+        generate._rows(generate.parser().parse_args(["s"]), Data())
 
 
 def test_how_takes_its_limits():

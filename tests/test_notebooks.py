@@ -152,6 +152,23 @@ def test_wrong_names_end_in_one_line(tmp_path, monkeypatch, capsys, given, code,
     assert told in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [(cell("1\n%matplotlib inline"),
+      "n.ipynb, code cell 2: line 2 must be Python, got %matplotlib inline; commands of Jupyter are not run"),
+     ({"cell_type": "code"}, "n.ipynb: must be a notebook, its cell 2 has no cell_type or no source"),
+     (cell("import sys\nsys.exit(0)"), "n.ipynb, code cell 2: must not end the program, exit(0)")],
+)  # fmt: skip
+def test_cell_that_cannot_be_run_ends_in_one_line(tmp_path, monkeypatch, capsys, bad, told):
+    path = tmp_path / "n.ipynb"
+    path.write_text(json.dumps({"cells": [cell("1"), bad]}))
+    monkeypatch.setenv("SWEEP", "")
+    monkeypatch.setattr(sys, "argv", ["notebooks", str(sweep(tmp_path / "s")), str(path)])
+    assert notebooks.main() == 2
+    err = capsys.readouterr().err
+    assert told in err and len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0)])
 def test_usage(argv, code, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["notebooks", *argv])

@@ -121,6 +121,20 @@ def test_recipe_is_planned_to_the_figures_of_its_source(row, composed, tmp_path,
     assert sorted(tmp_path.rglob("*")) == files
 
 
+def test_ranks_of_the_dialogues_differ_in_rank_alone_by_the_command_that_is_told(composed):
+    kept = 'lora.alpha="${mul:2,${lora.r}}"'
+    readme, file = (overrides.ROOT / "README.md"), (overrides.CONF / "experiment" / "guanaco_llama2.yaml")
+    assert all(f"lora.r=8,64 '{kept}' -m" in path.read_text() for path in (readme, file))
+    loras = [composed("experiment=guanaco_llama2", kept, f"lora.r={r}").lora for r in (8, 64)]
+    assert [lora.alpha / lora.r for lora in loras] == [2, 2]
+    assert composed("experiment=guanaco_llama2", "lora.r=64").lora.alpha / 64 == 0.25
+
+
+def test_a_run_of_the_dialogues_has_the_steps_the_readme_tells(monkeypatch, capsys):
+    assert planned("guanaco_llama2", ["--rows", "900", "--tokens", "64"], monkeypatch, capsys)["steps"] == 225
+    assert "so it takes fewer: 225 of the 250" in (overrides.ROOT / "README.md").read_text()
+
+
 def test_phi3_prints_its_base_before_the_rest_becomes_float32(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     given = [*GOLDEN["yoda_phi3"]["plan"], "model.dtype=bfloat16"]

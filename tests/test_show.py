@@ -148,7 +148,7 @@ def test_rows_of_a_classifier_are_texts_with_labels_beside_them(shown):
     code, out, err = shown(*given, "data.max_length=40", "data.long=cut")
     assert code == 0, err
     assert "im_start" not in out and "⟦" not in out
-    assert "labels: " in out and "0 supervised tokens" in out
+    assert "labels: " in out and "0 supervised tokens" in out and "% supervised" not in out
     assert "rows have more than data.max_length=40 tokens and are cut" in out
     code, _, err = shown(*given, "data.max_length=40")
     assert code == 3 and "a row must be at most data.max_length=40 tokens" in err

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -109,6 +110,14 @@ def test_store_that_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "ml.db").write_text("this is no database, but it is long enough to be read as the header of one" * 9)
     with pytest.raises(MachineError, match=r"track\.uri=sqlite:.*ml\.db cannot be opened"):
         track.store(Track(uri=f"sqlite:///{tmp_path}/ml.db"))
+
+
+@pytest.mark.parametrize("uri", ["./mlruns", "mlruns.db", "file:./mlruns"])
+def test_folder_that_mlflow_takes_no_more_is_refused_with_a_database_to_take(uri, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wanted = f"track.uri={uri} must be a database, as track.uri=sqlite:///mlruns.db: MLflow takes no folder"
+    with pytest.raises(MachineError, match=f"^{re.escape(wanted)}$"):
+        track.store(Track(uri=uri))
 
 
 def test_dead_server_is_named_soon(monkeypatch):

@@ -9,13 +9,19 @@ from conftest import UNWRITTEN
 
 from ftexp import track, ui
 from ftexp.config import Track
-from ftexp.errors import MachineError
+from ftexp.errors import ConfigError, MachineError
 from ftexp.files import read_json
 
 
 def test_store_that_is_not_there_is_named(tmp_path):
     with pytest.raises(MachineError, match=r"no\.db: there are no runs to show yet"):
         ui.command(f"sqlite:///{tmp_path}/no.db", 5000)
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "outputs/mlflow.db", "./mlruns", "file:./mlruns", "sqlite"])
+def test_store_that_is_no_database_is_refused(uri):
+    with pytest.raises(ConfigError, match=r"^--uri must be an address of a database, as sqlite:///outputs/mlflow\.db"):
+        ui.command(uri, 5000)
 
 
 def test_serves_on_this_machine_only(tmp_path):

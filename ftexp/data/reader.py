@@ -6,7 +6,8 @@ every value of a csv or tsv is text, spelled as in the file, and what has no sin
 `file:line`. Files are streamed: at most `LONGEST` bytes of text are held beside the rows.
 
 csv and tsv follow RFC 4180: one header line, fields in double quotes may hold separators, line ends and doubled
-quotes. Text is UTF-8, with or without a byte order mark.
+quotes. A first column without a name, the index that pandas writes, is left out. Text is UTF-8, with or without a byte
+order mark.
 """
 
 from __future__ import annotations
@@ -181,13 +182,14 @@ def _separated(path: Path, separator: str) -> Iterator[Record]:
     csv.field_size_limit(LONGEST)
     rows = csv.reader(feed, delimiter=separator, strict=True)
     header: list[str] = []
-    found = False
+    index, found = 0, False
     while (fields := _record(rows, feed)) is not None:
         where = feed.where()
         if not fields or (header == [] and fields == [""]):  # a blank line
             continue
         if not header:
             header = _header(fields, where, separator)
+            index = int(not header[0].strip())
             continue
         if len(fields) != len(header):
             raise DataError(
@@ -195,7 +197,7 @@ def _separated(path: Path, separator: str) -> Iterator[Record]:
                 f"{separator.join(fields)!r:.60}"
             )
         found = True
-        yield dict(zip(header, fields, strict=True)), where
+        yield dict(zip(header[index:], fields[index:], strict=True)), where
     if not found:
         raise DataError(f"{path}: must have rows, there is {'only a header' if header else 'nothing but blank lines'}")
 
@@ -223,7 +225,7 @@ def _header(names: list[str], where: str, separator: str) -> list[str]:
         wanted = "use data=tsv" if other == "\t" else "use data=csv" if other == "," else "save it with commas"
         raise DataError(f"{where}: columns must be separated by {separator!r}, the header has {other!r}; {wanted}")
     for number, name in enumerate(names, 1):
-        if not name.strip():
+        if not name.strip() and (number > 1 or len(names) == 1):
             raise DataError(f"{where}: every column must have a name, column {number} has {name!r}")
         if names.index(name) != number - 1:
             raise DataError(f"{where}: column names must differ, {name!r} stands twice")

@@ -11,6 +11,7 @@ from ftexp import config
 from ftexp.config import Data, Source
 from ftexp.data import genres, hub, korean, latex, packages, preference, reader, shapes, yoda
 from ftexp.data.shapes import Row
+from ftexp.errors import DataError
 
 __all__ = ["GENERATED", "Row", "read", "read_file"]
 
@@ -37,6 +38,8 @@ def read_file(path: str, data: Data, count: int | None = None, key: str = "data.
     Raises:
         DataError: the file or one of its lines cannot be used; the message starts with `file:line`.
     """
+    if "://" in path and not Path(path).exists():
+        raise DataError(f"{path}: {key} must be a file here, addresses are not read; download it, or use data=hub")
     return list(shapes.rows(islice(reader.records(Path(path), data.kind, key), count), data))
 
 

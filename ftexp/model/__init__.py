@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import gc
 import hashlib
+import logging
 import re
 import weakref
 from collections.abc import Callable, Iterator
@@ -358,12 +359,36 @@ def stored(model: Model, quant: Quant, chosen: Compute, labels: int = 0) -> tupl
     import torch
 
     with attending(chosen.attention):
-        if model.kind is Kind.run:
-            return _handed_over(model, quant, chosen, labels)
         if model.kind is Kind.tiny:
             made = tiny.model(chosen.attention, labels).to(chosen.device, getattr(torch, chosen.dtype))  # type: ignore
             return made, {"score.weight"}
-        return _pretrained(model, quant, chosen, labels)
+        with _report_held() as held:
+            load = _handed_over if model.kind is Kind.run else _pretrained
+            loaded, fresh = load(model, quant, chosen, labels)
+            if labels and not any(name.startswith(f"{loaded.base_model_prefix}.") for name in fresh):
+                held.clear()  # a head alone is missing, as it is meant to be
+        return loaded, fresh
+
+
+@contextmanager
+def _report_held() -> Iterator[list[logging.LogRecord]]:
+    """Hold back the table of weights that are missing or left over; what the list has at the end is told."""
+    held: list[logging.LogRecord] = []
+
+    def passes(record: logging.LogRecord) -> bool:
+        if " LOAD REPORT" not in str(record.msg):
+            return True
+        held.append(record)
+        return False
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(passes)
+    try:
+        yield held
+    finally:
+        logger.removeFilter(passes)
+        for record in held:
+            logger.handle(record)
 
 
 @contextmanager

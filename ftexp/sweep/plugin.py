@@ -123,7 +123,8 @@ class Sweeper(HydraSweeper):
             raise ConfigError(f"sweep.n_trials must be set with sweep.sampler={options.sampler.value}, got null")
         if not searching and options.n_trials is not None:
             raise ConfigError(
-                f"sweep.n_trials={options.n_trials} needs a sampler that draws; a grid has the points it has"
+                f"sweep.n_trials={options.n_trials} needs a sampler that draws, such as sweep.sampler=tpe; a grid has "
+                "the points it has"
             )
         points = frozen.corners(searched) if searching else searched.grid()
         frozen.check_limit(len(points))
@@ -173,7 +174,9 @@ class Sweeper(HydraSweeper):
             for name in options.at_most:
                 metrics.check_objective(name, experiment.switched_on(run), "sweep.at_most")
         if options.baselines and options.sampler is Sampler.grid:
-            raise ConfigError("sweep.baselines need a sampler that draws; a grid has the points it has")
+            raise ConfigError(
+                "sweep.baselines need a sampler that draws, such as sweep.sampler=tpe; a grid has the points it has"
+            )
         for point in options.baselines:
             searched.baseline(point)
         if options.pruner is not Pruner.none and len(runs[0].objectives) > 1:

@@ -53,14 +53,14 @@ def packed(rows: Dataset, data: Data, quiet: bool = False) -> Dataset:
     try:
         how = {"keep_in_memory": True, "load_from_cache_file": False}
         made = pack_dataset(rows, data.max_length, data.packing.value, how)
+        before, after = _count(rows), _count(made)
+        if data.packing is Packing.wrapped:
+            made = made.map(_beheaded, load_from_cache_file=False, keep_in_memory=True)
     finally:
         if not shown:
             datasets.enable_progress_bars()
-    before, after = _count(rows), _count(made)
-    if data.packing is Packing.wrapped:
-        made = made.map(_beheaded, load_from_cache_file=False, keep_in_memory=True)
-        if not quiet:
-            _warn(rows, made, data)
+    if data.packing is Packing.wrapped and not quiet:
+        _warn(rows, made, data)
     if before != after:
         raise DataError(f"data.packing={data.packing.value} lost tokens: {before} (all, supervised) became {after}")
     return made

@@ -33,6 +33,13 @@ def values(path, content: bytes, kind=Source.file):
     return [list(record.values()) for record, _ in read(path, content, kind)]
 
 
+@pytest.mark.parametrize("sign", [",", "\t"])
+def test_index_of_a_table_of_pandas_is_left_out(tmp_path, sign):
+    path = tmp_path / ("rows.csv" if sign == "," else "rows.tsv")
+    told = read(path, sign.join(["", "a", "b\n0", "x", "y\n"]).encode())
+    assert told == [({"a": "x", "b": "y"}, f"{path}:2")]
+
+
 def test_there_are_many_bad_files_and_each_has_its_message():
     assert len(CASES) >= 100
     assert list(MESSAGES) == list(CASES)

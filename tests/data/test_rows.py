@@ -22,6 +22,13 @@ def jsonl(path, *lines: bytes | str | dict, **keys):
 GOOD = {"prompt": "a", "completion": "b"}
 
 
+def test_address_is_refused_with_what_to_do():
+    with pytest.raises(
+        DataError, match=r"^https://x/y\.csv: data\.path must be a file here, addresses are not read; down"
+    ):
+        data.load(Data(kind=Source.csv, path="https://x/y.csv"))
+
+
 def test_file_that_is_not_there_is_told_by_its_key(tmp_path):
     asked = jsonl(tmp_path / "a.jsonl", *({"prompt": f"p{n}", "completion": f"c{n}"} for n in range(9)), valid=2)
     for key in ("valid_path", "test_path"):

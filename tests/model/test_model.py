@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import logging
 import math
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Literal, Optional
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers.utils import is_flash_attn_2_available
 
 from ftexp import model
@@ -31,6 +32,21 @@ def base():
 
 def adapter_state(tuned):
     return {k: v.clone() for k, v in tuned.state_dict().items() if "lora_" in k}
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_report_of_missing_weights_is_told_unless_it_is_of_a_fresh_head_alone(base, tmp_path, monkeypatch, torn):
+    base.model.save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    if torn:
+        weights = load_file(tmp_path / "model.safetensors")
+        del weights["model.layers.0.mlp.up_proj.weight"]
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    told: list[logging.LogRecord] = []
+    monkeypatch.setattr(logging.getLogger("transformers.modeling_utils"), "callHandlers", told.append)
+    _, fresh = model.stored(Model(kind=Kind.hub, path=str(tmp_path)), Quant(), base.compute, 3)
+    assert "score.weight" in fresh
+    assert [" LOAD REPORT" in record.getMessage() for record in told] == [True] * torn
 
 
 def test_base_is_loaded_once_and_anew_for_another_config(base):

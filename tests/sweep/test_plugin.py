@@ -162,7 +162,7 @@ def test_search_has_exactly_its_trials_and_more_only_when_asked(cli, tmp_path):
     ("given", "message"),
     [
         (["sweep.sampler=tpe"], "sweep.n_trials must be set with sweep.sampler=tpe"),
-        (["sweep.n_trials=3"], "a grid has the points it has"),
+        (["sweep.n_trials=3"], "needs a sampler that draws, such as sweep.sampler=tpe; a grid has the points it has"),
         (["sweep.sampler=nope"], "expected one of [grid, random, tpe, gp, qmc, nsga2]"),
         (["sweep.replicates=0"], "sweep.replicates must be between 1 and 100, got 0"),
         (["sweep.workrs=2"], "unknown key sweep.workrs in sweep.workrs=2; did you mean sweep.workers?"),
@@ -175,7 +175,10 @@ def test_search_has_exactly_its_trials_and_more_only_when_asked(cli, tmp_path):
         (["sweep.at_most={cost/secnds: 9}"], "sweep.at_most must be among"),
         (["name=a,b"], "name must be one value for the whole sweep, got a,b"),
         (["objectives=[valid/loss],[valid/f1]"], "objectives must be one value for the whole sweep"),
-        (["sweep.baselines=[{lora.r: 4}]"], "sweep.baselines need a sampler that draws; a grid has the points it has"),
+        (
+            ["sweep.baselines=[{lora.r: 4}]"],
+            "sweep.baselines need a sampler that draws, such as sweep.sampler=tpe; a grid",
+        ),
         (
             ["sweep.sampler=tpe", "sweep.n_trials=2", "sweep.baselines=[{lora.r: 3}]"],
             "sweep.baselines: lora.r must be among 2,4, got 3",

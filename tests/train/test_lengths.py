@@ -258,6 +258,7 @@ def test_wrapped_says_what_it_does_and_counts_what_it_loses(base, examples, capf
     ends = {sum(len(e.ids) for e in examples[: n + 1]) for n in range(len(examples))}
     borders = [border for border in range(100, len(tokens), 100) if border not in ends]
     torn = len({min(end for end in ends if end > border) for border in borders})
+    assert "Map" not in told
     assert f"tears {torn} of {len(examples)} rows" in told
     assert f"{lost} supervised tokens begin a pack and are not learned" in told
     assert all(pack["labels"][0] == -100 for pack in made)
