@@ -145,7 +145,7 @@ def stored(client, run_id):
 
 def test_files_of_an_adapter_that_came_by_half_are_brought(cli, verb, tmp_path):
     """An upload that broke off left one file out and one torn."""
-    assert cli(*TINY, "eval=loss", "name=one", f"track.uri=sqlite:///{tmp_path}/ml.db")[0] == 0
+    assert cli(*UNWRITTEN, "eval=loss", "name=one", f"track.uri=sqlite:///{tmp_path}/ml.db")[0] == 0
     run = tmp_path / "outputs/runs/one"
     client, _ = track.store(Track(uri=f"sqlite:///{tmp_path}/ml.db"))
     there = stored(client, read_json(run / "trial.json")["mlflow_run"]) / "adapter"
@@ -166,7 +166,7 @@ def test_data_sets_and_parameters_that_were_missed_are_brought_each_for_itself(c
         monkeypatch.setattr(track.Log, "inputs", lambda *_: None)
     else:
         monkeypatch.setattr(track.Log, "params", lambda log, told: honest(log, dict(list(told.items())[:3])))
-    assert cli(*TINY, "eval=loss", "name=one", f"track.uri=sqlite:///{tmp_path}/ml.db")[0] == 0
+    assert cli(*UNWRITTEN, "eval=loss", "name=one", f"track.uri=sqlite:///{tmp_path}/ml.db")[0] == 0
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     kept = read_json(tmp_path / "outputs/runs/one/trial.json")
@@ -180,7 +180,7 @@ def test_data_sets_and_parameters_that_were_missed_are_brought_each_for_itself(c
 
 
 def test_store_in_another_spelling_or_seen_from_another_folder_takes_no_run_twice(cli, verb, tmp_path, monkeypatch):
-    assert cli("lora.r=2,4", *TINY, "eval=loss", "name=s", "-m")[0] == 0
+    assert cli("lora.r=2,4", *UNWRITTEN, "eval=loss", "name=s", "-m")[0] == 0
     files = {path: path.read_bytes() for path in (tmp_path / "outputs").rglob("*.json")}
     (tmp_path / "away").mkdir()
     for folder in (tmp_path, tmp_path / "away"):
@@ -200,7 +200,7 @@ def test_store_in_another_spelling_or_seen_from_another_folder_takes_no_run_twic
 
 
 def test_a_store_that_was_deleted_is_made_anew_beside_its_runs(cli, tmp_path):
-    assert cli(*TINY, "eval=loss", "name=one")[0] == 0
+    assert cli(*UNWRITTEN, "eval=loss", "name=one")[0] == 0
     for path in (tmp_path / "outputs").glob("mlflow.db*"):
         path.unlink()
     again = subprocess.run([sys.executable, "-m", "ftexp.sync", "--json"], capture_output=True, text=True, check=True)
@@ -208,7 +208,7 @@ def test_a_store_that_was_deleted_is_made_anew_beside_its_runs(cli, tmp_path):
 
 
 def test_second_store_in_another_spelling_takes_no_run_twice(cli, verb, tmp_path):
-    assert cli(*TINY, "eval=loss", "name=one", f"track.uri=sqlite:///{tmp_path}/own.db")[0] == 0
+    assert cli(*UNWRITTEN, "eval=loss", "name=one", f"track.uri=sqlite:///{tmp_path}/own.db")[0] == 0
     uris = ("sqlite:///team.db", f"sqlite:///{tmp_path}/team.db", "sqlite:///outputs/../team.db")
     assert [json.loads(verb("--uri", uri, "--json")[1])["runs"] for uri in uris] == [1, 0, 0]
 
@@ -350,7 +350,7 @@ def test_dead_store_is_named(cli, verb, tmp_path):
 
 
 def test_damaged_run_is_told_and_the_others_are_brought(cli, verb, tmp_path):
-    assert cli("lora.r=2,4", *TINY, "eval=loss", "name=s", DEAD, "-m")[0] == 0
+    assert cli("lora.r=2,4", *UNWRITTEN, "eval=loss", "name=s", DEAD, "-m")[0] == 0
     path = tmp_path / "outputs/sweeps/s/0/trial.json"
     path.write_text(path.read_text()[:40])
     uri = f"sqlite:///{tmp_path}/ml.db"

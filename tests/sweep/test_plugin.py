@@ -293,7 +293,7 @@ def test_second_launch_helps_when_asked_to(cli, tmp_path):
     points = "lora.r=1,2,3,4,5,6"
     cli(points, *UNWRITTEN_SWEEP, "eval=loss", "-m")
     calm = adapters(tmp_path / "outputs" / "sweeps" / "s")
-    given = [t if t != "name=s" else "name=w" for t in SWEEP]
+    given = [t if t != "name=s" else "name=w" for t in UNWRITTEN_SWEEP]
     command = [sys.executable, "-m", "ftexp.run", points, *given, "eval=loss", "sweep.join=true", "-m"]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [p.communicate(timeout=240)[1] for p in both]
