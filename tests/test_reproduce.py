@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from ftexp import experiment, facts, reproduce, runs
 from ftexp.errors import ConfigError, DataError, MachineError
 from ftexp.files import read_json, write_json
+from ftexp.sweep import plugin
 from ftexp.train import control
 
 
@@ -110,6 +111,14 @@ def test_an_interrupted_repetition_goes_on_from_its_checkpoint(kept, monkeypatch
     assert read_json(again / "trial.json")["resumed_at"] == [2]
     assert reproduce.main() == 0  # and a third time from nothing
     assert "resumed_at" not in read_json(again / "trial.json")
+
+
+def test_a_second_repetition_at_once_is_kept_out(kept, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ftexp.reproduce", str(kept.folder)])
+    with plugin.only(kept.folder / "reproduced", "first"):
+        assert reproduce.main() == 4
+    assert "again is being run by process" in capsys.readouterr().err
+    assert [path.name for path in (kept.folder / "reproduced").iterdir()] == [plugin.LOCK]
 
 
 def test_rows_that_changed_are_refused(kept):

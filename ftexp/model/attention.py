@@ -165,8 +165,8 @@ def slopes(
 ) -> list[torch.Tensor]:  # fmt: skip
     """Return the gradients of query, key and value, (position, head, width), from that of what was seen.
 
-    A prefix is asked by several rows. Their gradients at it are added up in at least float32, those of one batch after
-    the other, so that a member's do not depend on others, and no run on chance.
+    A prefix is asked by several rows. Their gradients at it are added up batch by batch, in one order, so that a
+    member's do not depend on others, and no run on chance.
     """
     found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
     precise = torch.promote_types(query.dtype, torch.float32)
@@ -189,10 +189,10 @@ def slopes(
         for n, made in enumerate((torch.bmm(gs.transpose(1, 2), q), gv)):
             apart = _apart(made, whole, key.shape[1])
             for begin, first, end in rows.prefixes:
-                more.append((1 + n, begin, apart[first:end, : rows.prefixed].sum(0, dtype=precise)))
+                more.append((1 + n, begin, apart[first:end, : rows.prefixed].sum(0)))  # in float32 within
             _scatter(found[1 + n], rows, apart[:, rows.prefixed :])
     for n, begin, summed in more:
-        found[n][begin : begin + len(summed)] += summed.to(query.dtype)
+        found[n][begin : begin + len(summed)] += summed
     return found
 
 

@@ -173,6 +173,18 @@ def test_where_it_is_not_worth_it_or_depends_on_what_follows_rows_are_read_whole
     assert prefix.shared(llama, [*texts, [1, 2, 3]], 99, width) == 0
 
 
+def test_code_of_ones_own_under_a_known_name_reads_whole_rows():
+    from transformers import LlamaForCausalLM
+
+    class Own(LlamaForCausalLM):
+        pass
+
+    texts = [e.ids for e in rows()]
+    own = Own(small("llama").config).eval()
+    assert own.config.model_type == "llama"
+    assert prefix.shared(own, texts, 99, max(map(len, texts))) == 0
+
+
 def test_what_shares_a_model_out_to_devices_is_seen_through():
     llama, texts = made("Llama", torch.float32), [e.ids for e in rows()]
     outer = torch.nn.Module()
