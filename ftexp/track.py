@@ -470,8 +470,7 @@ def store(track: Track) -> tuple[MlflowClient, str]:
     """
     key = (str(Path.cwd()), track.uri, track.experiment)  # a store of a relative name is another elsewhere
     if key not in _stores:
-        moved = any(uri == track.uri and place != key[0] for place, uri, _ in _stores)
-        _stores[key] = _connect(track, moved)
+        _stores[key] = _connect(track)
     return _stores[key]
 
 
@@ -524,8 +523,8 @@ def _restrain() -> None:
     logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 
-def _connect(track: Track, moved: bool = False) -> tuple[MlflowClient, str]:
-    """Connect; `moved` where this process knows the name from another folder, and MLflow would hand out that store."""
+def _connect(track: Track) -> tuple[MlflowClient, str]:
+    """Connect, to a SQLite file by its whole path: a name that MLflow knows from another folder leads there."""
     _restrain()
     with garbage.postponed():
         from mlflow import MlflowClient
@@ -543,7 +542,7 @@ def _connect(track: Track, moved: bool = False) -> tuple[MlflowClient, str]:
         with lock:
             if path is not None and not path.exists():
                 _begin(path)
-            client = MlflowClient(tracking_uri=address(track.uri) if path is not None and moved else track.uri)
+            client = MlflowClient(tracking_uri=address(track.uri))
             found = client.get_experiment_by_name(track.experiment)
             experiment = found.experiment_id if found else client.create_experiment(track.experiment, artifacts, KIND)
     except (MlflowException, SQLAlchemyError, OSError) as error:

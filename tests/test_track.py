@@ -202,6 +202,21 @@ def test_empty_store_is_copied_where_one_is_kept(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_store_that_code_of_ones_own_opened_by_name_in_another_folder_is_another(tmp_path, monkeypatch):
+    """MLflow keeps its stores by their addresses as given, and would hand out the first one."""
+    from mlflow import MlflowClient
+
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    own = MlflowClient(tracking_uri="sqlite:///m.db")
+    own.create_experiment("own")
+    monkeypatch.chdir(tmp_path / "b")
+    client, _ = track.store(Track(uri="sqlite:///m.db"))
+    assert [one.name for one in client.search_experiments() if one.name != "Default"] == ["ftexp"]
+    assert own.get_experiment_by_name("ftexp") is None
+
+
 def test_store_is_made_where_none_can_be_kept(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("FTEXP_CACHE", str(tmp_path / "file" / "cache"))

@@ -365,8 +365,9 @@ def stored(model: Model, quant: Quant, chosen: Compute, labels: int = 0) -> tupl
         with _report_held() as held:
             load = _handed_over if model.kind is Kind.run else _pretrained
             loaded, fresh = load(model, quant, chosen, labels)
-            if labels and not any(name.startswith(f"{loaded.base_model_prefix}.") for name in fresh):
-                held.clear()  # a head alone is missing, as it is meant to be
+            below = [name for name in fresh if name.startswith(f"{loaded.base_model_prefix}.")]
+            if labels and all(".pooler." in name for name in below):
+                held.clear()  # a head alone is missing, as it is meant to be; BERT's begins with the pooler
         return loaded, fresh
 
 

@@ -49,6 +49,20 @@ def test_report_of_missing_weights_is_told_unless_it_is_of_a_fresh_head_alone(ba
     assert [" LOAD REPORT" in record.getMessage() for record in told] == [True] * torn
 
 
+def test_pooler_that_a_masked_language_model_lacks_is_of_the_fresh_head(base, tmp_path, monkeypatch):
+    """BERT's classifier reads its pooler, which is trained whole like the head, and of which its checkpoints have none."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertForMaskedLM(BertConfig(vocab_size=len(base.tokenizer), **sizes)).save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    told: list[logging.LogRecord] = []
+    monkeypatch.setattr(logging.getLogger("transformers.modeling_utils"), "callHandlers", told.append)
+    _, fresh = model.stored(Model(kind=Kind.hub, path=str(tmp_path)), Quant(), base.compute, 3)
+    assert "bert.pooler.dense.weight" in fresh and "classifier.weight" in fresh
+    assert not told
+
+
 def test_base_is_loaded_once_and_anew_for_another_config(base):
     assert model.load(TINY, Quant()) is base
     other = model.load(Model(kind=Kind.tiny, attention=model.config.Attention.sdpa), Quant())
