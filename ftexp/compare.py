@@ -296,9 +296,13 @@ def column(content: dict[str, list[Any]], objective: str) -> Column | None:
     if objective in RATIOS:
         of, over, nats = RATIOS[objective]
         over = next((u for u in UNITS if u in content), over) if objective == "valid/loss" else over
-        return columns.ratio([n / nats for n in content[of]], content[over]) if over in content else None
+        if over not in content:
+            return None
+        found = columns.ratio([n / nats for n in content[of]], content[over])
+        return replace(found, least=0.0) if (found.num >= 0).all() else found  # rewards may be in it
     name = objective.removeprefix("valid/")
-    return columns.mean(content[name]) if name in content else None
+    least, most = metrics.ends(name)
+    return replace(columns.mean(content[name]), least=least, most=most) if name in content else None
 
 
 def _cost(points: list[list[dict[str, Any]]]) -> str | None:

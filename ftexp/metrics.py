@@ -176,6 +176,23 @@ def check_objective(name: str, given: Collection[str], key: str = "objectives") 
     return METRICS[name]
 
 
+def ends(name: str) -> tuple[float, float]:
+    """Return what a score of one model on one split cannot be below or above, by its name without the split.
+
+    A loss has no ends: with `trainer=rloo` it may be negative.
+
+    >>> ends("f1"), ends("kl"), ends("margin")
+    ((0.0, 1.0), (0.0, inf), (-inf, inf))
+    """
+    if name in ENDLESS or name not in SCORES:
+        return -math.inf, math.inf
+    return 0.0, math.inf if name in FROM_ZERO else 1.0
+
+
+ENDLESS = ("loss", "margin", "reward")
+FROM_ZERO = ("perplexity", "bits_per_byte", "chosen_loss", "kl", "length")
+
+
 def better(a: float, b: float, direction: Direction) -> bool:
     """Tell whether score `a` beats `b`. NaN beats nothing, and anything finite beats NaN.
 

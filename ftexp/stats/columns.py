@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -21,6 +21,8 @@ SEED = 0
 """Seed of every draw below: the same table gives the same figures, and no table gets draws of its own."""
 DRAWS = 4999
 """Resamples of an interval; its ends then move by 1 to 2 % of its width from seed to seed."""
+FEW = 10
+"""Units below which an interval is at least as wide as Student's."""
 CHUNK = 1 << 22
 """Numbers held at once while draws are made."""
 
@@ -33,6 +35,10 @@ class Column:
     """What is added up, (rows,): nats, or values of a mean."""
     den: Array
     """What it is divided by, (rows,): tokens, bytes, or ones."""
+    least: float = -math.inf
+    """What the score cannot be below; its interval ends there."""
+    most: float = math.inf
+    """What it cannot be above."""
 
     def __post_init__(self) -> None:
         if self.num.ndim != 1 or self.num.shape != self.den.shape or not len(self.num):
@@ -86,7 +92,7 @@ def grouped(column: Column, groups: Sequence[Hashable] | None) -> Column:
     """Add up the rows of each group, in the order in which groups first occur; the score stays.
 
     >>> grouped(mean([1, 0, 1, 1]), ["a", "b", "a", "b"])
-    Column(num=array([2., 1.]), den=array([2., 2.]))
+    Column(num=array([2., 1.]), den=array([2., 2.]), least=-inf, most=inf)
     """
     if groups is None:
         return column
@@ -94,7 +100,7 @@ def grouped(column: Column, groups: Sequence[Hashable] | None) -> Column:
         raise ValueError(f"groups must name one group a row, got {len(groups)} for {len(column.num)} rows")
     numbers = {name: n for n, name in enumerate(dict.fromkeys(groups))}
     index = np.array([numbers[name] for name in groups])
-    return Column(np.bincount(index, column.num), np.bincount(index, column.den))
+    return replace(column, num=np.bincount(index, column.num), den=np.bincount(index, column.den))
 
 
 def contributions(column: Column, at: float) -> Array:
@@ -123,7 +129,11 @@ def interval(
     - F1 with 70 % of rows at 1: 90.7, 94.0, 95.0 / 92.3, 93.3, 93.8
 
     A bootstrap of Student's ratio covers more of the skewed ones (94) and has no upper bound where rows are 0 or 1.
-    Columns of 0 and 1 without groups take Wilson's score interval (1927), which keeps its width at 0 and at 1.
+    Draws of few units never leave their range, so below `FEW` units an end is Student's where that lies farther out:
+    of 2, 3, 5 and 8 normal rows 96, 95, 96 and 96 % are covered, where the bootstrap alone covers 51, 75, 92 and 94; of
+    gamma(0.5) rows 83, 81, 84 and 90 (1000 simulations).
+    Columns of 0 and 1 take Wilson's score interval (1927), which keeps its width at 0 and at 1, over as many rows as
+    their groups are worth (`effective`).
 
     Edge cases: one unit, or a number that is not finite, gives NaN for both ends; equal rows give an interval of no
     width, unless they are all 0 or all 1.
@@ -135,11 +145,36 @@ def interval(
     units = grouped(column, groups)
     if not np.isfinite(units.num).all() or len(units.num) < 2:
         return Interval(column.value, np.nan, np.nan)
-    if groups is None and column.is_share:
-        return Interval(column.value, *wilson(column.value, len(column.num), level))
+    if column.is_share:
+        return Interval(column.value, *wilson(column.value, effective(column, groups, level), level))
     resampled = resample([units], draws)
     low, high = bca(resampled, np.array([units.value]), contributions(units, units.value)[:, None], level)
-    return Interval(column.value, float(low[0]), float(high[0]))
+    return Interval(column.value, max(column.least, float(low[0])), min(column.most, float(high[0])))
+
+
+def effective(column: Column, groups: Sequence[Hashable] | None, level: float = 0.95) -> float:
+    """Count the independent rows of 0 and 1 that grouped ones are worth: rows over the design effect (Kish 1965).
+
+    The design effect is the share's variance by groups over that of independent rows. It is an estimate, so the count
+    is taken times the square of the normal quantile over Student's (Korn and Graubard 1998), and is never above the
+    rows. Where all rows are alike nothing tells how groups hang together, and each counts as one row. In 1000
+    simulations each of 6, 12 and 20 groups, correlated by 0.5, 0.5 and 0.9, intervals covered 99, 93 and 95 %.
+
+    >>> round(effective(mean([1, 1, 0, 0, 1, 1, 0, 0] * 4), list("aabbccdd" * 4)), 1), effective(mean([1, 0, 1]), None)
+    (1.1, 3)
+    >>> effective(mean([1, 1, 1, 1]), ["a", "a", "b", "c"])
+    3
+    """
+    rows = len(column.num)
+    if groups is None:
+        return rows
+    units, share = grouped(column, groups), column.value
+    n = len(units.num)
+    variance = float(contributions(units, share).var(ddof=1)) / n if n > 1 else 0.0
+    if share in (0, 1) or n < 2:
+        return n
+    careful = (norm.isf((1 - level) / 2) / t.isf((1 - level) / 2, n - 1)) ** 2
+    return float(careful * min(rows, share * (1 - share) / variance if variance > 0 else rows))
 
 
 def difference(a: Interval, b: Interval) -> Interval:
@@ -155,7 +190,7 @@ def difference(a: Interval, b: Interval) -> Interval:
     return Interval(value, value - low, value + high)
 
 
-def wilson(share: float, rows: int, level: float = 0.95) -> tuple[float, float]:
+def wilson(share: float, rows: float, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a share: all p with |share - p| <= z * sqrt(p * (1 - p) / rows).
 
     >>> [round(end, 4) for end in wilson(0.75, 24)]
@@ -185,7 +220,7 @@ def resample(units: Sequence[Column], draws: int = DRAWS) -> Array:
 
 
 def bca(resampled: Array, values: Array, parts: Array, level: float = 0.95) -> tuple[Array, Array]:
-    """Ends of bias-corrected and accelerated intervals with widened tails; see `interval`.
+    """Ends of bias-corrected and accelerated intervals with widened tails, or Student's; see `interval`.
 
     Args:
         resampled: bootstrap scores, (draws, scores).
@@ -206,4 +241,7 @@ def bca(resampled: Array, values: Array, parts: Array, level: float = 0.95) -> t
     for z in (bias - wide, bias + wide):
         at = norm.cdf(bias + z / np.maximum(1 - skewness / 6 * z, 1e-3))  # few skewed rows reach the outermost draw
         ends.append(np.array([np.quantile(c, a) for c, a in zip(resampled.T, at, strict=True)]))
-    return ends[0], ends[1]
+    if n >= FEW:
+        return ends[0], ends[1]
+    half = float(t.isf((1 - level) / 2, n - 1)) * np.sqrt(squares / (n - 1) / n)
+    return np.minimum(ends[0], values - half), np.maximum(ends[1], values + half)

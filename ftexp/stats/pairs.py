@@ -24,6 +24,7 @@ from ftexp.stats.columns import (
     Interval,
     bca,
     contributions,
+    effective,
     grouped,
     resample,
     wilson,
@@ -71,11 +72,13 @@ class Comparison:
     p_best: tuple[float, ...]
     """For each point the largest alpha at which it is not told apart from the best; 1 for the best."""
     seeds: noise.Seeds | None
-    """Noise between seeds; None without replicates, and then no p knows about it."""
+    """Noise between seeds, without that of `noisier`; None without replicates, and then no p knows about it."""
     spread: noise.Spread
-    """What a plan for the next sweep needs to know; its `rows` is the median over pairs."""
+    """What a plan for the next sweep needs to know; its `rows` is the median over pairs that may be the best."""
     optimism: float
     """How much too good the best is expected to look, were all points equal; 0 for one point, NaN for one row."""
+    noisier: tuple[int, ...]
+    """Numbers of the points whose seeds scatter more than those of the others can explain (`noise.noisier`)."""
 
 
 @dataclass(frozen=True)
@@ -100,17 +103,28 @@ class _Table:
     """Scores, (points,)."""
     runs: Array
     """Runs of each point, (points,)."""
-    seed: float
-    """Variance between a point's runs, pooled."""
-    df: int
-    """Its degrees of freedom; 0 without replicates."""
-    mixed: float
-    """Variance between a point's runs at one unit, beyond what moves the run as a whole: run times unit."""
+    seed: Array
+    """Variance between runs of each point, pooled over the points of its kind, (points,)."""
+    df: Array
+    """Its degrees of freedom, (points,); 0 without replicates."""
+    mixed: Array
+    """Variance between a point's runs at one unit, beyond what moves the run as a whole: run times unit, (points,)."""
+    kind: Array
+    """Number of the points whose seeds scatter alike, (points,): 0, and one more for each point of `noise.noisier`."""
 
     @property
-    def twice(self) -> float:
+    def twice(self) -> Array:
         """What of `mixed` the seed part holds already: no more than that is, which two runs may give as nothing."""
-        return min(self.mixed, self.seed * self.parts.shape[1])
+        return np.minimum(self.mixed, self.seed * self.parts.shape[1])
+
+    @property
+    def replicated(self) -> bool:
+        """Whether the noise between seeds is known."""
+        return bool(self.df.any())
+
+    def seed_part(self, couples: Array) -> Array:
+        """Variance of the difference of two points by their seeds, (pairs,)."""
+        return (self.seed / self.runs)[couples].sum(axis=1)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -141,26 +155,32 @@ def compare(
       are counted where there are at most `signs` of them up to mirror images, otherwise random ones, and
       p = (1 + as large) / (1 + drawn) (Phipson and Smyth 2010). Where trials have denominators of their own, as with
       two tokenizers, the ratios' linearised differences are flipped, which holds for many rows.
-    - The seed part is normal with the variance between runs of a point, pooled over points, over their number. What run
+    - The seed part is normal with the variance between runs of a point, pooled over points, over their number. A point
+      whose seeds scatter more than those of the others can explain (`noise.noisier`) keeps its own variance and its own
+      few degrees of freedom, so that one unstable point neither blurs the others nor borrows their certainty. What run
       times row adds to both parts is taken out of the row part, whose signs then flip around the pair's difference;
       never more than the seed part holds, for two runs may agree by chance.
       Both variances are estimates, so each part is stretched in each draw as Student's t is (Behrens and Fisher's
       solution, which errs to the safe side: a bootstrap that studentises instead told apart 9 % of equal pairs with two
       runs each, this one 5 %); with no row part this is Tukey's studentised range. Two runs a point are enough, because
-      six points then give six degrees of freedom; bootstrapping two seeds would halve their variance. Pooling takes
-      training noise for equal everywhere: one of six points three times as noisy as the others, three runs each, brings
-      the rate from 5 to 8 or 10 %.
+      six points then give six degrees of freedom; bootstrapping two seeds would halve their variance. Of six equal
+      points with three runs each, one of them ten times as noisy as the others, 7 % of sweeps tell some point apart
+      (24 % were it pooled); three times as noisy, which the F test often does not see, 11 %. With two runs a noisy
+      point may agree with itself by chance: 20 %.
     - Without replicates there is no seed part: p is then about these adapters on other rows of the kind, not about
       training again.
 
     One sign serves a row in all pairs, so their dependence is kept; `joint` and `p_best` are maxima over pairs of such
-    draws (Westfall and Young 1993). Signs rather than permuting the points within a row: a pair's null distribution
-    then depends on this pair alone, so one bad trial does not blur the others, and points that differ in variance or in
-    correlation keep their rate.
+    draws (Westfall and Young 1993). Signs rather than permuting the points within a row: a pair's null distribution of
+    rows then depends on this pair alone, so one bad trial does not blur the others, and points that differ in variance
+    or in correlation keep their rate.
+
+    What is said of the sweep's noise, `spread` and `optimism`, is measured on the points that may be the best, the two
+    best at least: a trial that broke says nothing about how well the others can be told apart.
 
     Intervals: of a score and of a difference, the BCa interval over rows (`columns.interval`) joined with Student's
     interval over seeds by the root of the sum of squares of the half widths, each side for itself (MOVER, Zou and
-    Donner 2008). They are not corrected for the number of pairs.
+    Donner 2008), and end where the score does (`Column.least`). They are not corrected for the number of pairs.
 
     Args:
         points: for each point, the column of each of its runs; all over the same rows.
@@ -182,11 +202,12 @@ def compare(
     units = [[grouped(column, groups) for column in runs] for runs in points]
     table = _table(units, direction)
     resampled, centred = _resampled(units, draws), _centred(units)
-    scores = _scores(points, resampled, centred, table, groups is None, level)
+    scores = _scores(points, resampled, centred, table, groups, level)
     best = int(np.argmin(table.values))
-    seeds = noise.seeds([[c.value for c in runs] for runs in units])
+    noisier = tuple(np.flatnonzero(table.kind).tolist())
+    seeds = noise.seeds([[c.value for c in runs] for runs, kind in zip(units, table.kind, strict=True) if not kind])
     if len(points) == 1:
-        return Comparison(tuple(scores), (), 0, (1.0,), seeds, _spread(table, np.empty(0)), 0.0)
+        return Comparison(tuple(scores), (), 0, (1.0,), seeds, _spread(table, np.empty(0)), 0.0, ())
     couples = np.array(list(combinations(range(len(points)), 2)))
     couples, steps, losers = _elimination(_statistics(table, couples)[0], couples)
     observed, scale, share = _statistics(table, couples)
@@ -194,16 +215,15 @@ def compare(
     firsts = np.searchsorted(steps, np.arange(len(losers)))  # where the pairs of each step begin
     asked = np.maximum.reduceat(bars, firsts)
     alone, joint, step = np.zeros(len(couples)), np.zeros(len(couples)), np.zeros(len(losers))
-    exact = not table.df and table.parts.shape[1] <= 1 + math.log2(signs)
-    drawn, optimism = 0, 0.0
-    for noisy, ahead in _null(table, couples, scale, share, min(max(signs, 40 * len(couples)), MOST_SIGNS), exact):
+    exact = not table.replicated and table.parts.shape[1] <= 1 + math.log2(signs)
+    drawn = 0
+    for noisy in _null(table, couples, scale, share, min(max(signs, 40 * len(couples)), MOST_SIGNS), exact):
         drawn += noisy.shape[1]
         largest = np.maximum.reduceat(noisy, firsts, axis=0)
         largest = np.maximum.accumulate(largest[::-1], axis=0)[::-1]  # over all pairs still in at a step
         alone += np.count_nonzero(noisy >= bars[:, None], axis=1)
         joint += noisy.shape[1] - np.searchsorted(np.sort(largest[0]), bars)
         step += np.count_nonzero(largest >= asked[:, None], axis=1)
-        optimism += ahead.sum()
     more = 0 if exact else 1
     alone, joint, step = ((more + counted) / (more + drawn) for counted in (alone, joint, step))
     single = table.parts.shape[1] == 1  # one unit shows no noise of rows, which is not to say that there is none
@@ -215,11 +235,38 @@ def compare(
     difference, low, high = _differences(values, resampled, centred, table, couples, share, level)
     told = zip(couples.tolist(), difference, low, high, alone, holm(alone.tolist()), joint, strict=True)
     pairs = [Pair(a, b, *map(float, found)) for (a, b), *found in told]
+    near = _near(table.values, p_best)
+    beside = np.isin(couples, near).all(axis=1)
     apart = table.parts[couples[:, 0]] - table.parts[couples[:, 1]]
-    spread = _spread(table, np.empty(0) if single else share * apart.std(axis=1, ddof=1))
+    spread = _spread(table, np.empty(0) if single else (share * apart.std(axis=1, ddof=1))[beside])
     pairs.sort(key=lambda pair: (pair.first, pair.second))
-    ahead = math.nan if single else optimism / drawn
-    return Comparison(tuple(scores), tuple(pairs), best, tuple(p_best.tolist()), seeds, spread, ahead)
+    ahead = math.nan if single else _optimism(table, near, float(np.median(share[beside])), signs, exact)
+    return Comparison(tuple(scores), tuple(pairs), best, tuple(p_best.tolist()), seeds, spread, ahead, noisier)
+
+
+def _near(values: Array, p_best: Array) -> Array:
+    """Numbers of the points that may be the best, the two best at least.
+
+    Noise is measured on these: a point that is far behind, as one whose training broke, has noise of another size.
+    """
+    near = p_best > noise.ALPHA
+    near[np.argsort(values, kind="stable")[:2]] = True
+    return np.flatnonzero(near)
+
+
+def _optimism(table: _Table, near: Array, share: float, signs: int, exact: bool) -> float:
+    """How much too good the best is expected to look, were all points equal, and as noisy as those near the best."""
+    rng, ahead, drawn = np.random.default_rng(SEED), 0.0, 0
+    centred = table.parts[near] - table.parts[near].mean(axis=1, keepdims=True)
+    for flips in _flips(rng, table.parts.shape[1], signs, exact, len(near)):
+        found = centred @ flips / table.parts.shape[1]  # (points, draws)
+        if table.replicated:
+            seed = np.sqrt(table.seed / table.runs)[near, None]
+            found = found * share + rng.standard_normal(found.shape) * seed
+        ahead += float((found.max(axis=0) - found.min(axis=0)).sum()) / 2  # a draw and its mirror image
+        drawn += found.shape[1]
+    more = noise.expected_maximum(len(table.values)) / noise.expected_maximum(len(near))
+    return more * ahead / drawn
 
 
 def indistinguishable(comparison: Comparison, costs: Sequence[float] | None = None, alpha: float = noise.ALPHA) -> Tied:
@@ -266,29 +313,40 @@ def _table(units: Sequence[Sequence[Column]], direction: Direction) -> _Table:
     sign = 1.0 if direction is Direction.minimize else -1.0
     at = float(np.mean([c.value for c in columns]))
     parts = [sign * np.stack([contributions(c, at) for c in runs]) for runs in units]  # each (runs, units)
-    variance, df = noise.pooled([p.mean(axis=1).tolist() for p in parts])
     n = parts[0].shape[1]
     inner = [p - p.mean(axis=0) - p.mean(axis=1, keepdims=True) + p.mean() for p in parts]
-    mixed = sum((i**2).sum() for i in inner) / (df * (n - 1)) if df and n > 1 else 0.0
+    runs = np.array([len(p) for p in parts])
+    kind, seed, mixed, df = np.zeros(len(parts), dtype=int), np.zeros(len(parts)), np.zeros(len(parts)), runs - 1
+    told = [p.mean(axis=1).tolist() for p in parts]
+    for number, apart in enumerate(noise.noisier(told), 1):
+        kind[apart] = number
+    for number in set(kind.tolist()):
+        alike = np.flatnonzero(kind == number)
+        seed[alike], df[alike] = noise.pooled([told[k] for k in alike])
+        if (more := df[alike[0]] * (n - 1)) > 0:
+            mixed[alike] = sum((inner[k] ** 2).sum() for k in alike) / more
     means = np.stack([p.mean(axis=0) for p in parts])
-    return _Table(means, means.mean(axis=1), np.array([len(p) for p in parts], dtype=float), variance, df, float(mixed))
+    return _Table(means, means.mean(axis=1), runs.astype(float), seed, df, mixed, kind)
 
 
 def _spread(table: _Table, rows: Array) -> noise.Spread:
-    """Parts of the noise: the median over pairs for rows, and the seeds' own without what run times row adds."""
-    own = max(0.0, table.seed - table.mixed / table.parts.shape[1])
-    return noise.Spread(float(np.median(rows)) if len(rows) else math.nan, math.sqrt(own), math.sqrt(table.mixed))
+    """Parts of the noise: the median over pairs for rows, and the seeds' own without what run times row adds.
+
+    Of seeds those of the points that scatter alike.
+    """
+    seed, mixed = (float(part[table.kind == 0][0]) for part in (table.seed, table.mixed))
+    own = max(0.0, seed - mixed / table.parts.shape[1])
+    return noise.Spread(float(np.median(rows)) if len(rows) else math.nan, math.sqrt(own), math.sqrt(mixed))
 
 
 def _statistics(table: _Table, couples: Array) -> tuple[Array, Array, Array]:
     """Return T of each pair, its denominator, and the root of the share `_share` leaves of the row part, (pairs,)."""
     a, b = couples.T
     apart = table.parts[a] - table.parts[b]
-    runs = 1 / table.runs[a] + 1 / table.runs[b]
-    share = _share(apart, table.twice * runs)
+    share = _share(apart, (table.twice / table.runs)[couples].sum(axis=1))
     n = apart.shape[1]
-    if table.df:
-        scale = np.sqrt(table.seed * runs + share**2 * apart.var(axis=1) / max(1, n - 1))
+    if table.replicated:
+        scale = np.sqrt(table.seed_part(couples) + share**2 * apart.var(axis=1) / max(1, n - 1))
     else:  # no change of signs moves the mean square, so that this orders draws and pairs as Student's t does
         scale = np.sqrt((apart**2).mean(axis=1) / n)
     middle = apart.mean(axis=1)
@@ -328,36 +386,44 @@ def _elimination(observed: Array, couples: Array) -> tuple[Array, Array, Array]:
 
 def _null(
     table: _Table, couples: Array, scale: Array, share: Array, signs: int, exact: bool
-) -> Iterator[tuple[Array, Array]]:
-    """Draw |T| under equality, (pairs, draws) a chunk, and how much too good the best of equals looks, (draws,)."""
+) -> Iterator[Array]:  # fmt: skip
+    """Draw |T| under equality, (pairs, draws) a chunk."""
     rng = np.random.default_rng(SEED)
-    points, n = table.parts.shape
+    n = table.parts.shape[1]
     a, b = couples.T
     centred = table.parts - table.parts.mean(axis=1, keepdims=True)
-    total = 2 ** (n - 1) if exact else signs
-    size = max(1, CHUNK // max(len(couples), n))
+    freedom = np.array([table.df[table.kind == number][0] for number in range(table.kind.max() + 1)])
+    for flips in _flips(rng, n, signs, exact, len(couples)):
+        flipped = table.parts @ flips / n
+        noisy = flipped[a] - flipped[b]
+        if table.replicated:
+            rows, count = centred @ flips / n, flips.shape[1]  # (points, draws)
+            rows = (rows[a] - rows[b]) * math.sqrt(n / max(1, n - 1)) * _unsure(rng, np.array([max(1, n - 1)]), count)
+            trained = rng.standard_normal(flipped.shape) * np.sqrt(table.seed / table.runs)[:, None]
+            trained *= _unsure(rng, freedom, count)[table.kind]
+            noisy = rows * share[:, None] + trained[a] - trained[b]
+        yield np.abs(noisy) / np.where(scale > 0, scale, 1)[:, None]
+
+
+def _flips(rng: np.random.Generator, units: int, signs: int, exact: bool, width: int) -> Iterator[Array]:
+    """Draw signs of units, or count them all up to mirror images, (units, draws) a chunk.
+
+    `width` is how many numbers a draw makes where they are more than its units.
+    """
+    total = 2 ** (units - 1) if exact else signs
+    size = max(1, CHUNK // max(width, units))
     for begin in range(0, total, size):
         count = min(size, total - begin)
         if exact:  # the last row keeps its sign: the mirror image has the same |T|
-            coins = (np.arange(begin, begin + count) >> np.arange(n)[:, None]) & 1
+            coins = (np.arange(begin, begin + count) >> np.arange(units)[:, None]) & 1
         else:
-            coins = rng.integers(0, 2, (n, count), dtype=np.int8)
-        flips = 1.0 - 2.0 * coins  # (units, draws)
-        ahead = centred @ flips / n  # (points, draws)
-        flipped = table.parts @ flips / n
-        noisy = flipped[a] - flipped[b]
-        if table.df:
-            trained = rng.standard_normal((points, count)) * np.sqrt(table.seed / table.runs)[:, None]
-            unsure = np.sqrt(
-                [[f] for f in (n - 1, table.df)] / rng.chisquare([[max(1, n - 1)], [table.df]], (2, count))
-            )
-            rows = (ahead[a] - ahead[b]) * math.sqrt(n / max(1, n - 1)) * unsure[0]
-            noisy = rows * share[:, None] + (trained[a] - trained[b]) * unsure[1]
-            ahead = ahead * float(np.median(share)) + trained
-        best = (
-            ahead.max(axis=0) - ahead.min(axis=0)
-        ) / 2  # mean of a draw and its mirror image, which `exact` leaves out
-        yield np.abs(noisy) / np.where(scale > 0, scale, 1)[:, None], best
+            coins = rng.integers(0, 2, (units, count), dtype=np.int8)
+        yield 1.0 - 2.0 * coins
+
+
+def _unsure(rng: np.random.Generator, df: Array, count: int) -> Array:
+    """Draw how far an estimated standard deviation may be from the true one, (variances, draws)."""
+    return np.sqrt(df[:, None] / rng.chisquare(df[:, None], (len(df), count)))
 
 
 def _resampled(units: Sequence[Sequence[Column]], draws: int) -> Array:
@@ -377,7 +443,7 @@ def _scores(
     resampled: Array,
     centred: Array,
     table: _Table,
-    shares: bool,
+    groups: Sequence[Hashable] | None,
     level: float,
 ) -> list[Interval]:
     """Interval of each point's mean score over rows and, with replicates, over seeds."""
@@ -385,10 +451,13 @@ def _scores(
     rows = table.parts.shape[1]
     low, high = bca(resampled, values, centred, level) if rows > 1 else np.full((2, len(values)), np.nan)
     for n, runs in enumerate(points):
-        if rows > 1 and shares and all(c.is_share for c in runs):
-            low[n], high[n] = wilson(float(values[n]), rows, level)
+        if rows > 1 and all(c.is_share for c in runs):
+            worth = min(effective(c, groups, level) for c in runs)
+            low[n], high[n] = wilson(float(values[n]), worth, level)
     share = _share(table.parts, table.twice / table.runs)
-    low, high = _joined(values, low, high, share, _seed_half(table, 1 / table.runs, level))
+    low, high = _joined(values, low, high, share, _seed_half(table, np.arange(len(values))[:, None], level))
+    low = np.maximum(low, [runs[0].least for runs in points])
+    high = np.minimum(high, [runs[0].most for runs in points])
     return [Interval(*map(float, ends)) for ends in zip(values, low, high, strict=True)]
 
 
@@ -397,9 +466,15 @@ def _joined(values: Array, low: Array, high: Array, share: Array, seed: Array) -
     return values - np.hypot(share * (values - low), seed), values + np.hypot(share * (high - values), seed)
 
 
-def _seed_half(table: _Table, runs: Array, level: float) -> Array:
-    """Half width of Student's interval over seeds, where `runs` is the sum of 1 / runs."""
-    return t.isf((1 - level) / 2, table.df) * np.sqrt(table.seed * runs) if table.df else 0 * runs
+def _seed_half(table: _Table, among: Array, level: float) -> Array:
+    """Half width of Student's interval over the seeds of points, or of pairs of points, (points, one or two).
+
+    Where the two have variances of their own, the root of the sum of squares of both.
+    """
+    if not table.replicated:
+        return np.zeros(len(among))
+    squares = (t.isf((1 - level) / 2, table.df) ** 2 * table.seed / table.runs)[among].sum(axis=1)
+    return np.sqrt(squares)
 
 
 def _differences(
@@ -415,5 +490,5 @@ def _differences(
         i, j = a[part], b[part]
         drawn = resampled[:, i] - resampled[:, j]
         low[part], high[part] = bca(drawn, difference[part], centred[:, i] - centred[:, j], level)
-    seed = _seed_half(table, 1 / table.runs[a] + 1 / table.runs[b], level)
+    seed = _seed_half(table, couples, level)
     return difference, *_joined(difference, low, high, share, seed)

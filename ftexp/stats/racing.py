@@ -5,13 +5,17 @@ A racing algorithm stops a candidate as soon as a test on the instances seen so 
 the same ones at the same step, so that the test is paired: what makes a row hard for both falls out.
 
 What is held: at most `alpha` of all sweeps stop the trial that is truly best at a rung where it is judged (on rows of
-the kind, at that step). For such a trial each test "it is worse than that other one" is of a true null, so by
-Bonferroni it is enough to test at `alpha` over the number of other trials and to spend `alpha` over rungs by 1 / (r (r
-+ 1)), which sums to 1 over any number of them. This holds whichever trial is picked as the best to compare with, in
-whatever order workers come, and however often a trial that was killed and resumed is judged again at a rung. Holm's
-steps would gain nothing: a trial is judged when it comes, not when all p-values are in.
+the kind, at that step), where rows' differences are about symmetric. For such a trial each test "it is worse than
+that other one" is of a true null, so by Bonferroni it is enough to test at `alpha` over the number of other trials and
+to spend `alpha` over rungs by 1 / (r (r + 1)), which sums to 1 over any number of them. This holds whichever trial is
+picked as the best to compare with, in whatever order workers come, and however often a trial that was killed and
+resumed is judged again at a rung. Holm's steps would gain nothing: a trial is judged when it comes, not when all
+p-values are in.
 
-What is not: curves may cross after a rung. Rungs of the first steps are spared for that.
+What is not: curves may cross after a rung. Rungs of the first steps are spared for that. And a trial that is a little
+worse on nearly all rows and much better on a few may be as good as the other while its rows say that it is behind: such
+differences need many rows. Of 16 equal trials with exponential differences, three rungs, 21 % of sweeps stop one that
+is best with 12 rows and 12 % with 32; with normal ones 3 and 2 %.
 """
 
 from __future__ import annotations

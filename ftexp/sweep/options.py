@@ -94,7 +94,7 @@ class Options:
     """When a lagging trial is stopped."""
     pruner_args: dict[str, Any] = field(default_factory=dict)
     """More keywords for Optuna's pruner. Of `race`: `alpha` (0.05), `spared` (0.2, share of the steps before which
-    nothing is stopped) or `warm_up` (0, rungs), `min_rows` (12, held-out rows below which it is refused)."""
+    nothing is stopped) or `warm_up` (0, rungs), `min_rows` (24, held-out rows below which it is refused)."""
     seed: int = 0
     """Seed of the search; trials have their own in `seed`."""
     replicates: int = 1

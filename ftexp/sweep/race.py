@@ -42,7 +42,7 @@ class Rule:
     """Rungs at which nothing is stopped."""
     spared: float = 0.2
     """Share of a trial's steps before which nothing is stopped: early on, curves still cross."""
-    min_rows: int = 12
+    min_rows: int = 24
     """Held-out rows that are enough for a test; a sweep with fewer is refused."""
 
     def __post_init__(self) -> None:

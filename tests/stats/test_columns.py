@@ -148,6 +148,43 @@ def test_widened_tails_are_needed(monkeypatch):
     assert covered(few, 0.0) < widened - 0.02
 
 
+@pytest.mark.parametrize("units", [2, 3, 5])
+def test_intervals_of_few_units_cover_the_truth(units, monkeypatch):
+    def few(rng):
+        return mean(rng.normal(0, 1, units))
+
+    assert covered(few, 0.0) >= 0.92
+    monkeypatch.setattr(columns, "FEW", 0)  # the twin: draws never leave the range of the rows
+    assert covered(few, 0.0) < {2: 0.6, 3: 0.8, 5: 0.94}[units]
+
+
+def test_one_prompt_twice_leaves_a_share_its_width():
+    """All of 128 rows right, two of one prompt: as wide as 127 rows alone."""
+    groups = [0, *range(127)]
+    found = interval(mean([1.0] * 128), groups)
+    assert (found.low, found.high) == wilson(1.0, 127)
+    assert interval(mean([0.0] * 128), groups).high > 0.02
+
+
+def test_grouped_rows_of_one_answer_are_worth_their_groups():
+    """Groups of six equal rows: the variance by groups is n - 1 times that of the groups' own binomial over n."""
+    rows, groups = [float(n % 3 > 0) for n in range(30) for _ in range(6)], [n for n in range(30) for _ in range(6)]
+    careful = (reference.norm.isf(0.025) / reference.t.isf(0.025, 29)) ** 2
+    assert columns.effective(mean(rows), groups) == pytest.approx(careful * 29)
+    assert columns.effective(mean(rows), None) == 180
+
+
+def correlated(rng):
+    """12 groups of 6 answers, correlated by 0.5."""
+    return mean((rng.random((12, 6)) < rng.beta(0.85, 0.15, 12)[:, None]).ravel())
+
+
+def test_shares_of_groups_cover_the_truth():
+    groups = [n // 6 for n in range(72)]
+    assert covered(correlated, 0.85, groups) >= 0.9
+    assert covered(correlated, 0.85) < 0.85  # the twin: rows for independent
+
+
 def test_difference_of_independent_scores_covers_the_truth():
     """Shares of 0.6 on 60 rows and 0.9 on 200: halves of unequal width, the difference in 95 of 100 intervals."""
     rng = np.random.default_rng(0)

@@ -246,6 +246,59 @@ def test_training_noise_makes_no_false_winner_with_replicates():
     assert paired <= 0.072
 
 
+def unstable(rng):
+    """Six equal points of three runs; the seeds of the last scatter ten times as far as those of the others."""
+    hard = rng.gamma(1, 1, 40)
+    points = []
+    for scatter in (0.1,) * 5 + (1.0,):
+        own = hard + rng.normal(0, 0.1, 40)
+        points.append([mean(own + rng.normal(0, 0.1, 40) + rng.normal(0, scatter)) for _ in range(3)])
+    return points
+
+
+def test_a_point_of_unstable_training_makes_no_false_winner(monkeypatch):
+    assert rates(unstable, rounds=200)[0] <= 0.12
+    monkeypatch.setattr(pairs.noise, "noisier", lambda told: [])  # the twin: all seeds pooled
+    assert rates(unstable, rounds=200)[0] > 0.15
+
+
+def test_a_point_of_unstable_training_blurs_no_other():
+    """r=8 and r=16 are told apart, whether or not a third point lands anywhere."""
+    calm = sweep(np.random.default_rng(1), trials=2, runs=3, seed=0.02, effect=0.5)
+    wild = [[mean(runs.num + far) for runs, far in zip(calm[0], (5.0, 8.0, 3.0), strict=True)]]
+    alone, beside = compare(calm, LOW), compare([*calm, *wild], LOW)
+    assert (alone.noisier, beside.noisier) == ((), (2,))
+    assert beside.seeds == alone.seeds
+    assert beside.pairs[0].p == pytest.approx(alone.pairs[0].p, abs=2e-3)
+    assert beside.pairs[0].p < 0.01
+    for ours, theirs in zip(beside.scores[:2], alone.scores, strict=True):
+        assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=0.02)
+    far = beside.scores[2]
+    df2 = reference.t.isf(0.025, 2) * np.std([c.value for c in wild[0]], ddof=1) / math.sqrt(3)
+    assert far.high - far.value == pytest.approx(df2, rel=0.1)  # Student's over its own three seeds
+    assert indistinguishable(beside).members == (0, 2)  # nobody knows what the third is worth
+
+
+def test_noise_of_a_broken_trial_is_not_the_sweeps():
+    """The same two points with and without one at 5.6: what is found and how far the best flatters stay."""
+    two = sweep(np.random.default_rng(3), trials=2, effect=0.4)
+    broken = [[mean(np.random.default_rng(4).gamma(1, 5.6, 40))]]
+    alone, beside = compare(two, LOW), compare([*two, *broken], LOW)
+    assert beside.spread.rows == pytest.approx(alone.spread.rows)
+    more = pairs.noise.expected_maximum(3) / pairs.noise.expected_maximum(2)
+    assert beside.optimism == pytest.approx(more * alone.optimism, rel=0.03)
+
+
+def test_intervals_end_where_the_score_does():
+    """Shares of F1 near 1 whose seeds scatter: no share is above 1, no loss below 0."""
+    rng = np.random.default_rng(0)
+    runs = [[Column(np.clip(rng.normal(0.96, 0.05, 30) + far, 0, 1), np.ones(30), 0.0, 1.0) for far in (0.05, -0.3, 0)]
+            for _ in range(2)]  # fmt: skip
+    assert all(0 <= score.low < score.high == 1 for score in compare(runs, HIGH).scores)
+    free = [[mean(c.num) for c in part] for part in runs]
+    assert all(score.high > 1 for score in compare(free, HIGH).scores)  # the twin
+
+
 def test_one_run_a_point_takes_training_noise_for_a_winner():
     """The twin: without replicates the same noise makes false winners of most sweeps, as the doc string says."""
     assert rates(lambda rng: sweep(rng, seed=0.2), rounds=100)[0] > 0.4

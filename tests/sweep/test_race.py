@@ -143,7 +143,7 @@ def test_rung_before_a_kill_is_not_judged_again(race_of, monkeypatch):
         ({"alpha": "x"}, [], ["valid/loss"], 99, "sweep.pruner_args must be numbers"),
         ({}, [], ["valid/jaccard"], 99, r"needs objectives=\[valid/loss\], got valid/jaccard"),
         ({}, ["data.seed"], ["valid/loss"], 99, "the same held-out rows in all trials, so data.seed must be one value"),
-        ({}, [], ["valid/loss"], 11, r"needs at least 12 independent held-out rows \(sweep.pruner_args.min_rows\), got 11"),
+        ({}, [], ["valid/loss"], 23, r"needs at least 24 independent held-out rows \(sweep.pruner_args.min_rows\), got 23"),
     ],
 )  # fmt: skip
 def test_sweep_that_cannot_be_raced_is_refused(args, keys, objectives, rows, told):
@@ -178,7 +178,7 @@ def test_a_sweep_of_unlike_losses_is_refused_with_any_pruner(cli):
 
 
 def test_same_sweep_is_raced(race_of):
-    race.check(Options(pruner=Pruner.race), ["lora.r"], ["valid/loss"], 12)
+    race.check(Options(pruner=Pruner.race), ["lora.r"], ["valid/loss"], 24)
 
 
 def test_sweep_of_a_model_is_raced_and_the_same_command_keeps_its_end(cli, tmp_path):
