@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ftexp import board as boards
-from ftexp import metrics
+from ftexp import metrics, sealed
 from ftexp.files import read_json
 from ftexp.metrics import METRICS, Direction
 from ftexp.stats import columns, explain, noise, pairs
@@ -81,7 +81,7 @@ class Verdict:
     detectable: float
     """Smallest difference such a sweep finds in four of five cases, in the unit of `comparison`; NaN where unknown."""
     rows: int
-    """Held-out rows, or groups of rows with one prompt or `data.group_by`; 0 where nothing was tested."""
+    """Held-out rows; 0 where nothing was tested."""
     importance: dict[str, Interval]
     """Share of each searched key in what sets the best points apart; empty for few points or one key, and without a
     best."""
@@ -93,6 +93,13 @@ class Verdict:
     """Points that a sampler drew again: they are the first one's bits, and count once."""
     bounded: bool = False
     """Whether the sweep has bounds in `sweep.at_most`."""
+    groups: int | None = None
+    """Groups of rows with one prompt or `data.group_by`, each one unit of the test; None where each row is one."""
+
+    @property
+    def units(self) -> int:
+        """What the test counts: groups of rows, or rows."""
+        return self.rows if self.groups is None else self.groups
 
     @property
     def nothing(self) -> str:
@@ -164,8 +171,8 @@ def _tested(
     if costs is None or best is None or costs[best] <= CHANCE * costs[cheapest]:
         cheapest = best
     shown = _exp if verdict.objective == "valid/perplexity" else lambda interval: interval
-    rows = len(table[0][0].num) if groups is None else len(set(groups))
-    seeds = len(kept[0])
+    rows, grouped = len(table[0][0].num), None if groups is None else len(set(groups))
+    units, seeds = rows if grouped is None else grouped, len(kept[0])
     return replace(
         verdict,
         points=tuple(
@@ -177,8 +184,9 @@ def _tested(
         cheapest=None if cost is None else cheapest,
         cost=cost,
         comparison=_of_all(comparison, len(kept), verdict.behind),
-        detectable=noise.detectable(rows, comparison.spread, seeds, len(kept), ALPHA) if len(kept) > 1 else math.nan,
+        detectable=noise.detectable(units, comparison.spread, seeds, len(kept), ALPHA) if len(kept) > 1 else math.nan,
         rows=rows,
+        groups=grouped,
     )
 
 
@@ -428,12 +436,13 @@ def _noise(verdict: Verdict) -> list[str]:
     if comparison is None or len(verdict.points) == 1:
         return []
     unit = " nats" if verdict.objective == "valid/perplexity" else ""
-    finds = "too few rows to tell any difference"
+    finds = f"too few {'rows' if verdict.groups is None else 'groups'} to tell any difference"
     if not math.isnan(verdict.detectable):
         finds = f"this sweep finds a difference of {_number(verdict.detectable)}{unit} in four of five cases"
     ahead = f"; were all points equal, the best would look {_number(comparison.optimism)}{unit} too good"
-    rows = f"{verdict.rows} row{'s' * (verdict.rows != 1)}"
-    told = [f"{rows}: {finds}{'' if math.isnan(comparison.optimism) else ahead}."]
+    told = [
+        f"{sealed.counted(verdict.rows, verdict.groups)}: {finds}{'' if math.isnan(comparison.optimism) else ahead}."
+    ]
     if comparison.seeds is None:
         told.append("One run a point: p is about these adapters, not about training again (sweep.replicates=3).")
     else:

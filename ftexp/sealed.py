@@ -27,7 +27,8 @@ def line(entry: dict[str, Any]) -> str:
     winner, name = result["members"][0], result["objective"].removeprefix("valid/")
     seeds = "1 fresh seed" if len(winner["seeds"]) == 1 else f"{len(winner['seeds'])} fresh seeds"
     score = f"{name.replace('_', ' ')} {ranged(winner['test'][name])}"
-    return f"Confirmed on {result['rows']} sealed rows and {seeds}: {winner['label']}, {score}; {opened}."
+    rows = counted(result["rows"], result.get("groups"), "sealed ")
+    return f"Confirmed on {rows} and {seeds}: {winner['label']}, {score}; {opened}."
 
 
 def lines(entry: dict[str, Any]) -> list[str]:
@@ -96,6 +97,16 @@ def _over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
         known = None if None in values else sum(values) / len(values) if not isinstance(first, str) else first
         found[key] = known
     return found
+
+
+def counted(rows: int, groups: int | None, kind: str = "") -> str:
+    """Count rows; where rows of a group are one unit of the test, the groups first.
+
+    >>> counted(1, None), counted(192, 12), counted(24, None, "sealed ")
+    ('1 row', '12 groups (192 rows)', '24 sealed rows')
+    """
+    told = f"{rows} {kind}row{'s' * (rows != 1)}"
+    return told if groups is None else f"{groups} group{'s' * (groups != 1)} ({told})"
 
 
 def times(entry: dict[str, Any]) -> str:

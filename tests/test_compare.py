@@ -257,12 +257,13 @@ def test_memory_that_moves_by_chance_is_no_cost(sweep):
 
 def test_rows_with_one_prompt_are_one_unit(sweep):
     found = read(sweep((64, 0, {}), (16, 0, {}), prompts=[f"prompt {n // 4}" for n in range(40)]))
-    assert found.rows == 10
+    assert (found.rows, found.groups, found.units) == (40, 10, 10)
+    assert any(line.startswith("10 groups (40 rows): this sweep finds ") for line in compare.lines(found))
 
 
 def test_one_unit_tells_no_noise(sweep):
     found = read(sweep((64, 0, {}), (16, 0.3, {}), prompts=["one"] * 40))
-    assert found.rows == 1
+    assert (found.rows, found.groups) == (40, 1)
     assert math.isnan(found.comparison.spread.rows) and math.isnan(found.comparison.optimism)
     assert not any("too good" in line or "nan" in line for line in compare.lines(found))
 
@@ -271,22 +272,25 @@ def test_few_rows_that_can_tell_nothing_say_so(sweep):
     """Five signs have no p below 2 / 2 ** 5; the JSON has no number for what such a sweep finds."""
     folder = sweep((64, 0, {}), (8, 0.5, {}), prompts=[f"{n % 5}" for n in range(40)])
     found = read(folder)
-    (told,) = [line for line in compare.lines(found) if line.startswith("5 rows: ")]
-    assert told.startswith("5 rows: too few rows to tell any difference; were all points equal, the best would look 0.")
+    (told,) = [line for line in compare.lines(found) if line.startswith("5 groups (40 rows): ")]
+    too_few = "too few groups to tell any difference"
+    assert told.startswith(f"5 groups (40 rows): {too_few}; were all points equal, the best would look 0.")
     gathered = report.gather(folder)
     assert report.data(gathered)["detectable"] is None
-    assert "Too few rows to tell any difference: 5" in page._noise(gathered)
+    assert "Too few groups to tell any difference: 5 groups (40 rows)" in page._noise(gathered)
+    assert [report.data(gathered)[key] for key in ("rows", "groups")] == [40, 5]
 
 
 def test_rows_of_one_document_are_one_unit(sweep):
     units = {"unit": [n // 8 for n in range(40)]}
-    assert read(sweep((64, 0, {}), (16, 0, {}), columns=[units, units])).rows == 5
+    folder = sweep((64, 0, {}), (16, 0, {}), columns=[units, units])
+    assert read(folder).groups == 5
 
 
 def test_rows_without_a_prompt_are_told_apart(sweep):
     """Text rows have no prompt: as one unit they would decide nothing."""
     found = read(sweep((64, 0, {}), (16, 0.5, {}), prompts=[""] * 40))
-    assert found.rows == 40
+    assert (found.rows, found.groups, found.units) == (40, None, 40)
     assert found.same == (0,)
     assert found.points[1].p < 0.001
 

@@ -77,6 +77,23 @@ def test_noise_is_read_from_a_sweep(ask, sweep):  # noqa: F811
     assert (json.loads(out)["spread"]["seed"], json.loads(out)["trials"]) == (0, 9)
 
 
+def test_groups_of_a_sweep_are_told_as_groups(ask, sweep):  # noqa: F811
+    """Forty rows of ten prompts: told as rows, ten of them were asked for where ten prompts are needed."""
+    folder = sweep((64, 0, {}), (8, 0.02, {}), prompts=[f"prompt {n // 4}" for n in range(40)])
+    code, out, _ = ask("effect=0.02", "--from", folder, "groups=10", "seeds=1")
+    first, needed, there, _ = out.splitlines()
+    assert code == 0 and "1 run each, 10 groups (40 rows): sd_rows 0." in first and " (over groups), sd_seed 0" in first
+    assert " groups find 0.02 with chance 0." in needed and there.startswith("10 groups, 1 seed a point: 0.02 is found")
+    assert " rows " not in needed + there
+    code, out, err = ask("effect=0.02", "--from", folder, "rows=40")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "rows=40: the noise is that of groups of rows" in err and "give the groups there are, as groups=12" in err
+    code, _, err = ask("effect=0.02", "--from", sweep((64, 0, {}), (8, 0.02, {})), "groups=10")
+    assert code == 2 and "groups=10: must be with --from a sweep whose rows are in groups; give rows" in err
+    told = json.loads(ask("groups=10", "--from", sweep((64, 0, {}), (8, 0, {}), prompts=["a", "b"] * 20), "--json")[1])
+    assert (told["rows"], told["unit"]) == (10, "groups")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -40,6 +40,15 @@ def test_what_one_row_cannot_tell_of_equals_is_left_out(tmp_path):
     assert sealed.lines(entry)[1].endswith(" better in the sweep than on sealed rows.")
 
 
+def test_groups_of_sealed_rows_are_told(tmp_path):
+    (entry,) = sealed.openings(confirmed(sweep(tmp_path / "s")))
+    assert "Confirmed on 24 sealed rows and 2 fresh seeds: " in sealed.line(entry)
+    entry["result"]["groups"] = 6
+    assert "Confirmed on 6 groups (24 sealed rows) and 2 fresh seeds: " in sealed.line(entry)
+    del entry["result"]["groups"]  # of before they were kept
+    assert "Confirmed on 24 sealed rows and " in sealed.line(entry)
+
+
 def test_labels_are_means_over_seeds_where_all_have_a_number(tmp_path):
     folder = confirmed(sweep(tmp_path / "s", kind="labels"), labels=True)
     drama, _, war = sealed.labels(folder)

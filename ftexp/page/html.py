@@ -145,10 +145,12 @@ def _noise(sweep: Sweep) -> str:
     floor = "Between seeds: not measured, one run a point (sweep.replicates=3)." if seeds is None else (
         f"Between seeds: standard deviation {_number(seeds.sd)}{unit} ({_span(seeds.low, seeds.high)})."
     )  # fmt: skip
+    rows = sealed.counted(verdict.rows, verdict.groups)
     if not math.isfinite(verdict.detectable):
-        return f"{floor}<br>Too few rows to tell any difference: {verdict.rows}"
+        few = "rows" if verdict.groups is None else "groups"
+        return f"{floor}<br>Too few {few} to tell any difference: {rows}"
     return (
-        f"{floor}<br>Smallest difference found in four of five cases, with {verdict.rows} rows: "
+        f"{floor}<br>Smallest difference found in four of five cases, with {rows}: "
         f"<strong>{_number(verdict.detectable)}{unit}</strong>"
     )
 
@@ -171,7 +173,8 @@ def _sealed(sweep: Sweep) -> str:
     seeds = len(winner["seeds"])
     return (
         f"{_e(winner['label'])}: test/{_e(name)} <strong>{_e(sealed.ranged(winner['test'][name]))}</strong><br>"
-        f"{result['rows']} rows, {seeds} fresh seed{'' if seeds == 1 else 's'}, opened {sealed.times(last)}"
+        f"{sealed.counted(result['rows'], result.get('groups'))}, {seeds} fresh seed{'' if seeds == 1 else 's'}, "
+        f"opened {sealed.times(last)}"
     )
 
 
