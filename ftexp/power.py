@@ -71,8 +71,9 @@ class Answer:
 
     plans: tuple[Plan, ...]
     """One for each number of seeds; empty without `effect`."""
-    at: tuple[tuple[int, float | None, float], ...]
-    """For the rows there are: seeds, power, smallest effect found, NaN for too few rows; empty without `rows`.
+    at: tuple[tuple[int, float | None, float, float], ...]
+    """For the rows there are: seeds, power, smallest effect found, chance that equal points are told apart; empty
+    without `rows`. The smallest is NaN for too few rows, and where equal points are told apart as often.
 
     Rows are groups of rows wherever the question's `unit` is."""
 
@@ -196,9 +197,23 @@ def answer(question: Question) -> Answer:
     )  # fmt: skip
     at = () if q.rows is None else tuple(
         (s, None if q.effect is None else noise.power(q.effect, q.rows, q.spread, s, q.trials, q.alpha),
-         noise.detectable(q.rows, q.spread, s, q.trials, q.alpha, q.target)) for s in q.seeds
+         *_found(q, q.rows, s)) for s in q.seeds
     )  # fmt: skip
     return Answer(plans, at)
+
+
+def _found(q: Question, rows: int, seeds: int) -> tuple[float, float]:
+    """Return the smallest effect found, NaN where there is none, and the chance that equal points are told apart."""
+    from ftexp.stats import noise
+
+    false = noise.power(0.0, rows, q.spread, seeds, q.trials, q.alpha)
+    smallest = noise.detectable(rows, q.spread, seeds, q.trials, q.alpha, q.target)
+    return (math.nan if smallest == 0 and _often(q, false) else smallest), false
+
+
+def _often(q: Question, false: float) -> bool:
+    """Whether equal points are told apart more often than asked for."""
+    return false > 1.05 * q.alpha
 
 
 def lines(question: Question, found: Answer) -> list[str]:
@@ -217,17 +232,25 @@ def lines(question: Question, found: Answer) -> list[str]:
             )
         else:
             told.append(f"{runs}: {plan.rows} {q.unit} find {q.effect:g} with chance {plan.power:.2f}")
-        if plan.false > 1.05 * q.alpha:
+        if _often(q, plan.false):
             told[-1] += f"; equal points are told apart too, with chance {plan.false:.2f} a pair"
-    for seeds, chance, smallest in found.at:
+    for seeds, chance, smallest, false in found.at:
         runs = f"{q.rows} {q.unit}, {seeds} seed{'s' if seeds > 1 else ''} a point"
         finds = "" if chance is None else f": {q.effect:g} is found with chance {chance:.2f}"
-        least = f"{smallest:.3g} is found with chance {q.target:g}"
-        least = f"too few {q.unit} to tell any difference" if math.isnan(smallest) else least
-        told.append(f"{runs}{finds}{':' if chance is None else ';'} {least}")
+        told.append(f"{runs}{finds}{':' if chance is None else ';'} {_least(q, smallest, false)}")
     if q.spread.seed == 0 and q.spread.mixed == 0:
         told.append("Training noise counts as 0: give sd_seed, or a sweep with sweep.replicates.")
     return told
+
+
+def _least(q: Question, smallest: float, false: float) -> str:
+    """Say what the rows there are find, and how often they find it where there is nothing."""
+    apart = f"with chance {false:.2f} a pair"
+    if math.isnan(smallest):
+        few = f"too few {q.unit} to tell any difference"
+        return f"equal points are told apart {apart}: no difference says anything" if _often(q, false) else few
+    least = "any difference is found" if smallest == 0 else f"{smallest:.3g} is found with chance {q.target:g}"
+    return f"{least}; equal points are told apart too, {apart}" if _often(q, false) else least
 
 
 def main() -> int:
