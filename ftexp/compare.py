@@ -353,11 +353,15 @@ def _rate(points: list[list[dict[str, Any]]], sweep: dict[str, Any], objective: 
     return explain.together(alpha, lr, logs)
 
 
+LEAST, MARGIN = 0.3, 0.05
+"""R2 below which nothing is advised, and a difference of two that says nothing."""
+
+
 def rate_line(rate: explain.Together) -> str:
     """Tell in one sentence how far alpha times learning rate explains the objective."""
     product, apart, alpha, lr = (max(0.0, v) for v in (rate.product, rate.apart, rate.first, rate.second))
     advice = ""
-    if product > 0 and product >= apart - 0.05:
+    if product >= LEAST and product >= max(alpha, lr) + MARGIN and product >= apart - MARGIN:
         advice = " They act through their product: sweep=effective_rate searches one key less."
     return (
         f"alpha and learning rate were both searched: their product predicts {100 * product:.0f} % of the differences "
