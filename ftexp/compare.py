@@ -425,7 +425,8 @@ def _ranking(verdict: Verdict) -> list[str]:
     if not others:
         closest = max(p.p for n, p in enumerate(verdict.points) if n != verdict.best)
         told = _p(closest) if closest < 0.001 else f"at most {_p(closest)}"
-        return [f"{best.label} is best ({score}{runs}), told apart from all others (p {told})."]
+        rest = f"the {len(verdict.points) - 1} others compared" if verdict.behind else "all others"
+        return [f"{best.label} is best ({score}{runs}), told apart from {rest} (p {told})."]
     listed = ", ".join(f"{verdict.points[n].label} (p={_p(verdict.points[n].p)})" for n in others[:8])
     more = f" and {len(others) - 8} more" if len(others) > 8 else ""
     told = [f"{best.label} is best ({score}{runs}); not told apart from it: {listed}{more}."]

@@ -246,9 +246,15 @@ def test_scores_of_different_kinds_have_no_front(sweep):
 
 def test_of_many_points_the_best_are_compared(sweep, monkeypatch):
     monkeypatch.setattr(compare, "MOST_POINTS", 3)
-    found = read(sweep((64, 0.5, {}), (32, 0, {}), (16, 0.9, {}), (8, 0.3, {}), (4, 0.7, {})))
+    folder = sweep((64, 0.5, {}), (32, 0, {}), (16, 0.9, {}), (8, 0.3, {}), (4, 0.7, {}))
+    found = read(folder)
     assert [p.label for p in found.points] == ["lora.r=64", "lora.r=32", "lora.r=8"]
     assert "Compared are the best 3 points; 2 score below them." in compare.lines(found)
+    assert "told apart from the 2 others compared (p <0.001)." in compare.lines(found)[0]
+    assert page._same(report.gather(folder)) == "None of the other 2 points that were compared."
+    monkeypatch.setattr(compare, "MOST_POINTS", 5)
+    assert "told apart from all others (p " in compare.lines(read(folder))[0]
+    assert page._same(report.gather(folder)) == "None of the other 4 points."
 
 
 def test_memory_that_moves_by_chance_is_no_cost(sweep):

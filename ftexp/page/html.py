@@ -125,7 +125,8 @@ def _same(sweep: Sweep) -> str:
     others = [verdict.points[n] for n in verdict.same if n != verdict.best]
     if not others:
         rest = len(verdict.points) - 1
-        return "Not the other point." if rest == 1 else f"None of the other {rest} points."
+        compared = " that were compared" if verdict.behind else ""
+        return f"Not the other point{compared}." if rest == 1 else f"None of the other {rest} points{compared}."
     listed = "".join(f"<li>{_e(p.label)} (p={_e(_p(p.p))})</li>" for p in others[:6])
     more = f"<li>and {len(others) - 6} more, below</li>" if len(others) > 6 else ""
     cheap = None if verdict.cheapest is None else verdict.points[verdict.cheapest]
