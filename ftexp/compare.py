@@ -102,6 +102,14 @@ class Verdict:
         return self.rows if self.groups is None else self.groups
 
     @property
+    def alike(self) -> str | None:
+        """Say that differences are the same in every row, so that the noise of rows is rounding; None where not."""
+        if not self.detectable <= pairs.NOTHING:
+            return None
+        which = "points" if len(self.points) == 2 else "most pairs of points"
+        return f"{which} differ by the same in every row, or not at all"
+
+    @property
     def nothing(self) -> str:
         """Say that there is no point to compare."""
         within = " and within the bounds of sweep.at_most" if self.bounded else ""
@@ -442,14 +450,17 @@ def _noise(verdict: Verdict) -> list[str]:
         return []
     unit = " nats" if verdict.objective == "valid/perplexity" else ""
     finds = f"too few {'rows' if verdict.groups is None else 'groups'} to tell any difference"
-    if not math.isnan(verdict.detectable):
+    if verdict.alike is not None:
+        finds = f"{verdict.alike}, so that no smallest difference can be told"
+    elif not math.isnan(verdict.detectable):
         finds = f"this sweep finds a difference of {_number(verdict.detectable)}{unit} in four of five cases"
     ahead = f"; were all points equal, the best would look {_number(comparison.optimism)}{unit} too good"
-    told = [
-        f"{sealed.counted(verdict.rows, verdict.groups)}: {finds}{'' if math.isnan(comparison.optimism) else ahead}."
-    ]
+    ahead = ahead if comparison.optimism > pairs.NOTHING else ""  # NaN neither
+    told = [f"{sealed.counted(verdict.rows, verdict.groups)}: {finds}{ahead}."]
     if comparison.seeds is None:
         told.append("One run a point: p is about these adapters, not about training again (sweep.replicates=3).")
+    elif comparison.seeds.sd <= pairs.NOTHING:
+        told.append("Between seeds: no difference.")
     else:
         told.append(f"Between seeds: standard deviation {_number(comparison.seeds.sd)}{unit}, 95 % interval "
                     f"{_number(comparison.seeds.low)} to {_number(comparison.seeds.high)}.")  # fmt: skip

@@ -173,6 +173,7 @@ def measured(folder: Path) -> tuple[Spread, int, str, bool]:
         MachineError: the folder holds no sweep, or nothing in it can be compared.
     """
     from ftexp import compare, report, sealed
+    from ftexp.stats import noise, pairs
 
     board = report.read(folder)
     verdict = compare.read(folder, board.trials, board.objective)
@@ -184,7 +185,9 @@ def measured(folder: Path) -> tuple[Spread, int, str, bool]:
     unit = "valid/loss" if board.objective == "valid/perplexity" else board.objective
     rows = sealed.counted(verdict.rows, verdict.groups)
     source = f"{unit} of {len(verdict.points)} points, {runs} run{'s' * (runs > 1)} each, {rows}"
-    return verdict.comparison.spread, len(verdict.points), source, verdict.groups is not None
+    found = verdict.comparison.spread
+    parts = (0.0 if part <= pairs.NOTHING else part for part in (found.rows, found.seed, found.mixed))
+    return noise.Spread(*parts), len(verdict.points), source, verdict.groups is not None
 
 
 def answer(question: Question) -> Answer:

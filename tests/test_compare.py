@@ -11,7 +11,7 @@ import pytest
 from conftest import UNWRITTEN
 
 from ftexp import board as boards
-from ftexp import compare, report
+from ftexp import compare, power, report
 from ftexp.errors import MachineError
 from ftexp.files import read_json, write_json
 from ftexp.page import figures
@@ -286,6 +286,35 @@ def test_few_rows_that_can_tell_nothing_say_so(sweep):
     assert report.data(gathered)["detectable"] is None
     assert "Too few groups to tell any difference: 5 groups (40 rows)" in page._noise(gathered)
     assert [report.data(gathered)[key] for key in ("rows", "groups")] == [40, 5]
+
+
+@pytest.mark.parametrize(("third", "which"), [(None, "points"), (0.3, "most pairs of points")])
+def test_differences_that_are_rounding_are_told_in_words(sweep, third, which):
+    """Each row is worse by 0.1, save for the last digit: the sweep "finds a difference of 9.4e-18"."""
+    shares = [{"f1": [0.1 + by] * 40} for by in (0.0, 0.1, third) if by is not None]
+    trials = [(8 * 2**n, 0, {}) for n in range(len(shares))]
+    folder = sweep(*trials, columns=shares, objectives=["valid/f1"])
+    for n, share in enumerate(shares):
+        told = read_json(folder / str(n) / "trial.json")
+        write_json(folder / str(n) / "trial.json", told | {"scores": told["scores"] | {"valid/f1": share["f1"][0]}})
+    found = read(folder)
+    assert 0 <= found.comparison.optimism < 1e-12 and found.detectable < 1e-12
+    same = f"{which} differ by the same in every row, or not at all"
+    assert f"40 rows: {same}, so that no smallest difference can be told." in compare.lines(found)
+    assert f"{same[0].upper()}{same[1:]}: 40 rows" in page._noise(report.gather(folder))
+    assert power.measured(folder)[0].rows == 0.0
+
+
+def test_seeds_that_change_nothing_say_so(sweep):
+    rng = np.random.default_rng(0)
+    one, other = ({"f1": rng.random(40)} for _ in range(2))
+    trials = [(rank, 0, {}) for rank in (8, 8, 16, 16)]
+    folder = sweep(*trials, columns=[one, one, other, other], objectives=["valid/f1"], replicates=2)
+    for n, share in enumerate([one, one, other, other]):
+        told = read_json(folder / str(n) / "trial.json")
+        write_json(folder / str(n) / "trial.json", told | {"scores": told["scores"] | {"valid/f1": share["f1"].mean()}})
+    assert "Between seeds: no difference." in compare.lines(read(folder))
+    assert page._noise(report.gather(folder)).startswith("Between seeds: no difference.<br>Smallest difference")
 
 
 def test_rows_of_one_document_are_one_unit(sweep):

@@ -20,6 +20,7 @@ from ftexp.metrics import LOSS_UNITS, METRICS, SCORES, Direction
 from ftexp.page import figures, style, svg
 from ftexp.page.figures import Sweep
 from ftexp.page.text import escape as _e
+from ftexp.stats import pairs
 
 MOST_ROWS = 200
 """Held-out rows on the page: those that broke first, then those that got better."""
@@ -143,10 +144,15 @@ def _noise(sweep: Sweep) -> str:
         return ""
     unit = " nats" if verdict.objective == "valid/perplexity" else ""
     seeds = verdict.comparison.seeds
-    floor = "Between seeds: not measured, one run a point (sweep.replicates=3)." if seeds is None else (
-        f"Between seeds: standard deviation {_number(seeds.sd)}{unit} ({_span(seeds.low, seeds.high)})."
-    )  # fmt: skip
+    if seeds is None:
+        floor = "Between seeds: not measured, one run a point (sweep.replicates=3)."
+    elif seeds.sd <= pairs.NOTHING:
+        floor = "Between seeds: no difference."
+    else:
+        floor = f"Between seeds: standard deviation {_number(seeds.sd)}{unit} ({_span(seeds.low, seeds.high)})."
     rows = sealed.counted(verdict.rows, verdict.groups)
+    if verdict.alike is not None:
+        return f"{floor}<br>{verdict.alike[0].upper()}{verdict.alike[1:]}: {rows}"
     if not math.isfinite(verdict.detectable):
         few = "rows" if verdict.groups is None else "groups"
         return f"{floor}<br>Too few {few} to tell any difference: {rows}"
