@@ -25,10 +25,9 @@ def line(entry: dict[str, Any]) -> str:
         return f"Confirmation of {entry['plan'][0]['label']} begun {entry['date']}, {opened}: not finished."
     result = entry["result"]
     winner, name = result["members"][0], result["objective"].removeprefix("valid/")
-    seeds = "1 fresh seed" if len(winner["seeds"]) == 1 else f"{len(winner['seeds'])} fresh seeds"
     score = f"{name.replace('_', ' ')} {ranged(winner['test'][name])}"
     rows = counted(result["rows"], result.get("groups"), "sealed ")
-    return f"Confirmed on {rows} and {seeds}: {winner['label']}, {score}; {opened}."
+    return f"Confirmed on {rows} and {fresh(winner)}: {winner['label']}, {score}; {opened}."
 
 
 def lines(entry: dict[str, Any]) -> list[str]:
@@ -53,9 +52,26 @@ def lines(entry: dict[str, Any]) -> list[str]:
         said.append(f"Winner less cheapest: {ranged({'value': pair['difference'], **pair})}{result['unit']}, "
                     f"p={pair['p']:.2g}: they {verdict} on sealed rows.")  # fmt: skip
     said += [f"The winner alone: {result['alone']}."] if result["alone"] else []
-    said += ["One fresh seed: the intervals are over rows alone."] if len(winner["seeds"]) == 1 else []
+    said += _lone(result["members"])
     told = before(entry)
     return said if told is None else [*said, f"{told[0].upper()}{told[1:]}."]
+
+
+def fresh(member: dict[str, Any]) -> str:
+    """Count the fresh seeds of a point, and those of them that diverged and have no score."""
+    done, failed = len(member["seeds"]), member["failed"]
+    told = f"{done} fresh seed{'s' * (done != 1)}"
+    return f"{told} ({failed} of {done + failed} seeds diverged)" if failed else told
+
+
+def _lone(members: list[dict[str, Any]]) -> list[str]:
+    """Say where a point's own seeds tell nothing of the noise between seeds: it is pooled over all that have two."""
+    lone = [member["role"] for member in members if len(member["seeds"]) == 1]
+    if len(lone) == len(members):
+        return ["One fresh seed: the intervals are over rows alone."]
+    known = next(member["role"] for member in members if len(member["seeds"]) > 1)
+    return [f"One fresh seed of the {role}: the noise between seeds in its interval is that of the {known}."
+            for role in lone]  # fmt: skip
 
 
 def before(entry: dict[str, Any]) -> str | None:

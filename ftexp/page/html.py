@@ -177,10 +177,9 @@ def _sealed(sweep: Sweep) -> str:
         return _e(sealed.line(last))
     winner, result = last["result"]["members"][0], last["result"]
     name = result["objective"].removeprefix("valid/")
-    seeds = len(winner["seeds"])
     return (
         f"{_e(winner['label'])}: test/{_e(name)} <strong>{_e(sealed.ranged(winner['test'][name]))}</strong><br>"
-        f"{sealed.counted(result['rows'], result.get('groups'))}, {seeds} fresh seed{'' if seeds == 1 else 's'}, "
+        f"{sealed.counted(result['rows'], result.get('groups'))}, {sealed.fresh(winner)}, "
         f"opened {sealed.times(last)}"
     )
 
