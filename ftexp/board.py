@@ -239,7 +239,7 @@ def undefined(trial: dict[str, Any], objectives: Iterable[str]) -> dict[str, str
     unknown = next((name for name in objectives if math.isnan(scores.get(name, math.nan))), None)
     if unknown is None or not scores:
         return {}
-    return {"state": "failed", "error": f"{unknown} {metrics.UNDEFINED if unknown in scores else metrics.ABSENT}"}
+    return {"state": "failed", "error": f"{unknown} {metrics.why_not(unknown, scores)}"}
 
 
 def _point(trials: list[dict[str, Any]], size: int, objective: str, bounds: dict[str, float]) -> Point:
@@ -370,6 +370,8 @@ def _shown(scores: dict[str, float], split: str, columns: dict[str, tuple[str, s
     cells = []
     for name, style in columns.values():
         there = split == "valid" or name.startswith("valid/")
-        value = scores.get(name.replace("valid/", f"{split}/")) if there else None
+        name = name.replace("valid/", f"{split}/")
+        value = scores.get(name) if there else None
+        value = math.inf if metrics.overflows(name, scores) else value  # files have null for it
         cells.append("" if value is None else format(value, style))
     return cells

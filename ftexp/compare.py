@@ -93,6 +93,8 @@ class Verdict:
     """Points that a sampler drew again: they are the first one's bits, and count once."""
     bounded: bool = False
     """Whether the sweep has bounds in `sweep.at_most`."""
+    unknown: tuple[int, str] = (0, "")
+    """Points among those left out that are complete and whose score is no finite number, and why it is none."""
     groups: int | None = None
     """Groups of rows with one prompt or `data.group_by`, each one unit of the test; None where each row is one."""
 
@@ -113,6 +115,8 @@ class Verdict:
     def nothing(self) -> str:
         """Say that there is no point to compare."""
         within = " and within the bounds of sweep.at_most" if self.bounded else ""
+        if self.unknown[0]:
+            return f"No point that is complete{within} can be ranked, {self.objective} {self.unknown[1]}."
         return f"No point is complete{within}: there is nothing to choose from."
 
 
@@ -134,10 +138,9 @@ def read(folder: Path, trials: list[dict[str, Any]], objective: str, own: Rows |
     grouped: dict[int, list[dict[str, Any]]] = {}
     for trial in trials:
         grouped.setdefault(trial["number"] // options.get("replicates", 1), []).append(trial)
-    whole = [
-        members for members in grouped.values()
-        if len(members) == options.get("replicates", 1) and all(_counts(t, objective, options) for t in members)
-    ]  # fmt: skip
+    ended = [members for members in grouped.values() if len(members) == options.get("replicates", 1)]
+    whole = [members for members in ended if all(_counts(t, objective, options) for t in members)]
+    bare = [told for members in ended if (told := _bare(members, objective)) is not None]
     whole, repeated = once(whole, objective)
     ranked = sorted(whole, key=lambda m: _mean(m, objective), reverse=direction is Direction.maximize)[:MOST_POINTS]
     kept = [members for members in whole if any(members is one for one in ranked)]
@@ -151,6 +154,7 @@ def read(folder: Path, trials: list[dict[str, Any]], objective: str, own: Rows |
         len(whole) - len(kept), len(grouped) - len(whole) - repeated, found if isinstance(found, str) else None,
         metrics.best(means, direction), (), None, None, None, math.nan, 0, _importance(whole, sweep, objective),
         _front(whole, sweep), _rate(whole, sweep, objective), repeated, bool(options.get("at_most")),
+        (len(bare), bare[0] if bare else ""),
     )  # fmt: skip
     if isinstance(found, Unlike):
         return replace(verdict, best=None, importance={}, rate=None)
@@ -215,6 +219,14 @@ def _counts(trial: dict[str, Any], objective: str, options: dict[str, Any]) -> b
     if trial["state"] != "complete" or not math.isfinite(trial["scores"].get(objective, math.nan)):
         return False
     return all(trial["scores"].get(name, math.inf) <= bound for name, bound in options.get("at_most", {}).items())
+
+
+def _bare(members: list[dict[str, Any]], objective: str) -> str | None:
+    """Say why the score of complete trials is no finite number; None where it is one, or a trial is not complete."""
+    if any(t["state"] != "complete" for t in members):
+        return None
+    of = (t["scores"] for t in members if not math.isfinite(t["scores"].get(objective, math.nan)))
+    return next((metrics.why_not(objective, scores) for scores in of), None)
 
 
 def _numbers(members: list[dict[str, Any]]) -> tuple[int, ...]:
@@ -414,10 +426,16 @@ def lines(verdict: Verdict) -> list[str]:
     if verdict.left_out and not verdict.points:
         told.append(verdict.nothing)
     elif verdict.left_out:
-        points = "1 point" if verdict.left_out == 1 else f"{verdict.left_out} points"
-        or_bound = " or above a bound" if verdict.bounded else ""
-        told.append(f"Left out of the comparison: {points}, not complete{or_bound}.")
+        told.append(f"Left out of the comparison: {_left_out(verdict)}.")
     return told
+
+
+def _left_out(verdict: Verdict) -> str:
+    """Say what is not compared, and why."""
+    unknown, why = verdict.unknown
+    or_bound = " or above a bound" if verdict.bounded else ""
+    reasons = ((verdict.left_out - unknown, f"not complete{or_bound}"), (unknown, f"whose {verdict.objective} {why}"))
+    return "; ".join(f"{count} point{'s' * (count != 1)}, {reason}" for count, reason in reasons if count)
 
 
 def _ranking(verdict: Verdict) -> list[str]:

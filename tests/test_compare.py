@@ -11,7 +11,7 @@ import pytest
 from conftest import UNWRITTEN
 
 from ftexp import board as boards
-from ftexp import compare, power, report
+from ftexp import compare, metrics, power, report
 from ftexp.errors import MachineError
 from ftexp.files import read_json, write_json
 from ftexp.page import figures
@@ -173,6 +173,40 @@ def test_points_that_failed_are_left_out_and_counted(sweep):
     nan["scores"]["valid/loss"] = math.nan
     write_json(folder / "4" / "trial.json", nan)
     assert read(folder).left_out == 2
+
+
+def overflown(folder, number, loss=805.6):
+    """Give a trial a loss whose exp no float holds; files have null for it."""
+    told = read_json(folder / str(number) / "trial.json")
+    told["scores"] |= {"valid/loss": loss, "valid/perplexity": None}
+    write_json(folder / str(number) / "trial.json", told)
+
+
+def test_perplexity_that_is_too_large_is_told_as_that(sweep, capsys):
+    """It was "not complete" on one line and told as undefined of the rows on another."""
+    folder = sweep((64, 0, {}), (16, 0.1, {}), (8, 0.2, {}))
+    overflown(folder, 2)
+    large = "valid/perplexity is too large for a number: e to a loss above 709"
+    report.show(folder, by="valid/perplexity")
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"Left out of the comparison: 1 point, whose {large}." in out and "│ 805.6000 │ inf │" in out
+    own = sweep((64, 0, {}), (16, 0.1, {}), (8, 0.2, {}), objectives=["valid/perplexity"])
+    overflown(own, 2)
+    report.show(own)
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"trial 2 failed: {large}" in out and "not complete" in out
+    folder = sweep((64, 0, {}), (16, 0.1, {"state": "failed"}), (8, 0.2, {}))
+    for number in (0, 2):
+        overflown(folder, number)
+    board, verdict = report.judge(folder, "valid/perplexity")
+    assert compare.lines(verdict) == [f"No point that is complete can be ranked, {large}."] and board.best is None
+    overflown(folder, 0, math.log(2.0))
+    assert metrics.why_not("valid/perplexity", {"valid/loss": 709.0, "valid/perplexity": math.nan}) == "is not finite"
+    told = read_json(folder / "0" / "trial.json")
+    write_json(folder / "0" / "trial.json", told | {"scores": told["scores"] | {"valid/perplexity": 2.0}})
+    assert compare.lines(report.judge(folder, "valid/perplexity")[1])[-1] == (
+        f"Left out of the comparison: 1 point, not complete; 1 point, whose {large}."
+    )
 
 
 def test_point_above_a_bound_is_never_best(sweep):
