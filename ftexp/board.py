@@ -310,7 +310,7 @@ def _bases(board: Board) -> list[Line]:
 def _cells(board: Board, point: Point, best: bool) -> list[str]:
     scores = point.scores
     memory = scores.get("cost/gpu_memory_gib", scores["cost/memory_gib"])
-    spread = [] if point.spread is None else [f"{point.spread:.4f}"]
+    spread = [] if point.spread is None else [metrics.written(point.spread)]
     return [
         f"{point.numbers} best" if best else point.numbers, label(point), _rank(point),
         millions(scores["cost/trainable"]), *_shown(scores, "valid", _columns(board)), *spread,
@@ -379,5 +379,5 @@ def _shown(scores: dict[str, float], split: str, columns: dict[str, tuple[str, s
         name = name.replace("valid/", f"{split}/")
         value = scores.get(name) if there else None
         value = math.inf if metrics.overflows(name, scores) else value  # files have null for it
-        cells.append("" if value is None else format(value, style))
+        cells.append("" if value is None else metrics.written(value, style))
     return cells

@@ -211,6 +211,15 @@ def overflows(name: str, scores: Mapping[str, float]) -> bool:
     return name.endswith("/perplexity") and math.log(sys.float_info.max) < loss < math.inf
 
 
+def written(value: float, style: str = ".4f") -> str:
+    """Write a score for a table; a perplexity of a model that learned nothing may have 300 digits, so briefly.
+
+    >>> written(0.25), written(999_999.5, ".3f"), written(-1.25e34), written(math.inf)
+    ('0.2500', '999999.500', '-1.2e+34', 'inf')
+    """
+    return f"{value:.1e}" if 1e6 <= abs(value) < math.inf else format(value, style)
+
+
 def mean(name: str, values: Sequence[float]) -> float:
     """Mean of a score over the seeds of a point; of perplexities the geometric one, e to the mean loss.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ftexp.files import read_json
+from ftexp.metrics import written
 
 FILE = "confirm.json"
 LABELS = "test_labels.json"
@@ -146,4 +147,4 @@ def _off(optimism: dict[str, Any], unit: str) -> str:
 
 def number(value: float | None) -> str:
     """Write a score in four digits after the point."""
-    return "undefined" if value is None else f"{value:.4f}"
+    return "undefined" if value is None else written(value)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -207,6 +208,23 @@ def test_perplexity_that_is_too_large_is_told_as_that(sweep, capsys):
     assert compare.lines(report.judge(folder, "valid/perplexity")[1])[-1] == (
         f"Left out of the comparison: 1 point, not complete; 1 point, whose {large}."
     )
+
+
+def test_large_perplexities_are_written_in_short(sweep, capsys):
+    """Thirty digits of one left no room for the other columns."""
+    folder = sweep(
+        (64, 0, {}), (64, 0.1, {}), (16, 60, {}), (16, 60.1, {}), replicates=2, objectives=["valid/perplexity"]
+    )
+    report.show(folder)
+    out, text = capsys.readouterr().out, (folder / "report.html").read_text(encoding="utf-8")
+    (line,) = [line for line in out.splitlines() if "│ lora.r=16" in line]
+    loss, perplexity, between = (cell.strip() for cell in np.array(line.split("│"))[[5, 6, 8]])
+    first, second = (read_json(folder / str(n) / "trial.json")["scores"]["valid/perplexity"] for n in (2, 3))
+    assert float(loss) == pytest.approx(math.log(float(perplexity)), abs=0.05)
+    assert re.fullmatch(r"\d\.\de\+26", perplexity) and re.fullmatch(r"\d\.\de\+25", between)
+    assert float(between) == pytest.approx(abs(first - second) / math.sqrt(2), rel=0.06)
+    assert not re.search(r"\d{12}\.\d", text) and not re.search(r"\d{12}\.\d", report.export(folder, "md"))
+    assert perplexity in text and perplexity in report.export(folder, "md")
 
 
 def test_point_above_a_bound_is_never_best(sweep):

@@ -76,6 +76,10 @@ def test_seeds_that_diverged_are_told_wherever_the_score_is(tmp_path):
     assert "24 rows, 1 fresh seed (2 of 3 seeds diverged), opened 1 time" in html._sealed(report.gather(folder))
 
 
+def test_a_large_score_is_written_in_short():
+    assert sealed.ranged({"value": 1.234e34, "low": 12.5, "high": 2e300}) == "1.2e+34 (12.5000 to 2.0e+300)"
+
+
 def test_labels_are_means_over_seeds_where_all_have_a_number(tmp_path):
     folder = confirmed(sweep(tmp_path / "s", kind="labels"), labels=True)
     drama, _, war = sealed.labels(folder)
