@@ -30,6 +30,8 @@ SCORES = {  # column title -> metric without its split, format
 }
 COSTS = {"cost/trainable", "cost/seconds", "cost/memory_gib", "cost/gpu_memory_gib"}
 """Metrics with columns of their own."""
+BLIND = ("grid", "random", "qmc")
+"""Samplers that draw points without a look at any score, `sweep.options.DRAWN`."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Board:
     """What the sweep itself ranks by, where the reader chose another metric."""
     own: str | None = None
     """Names the function of one's own that ranks, as `scores.py:number`."""
+    sampler: str = "grid"
+    """What chose the sweep's points."""
 
     @property
     def ranking(self) -> str:
@@ -88,10 +92,11 @@ class Board:
         if self.absent:
             told.append(f"{self.absent} of {whole} trials have not begun: this is a ranking of the others.")
         if self.asked is not None:
-            told.append(
-                f"Ranked by {self.ranking}, chosen afterwards; the sweep's own is {self.asked}: by it points were "
-                "drawn, and trials stopped early."
-            )
+            drawn = "" if self.sampler in BLIND else f", by which {self.sampler} drew its points"
+            told.append(f"Ranked by {self.ranking}, chosen afterwards; the sweep's own is {self.asked}{drawn}.")
+            if pruned := sum(trial.get("state") == "pruned" for trial in self.trials):
+                trials = "1 trial was" if pruned == 1 else f"{pruned} trials were"
+                told.append(f"{trials} stopped early by the held-out loss.")
         return " ".join(told)
 
     @property
@@ -216,18 +221,19 @@ def read(folder: Path, by: str | None = None, own: tuple[str, Scores] | None = N
         raise ConfigError(f"--by {by}: trial {bare[0]} has no such score")
     objective, asked = by or objectives[0], objectives[0]
     objectives = (objective, *(name for name in objectives if name != objective))
-    size = (sweep or {}).get("options", {}).get("replicates", 1)
+    options = (sweep or {}).get("options", {})
+    size, bounds = options.get("replicates", 1), options.get("at_most", {})
     groups: dict[int, list[dict[str, Any]]] = {}
     for trial in trials:
         groups.setdefault(trial["number"] // size, []).append(trial)
-    bounds = (sweep or {}).get("options", {}).get("at_most", {})
     points = [_point(members, size, objective, bounds) for members in groups.values()]
     why = unlike([trial for point in points if point.within for trial in point.trials], objective)
     values = [point.scores[objective] if point.within and why is None else None for point in points]
     absent = max(0, (sweep or {}).get("tickets", 0) - len(trials))
     best = metrics.best(values, METRICS[objective].direction)
     asked = None if objective == asked else asked
-    return Board(trials, points, objective, objectives, best, absent, why, asked, own and own[0])
+    return Board(trials, points, objective, objectives, best, absent, why, asked, own and own[0],
+                 options.get("sampler", "grid"))  # fmt: skip
 
 
 def undefined(trial: dict[str, Any], objectives: Iterable[str]) -> dict[str, str]:
@@ -239,7 +245,7 @@ def undefined(trial: dict[str, Any], objectives: Iterable[str]) -> dict[str, str
     unknown = next((name for name in objectives if math.isnan(scores.get(name, math.nan))), None)
     if unknown is None or not scores:
         return {}
-    return {"state": "failed", "error": f"{unknown} {metrics.UNDEFINED if unknown in scores else metrics.ABSENT}"}
+    return {"state": "failed", "error": f"{unknown} {metrics.why_not(unknown, scores)}"}
 
 
 def _point(trials: list[dict[str, Any]], size: int, objective: str, bounds: dict[str, float]) -> Point:
@@ -304,7 +310,7 @@ def _bases(board: Board) -> list[Line]:
 def _cells(board: Board, point: Point, best: bool) -> list[str]:
     scores = point.scores
     memory = scores.get("cost/gpu_memory_gib", scores["cost/memory_gib"])
-    spread = [] if point.spread is None else [f"{point.spread:.4f}"]
+    spread = [] if point.spread is None else [metrics.written(point.spread)]
     return [
         f"{point.numbers} best" if best else point.numbers, label(point), _rank(point),
         millions(scores["cost/trainable"]), *_shown(scores, "valid", _columns(board)), *spread,
@@ -370,6 +376,8 @@ def _shown(scores: dict[str, float], split: str, columns: dict[str, tuple[str, s
     cells = []
     for name, style in columns.values():
         there = split == "valid" or name.startswith("valid/")
-        value = scores.get(name.replace("valid/", f"{split}/")) if there else None
-        cells.append("" if value is None else format(value, style))
+        name = name.replace("valid/", f"{split}/")
+        value = scores.get(name) if there else None
+        value = math.inf if metrics.overflows(name, scores) else value  # files have null for it
+        cells.append("" if value is None else metrics.written(value, style))
     return cells

@@ -266,8 +266,8 @@ def intervals(kept: Kept) -> list[tuple[str, float, Interval | None, float | Non
 def _scores(kept: Kept, confirmed: str | None) -> str:
     rival = "base model" if "base/loss" in kept.trial["scores"] else "TF-IDF"
     rows = [
-        [name.replace("_", " "), "" if other is None else f"{other:.4f}", f"{value:.4f}",
-         "" if ends is None else f"{ends.low:.4f} to {ends.high:.4f}"]
+        [name.replace("_", " "), "" if other is None else metrics.written(other), metrics.written(value),
+         "" if ends is None else f"{metrics.written(ends.low)} to {metrics.written(ends.high)}"]
         for name, value, ends, other in intervals(kept)
     ]  # fmt: skip
     unit = metrics.LOSS_UNITS[kept.config().trainer.kind]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ftexp import board as boards
-from ftexp import metrics
+from ftexp import metrics, sealed
 from ftexp.files import read_json
 from ftexp.metrics import METRICS, Direction
 from ftexp.stats import columns, explain, noise, pairs
@@ -81,7 +81,7 @@ class Verdict:
     detectable: float
     """Smallest difference such a sweep finds in four of five cases, in the unit of `comparison`; NaN where unknown."""
     rows: int
-    """Held-out rows, or groups of rows with one prompt or `data.group_by`; 0 where nothing was tested."""
+    """Held-out rows; 0 where nothing was tested."""
     importance: dict[str, Interval]
     """Share of each searched key in what sets the best points apart; empty for few points or one key, and without a
     best."""
@@ -93,11 +93,30 @@ class Verdict:
     """Points that a sampler drew again: they are the first one's bits, and count once."""
     bounded: bool = False
     """Whether the sweep has bounds in `sweep.at_most`."""
+    unknown: tuple[int, str] = (0, "")
+    """Points among those left out that are complete and whose score is no finite number, and why it is none."""
+    groups: int | None = None
+    """Groups of rows with one prompt or `data.group_by`, each one unit of the test; None where each row is one."""
+
+    @property
+    def units(self) -> int:
+        """What the test counts: groups of rows, or rows."""
+        return self.rows if self.groups is None else self.groups
+
+    @property
+    def alike(self) -> str | None:
+        """Say that differences are the same in every row, so that the noise of rows is rounding; None where not."""
+        if not self.detectable <= pairs.NOTHING:
+            return None
+        which = "points" if len(self.points) == 2 else "most pairs of points"
+        return f"{which} differ by the same in every row, or not at all"
 
     @property
     def nothing(self) -> str:
         """Say that there is no point to compare."""
         within = " and within the bounds of sweep.at_most" if self.bounded else ""
+        if self.unknown[0]:
+            return f"No point that is complete{within} can be ranked, {self.objective} {self.unknown[1]}."
         return f"No point is complete{within}: there is nothing to choose from."
 
 
@@ -119,10 +138,9 @@ def read(folder: Path, trials: list[dict[str, Any]], objective: str, own: Rows |
     grouped: dict[int, list[dict[str, Any]]] = {}
     for trial in trials:
         grouped.setdefault(trial["number"] // options.get("replicates", 1), []).append(trial)
-    whole = [
-        members for members in grouped.values()
-        if len(members) == options.get("replicates", 1) and all(_counts(t, objective, options) for t in members)
-    ]  # fmt: skip
+    ended = [members for members in grouped.values() if len(members) == options.get("replicates", 1)]
+    whole = [members for members in ended if all(_counts(t, objective, options) for t in members)]
+    bare = [told for members in ended if (told := _bare(members, objective)) is not None]
     whole, repeated = once(whole, objective)
     ranked = sorted(whole, key=lambda m: _mean(m, objective), reverse=direction is Direction.maximize)[:MOST_POINTS]
     kept = [members for members in whole if any(members is one for one in ranked)]
@@ -136,6 +154,7 @@ def read(folder: Path, trials: list[dict[str, Any]], objective: str, own: Rows |
         len(whole) - len(kept), len(grouped) - len(whole) - repeated, found if isinstance(found, str) else None,
         metrics.best(means, direction), (), None, None, None, math.nan, 0, _importance(whole, sweep, objective),
         _front(whole, sweep), _rate(whole, sweep, objective), repeated, bool(options.get("at_most")),
+        (len(bare), bare[0] if bare else ""),
     )  # fmt: skip
     if isinstance(found, Unlike):
         return replace(verdict, best=None, importance={}, rate=None)
@@ -164,8 +183,8 @@ def _tested(
     if costs is None or best is None or costs[best] <= CHANCE * costs[cheapest]:
         cheapest = best
     shown = _exp if verdict.objective == "valid/perplexity" else lambda interval: interval
-    rows = len(table[0][0].num) if groups is None else len(set(groups))
-    seeds = len(kept[0])
+    rows, grouped = len(table[0][0].num), None if groups is None else len(set(groups))
+    units, seeds = rows if grouped is None else grouped, len(kept[0])
     return replace(
         verdict,
         points=tuple(
@@ -177,8 +196,9 @@ def _tested(
         cheapest=None if cost is None else cheapest,
         cost=cost,
         comparison=_of_all(comparison, len(kept), verdict.behind),
-        detectable=noise.detectable(rows, comparison.spread, seeds, len(kept), ALPHA) if len(kept) > 1 else math.nan,
+        detectable=noise.detectable(units, comparison.spread, seeds, len(kept), ALPHA) if len(kept) > 1 else math.nan,
         rows=rows,
+        groups=grouped,
     )
 
 
@@ -199,6 +219,14 @@ def _counts(trial: dict[str, Any], objective: str, options: dict[str, Any]) -> b
     if trial["state"] != "complete" or not math.isfinite(trial["scores"].get(objective, math.nan)):
         return False
     return all(trial["scores"].get(name, math.inf) <= bound for name, bound in options.get("at_most", {}).items())
+
+
+def _bare(members: list[dict[str, Any]], objective: str) -> str | None:
+    """Say why the score of complete trials is no finite number; None where it is one, or a trial is not complete."""
+    if any(t["state"] != "complete" for t in members):
+        return None
+    of = (t["scores"] for t in members if not math.isfinite(t["scores"].get(objective, math.nan)))
+    return next((metrics.why_not(objective, scores) for scores in of), None)
 
 
 def _numbers(members: list[dict[str, Any]]) -> tuple[int, ...]:
@@ -349,11 +377,15 @@ def _rate(points: list[list[dict[str, Any]]], sweep: dict[str, Any], objective: 
     return explain.together(alpha, lr, logs)
 
 
+LEAST, MARGIN = 0.3, 0.05
+"""R2 below which nothing is advised, and a difference of two that says nothing."""
+
+
 def rate_line(rate: explain.Together) -> str:
     """Tell in one sentence how far alpha times learning rate explains the objective."""
     product, apart, alpha, lr = (max(0.0, v) for v in (rate.product, rate.apart, rate.first, rate.second))
     advice = ""
-    if product > 0 and product >= apart - 0.05:
+    if product >= LEAST and product >= max(alpha, lr) + MARGIN and product >= apart - MARGIN:
         advice = " They act through their product: sweep=effective_rate searches one key less."
     return (
         f"alpha and learning rate were both searched: their product predicts {100 * product:.0f} % of the differences "
@@ -398,10 +430,16 @@ def lines(verdict: Verdict) -> list[str]:
     if verdict.left_out and not verdict.points:
         told.append(verdict.nothing)
     elif verdict.left_out:
-        points = "1 point" if verdict.left_out == 1 else f"{verdict.left_out} points"
-        or_bound = " or above a bound" if verdict.bounded else ""
-        told.append(f"Left out of the comparison: {points}, not complete{or_bound}.")
+        told.append(f"Left out of the comparison: {_left_out(verdict)}.")
     return told
+
+
+def _left_out(verdict: Verdict) -> str:
+    """Say what is not compared, and why."""
+    unknown, why = verdict.unknown
+    or_bound = " or above a bound" if verdict.bounded else ""
+    reasons = ((verdict.left_out - unknown, f"not complete{or_bound}"), (unknown, f"whose {verdict.objective} {why}"))
+    return "; ".join(f"{count} point{'s' * (count != 1)}, {reason}" for count, reason in reasons if count)
 
 
 def _ranking(verdict: Verdict) -> list[str]:
@@ -417,7 +455,8 @@ def _ranking(verdict: Verdict) -> list[str]:
     if not others:
         closest = max(p.p for n, p in enumerate(verdict.points) if n != verdict.best)
         told = _p(closest) if closest < 0.001 else f"at most {_p(closest)}"
-        return [f"{best.label} is best ({score}{runs}), told apart from all others (p {told})."]
+        rest = f"the {len(verdict.points) - 1} others compared" if verdict.behind else "all others"
+        return [f"{best.label} is best ({score}{runs}), told apart from {rest} (p {told})."]
     listed = ", ".join(f"{verdict.points[n].label} (p={_p(verdict.points[n].p)})" for n in others[:8])
     more = f" and {len(others) - 8} more" if len(others) > 8 else ""
     told = [f"{best.label} is best ({score}{runs}); not told apart from it: {listed}{more}."]
@@ -432,14 +471,18 @@ def _noise(verdict: Verdict) -> list[str]:
     if comparison is None or len(verdict.points) == 1:
         return []
     unit = " nats" if verdict.objective == "valid/perplexity" else ""
-    finds = "too few rows to tell any difference"
-    if not math.isnan(verdict.detectable):
+    finds = f"too few {'rows' if verdict.groups is None else 'groups'} to tell any difference"
+    if verdict.alike is not None:
+        finds = f"{verdict.alike}, so that no smallest difference can be told"
+    elif not math.isnan(verdict.detectable):
         finds = f"this sweep finds a difference of {_number(verdict.detectable)}{unit} in four of five cases"
     ahead = f"; were all points equal, the best would look {_number(comparison.optimism)}{unit} too good"
-    rows = f"{verdict.rows} row{'s' * (verdict.rows != 1)}"
-    told = [f"{rows}: {finds}{'' if math.isnan(comparison.optimism) else ahead}."]
+    ahead = ahead if comparison.optimism > pairs.NOTHING else ""  # NaN neither
+    told = [f"{sealed.counted(verdict.rows, verdict.groups)}: {finds}{ahead}."]
     if comparison.seeds is None:
         told.append("One run a point: p is about these adapters, not about training again (sweep.replicates=3).")
+    elif comparison.seeds.sd <= pairs.NOTHING:
+        told.append("Between seeds: no difference.")
     else:
         told.append(f"Between seeds: standard deviation {_number(comparison.seeds.sd)}{unit}, 95 % interval "
                     f"{_number(comparison.seeds.low)} to {_number(comparison.seeds.high)}.")  # fmt: skip

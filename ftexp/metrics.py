@@ -9,9 +9,10 @@ import difflib
 import math
 import re
 import string
+import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
@@ -132,6 +133,8 @@ LOSS_UNITS = {
 """What the loss of a method is a mean over."""
 UNDEFINED = "cannot be told of these held-out rows"
 """What is said of a score that is NaN."""
+INFINITE, TOO_LARGE = "is not finite", "is too large for a number: e to a loss above 709"
+"""What is said of a loss, and of its exp, that is none; in files both are null."""
 ABSENT = "was not measured where it ran"
 """What is said of a score that is not there, as `GPU_MEMORY` of a run without a GPU."""
 COUNTS = {
@@ -202,6 +205,36 @@ def better(a: float, b: float, direction: Direction) -> bool:
     if math.isnan(a) or math.isnan(b):
         return not math.isnan(a)
     return a < b if direction is Direction.minimize else a > b
+
+
+def why_not(name: str, scores: Mapping[str, float]) -> str:
+    """Say why a score is no finite number.
+
+    >>> why_not("valid/perplexity", {"valid/perplexity": math.inf, "valid/loss": 800.0})
+    'is too large for a number: e to a loss above 709'
+    >>> why_not("valid/loss", {"valid/loss": math.nan}), why_not("valid/roc_auc", {"valid/roc_auc": math.nan})
+    ('is not finite', 'cannot be told of these held-out rows')
+    """
+    if name not in scores:
+        return ABSENT
+    if overflows(name, scores):
+        return TOO_LARGE
+    return INFINITE if name.endswith(("loss", "perplexity", "bits_per_byte")) else UNDEFINED
+
+
+def overflows(name: str, scores: Mapping[str, float]) -> bool:
+    """Whether a score is a perplexity that is infinite as its finite loss is above the logarithm of all numbers."""
+    loss = scores.get(name.removesuffix("perplexity") + "loss", math.nan)
+    return name.endswith("/perplexity") and math.log(sys.float_info.max) < loss < math.inf
+
+
+def written(value: float, style: str = ".4f") -> str:
+    """Write a score for a table; a perplexity of a model that learned nothing may have 300 digits, so briefly.
+
+    >>> written(0.25), written(999_999.5, ".3f"), written(-1.25e34), written(math.inf)
+    ('0.2500', '999999.500', '-1.2e+34', 'inf')
+    """
+    return f"{value:.1e}" if 1e6 <= abs(value) < math.inf else format(value, style)
 
 
 def mean(name: str, values: Sequence[float]) -> float:

@@ -29,6 +29,7 @@ How many held-out rows and seeds tell a difference of `effect` in a sweep, all p
   power        chance to find the effect (0.8)
   seeds        runs of each point, several by commas (1,2,3,5)
   rows         held-out rows there are: tells their power, and the smallest effect they find
+  groups       instead of rows, with --from a sweep whose rows are in groups: the groups there are
   --from       a sweep to estimate sd_rows, sd_seed and trials from; a key given wins
   --json       one JSON object on stdout
 """
@@ -42,8 +43,9 @@ KEYS = {  # key -> lowest, highest; both ends are allowed where they are finite 
     "alpha": (1e-6, 0.5),
     "power": (0.05, 0.9999),
     "rows": (2, 10_000_000),
+    "groups": (2, 10_000_000),
 }
-WHOLE = {"trials", "rows", "seeds"}
+WHOLE = {"trials", "rows", "groups", "seeds"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Question:
     rows: int | None
     source: str
     """Where the noise is known from."""
+    unit: str = "rows"
+    """What `rows` counts: `rows`, or `groups` of rows of the sweep it is known from."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,11 @@ class Answer:
 
     plans: tuple[Plan, ...]
     """One for each number of seeds; empty without `effect`."""
-    at: tuple[tuple[int, float | None, float], ...]
-    """For the rows there are: seeds, power, smallest effect found, NaN for too few rows; empty without `rows`."""
+    at: tuple[tuple[int, float | None, float, float], ...]
+    """For the rows there are: seeds, power, smallest effect found, chance that equal points are told apart; empty
+    without `rows`. The smallest is NaN for too few rows, and where equal points are told apart as often.
+
+    Rows are groups of rows wherever the question's `unit` is."""
 
 
 def parse(argv: list[str]) -> tuple[dict[str, float], tuple[int, ...], Path | None, bool]:
@@ -125,15 +132,25 @@ def ask(given: dict[str, float], seeds: tuple[int, ...], folder: Path | None) ->
     """
     from ftexp.stats import noise
 
-    if "effect" not in given and "rows" not in given:
+    if not {"effect", "rows", "groups"} & given.keys():
         raise ConfigError("effect or rows must be given: what is to be found, or the rows there are")
     if "sd_rows" in given and ("sd" in given or "correlation" in given):
         raise ConfigError("sd_rows is given: sd and correlation have no part")
     if ("sd" in given) != ("correlation" in given):
         raise ConfigError("sd and correlation must be given together")
-    spread, trials, source = noise.Spread(math.nan), 2, "the numbers given"
+    spread, trials, source, grouped = noise.Spread(math.nan), 2, "the numbers given", False
     if folder is not None:
-        spread, trials, source = measured(folder)
+        spread, trials, source, grouped = measured(folder)
+    if grouped and "rows" in given:
+        raise ConfigError(
+            f"rows={given['rows']:g}: the noise is that of groups of rows ({source}), each counts once; give the "
+            "groups there are, as groups=12"
+        )
+    if "groups" in given and not grouped:
+        raise ConfigError(
+            f"groups={given['groups']:g}: must be with --from a sweep whose rows are in groups; give rows"
+        )
+    there = given.get("groups" if grouped else "rows")
     if "sd_rows" in given:
         spread = noise.Spread(given["sd_rows"], spread.seed, spread.mixed)
     if "sd" in given:
@@ -144,28 +161,33 @@ def ask(given: dict[str, float], seeds: tuple[int, ...], folder: Path | None) ->
         raise ConfigError("sd_rows, or sd and correlation, or --from a sweep must be given")
     return Question(
         given.get("effect"), spread, int(given.get("trials", trials)), given.get("alpha", noise.ALPHA),
-        given.get("power", noise.POWER), seeds, int(given["rows"]) if "rows" in given else None, source,
+        given.get("power", noise.POWER), seeds, None if there is None else int(there), source,
+        "groups" if grouped else "rows",
     )  # fmt: skip
 
 
-def measured(folder: Path) -> tuple[Spread, int, str]:
-    """Estimate the noise from a sweep: its spread, its number of points, and a line that says so.
+def measured(folder: Path) -> tuple[Spread, int, str, bool]:
+    """Estimate the noise from a sweep: its spread, its points, a line that says so, and whether rows are in groups.
 
     Raises:
         MachineError: the folder holds no sweep, or nothing in it can be compared.
     """
-    from ftexp import compare, report
+    from ftexp import compare, report, sealed
+    from ftexp.stats import noise, pairs
 
     board = report.read(folder)
     verdict = compare.read(folder, board.trials, board.objective)
     if verdict.comparison is None or len(verdict.points) < 2:
         raise MachineError(f"{folder}: must hold two points to compare; {verdict.untested or 'it has one'}")
-    if verdict.rows < 2:
+    if verdict.units < 2:
         raise MachineError(f"{folder}: must have two held-out rows, or groups of rows, to measure noise; it has one")
     runs = len(verdict.points[0].trials)
     unit = "valid/loss" if board.objective == "valid/perplexity" else board.objective
-    source = f"{unit} of {len(verdict.points)} points, {runs} runs each, {verdict.rows} rows"
-    return verdict.comparison.spread, len(verdict.points), source
+    rows = sealed.counted(verdict.rows, verdict.groups)
+    source = f"{unit} of {len(verdict.points)} points, {runs} run{'s' * (runs > 1)} each, {rows}"
+    found = verdict.comparison.spread
+    parts = (0.0 if part <= pairs.NOTHING else part for part in (found.rows, found.seed, found.mixed))
+    return noise.Spread(*parts), len(verdict.points), source, verdict.groups is not None
 
 
 def answer(question: Question) -> Answer:
@@ -178,36 +200,60 @@ def answer(question: Question) -> Answer:
     )  # fmt: skip
     at = () if q.rows is None else tuple(
         (s, None if q.effect is None else noise.power(q.effect, q.rows, q.spread, s, q.trials, q.alpha),
-         noise.detectable(q.rows, q.spread, s, q.trials, q.alpha, q.target)) for s in q.seeds
+         *_found(q, q.rows, s)) for s in q.seeds
     )  # fmt: skip
     return Answer(plans, at)
+
+
+def _found(q: Question, rows: int, seeds: int) -> tuple[float, float]:
+    """Return the smallest effect found, NaN where there is none, and the chance that equal points are told apart."""
+    from ftexp.stats import noise
+
+    false = noise.power(0.0, rows, q.spread, seeds, q.trials, q.alpha)
+    smallest = noise.detectable(rows, q.spread, seeds, q.trials, q.alpha, q.target)
+    return (math.nan if smallest == 0 and _often(q, false) else smallest), false
+
+
+def _often(q: Question, false: float) -> bool:
+    """Whether equal points are told apart more often than asked for."""
+    return false > 1.05 * q.alpha
 
 
 def lines(question: Question, found: Answer) -> list[str]:
     """Tell an answer in plain lines."""
     q = question
     mixed = f", run times row {q.spread.mixed:.3g}" if q.spread.mixed else ""
+    over = "" if q.unit == "rows" else f" (over {q.unit})"
     told = [f"{q.trials} points, all pairs compared at {q.alpha:g}; noise from {q.source}: "
-            f"sd_rows {q.spread.rows:.3g}, sd_seed {q.spread.seed:.3g}{mixed}"]  # fmt: skip
+            f"sd_rows {q.spread.rows:.3g}{over}, sd_seed {q.spread.seed:.3g}{mixed}"]  # fmt: skip
     for plan in found.plans:
         runs = f"{plan.seeds} seed{'s' if plan.seeds > 1 else ''} a point"
         if plan.rows is None:
             told.append(
-                f"{runs}: no number of rows finds {q.effect:g}; with endless rows the chance is {plan.power:.2f}"
+                f"{runs}: no number of {q.unit} finds {q.effect:g}; with endless {q.unit} the chance is "
+                f"{plan.power:.2f}"
             )
         else:
-            told.append(f"{runs}: {plan.rows} rows find {q.effect:g} with chance {plan.power:.2f}")
-        if plan.false > 1.05 * q.alpha:
+            told.append(f"{runs}: {plan.rows} {q.unit} find {q.effect:g} with chance {plan.power:.2f}")
+        if _often(q, plan.false):
             told[-1] += f"; equal points are told apart too, with chance {plan.false:.2f} a pair"
-    for seeds, chance, smallest in found.at:
-        runs = f"{q.rows} rows, {seeds} seed{'s' if seeds > 1 else ''} a point"
+    for seeds, chance, smallest, false in found.at:
+        runs = f"{q.rows} {q.unit}, {seeds} seed{'s' if seeds > 1 else ''} a point"
         finds = "" if chance is None else f": {q.effect:g} is found with chance {chance:.2f}"
-        least = f"{smallest:.3g} is found with chance {q.target:g}"
-        least = "too few rows to tell any difference" if math.isnan(smallest) else least
-        told.append(f"{runs}{finds}{':' if chance is None else ';'} {least}")
+        told.append(f"{runs}{finds}{':' if chance is None else ';'} {_least(q, smallest, false)}")
     if q.spread.seed == 0 and q.spread.mixed == 0:
         told.append("Training noise counts as 0: give sd_seed, or a sweep with sweep.replicates.")
     return told
+
+
+def _least(q: Question, smallest: float, false: float) -> str:
+    """Say what the rows there are find, and how often they find it where there is nothing."""
+    apart = f"with chance {false:.2f} a pair"
+    if math.isnan(smallest):
+        few = f"too few {q.unit} to tell any difference"
+        return f"equal points are told apart {apart}: no difference says anything" if _often(q, false) else few
+    least = "any difference is found" if smallest == 0 else f"{smallest:.3g} is found with chance {q.target:g}"
+    return f"{least}; equal points are told apart too, {apart}" if _often(q, false) else least
 
 
 def main() -> int:

@@ -280,7 +280,7 @@ def data(sweep: Sweep) -> dict[str, Any]:
         })  # fmt: skip
     return finite({
         "name": sweep.name, "objective": board.objective, "trials": len(board.trials) + board.absent,
-        "not_begun": board.absent, "points": points, "rows": verdict.rows,
+        "not_begun": board.absent, "points": points, "rows": verdict.rows, "groups": verdict.groups,
         "detectable": verdict.detectable, "untested": verdict.untested, "cost": verdict.cost,
         "cheapest": None if verdict.cheapest is None else verdict.points[verdict.cheapest].label,
         "importance": {key: [s.value, s.low, s.high] for key, s in verdict.importance.items()},

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ftexp.files import read_json
+from ftexp.metrics import written
 
 FILE = "confirm.json"
 LABELS = "test_labels.json"
@@ -25,9 +26,9 @@ def line(entry: dict[str, Any]) -> str:
         return f"Confirmation of {entry['plan'][0]['label']} begun {entry['date']}, {opened}: not finished."
     result = entry["result"]
     winner, name = result["members"][0], result["objective"].removeprefix("valid/")
-    seeds = "1 fresh seed" if len(winner["seeds"]) == 1 else f"{len(winner['seeds'])} fresh seeds"
     score = f"{name.replace('_', ' ')} {ranged(winner['test'][name])}"
-    return f"Confirmed on {result['rows']} sealed rows and {seeds}: {winner['label']}, {score}; {opened}."
+    rows = counted(result["rows"], result.get("groups"), "sealed ")
+    return f"Confirmed on {rows} and {fresh(winner)}: {winner['label']}, {score}; {opened}."
 
 
 def lines(entry: dict[str, Any]) -> list[str]:
@@ -52,9 +53,26 @@ def lines(entry: dict[str, Any]) -> list[str]:
         said.append(f"Winner less cheapest: {ranged({'value': pair['difference'], **pair})}{result['unit']}, "
                     f"p={pair['p']:.2g}: they {verdict} on sealed rows.")  # fmt: skip
     said += [f"The winner alone: {result['alone']}."] if result["alone"] else []
-    said += ["One fresh seed: the intervals are over rows alone."] if len(winner["seeds"]) == 1 else []
+    said += _lone(result["members"])
     told = before(entry)
     return said if told is None else [*said, f"{told[0].upper()}{told[1:]}."]
+
+
+def fresh(member: dict[str, Any]) -> str:
+    """Count the fresh seeds of a point, and those of them that diverged and have no score."""
+    done, failed = len(member["seeds"]), member["failed"]
+    told = f"{done} fresh seed{'s' * (done != 1)}"
+    return f"{told} ({failed} of {done + failed} seeds diverged)" if failed else told
+
+
+def _lone(members: list[dict[str, Any]]) -> list[str]:
+    """Say where a point's own seeds tell nothing of the noise between seeds: it is pooled over all that have two."""
+    lone = [member["role"] for member in members if len(member["seeds"]) == 1]
+    if len(lone) == len(members):
+        return ["One fresh seed: the intervals are over rows alone."]
+    known = next(member["role"] for member in members if len(member["seeds"]) > 1)
+    return [f"One fresh seed of the {role}: the noise between seeds in its interval is that of the {known}."
+            for role in lone]  # fmt: skip
 
 
 def before(entry: dict[str, Any]) -> str | None:
@@ -98,6 +116,16 @@ def _over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def counted(rows: int, groups: int | None, kind: str = "") -> str:
+    """Count rows; where rows of a group are one unit of the test, the groups first.
+
+    >>> counted(1, None), counted(192, 12), counted(24, None, "sealed ")
+    ('1 row', '12 groups (192 rows)', '24 sealed rows')
+    """
+    told = f"{rows} {kind}row{'s' * (rows != 1)}"
+    return told if groups is None else f"{groups} group{'s' * (groups != 1)} ({told})"
+
+
 def times(entry: dict[str, Any]) -> str:
     """Say how often the rows of an opening have been opened, this time included."""
     return "1 time" if entry["opened"] == 1 else f"{entry['opened']} times"
@@ -119,4 +147,4 @@ def _off(optimism: dict[str, Any], unit: str) -> str:
 
 def number(value: float | None) -> str:
     """Write a score in four digits after the point."""
-    return "undefined" if value is None else f"{value:.4f}"
+    return "undefined" if value is None else written(value)

@@ -2,11 +2,13 @@
 
 import math
 
+import pytest
 from made import sweep
 
 from ftexp import board
 from ftexp.board import Line
-from ftexp.files import read_trial, write_json
+from ftexp.files import read_json, read_trial, write_json
+from ftexp.sweep.options import DRAWN
 
 
 def test_a_line_has_a_cell_for_each_title(tmp_path):
@@ -46,6 +48,24 @@ def test_trial_whose_objective_has_no_value_failed_as_the_record_says(tmp_path):
     one.mkdir()
     (folder / "0").rename(one / "r")
     assert board.read(one / "r").trials[0]["state"] == "complete"
+
+
+@pytest.mark.parametrize(("sampler", "pruned", "told"), [
+    (None, 0, "."), ("grid", 0, "."), ("random", 1, ". 1 trial was stopped early by the held-out loss."),
+    ("qmc", 0, "."), ("tpe", 0, ", by which tpe drew its points."),
+    ("gp", 2, ", by which gp drew its points. 2 trials were stopped early by the held-out loss."),
+])  # fmt: skip
+def test_what_the_sweep_did_by_its_own_objective_is_told_where_it_did(tmp_path, sampler, pruned, told):
+    """Of a plain grid, too, it said that points were drawn, and trials stopped early."""
+    folder = sweep(tmp_path / "s", 5, pruned=pruned)
+    kept = read_json(folder / "sweep.json")
+    kept.setdefault("options", {}).update({} if sampler is None else {"sampler": sampler})
+    write_json(folder / "sweep.json", kept)
+    own = kept["objectives"][0]
+    found = board.read(folder, next(name for name in ("valid/loss", "valid/perplexity") if name != own))
+    assert found.line() == f"Ranked by {found.objective}, chosen afterwards; the sweep's own is {own}{told}"
+    assert board.read(folder).line() == ""
+    assert tuple(one.value for one in DRAWN) == board.BLIND
 
 
 def test_trials_of_a_version_that_kept_no_hash_of_the_tokenizer_are_ranked_with_later_ones(tmp_path):

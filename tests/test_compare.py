@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 from conftest import UNWRITTEN
 
 from ftexp import board as boards
-from ftexp import compare, report
+from ftexp import compare, metrics, power, report
 from ftexp.errors import MachineError
 from ftexp.files import read_json, write_json
 from ftexp.page import figures
 from ftexp.page import html as page
+from ftexp.stats import explain
 
 TEXT = [f"row {n} é" for n in range(40)]
 
@@ -174,6 +176,57 @@ def test_points_that_failed_are_left_out_and_counted(sweep):
     assert read(folder).left_out == 2
 
 
+def overflown(folder, number, loss=805.6):
+    """Give a trial a loss whose exp no float holds; files have null for it."""
+    told = read_json(folder / str(number) / "trial.json")
+    told["scores"] |= {"valid/loss": loss, "valid/perplexity": None}
+    write_json(folder / str(number) / "trial.json", told)
+
+
+def test_perplexity_that_is_too_large_is_told_as_that(sweep, capsys):
+    """It was "not complete" on one line and told as undefined of the rows on another."""
+    folder = sweep((64, 0, {}), (16, 0.1, {}), (8, 0.2, {}))
+    overflown(folder, 2)
+    large = "valid/perplexity is too large for a number: e to a loss above 709"
+    report.show(folder, by="valid/perplexity")
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"Left out of the comparison: 1 point, whose {large}." in out and "│ 805.6000 │ inf │" in out
+    own = sweep((64, 0, {}), (16, 0.1, {}), (8, 0.2, {}), objectives=["valid/perplexity"])
+    overflown(own, 2)
+    report.show(own)
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"trial 2 failed: {large}" in out and "not complete" in out
+    folder = sweep((64, 0, {}), (16, 0.1, {"state": "failed"}), (8, 0.2, {}))
+    for number in (0, 2):
+        overflown(folder, number)
+    board, verdict = report.judge(folder, "valid/perplexity")
+    assert compare.lines(verdict) == [f"No point that is complete can be ranked, {large}."] and board.best is None
+    overflown(folder, 0, math.log(2.0))
+    assert metrics.why_not("valid/perplexity", {"valid/loss": 709.0, "valid/perplexity": math.nan}) == "is not finite"
+    told = read_json(folder / "0" / "trial.json")
+    write_json(folder / "0" / "trial.json", told | {"scores": told["scores"] | {"valid/perplexity": 2.0}})
+    assert compare.lines(report.judge(folder, "valid/perplexity")[1])[-1] == (
+        f"Left out of the comparison: 1 point, not complete; 1 point, whose {large}."
+    )
+
+
+def test_large_perplexities_are_written_in_short(sweep, capsys):
+    """Thirty digits of one left no room for the other columns."""
+    folder = sweep(
+        (64, 0, {}), (64, 0.1, {}), (16, 60, {}), (16, 60.1, {}), replicates=2, objectives=["valid/perplexity"]
+    )
+    report.show(folder)
+    out, text = capsys.readouterr().out, (folder / "report.html").read_text(encoding="utf-8")
+    (line,) = [line for line in out.splitlines() if "│ lora.r=16" in line]
+    loss, perplexity, between = (cell.strip() for cell in np.array(line.split("│"))[[5, 6, 8]])
+    first, second = (read_json(folder / str(n) / "trial.json")["scores"]["valid/perplexity"] for n in (2, 3))
+    assert float(loss) == pytest.approx(math.log(float(perplexity)), abs=0.05)
+    assert re.fullmatch(r"\d\.\de\+26", perplexity) and re.fullmatch(r"\d\.\de\+25", between)
+    assert float(between) == pytest.approx(abs(first - second) / math.sqrt(2), rel=0.06)
+    assert not re.search(r"\d{12}\.\d", text) and not re.search(r"\d{12}\.\d", report.export(folder, "md"))
+    assert perplexity in text and perplexity in report.export(folder, "md")
+
+
 def test_point_above_a_bound_is_never_best(sweep):
     found = read(sweep((64, 0, {}), (8, 0.5, {}), at_most={"cost/trainable": 20e6}))
     assert [p.label for p in found.points] == ["lora.r=8"]
@@ -245,9 +298,15 @@ def test_scores_of_different_kinds_have_no_front(sweep):
 
 def test_of_many_points_the_best_are_compared(sweep, monkeypatch):
     monkeypatch.setattr(compare, "MOST_POINTS", 3)
-    found = read(sweep((64, 0.5, {}), (32, 0, {}), (16, 0.9, {}), (8, 0.3, {}), (4, 0.7, {})))
+    folder = sweep((64, 0.5, {}), (32, 0, {}), (16, 0.9, {}), (8, 0.3, {}), (4, 0.7, {}))
+    found = read(folder)
     assert [p.label for p in found.points] == ["lora.r=64", "lora.r=32", "lora.r=8"]
     assert "Compared are the best 3 points; 2 score below them." in compare.lines(found)
+    assert "told apart from the 2 others compared (p <0.001)." in compare.lines(found)[0]
+    assert page._same(report.gather(folder)) == "None of the other 2 points that were compared."
+    monkeypatch.setattr(compare, "MOST_POINTS", 5)
+    assert "told apart from all others (p " in compare.lines(read(folder))[0]
+    assert page._same(report.gather(folder)) == "None of the other 4 points."
 
 
 def test_memory_that_moves_by_chance_is_no_cost(sweep):
@@ -257,12 +316,13 @@ def test_memory_that_moves_by_chance_is_no_cost(sweep):
 
 def test_rows_with_one_prompt_are_one_unit(sweep):
     found = read(sweep((64, 0, {}), (16, 0, {}), prompts=[f"prompt {n // 4}" for n in range(40)]))
-    assert found.rows == 10
+    assert (found.rows, found.groups, found.units) == (40, 10, 10)
+    assert any(line.startswith("10 groups (40 rows): this sweep finds ") for line in compare.lines(found))
 
 
 def test_one_unit_tells_no_noise(sweep):
     found = read(sweep((64, 0, {}), (16, 0.3, {}), prompts=["one"] * 40))
-    assert found.rows == 1
+    assert (found.rows, found.groups) == (40, 1)
     assert math.isnan(found.comparison.spread.rows) and math.isnan(found.comparison.optimism)
     assert not any("too good" in line or "nan" in line for line in compare.lines(found))
 
@@ -271,22 +331,54 @@ def test_few_rows_that_can_tell_nothing_say_so(sweep):
     """Five signs have no p below 2 / 2 ** 5; the JSON has no number for what such a sweep finds."""
     folder = sweep((64, 0, {}), (8, 0.5, {}), prompts=[f"{n % 5}" for n in range(40)])
     found = read(folder)
-    (told,) = [line for line in compare.lines(found) if line.startswith("5 rows: ")]
-    assert told.startswith("5 rows: too few rows to tell any difference; were all points equal, the best would look 0.")
+    (told,) = [line for line in compare.lines(found) if line.startswith("5 groups (40 rows): ")]
+    too_few = "too few groups to tell any difference"
+    assert told.startswith(f"5 groups (40 rows): {too_few}; were all points equal, the best would look 0.")
     gathered = report.gather(folder)
     assert report.data(gathered)["detectable"] is None
-    assert "Too few rows to tell any difference: 5" in page._noise(gathered)
+    assert "Too few groups to tell any difference: 5 groups (40 rows)" in page._noise(gathered)
+    assert [report.data(gathered)[key] for key in ("rows", "groups")] == [40, 5]
+
+
+@pytest.mark.parametrize(("third", "which"), [(None, "points"), (0.3, "most pairs of points")])
+def test_differences_that_are_rounding_are_told_in_words(sweep, third, which):
+    """Each row is worse by 0.1, save for the last digit: the sweep "finds a difference of 9.4e-18"."""
+    shares = [{"f1": [0.1 + by] * 40} for by in (0.0, 0.1, third) if by is not None]
+    trials = [(8 * 2**n, 0, {}) for n in range(len(shares))]
+    folder = sweep(*trials, columns=shares, objectives=["valid/f1"])
+    for n, share in enumerate(shares):
+        told = read_json(folder / str(n) / "trial.json")
+        write_json(folder / str(n) / "trial.json", told | {"scores": told["scores"] | {"valid/f1": share["f1"][0]}})
+    found = read(folder)
+    assert 0 <= found.comparison.optimism < 1e-12 and found.detectable < 1e-12
+    same = f"{which} differ by the same in every row, or not at all"
+    assert f"40 rows: {same}, so that no smallest difference can be told." in compare.lines(found)
+    assert f"{same[0].upper()}{same[1:]}: 40 rows" in page._noise(report.gather(folder))
+    assert power.measured(folder)[0].rows == 0.0
+
+
+def test_seeds_that_change_nothing_say_so(sweep):
+    rng = np.random.default_rng(0)
+    one, other = ({"f1": rng.random(40)} for _ in range(2))
+    trials = [(rank, 0, {}) for rank in (8, 8, 16, 16)]
+    folder = sweep(*trials, columns=[one, one, other, other], objectives=["valid/f1"], replicates=2)
+    for n, share in enumerate([one, one, other, other]):
+        told = read_json(folder / str(n) / "trial.json")
+        write_json(folder / str(n) / "trial.json", told | {"scores": told["scores"] | {"valid/f1": share["f1"].mean()}})
+    assert "Between seeds: no difference." in compare.lines(read(folder))
+    assert page._noise(report.gather(folder)).startswith("Between seeds: no difference.<br>Smallest difference")
 
 
 def test_rows_of_one_document_are_one_unit(sweep):
     units = {"unit": [n // 8 for n in range(40)]}
-    assert read(sweep((64, 0, {}), (16, 0, {}), columns=[units, units])).rows == 5
+    folder = sweep((64, 0, {}), (16, 0, {}), columns=[units, units])
+    assert read(folder).groups == 5
 
 
 def test_rows_without_a_prompt_are_told_apart(sweep):
     """Text rows have no prompt: as one unit they would decide nothing."""
     found = read(sweep((64, 0, {}), (16, 0.5, {}), prompts=[""] * 40))
-    assert found.rows == 40
+    assert (found.rows, found.groups, found.units) == (40, None, 40)
     assert found.same == (0,)
     assert found.points[1].p < 0.001
 
@@ -404,6 +496,30 @@ def test_product_of_alpha_and_rate_is_told_where_both_were_searched(sweep):
     assert found.rate is not None
     assert any(line.startswith("alpha and learning rate were both searched: ") for line in compare.lines(found))
     assert read(sweep(*trials, axes=axes[1:])).rate is None
+
+
+@pytest.mark.parametrize(("rate", "advised"), [
+    ((0.9, 0.9, 0.3, 0.5), True), ((0.9, 0.94, 0.3, 0.84), True), ((0.9, 0.96, 0.3, 0.5), False),
+    ((0.9, 0.9, 0.86, 0.1), False), ((0.9, 0.9, 0.1, 0.86), False),  # one of the two does it all
+    ((0.29, 0.1, 0.0, 0.1), False), ((0.31, 0.1, -0.2, 0.1), True),
+])  # fmt: skip
+def test_their_product_is_advised_where_neither_alone_does_it(rate, advised):
+    told = compare.rate_line(explain.Together(*rate))
+    assert ("They act through their product: sweep=effective_rate" in told) == advised
+
+
+def test_noise_and_a_rate_alone_advise_no_product():
+    """Where the learning rate alone acts, 49 of these 200 sweeps advised the product."""
+    told = {"noise": 0, "rate": 0, "product": 0}
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        alpha, lr = rng.choice([8, 16, 32], 12), 10 ** rng.uniform(-5, -2.5, 12)
+        noise = rng.normal(0, 0.3, 12)
+        acting = {"noise": np.zeros(12), "rate": np.log10(lr) + 3.8, "product": np.log10(alpha * lr / 16) + 3.8}
+        for name, by in acting.items():
+            found = explain.together(alpha.tolist(), lr.tolist(), (0.6 * by**2 + noise).tolist())
+            told[name] += "They act" in compare.rate_line(found)
+    assert told["noise"] <= 20 and told["rate"] <= 20 and told["product"] >= 60
 
 
 def test_points_at_which_a_condition_leaves_a_key_out_have_no_part_in_what_it_did(sweep):

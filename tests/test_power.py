@@ -41,7 +41,14 @@ def test_json_holds_the_numbers(ask):
     )
     assert told["at"][0] == [
         1,
-        *map(pytest.approx, (noise.power(0.02, 200, spread, 1, 6), noise.detectable(200, spread, 1, 6))),
+        *map(
+            pytest.approx,
+            (
+                noise.power(0.02, 200, spread, 1, 6),
+                noise.detectable(200, spread, 1, 6),
+                noise.power(0.0, 200, spread, 1, 6),
+            ),
+        ),
     ]
 
 
@@ -62,7 +69,40 @@ def test_rows_that_are_too_few_say_so(ask):
     assert "5 rows, 1 seed a point: 9 is found with chance 0.00; too few rows to tell any difference" in out
     assert "5 rows, 2 seeds a point: 9 is found with chance 1.00; 0." in out
     _, out, _ = ask("rows=5", "sd_rows=0.1", "seeds=1", "--json")
-    assert json.loads(out)["at"] == [[1, None, None]]
+    assert json.loads(out)["at"] == [[1, None, None, 0.0]]
+
+
+@pytest.mark.parametrize("smallest", [None, math.nan, 0.0])
+def test_rows_that_tell_equal_points_apart_say_so(ask, monkeypatch, smallest):
+    """Endless rows, noise between seeds of five times theirs: a difference of 0 was "found with chance 0.8"."""
+    if smallest is not None:  # as older and newer `noise` have it
+        monkeypatch.setattr(noise, "detectable", lambda rows, spread, seeds, *_: smallest if seeds == 1 else 0.5)
+    argv = ("rows=100000", "sd_rows=0.1", "sd_seed=0.5", "seeds=1,2")
+    _, out, _ = ask(*argv)
+    one, two = out.splitlines()[1:3]
+    # one run: T of equal points is normal times sqrt(0.5 + 1e-7) / sqrt(1e-7), above 1.96 in all but 0.07 %
+    assert one.endswith(
+        "1 seed a point: equal points are told apart with chance 1.00 a pair: no difference says anything"
+    )
+    assert two.endswith("is found with chance 0.8") and "equal" not in two
+    seeds, chance, found, false = (
+        json.loads(ask(*argv, "--json")[1])["at"][0] if smallest is None else (1, None, None, 1)
+    )
+    assert (seeds, chance, found) == (1, None, None) and false > 0.99
+
+
+def test_rate_of_false_differences_is_told_of_the_rows_there_are(ask):
+    """Row part 0.01 / 50 = 0.0002, seed part 2 * 0.0004 = 0.0008: equal points pass t = 2.01 as z passes 2.01 / sqrt(5)."""
+    _, out, _ = ask("rows=50", "sd_rows=0.1", "sd_seed=0.02", "seeds=1", "effect=0.2")
+    assert out.splitlines()[2].endswith(
+        "is found with chance 0.8; equal points are told apart too, with chance 0.37 a pair"
+    )
+
+
+def test_without_noise_any_difference_is_found(ask, sweep, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(power, "measured", lambda folder: (noise.Spread(0.0), 2, "twins", False))
+    _, out, _ = ask("rows=9", "--from", sweep((4, 0, {})), "seeds=1")
+    assert "9 rows, 1 seed a point: any difference is found\n" in out
 
 
 def test_noise_is_read_from_a_sweep(ask, sweep):  # noqa: F811
@@ -75,6 +115,23 @@ def test_noise_is_read_from_a_sweep(ask, sweep):  # noqa: F811
     assert 0.02 < told["spread"]["mixed"] < 0.05  # 0.02 of a row, and what a shift of all tokens adds to long rows
     _, out, _ = ask("effect=0.05", f"--from={folder}", "--json", "sd_seed=0", "trials=9")
     assert (json.loads(out)["spread"]["seed"], json.loads(out)["trials"]) == (0, 9)
+
+
+def test_groups_of_a_sweep_are_told_as_groups(ask, sweep):  # noqa: F811
+    """Forty rows of ten prompts: told as rows, ten of them were asked for where ten prompts are needed."""
+    folder = sweep((64, 0, {}), (8, 0.02, {}), prompts=[f"prompt {n // 4}" for n in range(40)])
+    code, out, _ = ask("effect=0.02", "--from", folder, "groups=10", "seeds=1")
+    first, needed, there, _ = out.splitlines()
+    assert code == 0 and "1 run each, 10 groups (40 rows): sd_rows 0." in first and " (over groups), sd_seed 0" in first
+    assert " groups find 0.02 with chance 0." in needed and there.startswith("10 groups, 1 seed a point: 0.02 is found")
+    assert " rows " not in needed + there
+    code, out, err = ask("effect=0.02", "--from", folder, "rows=40")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "rows=40: the noise is that of groups of rows" in err and "give the groups there are, as groups=12" in err
+    code, _, err = ask("effect=0.02", "--from", sweep((64, 0, {}), (8, 0.02, {})), "groups=10")
+    assert code == 2 and "groups=10: must be with --from a sweep whose rows are in groups; give rows" in err
+    told = json.loads(ask("groups=10", "--from", sweep((64, 0, {}), (8, 0, {}), prompts=["a", "b"] * 20), "--json")[1])
+    assert (told["rows"], told["unit"]) == (10, "groups")
 
 
 @pytest.mark.parametrize(

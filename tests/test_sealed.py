@@ -5,8 +5,9 @@ import math
 import pytest
 from made import by_label, confirmed, sweep
 
-from ftexp import sealed
+from ftexp import report, sealed
 from ftexp.files import read_json, write_json
+from ftexp.page import html
 
 
 def test_no_opening_says_nothing(tmp_path):
@@ -38,6 +39,45 @@ def test_what_one_row_cannot_tell_of_equals_is_left_out(tmp_path):
     assert sealed.lines(alone)[1].endswith(" better in the sweep than on sealed rows.")
     entry["result"]["expected_optimism"] = math.nan
     assert sealed.lines(entry)[1].endswith(" better in the sweep than on sealed rows.")
+
+
+def test_groups_of_sealed_rows_are_told(tmp_path):
+    (entry,) = sealed.openings(confirmed(sweep(tmp_path / "s")))
+    assert "Confirmed on 24 sealed rows and 2 fresh seeds: " in sealed.line(entry)
+    entry["result"]["groups"] = 6
+    assert "Confirmed on 6 groups (24 sealed rows) and 2 fresh seeds: " in sealed.line(entry)
+    del entry["result"]["groups"]  # of before they were kept
+    assert "Confirmed on 24 sealed rows and " in sealed.line(entry)
+
+
+def test_noise_between_seeds_is_missing_only_where_no_point_has_two(tmp_path):
+    """It is pooled over winner and cheapest, so that one seed of the winner leaves it out of no interval."""
+    (entry,) = sealed.openings(confirmed(sweep(tmp_path / "s")))
+    winner = entry["result"]["members"][0]
+    told = lambda *members: [  # noqa: E731
+        line for line in sealed.lines(entry | {"result": entry["result"] | {"members": list(members)}})
+        if line.startswith("One fresh seed")
+    ]  # fmt: skip
+    one, cheapest = winner | {"seeds": [7]}, winner | {"role": "cheapest"}
+    assert told(winner) == told(winner, cheapest) == []
+    alone = ["One fresh seed: the intervals are over rows alone."]
+    assert told(one) == told(one, cheapest | {"seeds": [8]}) == alone
+    told_of = "One fresh seed of the {}: the noise between seeds in its interval is that of the {}."
+    assert told(one, cheapest) == [told_of.format("winner", "cheapest")]
+    assert told(winner, cheapest | {"seeds": [7]}) == [told_of.format("cheapest", "winner")]
+
+
+def test_seeds_that_diverged_are_told_wherever_the_score_is(tmp_path):
+    folder = confirmed(sweep(tmp_path / "s"))
+    kept = read_json(folder / sealed.FILE)
+    kept["openings"][0]["result"]["members"][0] |= {"seeds": [7], "failed": 2}
+    write_json(folder / sealed.FILE, kept)
+    assert "sealed rows and 1 fresh seed (2 of 3 seeds diverged): " in sealed.line(sealed.openings(folder)[-1])
+    assert "24 rows, 1 fresh seed (2 of 3 seeds diverged), opened 1 time" in html._sealed(report.gather(folder))
+
+
+def test_a_large_score_is_written_in_short():
+    assert sealed.ranged({"value": 1.234e34, "low": 12.5, "high": 2e300}) == "1.2e+34 (12.5000 to 2.0e+300)"
 
 
 def test_labels_are_means_over_seeds_where_all_have_a_number(tmp_path):

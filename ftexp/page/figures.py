@@ -13,7 +13,7 @@ from ftexp import compare, sealed
 from ftexp.board import Board, Point
 from ftexp.compare import Verdict
 from ftexp.examples import Example
-from ftexp.metrics import METRICS, Direction
+from ftexp.metrics import METRICS, Direction, written
 from ftexp.page import svg
 from ftexp.page.svg import Dot, Series, Svg
 from ftexp.stats import explain
@@ -79,8 +79,8 @@ def curves(sweep: Sweep) -> Svg | None:
         for trial in sorted(shown, key=lambda t: (t["number"] in best, order.get(looks[t["number"]], 3)))
     ]
     level = next(
-        ((f"{s} {sweep.winner.scores[f'{s}/loss']:.4f}", sweep.winner.scores[f"{s}/loss"]) for s in ("base", "tfidf")
-         if f"{s}/loss" in sweep.winner.scores), None,
+        ((f"{s} {written(sweep.winner.scores[f'{s}/loss'])}", sweep.winner.scores[f"{s}/loss"])
+         for s in ("base", "tfidf") if f"{s}/loss" in sweep.winner.scores), None,
     ) if sweep.winner else None  # fmt: skip
     return svg.lines(series, "step", "valid/loss", f"Held-out loss of {len(shown)} trials by step", level)
 
@@ -104,7 +104,7 @@ def look(sweep: Sweep) -> dict[int, str]:
 def _told(trial: dict[str, Any], points: Sequence[tuple[float, int]]) -> str:
     value, step = points[-1]
     state = "" if trial["state"] == "complete" else f", {trial['state']}"
-    return f"trial {trial['number']} {trial['label']}: {value:.4f} at step {step}{state}"
+    return f"trial {trial['number']} {trial['label']}: {written(value)} at step {step}{state}"
 
 
 def _numbers(point: Point | None) -> set[int]:
@@ -141,7 +141,9 @@ def pareto(sweep: Sweep, other: str) -> Svg | None:
     marks = []
     for point in sorted(known, key=lambda p: (p is sweep.winner, p in on)):
         kind = "best" if point is sweep.winner else "front" if point in on else "plain"
-        told = f"{point.numbers} {boards.label(point)}: {point.scores[name]:.4f} at {svg.short(point.scores[other])}"
+        told = (
+            f"{point.numbers} {boards.label(point)}: {written(point.scores[name])} at {svg.short(point.scores[other])}"
+        )
         tag = point.numbers if (kind != "plain" and len(on) <= 12) or len(known) <= FEW + 1 else ""
         marks.append(Dot(told, point.scores[other], point.scores[name], kind, tag))
     steps = [(p.scores[other], p.scores[name]) for p in on]
@@ -188,7 +190,7 @@ def spread(sweep: Sweep, key: str) -> Svg | None:
     if len({v for v, _ in known}) <= explain.FEW_VALUES or not all(isinstance(v, int | float) for v, _ in known):
         return None
     marks = [
-        Dot(f"{p.numbers} {boards.label(p)}: {p.scores[name]:.4f}", float(v), p.scores[name],
+        Dot(f"{p.numbers} {boards.label(p)}: {written(p.scores[name])}", float(v), p.scores[name],
             "best" if p is sweep.winner else "plain")
         for v, p in sorted(known, key=lambda pair: pair[1] is sweep.winner)
     ]  # fmt: skip

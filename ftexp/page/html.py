@@ -20,6 +20,7 @@ from ftexp.metrics import LOSS_UNITS, METRICS, SCORES, Direction
 from ftexp.page import figures, style, svg
 from ftexp.page.figures import Sweep
 from ftexp.page.text import escape as _e
+from ftexp.stats import pairs
 
 MOST_ROWS = 200
 """Held-out rows on the page: those that broke first, then those that got better."""
@@ -125,7 +126,8 @@ def _same(sweep: Sweep) -> str:
     others = [verdict.points[n] for n in verdict.same if n != verdict.best]
     if not others:
         rest = len(verdict.points) - 1
-        return "Not the other point." if rest == 1 else f"None of the other {rest} points."
+        compared = " that were compared" if verdict.behind else ""
+        return f"Not the other point{compared}." if rest == 1 else f"None of the other {rest} points{compared}."
     listed = "".join(f"<li>{_e(p.label)} (p={_e(_p(p.p))})</li>" for p in others[:6])
     more = f"<li>and {len(others) - 6} more, below</li>" if len(others) > 6 else ""
     cheap = None if verdict.cheapest is None else verdict.points[verdict.cheapest]
@@ -142,13 +144,20 @@ def _noise(sweep: Sweep) -> str:
         return ""
     unit = " nats" if verdict.objective == "valid/perplexity" else ""
     seeds = verdict.comparison.seeds
-    floor = "Between seeds: not measured, one run a point (sweep.replicates=3)." if seeds is None else (
-        f"Between seeds: standard deviation {_number(seeds.sd)}{unit} ({_span(seeds.low, seeds.high)})."
-    )  # fmt: skip
+    if seeds is None:
+        floor = "Between seeds: not measured, one run a point (sweep.replicates=3)."
+    elif seeds.sd <= pairs.NOTHING:
+        floor = "Between seeds: no difference."
+    else:
+        floor = f"Between seeds: standard deviation {_number(seeds.sd)}{unit} ({_span(seeds.low, seeds.high)})."
+    rows = sealed.counted(verdict.rows, verdict.groups)
+    if verdict.alike is not None:
+        return f"{floor}<br>{verdict.alike[0].upper()}{verdict.alike[1:]}: {rows}"
     if not math.isfinite(verdict.detectable):
-        return f"{floor}<br>Too few rows to tell any difference: {verdict.rows}"
+        few = "rows" if verdict.groups is None else "groups"
+        return f"{floor}<br>Too few {few} to tell any difference: {rows}"
     return (
-        f"{floor}<br>Smallest difference found in four of five cases, with {verdict.rows} rows: "
+        f"{floor}<br>Smallest difference found in four of five cases, with {rows}: "
         f"<strong>{_number(verdict.detectable)}{unit}</strong>"
     )
 
@@ -168,10 +177,10 @@ def _sealed(sweep: Sweep) -> str:
         return _e(sealed.line(last))
     winner, result = last["result"]["members"][0], last["result"]
     name = result["objective"].removeprefix("valid/")
-    seeds = len(winner["seeds"])
     return (
         f"{_e(winner['label'])}: test/{_e(name)} <strong>{_e(sealed.ranged(winner['test'][name]))}</strong><br>"
-        f"{result['rows']} rows, {seeds} fresh seed{'' if seeds == 1 else 's'}, opened {sealed.times(last)}"
+        f"{sealed.counted(result['rows'], result.get('groups'))}, {sealed.fresh(winner)}, "
+        f"opened {sealed.times(last)}"
     )
 
 

@@ -128,15 +128,15 @@ def apart(values: Sequence[float]) -> list[str]:
 def short(value: float, digits: int = 3) -> str:
     """Write a number for an axis.
 
-    >>> [short(v) for v in (0, 0.0002, 0.25, 12, 2500, 4884480)]
-    ['0', '2e-4', '0.25', '12', '2.5 k', '4.88 M']
+    >>> [short(v) for v in (0, 0.0002, 0.25, 12, 2500, 4884480, 1.2e34)]
+    ['0', '2e-4', '0.25', '12', '2.5 k', '4.88 M', '1.2e34']
     """
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if abs(value) >= size:
+        if size <= abs(value) < 1e12:
             return f"{value / size:.{digits}g}{unit}"
-    if abs(value) >= 0.001:
+    if 0.001 <= abs(value) < 1e12:
         return f"{value:.{digits}g}"
     leading, power = f"{value:.{digits - 1}e}".split("e")
     return f"{float(leading):.{digits}g}e{int(power)}"

@@ -17,6 +17,7 @@ from rich.console import Console
 from ftexp import config
 from ftexp.errors import ConfigError, MachineError
 from ftexp.files import read_trial
+from ftexp.metrics import written
 from ftexp.progress import Sheet, quiet_libraries, say, warn
 from ftexp.sweep import frozen
 from ftexp.sweep.frozen import Frozen
@@ -99,7 +100,9 @@ def ls(args: argparse.Namespace) -> int:
         table.column(title, right=title not in ("sweep", "best", "state"))
     for row in rows:
         done = sum(row[state] for state in ENDED)
-        best = "" if row["best"] is None else f"{row['objective']} {row['best']:.4f} ({_numbers(row['best_trials'])})"
+        best = (
+            "" if row["best"] is None else f"{row['objective']} {written(row['best'])} ({_numbers(row['best_trials'])})"
+        )
         state = f"process {row['run_by']}" if row["run_by"] else "ended" if done == row["trials"] else "stopped"
         counts = (str(row[state]) for state in ENDED)
         table.row(row["name"], f"{done}/{row['trials']}", *counts, best, state)

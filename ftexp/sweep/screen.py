@@ -130,7 +130,7 @@ def line(sweep: Frozen, record: Study) -> str:
     told = ", ".join(f"{count} {state}" for state, count in at.counts.items()) or "no trials"
     if at.best is not None:
         trials, value = at.best
-        told += f"; best trial {','.join(map(str, trials))}, {sweep.objectives[0]} {value:.4f}"
+        told += f"; best trial {','.join(map(str, trials))}, {sweep.objectives[0]} {metrics.written(value)}"
     unfinished = at.counts.get("waiting", 0) + at.counts.get("running", 0)
     return told + (f"; about {_span(at.seconds_left)} left" if unfinished and at.seconds_left is not None else "")
 
@@ -164,7 +164,7 @@ def _cells(sweep: Frozen, trial: FrozenTrial) -> list[str]:
     number, state, worker = study.ticket(trial), state_of(trial), trial.user_attrs.get("ftexp:worker")
     point = trial.params or trial.system_attrs.get("fixed_params") or {}
     kind = trial.user_attrs.get("ftexp:kind")
-    values = [f"{v:.4f}" for v in trial.values or ()] if state == "complete" else [""] * len(sweep.objectives)
+    values = [metrics.written(v) for v in trial.values or ()] if state == "complete" else [""] * len(sweep.objectives)
     began, ended = trial.datetime_start, trial.datetime_complete
     if state == "running":
         step, loss = _step(sweep.folder / str(number))

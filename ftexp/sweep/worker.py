@@ -403,8 +403,7 @@ def _valued(
         trial.set_constraint(f"{name} at most {bound!r}", math.inf if math.isnan(over) else over)
     unknown = [name for name, value in zip(sweep.objectives, values, strict=True) if not math.isfinite(value)]
     if unknown:  # Optuna takes no NaN, and files have no infinity
-        why = metrics.UNDEFINED if unknown[0] in scores else metrics.ABSENT
-        return Outcome("failed", "undefined", f"{unknown[0]} {why}"), None
+        return Outcome("failed", "undefined", f"{unknown[0]} {metrics.why_not(unknown[0], scores)}"), None
     return outcome, values
 
 

@@ -278,9 +278,10 @@ def score(
     else:
         chosen, limits = cross_decided(truth, shares, known), labels.thresholds(truth, shares, known)
     nats = decisions(told, targets(rows, known, many), many, None).reshape(len(rows), -1)
-    macro, undefined = labels.roc_auc_macro(truth, shares, known)
+    sure = odds(told, many).tolist()
+    macro, undefined = labels.roc_auc_macro(truth, sure, known)
     scores = {"loss": loss(told, rows, known, many)} | labels.scores(truth, chosen, known)
-    scores |= {"roc_auc_macro": macro, "roc_auc_micro": labels.roc_auc_micro(truth, shares, known)}
+    scores |= {"roc_auc_macro": macro, "roc_auc_micro": labels.roc_auc_micro(truth, sure, known)}
     scores |= {"rows": float(len(rows)), "roc_auc_undefined": float(undefined)}
     table = [
         {"where": e.row.where, "unit": unit, "prompt": e.row.prompt, "reference": e.between.join(sorted(e.labels)),
@@ -291,9 +292,28 @@ def score(
     ]  # fmt: skip
     by_label = labels.table(truth, chosen, known)
     for n, line in enumerate(by_label):
-        line["roc_auc"] = labels.roc_auc([known[n] in t for t in truth], [share[n] for share in shares])
+        line["roc_auc"] = labels.roc_auc([known[n] in t for t in truth], [line[n] for line in sure])
         line["threshold"] = limits.get(known[n])
     return Scored(scores, table, by_label), limits
+
+
+def odds(told: torch.Tensor, many: bool) -> torch.Tensor:
+    """Log odds of each label in each row, (row, label): the order of the shares, and of those that round to 0 or 1.
+
+    Of many labels the logit itself. Of one label the logit less logsumexp of the others: ln p - ln(1 - p) of softmax.
+
+    >>> import torch
+    >>> odds(torch.tensor([[0.0, 50.0], [0.0, 45.0]]), many=False)
+    tensor([[-50.,  50.],
+            [-45.,  45.]])
+    """
+    import torch
+
+    if not many and told.shape[1] > 1:
+        others = [told[:, [m for m in range(told.shape[1]) if m != n]].logsumexp(-1) for n in range(told.shape[1])]
+        told = told - torch.stack(others, 1)
+    ends = torch.finfo(told.dtype)
+    return told.clamp(ends.min, ends.max)  # an infinite one is sure, as a share of 1 is
 
 
 def cross_decided(

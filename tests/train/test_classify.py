@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from sklearn.metrics import log_loss
+from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.utils.class_weight import compute_class_weight
 
 from ftexp import data, experiment, labels, model
@@ -160,6 +160,42 @@ def test_loss_equals_log_loss_of_sklearn():
     one = rows_of(*[{draw.choice(known)} for _ in range(20)])
     expected = log_loss([next(iter(e.labels)) for e in one], told.softmax(-1).numpy(), labels=known)
     assert classify.loss(told, one, known, False) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_roc_auc_ranks_by_logits_that_saturate(many):
+    """A sure head's shares are all 1.0: rows tied at 0.5 that its logits order without a fault."""
+    rows = rows_of(*[{"a"}] * 2, *[{"b"}] * 2)
+    sure = torch.tensor([[50.0, 45.0, 40.0, 38.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64).T
+    found, _ = classify.score(sure, rows, ["a", "b"], many, {"a": 0.5, "b": 0.5} if many else None)
+    assert found.labels[0]["roc_auc"] == 1.0
+    shares = sure.sigmoid() if many else sure.softmax(-1)
+    assert labels.roc_auc([True, True, False, False], shares[:, 0].tolist()) == 0.5
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_roc_auc_equals_sklearn_on_shares_that_do_not_saturate(many):
+    rng = np.random.default_rng(3)
+    truth = rng.integers(0, 3, 60)
+    logits = torch.tensor(rng.normal(0, 2, (60, 3)) + 1.5 * np.eye(3)[truth], dtype=torch.float64)
+    known, limits = ["a", "b", "c"], dict.fromkeys("abc", 0.5)
+    found, _ = classify.score(logits, rows_of(*({known[n]} for n in truth)), known, many, limits if many else None)
+    shares = (logits.sigmoid() if many else logits.softmax(-1)).numpy()
+    one_hot = np.eye(3, dtype=int)[truth]
+    for name in ("macro", "micro"):
+        assert found.scores[f"roc_auc_{name}"] == pytest.approx(roc_auc_score(one_hot, shares, average=name), abs=1e-12)
+    for n, line in enumerate(found.labels):
+        assert line["roc_auc"] == pytest.approx(roc_auc_score(one_hot[:, n], shares[:, n]), abs=1e-12)
+
+
+def test_log_odds_are_those_of_the_shares():
+    logits = torch.tensor(np.random.default_rng(0).normal(0, 3, (20, 4)))
+    shares = logits.softmax(-1)
+    assert torch.allclose(classify.odds(logits, many=False), shares.log() - (1 - shares).log(), atol=1e-9)
+    endless = torch.tensor([[math.inf, -math.inf, 2.0]])
+    assert classify.odds(endless, many=True).isfinite().all() and classify.odds(endless, many=True)[0, 2] == 2
+    assert classify.odds(torch.tensor([[0.0, -math.inf, 2.0]]), many=False).isfinite().all()
+    assert classify.odds(torch.tensor([[3.0]]), many=False).tolist() == [[3.0]]
 
 
 def test_class_weights():
