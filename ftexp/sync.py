@@ -106,7 +106,8 @@ def _bring(kept: Kept, given: str | None, told: Brought, parents: dict[Path, str
     log = Log(kept.folder, client, run_id)
     _points(kept, client, log, told)
     stored = client.get_run(run_id)
-    log.params({k: v for k, v in kept.trial["config"].items() if k not in stored.data.params})
+    params = config.effective(kept.trial["config"])
+    log.params({k: v for k, v in params.items() if k not in stored.data.params})
     if stored.inputs is None or not stored.inputs.dataset_inputs:
         log.inputs(kept.trial.get("inputs", []))
     if "facts" in kept.trial:

@@ -11,7 +11,7 @@ import made
 import pytest
 from conftest import TINY, UNWRITTEN
 
-from ftexp import sync, track
+from ftexp import config, sync, track
 from ftexp.config import Track
 from ftexp.errors import MachineError, Preempted
 from ftexp.files import read_json, write_json
@@ -175,7 +175,7 @@ def test_data_sets_and_parameters_that_were_missed_are_brought_each_for_itself(c
         sync.sync([tmp_path / "outputs"])
         run = client.get_run(kept["mlflow_run"])
         assert sorted(one.tags[0].value for one in run.inputs.dataset_inputs) == ["training", "validation"]
-        assert kept["config"].keys() <= run.data.params.keys()
+        assert config.effective(kept["config"]).keys() <= run.data.params.keys()
         assert not [tag for tag in run.data.tags if tag.startswith(track.CHANGED)]
 
 
@@ -407,6 +407,27 @@ def test_second_store_takes_each_run_once_and_leaves_the_first_alone(cli, verb, 
         params += [r.data.params for r in client.search_runs([experiment]) if r.info.run_name == "s"]
     assert params[0] == params[1] and params[0]["lora.r"] == "2,4"
     assert team not in "".join(p.read_text() for p in (tmp_path / "outputs").rglob("*.json"))
+
+
+def test_keys_without_effect_are_in_no_store_and_in_the_folder(cli, verb, tmp_path):
+    """A rank beside `lora=none` misleads where trials are compared; run, sweep and `sync` leave out the same."""
+    own, team = (f"sqlite:///{tmp_path}/{name}.db" for name in ("own", "team"))
+    assert cli("seed=0,1", "lora=none", *UNWRITTEN, "eval=loss", "name=s", f"track.uri={own}", "-m")[0] == 0
+    assert cli("lora=none,default", *UNWRITTEN, "eval=loss", "name=both", f"track.uri={own}", "-m")[0] == 0
+    assert json.loads(verb("--uri", team, "--json")[1])["runs"] == 6
+    told = {}
+    for uri in (own, team):
+        client, experiment = track.store(Track(uri=uri))
+        told[uri] = {r.info.run_name: r.data.params for r in client.search_runs([experiment])}
+    for name in told[own]:
+        assert told[own][name].keys() - told[team][name].keys() <= {"name", "trainer.checkpoint_minutes"}
+        assert told[team][name].items() <= told[own][name].items()
+    for uri in (own, team):
+        rank = {name: params.get("lora.r") for name, params in told[uri].items()}
+        assert rank == {"s": None, "seed=0": None, "seed=1": None, "both": "16", "lora=none": None, "lora=default": "16"}  # fmt: skip
+        assert {name: p.get("lora.variant") for name, p in told[uri].items()} == {
+            "s": "none", "seed=0": "none", "seed=1": "none", "both": None, "lora=none": "none", "lora=default": "lora"}  # fmt: skip
+    assert read_json(tmp_path / "outputs/sweeps/s/0/trial.json")["config"]["lora.r"] == 16
 
 
 def test_run_that_went_on_while_its_server_was_down_stays_one_run(cli, verb, tmp_path, monkeypatch):
