@@ -360,6 +360,37 @@ def test_damaged_run_is_told_and_the_others_are_brought(cli, verb, tmp_path):
     assert set(histories(uri)) == {"s", "lora.r=4"}
 
 
+def test_each_damaged_file_is_told_once_and_holds_back_what_needs_it_alone(cli, verb, tmp_path):
+    assert cli("lora.r=2,4", *UNWRITTEN, "eval=loss", "name=s", DEAD, "-m")[0] == 0
+    assert cli(*UNWRITTEN, "eval=loss", "name=one", DEAD)[0] == 0
+    sweep, every = tmp_path / "outputs/sweeps/s", {"s", "lora.r=2", "lora.r=4", "one"}
+    made.confirmed(sweep)
+    held = {
+        "sweep.json": every - {"one"},
+        "identity.json": every - {"one"},
+        "confirm.json": set(),
+        "0/metrics.jsonl": {"lora.r=2"},
+    }
+    for number, (name, left_out) in enumerate(held.items()):
+        whole = (sweep / name).read_text()
+        where = f"{name}:1" if name.endswith("l") else name
+        (sweep / name).write_text(whole[:7] + "\n" + whole[whole.find("\n") + 1 :] if where != name else whole[:7])
+        uri = f"sqlite:///{tmp_path}/{number}.db"
+        code, out, err = verb("--uri", uri, "--json")
+        assert (code, json.loads(out)["runs"], json.loads(out)["damaged"]) == (4, 4 - len(left_out), 1), err
+        assert err.count("is damaged") == err.count(f"outputs/sweeps/s/{where}: is damaged, ") == 1
+        assert set(histories(uri)) == every - left_out
+        (sweep / name).write_text(whole)
+        assert json.loads(verb("--uri", uri, "--json")[1])["runs"] == len(left_out)
+        client, experiment = track.store(Track(uri=uri))
+        stored = {r.info.run_name: r.data for r in client.search_runs([experiment])}
+        assert stored["s"].params["lora.r"] == "2,4" and track.CONFIRMED in stored["lora.r=2"].tags
+        assert histories(uri)["lora.r=2"] == in_files(sweep / "0")
+    with (sweep / "0" / "metrics.jsonl").open("a") as out:
+        out.write('{"step": 5, "tra')  # as a kill leaves it
+    assert verb("--uri", uri)[::2] == (0, "")
+
+
 def test_run_without_tracking_is_left_out(cli, verb):
     assert cli(*TINY, "name=one", "track=none")[0] == 0
     assert json.loads(verb("--json")[1]) == {"runs": 0, "points": 0, "files": 0, "running": 0, "damaged": 0}
