@@ -316,7 +316,7 @@ def main() -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    folders = [runs.place(folder, "sweep.json", "trial.json") for folder in args.folders]
+    folders = [runs.place(folder) for folder in args.folders]
     for folder in folders:
         if not folder.is_dir() and folder != runs.OUTPUTS:
             raise MachineError(f"{folder}: must be a folder with runs in it, there is none{runs.there(folder)}")
