@@ -103,7 +103,8 @@ def ls(args: argparse.Namespace) -> int:
         best = "" if row["best"] is None else f"{row['objective']} {row['best']:.4f} ({_numbers(row['best_trials'])})"
         state = f"process {row['run_by']}" if row["run_by"] else "ended" if done == row["trials"] else "stopped"
         counts = (str(row[state]) for state in ENDED)
-        table.row(row["name"], f"{done}/{row['trials']}", *counts, best, state)
+        where = "" if Path(row["folder"]) == SWEEPS / row["name"] else f" in {row['folder']}"
+        table.row(f"{row['name']}{where}", f"{done}/{row['trials']}", *counts, best, state)
     Console(width=None if sys.stdout.isatty() else 132).print(table if rows else f"no sweeps in {SWEEPS}")
     return 0
 

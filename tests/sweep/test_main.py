@@ -67,6 +67,8 @@ def test_a_sweep_in_a_folder_of_its_own_is_listed_and_found_by_name(cli, verb, t
     for name, where in (("s", []), ("t", [f"hydra.sweep.dir={tmp_path}/away/here"])):
         assert cli("lora.r=2", *SWEEP[:-1], f"name={name}", *where, "-m")[0] == 0
     assert [row["name"] for row in json.loads(verb("ls", "--json")[1])] == ["s", "t"]
+    titles = [line.split("│")[1].strip() for line in verb("ls")[1].splitlines() if "1/1" in line]
+    assert titles == ["s", "t in away/here"]
     assert json.loads(verb("show", "t", "--json")[1])[0]["folder"] == "away/here/0"
     assert verb("stop", "t")[1].startswith("t is not running: 1 complete")
     assert verb("resume", "t")[0] == 0
