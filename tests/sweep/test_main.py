@@ -193,8 +193,10 @@ def test_stopped_sweep_keeps_checkpoints_and_goes_on_to_the_same_bits(cli, verb,
     assert process.wait(60) == 75
     assert "sweep s was stopped" in process.stderr.read() or workers == 0
     assert read_json(folder / "0" / "trial.json")["state"] == "preempted"
+    shown = verb("show", "s")[1]
     assert verb("resume", "s")[0] == 0
     [step] = read_json(folder / "0" / "trial.json")["resumed_at"]
+    assert f"waiting, goes on from step {step} " in shown
     assert 1 <= step < 150
     assert adapters(folder) == adapters(tmp_path / "outputs" / "sweeps" / "calm")
 
