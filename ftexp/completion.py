@@ -14,8 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ftexp import config, overrides, power
-from ftexp.errors import ConfigError
+from ftexp import config, overrides, power, runs
+from ftexp.errors import ConfigError, MachineError
 from ftexp.metrics import METRICS, SCORES
 
 OPTIONS = {
@@ -129,7 +129,7 @@ def _all(before: list[str], word: str) -> list[str]:
         case "confirm" if before[-1] == "--by":
             return [f"valid/{name}" for name in SCORES]
         case "sweep show" | "sweep stop" | "sweep resume" | "sweep export" | "confirm":
-            return _names("outputs/sweeps")
+            return [*_names("outputs/sweeps"), *_elsewhere()]
         case "report" if before[-1] == "--by":
             return [name for name, metric in METRICS.items() if not metric.sealed and not metric.afterwards]
         case "report" | "notebooks" | "sync":
@@ -145,6 +145,12 @@ def _all(before: list[str], word: str) -> list[str]:
 
 def _names(folder: str) -> list[str]:
     return [path.name for path in Path(folder).glob("*") if path.is_dir()]
+
+
+def _elsewhere() -> list[str]:
+    with suppress(MachineError):
+        return [*runs.elsewhere().values()]
+    return []
 
 
 def _runs() -> list[str]:

@@ -951,14 +951,32 @@ def unreadable(error: YAMLError) -> str:
 
 def idle(run: Run, key: str) -> str | None:
     """Tell why a key has no effect on a run, whatever its value; None where it has one, or only others know."""
+    return _idle(run.lora.variant.value, run.eval.generate, run.trainer.steps, run.data.valid_path, key)
+
+
+def effective(told: dict[str, Any]) -> dict[str, Any]:
+    """Leave out of a flat config the keys that have no effect in it; of one that lacks what decides, none.
+
+    >>> effective({"lora.variant": "none", "lora.r": 16, "seed": 0}), effective({"lora.r": 16})
+    ({'lora.variant': 'none', 'seed': 0}, {'lora.r': 16})
+    """
+    variant, generate, steps, path = map(
+        told.get, ("lora.variant", "eval.generate", "trainer.steps", "data.valid_path")
+    )
+    return {key: value for key, value in told.items() if _idle(variant, generate, steps, path, key) is None}
+
+
+def _idle(
+    variant: str | None, generate: bool | None, steps: int | None, valid_path: str | None, key: str
+) -> str | None:
     rules = (
-        (run.lora.variant is Variant.none and key.startswith("lora.") and key not in ("lora.variant", "lora.train"),
+        (variant == Variant.none.value and key.startswith("lora.") and key not in ("lora.variant", "lora.train"),
          "lora.variant=none has no adapter (lora=default has one)"),
-        (not run.eval.generate and key == "eval.max_new_tokens",
+        (generate is False and key == "eval.max_new_tokens",
          "eval.generate=false writes nothing (eval.generate=true does)"),
-        (run.trainer.steps is not None and key == "trainer.epochs",
-         f"trainer.steps={run.trainer.steps} goes before (trainer.steps=null trains for epochs)"),
-        (bool(run.data.valid_path) and key == "data.valid",
+        (steps is not None and key == "trainer.epochs",
+         f"trainer.steps={steps} goes before (trainer.steps=null trains for epochs)"),
+        (bool(valid_path) and key == "data.valid",
          "data.valid_path holds the held-out rows (data.valid_path='' draws them)"),
     )  # fmt: skip
     return next((why for holds, why in rules if holds), None)

@@ -32,6 +32,7 @@ from ftexp.errors import ConfigError, DataError, Diverged, MachineError, TrialsF
 from ftexp.files import read_trial, write_json
 from ftexp.metrics import METRICS, SCORES, Direction
 from ftexp.progress import Sheet, quiet_libraries, say, warn
+from ftexp.runs import sweeps as known
 from ftexp.sealed import FILE, before, line, lines, number, openings, ranged, times
 from ftexp.sweep import __main__ as sweeps
 from ftexp.sweep import frozen, plugin
@@ -262,13 +263,14 @@ def _who() -> str:
 
 
 def _elsewhere(folder: Path, digest: str, hashes: list[str]) -> tuple[list[str], int]:
-    """Name the sweeps beside this one that opened some of the same rows, and count those rows.
+    """Name the sweeps beside this one, or launched here, that opened some of the same rows, and count those rows.
 
     Openings of before rows had hashes are known by the digest of all rows.
     """
-    others = (path.parent for path in sorted(folder.parent.glob(f"*/{FILE}")) if path.parent != folder)
+    beside = (path.parent for path in folder.parent.glob(f"*/{FILE}"))
+    others = {place.resolve() for place in (*beside, *known())} - {folder.resolve()}
     named, opened = [], set()
-    for name, entry in ((other.name, entry) for other in others for entry in openings(other)):
+    for name, entry in ((other.name, entry) for other in sorted(others) for entry in openings(other)):
         test = entry["test"]
         theirs = set(hashes) if test["sha256"] == digest else set(test.get("hashes", "").split())
         if not theirs.isdisjoint(hashes):

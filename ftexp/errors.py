@@ -33,6 +33,10 @@ class Unusable(MachineError):
     """What a trial names is there and cannot be used, here or on another machine."""
 
 
+class Damaged(MachineError):
+    """A file of ours holds something else than was written; the message starts with its path."""
+
+
 class NoRoom(MachineError):
     """A disk was full, or could no longer be written, in the middle of the work; with room the same command goes on."""
 

@@ -544,7 +544,7 @@ def _execute(
         trial["inputs"] = _inputs(run, splits, {"train": len(task.train), "valid": len(task.valid)})
         trial |= {"mlflow_run": log.run_id, "steps": sft.planned_steps(run.trainer, task.units)}
         write_json(folder / "trial.json", trial)  # so that a restart after a kill finds its run in the store
-        log.params(track.flat(run))
+        log.params(track.params(run))
         log.inputs(trial["inputs"])
         task.ready(base)
         with _answering(run, base, base.model):

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ftexp.errors import ConfigError, MachineError, NoRoom
+from ftexp.errors import ConfigError, Damaged, MachineError, NoRoom
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 """A full disk, a used-up quota, a limit on file sizes, a disk that has become read-only or fails."""
@@ -167,14 +167,14 @@ def read_json(path: Path) -> Any | None:
     """Read a JSON file, or return None where there is none.
 
     Raises:
-        MachineError: what is there is not JSON.
+        Damaged: what is there is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise MachineError(f"{path}: is damaged, it must be JSON ({error}); put it back or remove it") from error
+        raise Damaged(f"{path}: is damaged, it must be JSON ({error}); put it back or remove it") from error
 
 
 def finite(value: Any) -> Any:
@@ -190,7 +190,7 @@ def read_trial(folder: Path) -> dict[str, Any] | None:
     """Read the `trial.json` of a run's folder, scores that are null as NaN; None where there is none.
 
     Raises:
-        MachineError: what is there is not JSON.
+        Damaged: what is there is not JSON.
     """
     told = read_json(folder / "trial.json")
     return told | {"scores": _numbers(told["scores"])} if told and "scores" in told else told
@@ -200,7 +200,7 @@ def read_points(path: Path) -> list[dict[str, Any]]:
     """Read the points of a file of metrics, in order, null as NaN; a last line that a kill tore is left out.
 
     Raises:
-        MachineError: another line is not JSON.
+        Damaged: another line is not JSON.
     """
     if not path.exists():
         return []
@@ -212,9 +212,9 @@ def _point(line: bytes, where: str) -> dict[str, Any]:
     try:
         told = json.loads(line)
     except ValueError as error:
-        raise MachineError(f"{where}: is damaged, a line must be JSON ({error}); put it back or remove it") from error
+        raise Damaged(f"{where}: is damaged, a line must be JSON ({error}); put it back or remove it") from error
     if not isinstance(told, dict):
-        raise MachineError(f"{where}: is damaged, a line must be a JSON object, got {told!r:.40}; remove it")
+        raise Damaged(f"{where}: is damaged, a line must be a JSON object, got {told!r:.40}; remove it")
     return _numbers(told)
 
 

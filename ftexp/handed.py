@@ -22,9 +22,9 @@ def find(target: str, aloud: bool = True) -> Kept:
         aloud: whether to say which trial is the winner of a sweep.
 
     Raises:
-        MachineError: there is none, or it is not complete.
+        MachineError: there is none, several have the name, or it is not complete.
     """
-    sweep = runs.place(target, "sweep.json")
+    sweep = runs.place(target)
     if (sweep / "sweep.json").exists():
         return winner(sweep, aloud)
     kept = runs.find(target)
@@ -63,8 +63,12 @@ def stage(key: str, target: str, kinds: tuple[Method, ...]) -> Kept:
 
     Raises:
         ConfigError: it was trained with another method.
-        MachineError: there is no such run, it is not complete, or its weights are gone.
+        MachineError: there is no such run or several, it is not complete, or its weights are gone.
     """
+    try:
+        runs.place(target)
+    except MachineError as error:
+        raise MachineError(f"{key}={error}") from error
     try:
         kept = find(target, aloud=False)
     except MachineError as error:

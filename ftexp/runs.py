@@ -8,12 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from ftexp import config
 from ftexp.config import Run
 from ftexp.errors import MachineError
-from ftexp.files import read_points, read_trial, sha256
+from ftexp.files import read_json, read_points, read_trial, sha256, write_json
+from ftexp.progress import warn
 
 OUTPUTS = Path("outputs")
+LIST = OUTPUTS / "sweeps.json"
+"""Holds the sweeps that do not lie in `outputs/sweeps/<name>`: their folders, and the name of each."""
+FILES = ("sweep.json", "trial.json")
+"""What tells that a folder is that of a sweep, or of a run."""
 MANY = 20
 """Names of one kind that a message lists."""
 
@@ -66,24 +73,64 @@ class Kept:
 
 
 def place(target: str | Path, *files: str) -> Path:
-    """Return the folder that a sweep or run of a name has in `outputs/`, or the one that was given.
+    """Return the folder of the sweep or run that a name leads to, or the one that was given.
 
     Args:
         target: folder, or name of one.
-        files: of which the folder must hold one.
+        files: of which the folder must hold one; those of a sweep and of a run where none is named.
+
+    Raises:
+        MachineError: the name leads to several.
     """
-    places = (Path(target), OUTPUTS / "sweeps" / target, OUTPUTS / "runs" / target)
-    return next((place for place in places if any((place / name).exists() for name in files)), Path(target))
+    first, *below = Path(target).parts or (".",)
+    listed = (folder.joinpath(*below) for folder, name in elsewhere().items() if name == first)
+    places = (Path(target), OUTPUTS / "sweeps" / target, OUTPUTS / "runs" / target, *listed)
+    found = {
+        place.resolve(): place for place in places[::-1] if any((place / name).exists() for name in files or FILES)
+    }
+    if len(found) > 1:
+        told = [str(place if place != Path(target) else place.absolute()) for place in reversed(found.values())]
+        raise MachineError(
+            f"{target}: must be one sweep or run, there are {' and '.join(told)}; give one of these folders"
+        )
+    return next(iter(found.values()), Path(target))
+
+
+def elsewhere() -> dict[Path, str]:
+    """Return the folders of sweeps that do not lie in `outputs/sweeps/<name>`, with their names; none that is gone."""
+    kept = {Path(folder): name for folder, name in (read_json(LIST) or {}).items()}
+    return {folder: name for folder, name in kept.items() if (folder / "sweep.json").exists()}
+
+
+def sweeps() -> dict[Path, str]:
+    """Return the folders of the sweeps that were launched here, with the name that leads to each."""
+    return {path.parent: path.parent.name for path in (OUTPUTS / "sweeps").glob("*/sweep.json")} | elsewhere()
+
+
+def keep(folder: Path, name: str) -> None:
+    """Remember where a sweep lies, unless its name says it; a list that cannot be written costs a warning."""
+    if folder.resolve() == (OUTPUTS / "sweeps" / name).resolve():
+        return
+    place, here = folder.resolve(), Path.cwd().resolve()
+    place = place.relative_to(here) if place.is_relative_to(here) else place  # a project may be moved
+    try:
+        OUTPUTS.mkdir(exist_ok=True)
+        with FileLock(LIST.with_suffix(".lock")):
+            write_json(LIST, {str(path): known for path, known in (elsewhere() | {place: name}).items()})
+    except OSError as error:
+        warn(
+            f"{LIST}: cannot be written: {error.strerror or error}; sweep {name} is found by its folder alone, {folder}"
+        )
 
 
 def shown(target: str | Path) -> Path:
     """Return the folder of a sweep or run, given that or its name.
 
     Raises:
-        MachineError: there is none.
+        MachineError: there is none, or several have the name.
     """
-    folder = place(target, "sweep.json", "trial.json")
-    if not any((folder / name).exists() for name in ("sweep.json", "trial.json")):
+    folder = place(target)
+    if not any((folder / name).exists() for name in FILES):
         raise MachineError(
             f"{target}: must be the folder of a sweep or a run; there is no sweep.json or trial.json{there(target)}"
         )
@@ -93,8 +140,8 @@ def shown(target: str | Path) -> Path:
 def there(target: str | Path) -> str:
     """Tell what `outputs/` holds, as the end of a message on a name that it does not hold."""
     told, every = [], []
-    for kind, file in (("sweeps", "sweep.json"), ("runs", "trial.json")):
-        names = sorted(path.parent.name for path in (OUTPUTS / kind).glob(f"*/{file}"))
+    alone = (path.parent.name for path in (OUTPUTS / "runs").glob("*/trial.json"))
+    for kind, names in (("sweeps", sorted(sweeps().values())), ("runs", sorted(alone))):
         every += names
         more = [f"{len(names) - MANY} more"] if len(names) > MANY else []
         told += [f"{kind} {', '.join([*names[:MANY], *more])}"] if names else []
@@ -106,17 +153,18 @@ def find(target: str) -> Kept:
     """Find a run by its folder or name, or by its MLflow id or the beginning of it (8 letters at least).
 
     Raises:
-        MachineError: there is none, or several begin so.
+        MachineError: there is none, or several begin so, or have the name.
     """
-    folder = place(target, "trial.json")
+    folder = place(target)
     if (kept := read_trial(folder)) is not None:
         return Kept(folder, kept)
-    if (sweep := place(target, "sweep.json") / "sweep.json").exists():
-        trials = sorted(int(path.parent.name) for path in sweep.parent.glob("[0-9]*/trial.json"))
+    if (folder / "sweep.json").exists():
+        trials = sorted(int(path.parent.name) for path in folder.glob("[0-9]*/trial.json"))
         name = f", as {target}/{trials[0]}" if trials else ", none has begun"
         raise MachineError(f"{target}: must be a run, this is a sweep; name one of its trials{name}")
     found = []
-    for path in sorted(OUTPUTS.glob("**/trial.json")) if len(target) >= 8 else ():
+    places = {path.resolve(): path for place in (OUTPUTS, *elsewhere()) for path in place.glob("**/trial.json")}
+    for path in sorted(places.values()) if len(target) >= 8 else ():
         kept = read_trial(path.parent) or {}
         if str(kept.get("mlflow_run") or "").startswith(target) and "repeats" not in kept:  # which took another's
             found.append(Kept(path.parent, kept))

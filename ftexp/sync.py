@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from ftexp import board, config, experiment, registry, runs, sealed, track, verb
 from ftexp.config import Track
-from ftexp.errors import MachineError
+from ftexp.errors import Damaged, MachineError
 from ftexp.files import read_json, read_trial, write_json
 from ftexp.progress import progress, quiet_libraries, say
 from ftexp.runs import Kept
@@ -45,7 +45,17 @@ class Brought:
     running: int = 0
     """Runs that are not over, or were killed and not gone on with, and are left out."""
     damaged: int = 0
-    """Runs whose `trial.json` cannot be read, each told in one line, and are left out."""
+    """Files of runs and sweeps that cannot be read, each told in one line; what needs them is left out."""
+
+    def __post_init__(self) -> None:
+        self._told: set[str] = set()
+
+    def tell(self, error: Damaged) -> None:
+        """Tell of a damaged file, once: all trials of a sweep need its files."""
+        if str(error) not in self._told:
+            say(str(error), always=True)
+            self._told.add(str(error))
+            self.damaged += 1
 
 
 def sync(folders: list[Path], uri: str | None = None) -> Brought:
@@ -55,7 +65,9 @@ def sync(folders: list[Path], uri: str | None = None) -> Brought:
         folders: searched for runs.
         uri: tracking store; None takes the one each run was started with. Runs with `track=none` are left out.
 
-    A run whose `trial.json` is damaged is told on stderr and left out.
+    A file that is damaged is told on stderr. Without its `trial.json` or `metrics.jsonl` a run is left out, without
+    `sweep.json`, or an `identity.json` that is yet to be brought, all trials of a sweep; without `confirm.json` no tag
+    tells of the confirmation.
 
     Raises:
         MachineError: a store cannot be reached.
@@ -65,27 +77,21 @@ def sync(folders: list[Path], uri: str | None = None) -> Brought:
     with progress("bringing runs", len(found)) as advance:
         for path in found:
             with FileLock(path.parent.parent / LOCK):  # of the sweep: another node may be bringing it
-                kept = _read(path.parent, told)
-                if "track" in kept.trial and kept.trial.get("state") == "running":
-                    told.running += 1
-                elif "track" in kept.trial and "repeats" not in kept.trial:  # one run for a point and seed
-                    _bring(kept, uri, told, parents)
+                try:
+                    kept = Kept(path.parent, read_trial(path.parent) or {})
+                    if "track" in kept.trial and kept.trial.get("state") == "running":
+                        told.running += 1
+                    elif "track" in kept.trial and "repeats" not in kept.trial:  # one run for a point and seed
+                        _bring(kept, uri, told, parents)
+                except Damaged as error:  # the others are not to wait for it
+                    told.tell(error)
             advance(1)
     return told
 
 
-def _read(folder: Path, told: Brought) -> Kept:
-    """Read a run; one that is damaged is told, and is nothing to bring: the others are not to wait for it."""
-    try:
-        return Kept(folder, read_trial(folder) or {})
-    except MachineError as error:
-        say(str(error), always=True)
-        told.damaged += 1
-        return Kept(folder, {})
-
-
 def _bring(kept: Kept, given: str | None, told: Brought, parents: dict[Path, str]) -> None:
     uri, own_id = given or kept.trial["track"]["uri"], kept.trial.get("mlflow_run")
+    times = _times(kept)  # before anything is made in the store: a file that is damaged leaves nothing half there
     where = Track(uri=uri, experiment=kept.trial["track"]["experiment"])
     if given is None and own_id is not None:
         track.check_here(uri, kept.folder, ", or give --uri")
@@ -97,7 +103,7 @@ def _bring(kept: Kept, given: str | None, told: Brought, parents: dict[Path, str
         )
     parent = _parent(kept, where, client, parents, told)
     if run_id is None:
-        run_id = track.create(where, kept.trial["label"], kept.folder, parent, min(_times(kept), default=None))
+        run_id = track.create(where, kept.trial["label"], kept.folder, parent, min(times, default=None))
         if _is_own(kept, uri):
             _note(kept.folder / "trial.json", run_id)
         else:
@@ -106,7 +112,8 @@ def _bring(kept: Kept, given: str | None, told: Brought, parents: dict[Path, str
     log = Log(kept.folder, client, run_id)
     _points(kept, client, log, told)
     stored = client.get_run(run_id)
-    log.params({k: v for k, v in kept.trial["config"].items() if k not in stored.data.params})
+    params = config.effective(kept.trial["config"])
+    log.params({k: v for k, v in params.items() if k not in stored.data.params})
     if stored.inputs is None or not stored.inputs.dataset_inputs:
         log.inputs(kept.trial.get("inputs", []))
     if "facts" in kept.trial:
@@ -122,7 +129,7 @@ def _bring(kept: Kept, given: str | None, told: Brought, parents: dict[Path, str
         log.table(_examples(kept), "examples")
         told.files += 1
     log.tags({"ftexp.test_opened": kept.trial["opened"]} if kept.trial.get("opened") else {})
-    log.tags(_confirmed(kept.folder.parent, kept.folder.name))
+    log.tags(_confirmed(kept.folder.parent, told, kept.folder.name))
     if log.client is None:
         raise MachineError(f"track.uri={uri} failed while {kept.folder} was brought; the same command goes on")
     _end(kept, client, stored)
@@ -146,9 +153,13 @@ def _is_missing(path: Path, folder: Path, there: dict[str, int | None]) -> bool:
     return there.get(path.relative_to(folder).as_posix(), -1) not in (None, path.stat().st_size)
 
 
-def _confirmed(sweep: Path, trial: str | None = None) -> dict[str, str]:
+def _confirmed(sweep: Path, told: Brought, trial: str | None = None) -> dict[str, str]:
     """Return the tag that `confirm` gives a sweep and the trials of its winner."""
-    ended = [entry for entry in sealed.openings(sweep) if "result" in entry]
+    try:
+        ended = [entry for entry in sealed.openings(sweep) if "result" in entry]
+    except Damaged as error:
+        told.tell(error)
+        return {}
     mine = [entry for entry in ended if trial is None or trial in map(str, entry["plan"][0]["trials"])]
     return {track.CONFIRMED: sealed.line(mine[-1])} if mine else {}
 
@@ -226,15 +237,16 @@ def _parent(
         return None
     if folder not in parents:
         known = _known(client, sweep["mlflow_run"], *_elsewhere(folder, where.uri))
+        params = {} if known else track.searched(read_json(folder / "identity.json") or {})
         parents[folder] = known or track.create(where, sweep["name"], folder, None)
-        for name, value in _confirmed(folder).items():
+        for name, value in _confirmed(folder, told).items():
             client.set_tag(parents[folder], name, value)
         end = _end_of_sweep(folder, sweep) or ("KILLED" if known is None else None)
         if end is not None and client.get_run(parents[folder]).info.status != end:
             tags, scores = ({}, {}) if end == "KILLED" else _summary(folder)
             track.end(where, parents[folder], tags, scores, end)
         if known is None:
-            Log(folder, client, parents[folder]).params(track.searched(read_json(folder / "identity.json") or {}))
+            Log(folder, client, parents[folder]).params(params)
             keys = [axis["key"] for axis in sweep.get("axes", ()) if not axis.get("composes")]
             track.view(where, parents[folder], sweep["name"], sweep["objectives"], keys)
             if _is_own(kept, where.uri):
@@ -259,7 +271,7 @@ def _end_of_sweep(folder: Path, sweep: dict[str, Any]) -> str | None:
     """Tell how a sweep ended, as MLflow says it; None of one that has trials left, or does not say how many it has."""
     try:
         trials = [read_trial(path.parent) or {} for path in folder.glob("[0-9]*/trial.json")]
-    except MachineError:  # of a damaged trial, which is told where it is to be brought
+    except Damaged:  # of a trial, which is told where it is to be brought
         return None
     states = {(trial | board.undefined(trial, sweep.get("objectives", ()))).get("state") for trial in trials}
     whole = 0 < sweep.get("tickets", 0) <= len(trials)
@@ -304,7 +316,7 @@ def main() -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    folders = [runs.place(folder, "sweep.json", "trial.json") for folder in args.folders]
+    folders = [runs.place(folder) for folder in args.folders]
     for folder in folders:
         if not folder.is_dir() and folder != runs.OUTPUTS:
             raise MachineError(f"{folder}: must be a folder with runs in it, there is none{runs.there(folder)}")

@@ -272,12 +272,16 @@ def is_unanswered(error: MlflowException) -> bool:
 def searched(identity: dict[str, str]) -> dict[str, Any]:
     """Return a sweep's identity by the names that trials have: values that all share, and of a searched key what is.
 
+    Keys without effect in any trial are left out.
+
+    >>> searched({"config lora.variant": '"none"', "config lora.r": "16", "space trainer.lr": "1e-4,1e-3"})
+    {'lora.variant': 'none', 'trainer.lr': '1e-4,1e-3'}
     >>> searched({"space lora.r": "8,16", "config seed": "0", "sweep.sampler": "grid"})
     {'sweep.sampler': 'grid', 'seed': 0, 'lora.r': '8,16'}
     """
     shared = {k.removeprefix("config "): json.loads(v) for k, v in identity.items() if k.startswith("config ")}
     space = {k.removeprefix("space "): v for k, v in identity.items() if k.startswith("space ")}
-    return {k: v for k, v in identity.items() if " " not in k} | shared | space
+    return {k: v for k, v in identity.items() if " " not in k} | config.effective(shared) | space
 
 
 def open_parent(track: Track, name: str, folder: Path, params: dict[str, Any]) -> str | None:
@@ -593,6 +597,11 @@ def _unlocked() -> Iterator[None]:
     yield
 
 
+def params(run: Run) -> dict[str, Any]:
+    """Parameters of a run for the store: the config but for where it is tracked and keys without effect in the run."""
+    return config.effective(flat(run))
+
+
 def flat(run: Run) -> dict[str, Any]:
-    """Parameters of a run for the store: the config but for where it is tracked."""
+    """Flatten the whole config of a run but for where it is tracked."""
     return {name: value for name, value in config.flat(run).items() if not name.startswith("track.")}

@@ -11,7 +11,7 @@ import made
 import pytest
 
 from ftexp import __main__ as verbs
-from ftexp import completion, config, overrides
+from ftexp import completion, config, overrides, runs
 from ftexp.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +45,10 @@ def test_names_of_sweeps_and_runs_are_offered(tmp_path, monkeypatch):
     trials = [f"outputs/sweeps/rank-8/{n}" for n in range(3)]
     assert offered(["diff", "outputs/runs/alone", ""]) == ["outputs/runs/alone", *trials]
     assert offered(["power", "--from", ""]) == ["outputs/sweeps/rank-8"]
+    runs.keep(tmp_path / "x", "mine")
+    assert offered(["sweep", "show", ""]) == ["mine", "rank-8"]
+    runs.LIST.write_text("{")
+    assert offered(["sweep", "show", ""]) == ["rank-8"]
 
 
 def test_all_overrides_can_be_reached_a_level_at_a_time():

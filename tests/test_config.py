@@ -261,3 +261,14 @@ def test_dataclass_checks_itself_without_hydra(made):
 )
 def test_key_without_effect_is_told(composed, given, key, why):
     assert config.idle(composed(*given), key) == why
+
+
+@pytest.mark.parametrize(
+    "given",
+    [[], ["lora=none", "eval=loss"], ["trainer.steps=null"], ["data=jsonl", "data.path=a", "data.valid_path=b"]],
+)
+def test_effective_keys_are_those_that_are_not_idle(composed, given):
+    run = composed(*given)
+    flat = config.flat(run)
+    assert config.effective(flat) == {key: value for key, value in flat.items() if config.idle(run, key) is None}
+    assert ("lora.r" in config.effective(flat)) == ("lora=none" not in given)

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from conftest import UNWRITTEN
 
-from ftexp import compare, config, confirm, data, evaluate, experiment, model, report
+from ftexp import compare, config, confirm, data, evaluate, experiment, model, report, runs
 from ftexp import run as command
 from ftexp.errors import ConfigError, DataError, MachineError, TrialsFailed
 from ftexp.files import read_json, write_json
@@ -615,3 +615,22 @@ def test_all_points_are_counted_whose_best_was_chosen(sweep, quick, monkeypatch)
     monkeypatch.setattr(compare, "MOST_POINTS", 1)
     monkeypatch.setattr(compare.noise, "expected_maximum", float)
     assert confirm.confirm(sweep, 2)["result"]["points"] == 2
+
+
+def test_openings_of_sweeps_in_folders_of_their_own_count(tmp_path, monkeypatch):
+    """Beside the sweep or launched here: rows are no less opened because a sweep lies elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    for name, rows in (
+        ("outputs/sweeps/s", "a b"),
+        ("outputs/sweeps/beside", "a"),
+        ("away/far", "b c"),
+        ("away/strange", "a"),
+    ):
+        write_json(tmp_path / name / "sweep.json", {})
+        opening = {"test": {"sha256": name, "hashes": rows}, "date": "today"}
+        write_json(tmp_path / name / "confirm.json", {"openings": [opening]})
+    runs.keep(tmp_path / "away/far", "far")
+    folder = tmp_path / "outputs/sweeps/s"
+    assert confirm._elsewhere(folder, "x", ["a", "b", "d"]) == (["far, today", "beside, today"], 2)
+    (tmp_path / "outputs/sweeps.json").unlink()
+    assert confirm._elsewhere(folder, "x", ["a", "b", "d"]) == (["beside, today"], 1)

@@ -1,10 +1,13 @@
 """Runs found by folder or id, and their configs built again."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
-from ftexp import config, experiment, runs
+from ftexp import config, experiment, handed, runs
 from ftexp.errors import ConfigError, MachineError
-from ftexp.files import write_json
+from ftexp.files import read_json, write_json
 
 
 @pytest.fixture
@@ -75,8 +78,58 @@ def test_a_sweep_where_a_run_is_wanted_is_told_as_one(kept):
     write_json(kept / "outputs/sweeps/none/sweep.json", {})
     with pytest.raises(MachineError, match="this is a sweep; name one of its trials, none has begun$"):
         runs.find("none")
-    write_json(kept / "outputs/runs/s/trial.json", {"config": {}})
-    assert runs.find("s").folder == runs.OUTPUTS / "runs/s"
+
+
+def test_a_name_of_two_is_refused_and_each_is_found_by_its_folder(kept):
+    """`generate` took the sweep, `diff` the run, and `report` whichever lay nearer."""
+    write_json(kept / "outputs/sweeps/s/sweep.json", {})
+    write_json(kept / "outputs/runs/s/trial.json", {"config": {}, "state": "complete"})
+    told = "^s: must be one sweep or run, there are {}outputs/sweeps/s and outputs/runs/s; give one of these folders$"
+    for find in (runs.find, runs.shown, runs.place, handed.find):
+        with pytest.raises(MachineError, match=told.format("")):
+            find("s")
+    with pytest.raises(MachineError, match="^model.path=s: must be one sweep or run, there are "):
+        handed.stage("model.path", "s", ())
+    assert runs.place("s", "sweep.json") == runs.shown("outputs/sweeps/s") == runs.OUTPUTS / "sweeps/s"
+    assert runs.find("outputs/runs/s").folder == handed.find("outputs/runs/s").folder == runs.OUTPUTS / "runs/s"
+    assert runs.find("s/1").name == "s/1"
+    write_json(kept / "s/sweep.json", {})
+    with pytest.raises(MachineError, match=told.format(f"{kept}/s and ")):
+        runs.shown("s")
+    assert runs.shown(f"{kept}/s") == kept / "s"
+
+
+def test_sweeps_that_lie_elsewhere_are_known_by_name_until_they_are_gone(kept, capsys):
+    away = kept.parent / f"{kept.name}-away"
+    for folder in (away / "t", kept / "mine", kept / "outputs/sweeps/s"):
+        write_json(folder / "0" / "trial.json", {"mlflow_run": f"bbbb{folder.name:_<8}", "config": {}})
+        write_json(folder / "sweep.json", {})
+        runs.keep(folder, folder.name)
+        runs.keep(folder, folder.name)  # when it goes on
+    assert runs.elsewhere() == {away / "t": "t", Path("mine"): "mine"}
+    assert set(runs.sweeps().values()) == {"s", "t", "mine"}
+    assert runs.shown("t") == away / "t" and runs.find("t/0").folder == away / "t/0"
+    assert runs.find("bbbbt___").folder == away / "t/0" and runs.find("bbbbmine").folder == Path("mine/0")
+    assert runs.there("x").endswith("there are: sweeps mine, s, t; runs a")
+    write_json(kept / "outputs/sweeps/t/sweep.json", {})
+    with pytest.raises(MachineError, match=f"^t: must be one .* are outputs/sweeps/t and {away}/t; give one"):
+        runs.shown("t")
+    shutil.rmtree(away)
+    assert set(runs.elsewhere().values()) == {"mine"}
+    write_json(kept / "other/sweep.json", {})
+    runs.keep(kept / "other", "o")
+    assert read_json(kept / "outputs/sweeps.json") == {"mine": "mine", "other": "o"}
+    assert capsys.readouterr().err == ""
+
+
+def test_list_that_cannot_be_written_costs_a_warning(kept, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs, "write_json", full)
+    runs.keep(kept / "mine", "m")
+    told = f"outputs/sweeps.json: cannot be written: No space left on device; sweep m is found by its folder alone, {kept}/mine"
+    assert told in capsys.readouterr().err
 
 
 def test_runs_and_sweeps_are_found_by_name(kept):

@@ -11,7 +11,7 @@ import made
 import pytest
 from conftest import TINY, UNWRITTEN
 
-from ftexp import sync, track
+from ftexp import config, sync, track
 from ftexp.config import Track
 from ftexp.errors import MachineError, Preempted
 from ftexp.files import read_json, write_json
@@ -175,7 +175,7 @@ def test_data_sets_and_parameters_that_were_missed_are_brought_each_for_itself(c
         sync.sync([tmp_path / "outputs"])
         run = client.get_run(kept["mlflow_run"])
         assert sorted(one.tags[0].value for one in run.inputs.dataset_inputs) == ["training", "validation"]
-        assert kept["config"].keys() <= run.data.params.keys()
+        assert config.effective(kept["config"]).keys() <= run.data.params.keys()
         assert not [tag for tag in run.data.tags if tag.startswith(track.CHANGED)]
 
 
@@ -360,6 +360,37 @@ def test_damaged_run_is_told_and_the_others_are_brought(cli, verb, tmp_path):
     assert set(histories(uri)) == {"s", "lora.r=4"}
 
 
+def test_each_damaged_file_is_told_once_and_holds_back_what_needs_it_alone(cli, verb, tmp_path):
+    assert cli("lora.r=2,4", *UNWRITTEN, "eval=loss", "name=s", DEAD, "-m")[0] == 0
+    assert cli(*UNWRITTEN, "eval=loss", "name=one", DEAD)[0] == 0
+    sweep, every = tmp_path / "outputs/sweeps/s", {"s", "lora.r=2", "lora.r=4", "one"}
+    made.confirmed(sweep)
+    held = {
+        "sweep.json": every - {"one"},
+        "identity.json": every - {"one"},
+        "confirm.json": set(),
+        "0/metrics.jsonl": {"lora.r=2"},
+    }
+    for number, (name, left_out) in enumerate(held.items()):
+        whole = (sweep / name).read_text()
+        where = f"{name}:1" if name.endswith("l") else name
+        (sweep / name).write_text(whole[:7] + "\n" + whole[whole.find("\n") + 1 :] if where != name else whole[:7])
+        uri = f"sqlite:///{tmp_path}/{number}.db"
+        code, out, err = verb("--uri", uri, "--json")
+        assert (code, json.loads(out)["runs"], json.loads(out)["damaged"]) == (4, 4 - len(left_out), 1), err
+        assert err.count("is damaged") == err.count(f"outputs/sweeps/s/{where}: is damaged, ") == 1
+        assert set(histories(uri)) == every - left_out
+        (sweep / name).write_text(whole)
+        assert json.loads(verb("--uri", uri, "--json")[1])["runs"] == len(left_out)
+        client, experiment = track.store(Track(uri=uri))
+        stored = {r.info.run_name: r.data for r in client.search_runs([experiment])}
+        assert stored["s"].params["lora.r"] == "2,4" and track.CONFIRMED in stored["lora.r=2"].tags
+        assert histories(uri)["lora.r=2"] == in_files(sweep / "0")
+    with (sweep / "0" / "metrics.jsonl").open("a") as out:
+        out.write('{"step": 5, "tra')  # as a kill leaves it
+    assert verb("--uri", uri)[::2] == (0, "")
+
+
 def test_run_without_tracking_is_left_out(cli, verb):
     assert cli(*TINY, "name=one", "track=none")[0] == 0
     assert json.loads(verb("--json")[1]) == {"runs": 0, "points": 0, "files": 0, "running": 0, "damaged": 0}
@@ -407,6 +438,27 @@ def test_second_store_takes_each_run_once_and_leaves_the_first_alone(cli, verb, 
         params += [r.data.params for r in client.search_runs([experiment]) if r.info.run_name == "s"]
     assert params[0] == params[1] and params[0]["lora.r"] == "2,4"
     assert team not in "".join(p.read_text() for p in (tmp_path / "outputs").rglob("*.json"))
+
+
+def test_keys_without_effect_are_in_no_store_and_in_the_folder(cli, verb, tmp_path):
+    """A rank beside `lora=none` misleads where trials are compared; run, sweep and `sync` leave out the same."""
+    own, team = (f"sqlite:///{tmp_path}/{name}.db" for name in ("own", "team"))
+    assert cli("seed=0,1", "lora=none", *UNWRITTEN, "eval=loss", "name=s", f"track.uri={own}", "-m")[0] == 0
+    assert cli("lora=none,default", *UNWRITTEN, "eval=loss", "name=both", f"track.uri={own}", "-m")[0] == 0
+    assert json.loads(verb("--uri", team, "--json")[1])["runs"] == 6
+    told = {}
+    for uri in (own, team):
+        client, experiment = track.store(Track(uri=uri))
+        told[uri] = {r.info.run_name: r.data.params for r in client.search_runs([experiment])}
+    for name in told[own]:
+        assert told[own][name].keys() - told[team][name].keys() <= {"name", "trainer.checkpoint_minutes"}
+        assert told[team][name].items() <= told[own][name].items()
+    for uri in (own, team):
+        rank = {name: params.get("lora.r") for name, params in told[uri].items()}
+        assert rank == {"s": None, "seed=0": None, "seed=1": None, "both": "16", "lora=none": None, "lora=default": "16"}  # fmt: skip
+        assert {name: p.get("lora.variant") for name, p in told[uri].items()} == {
+            "s": "none", "seed=0": "none", "seed=1": "none", "both": None, "lora=none": "none", "lora=default": "lora"}  # fmt: skip
+    assert read_json(tmp_path / "outputs/sweeps/s/0/trial.json")["config"]["lora.r"] == 16
 
 
 def test_run_that_went_on_while_its_server_was_down_stays_one_run(cli, verb, tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ def test_run_arrives_whole(tracked, tmp_path):
     parent = track.open_parent(tracked.track, "sweep", tmp_path, {"lora.r": "4,8"})
     (tmp_path / "file.txt").write_text("x")
     with track.start(tracked, tmp_path / "0", "lora.r=4", parent) as log:
-        log.params(track.flat(tracked))
+        log.params(track.params(tracked))
         for _ in range(2):  # a run that goes on tells them again
             log.inputs([{"name": "my.jsonl/train", "sha256": "ab" * 32, "rows": 7, "kind": "jsonl", "context": "training",
                          "source": {"path": "my.jsonl"}}])  # fmt: skip
@@ -151,11 +151,11 @@ def test_parameter_that_changed_between_attempts_is_a_tag_and_nothing_is_lost(co
     """After memory ran out the batch is another; MLflow takes no second value of a parameter."""
     run = composed(f"track.uri=sqlite:///{tmp_path}/m.db", "trainer.batch=8")
     with track.start(run, tmp_path / "r", "t", None) as log:
-        log.params(track.flat(run))
+        log.params(track.params(run))
         before = log.run_id
     less = composed(f"track.uri=sqlite:///{tmp_path}/m.db", "trainer.batch=4", "trainer.accumulation=2")
     with track.start(less, tmp_path / "r", "t", None, before) as log:
-        log.params(track.flat(less))
+        log.params(track.params(less))
         log.metrics({"valid/loss": 0.5}, 1)
         assert (log.run_id, log.client is None) == (before, False)
     stored = track.store(run.track)[0].get_run(before)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ftexp import config
+from ftexp import config, runs
 from ftexp.errors import ConfigError, MachineError
 from ftexp.files import read_trial
 from ftexp.metrics import written
@@ -26,7 +26,7 @@ from ftexp.verb import as_json, ended
 if TYPE_CHECKING:
     from optuna import Study
 
-SWEEPS = Path("outputs/sweeps")
+SWEEPS = runs.OUTPUTS / "sweeps"
 ENDED = ("complete", "pruned", "skipped", "failed")
 """States of trials that are over."""
 STOP_SECONDS = 90.0
@@ -37,12 +37,12 @@ def find(name: str) -> Path:
     """Return the folder of a sweep given its name or its folder.
 
     Raises:
-        MachineError: there is none.
+        MachineError: there is none, or several have the name.
     """
-    for folder in (SWEEPS / name, Path(name)):
-        if (folder / frozen.FILE).exists():
-            return folder
-    there = ", ".join(sorted(p.parent.name for p in SWEEPS.glob(f"*/{frozen.FILE}"))) or "none"
+    folder = runs.place(name, frozen.FILE)
+    if (folder / frozen.FILE).exists():
+        return folder
+    there = ", ".join(sorted(runs.sweeps().values())) or "none"
     raise MachineError(f"{name}: no sweep of this name in {SWEEPS}, and no folder of one; there are: {there}")
 
 
@@ -87,11 +87,12 @@ def summary(folder: Path) -> dict[str, Any]:
 def ls(args: argparse.Namespace) -> int:
     """List the sweeps here; those whose record cannot be reached are told on stderr."""
     rows = []
-    for path in sorted(SWEEPS.glob(f"*/{frozen.FILE}"), key=lambda p: p.stat().st_mtime):
+    there = runs.sweeps()
+    for folder in sorted(there, key=lambda place: (place / frozen.FILE).stat().st_mtime):
         try:
-            rows.append(summary(path.parent))
+            rows.append(summary(folder))
         except MachineError as error:  # such as a database that is down; the other sweeps are listed
-            warn(f"{path.parent.name} is not listed: {error}")
+            warn(f"{there[folder]} is not listed: {error}")
     if args.json:
         print(as_json(rows))
         return 0
@@ -105,7 +106,8 @@ def ls(args: argparse.Namespace) -> int:
         )
         state = f"process {row['run_by']}" if row["run_by"] else "ended" if done == row["trials"] else "stopped"
         counts = (str(row[state]) for state in ENDED)
-        table.row(row["name"], f"{done}/{row['trials']}", *counts, best, state)
+        where = "" if Path(row["folder"]) == SWEEPS / row["name"] else f" in {row['folder']}"
+        table.row(f"{row['name']}{where}", f"{done}/{row['trials']}", *counts, best, state)
     Console(width=None if sys.stdout.isatty() else 132).print(table if rows else f"no sweeps in {SWEEPS}")
     return 0
 
@@ -222,7 +224,7 @@ def _cell(value: Any) -> Any:
 
 
 VERBS = {
-    ls: "list the sweeps in outputs/sweeps",
+    ls: "list the sweeps that were launched here",
     show: "show the trials of a sweep",
     stop: "end a running sweep, each trial with a checkpoint",
     resume: "run what is missing of a sweep, as it was frozen at its launch",

@@ -31,6 +31,7 @@ from ftexp.config import Method, Run
 from ftexp.errors import ConfigError, FtexpError, MachineError, NoRoom, TrialsFailed
 from ftexp.files import check_folder, read_json, write_json
 from ftexp.progress import say
+from ftexp.runs import keep
 from ftexp.sweep import frozen, limits, race, space
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import Engine, Options, Pruner, Sampler
@@ -338,6 +339,7 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
     from ftexp.sweep import layout, screen, study, worker
 
     options, record = sweep.options, worker.open_study(sweep)
+    keep(sweep.folder, sweep.name)
     grid = [] if options.sampler is not Sampler.grid else sweep.space.grid() or [{}]
     points = tickets(grid, options, sweep.space)
     with study.locked(sweep.folder / "settle.lock"):

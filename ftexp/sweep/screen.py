@@ -20,6 +20,7 @@ from ftexp.files import read_trial
 from ftexp.progress import Sheet, console, quiet, say
 from ftexp.sweep import study
 from ftexp.sweep.frozen import Frozen
+from ftexp.train import checkpoints
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -171,6 +172,8 @@ def _cells(sweep: Frozen, trial: FrozenTrial) -> list[str]:
         values[0] = loss and f"train {loss}"
     else:
         step = ""
+    done = checkpoints.newest(sweep.folder / str(number) / "checkpoints") if state == "waiting" else 0
+    state += f", goes on from step {done}" if done else ""
     took = "" if began is None else _span(((ended or datetime.now()) - began).total_seconds())
     return [
         str(number), label(point), f"failed: {kind}" if kind else state, step, *values, took,

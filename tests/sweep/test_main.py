@@ -63,6 +63,21 @@ def test_list_show_and_export_tell_what_ran(cli, verb):
         assert json.loads(verb(name, "s", "--json")[1])["best_trials"] == row["best_trials"]
 
 
+def test_a_sweep_in_a_folder_of_its_own_is_listed_and_found_by_name(cli, verb, tmp_path):
+    for name, where in (("s", []), ("t", [f"hydra.sweep.dir={tmp_path}/away/here"])):
+        assert cli("lora.r=2", *SWEEP[:-1], f"name={name}", *where, "-m")[0] == 0
+    assert [row["name"] for row in json.loads(verb("ls", "--json")[1])] == ["s", "t"]
+    titles = [line.split("│")[1].strip() for line in verb("ls")[1].splitlines() if "1/1" in line]
+    assert titles == ["s", "t in away/here"]
+    assert json.loads(verb("show", "t", "--json")[1])[0]["folder"] == "away/here/0"
+    assert verb("stop", "t")[1].startswith("t is not running: 1 complete")
+    assert verb("resume", "t")[0] == 0
+    assert verb("show", "nope")[2].endswith("there are: s, t\n")
+    shutil.rmtree(tmp_path / "away")
+    assert [row["name"] for row in json.loads(verb("ls", "--json")[1])] == ["s"]
+    assert verb("show", "t")[0] == 4
+
+
 def test_a_sweep_whose_database_is_down_does_not_hide_the_others(cli, verb, tmp_path):
     for name in ("s", "down"):
         assert cli("lora.r=2", *SWEEP[:-1], f"name={name}", "-m")[0] == 0
@@ -178,8 +193,10 @@ def test_stopped_sweep_keeps_checkpoints_and_goes_on_to_the_same_bits(cli, verb,
     assert process.wait(60) == 75
     assert "sweep s was stopped" in process.stderr.read() or workers == 0
     assert read_json(folder / "0" / "trial.json")["state"] == "preempted"
+    shown = verb("show", "s")[1]
     assert verb("resume", "s")[0] == 0
     [step] = read_json(folder / "0" / "trial.json")["resumed_at"]
+    assert f"waiting, goes on from step {step} " in shown
     assert 1 <= step < 150
     assert adapters(folder) == adapters(tmp_path / "outputs" / "sweeps" / "calm")
 

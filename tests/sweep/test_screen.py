@@ -141,6 +141,27 @@ def test_table_shows_how_far_running_trials_are(sweep):
     assert "failed: oom" in text
 
 
+def test_trial_that_was_stopped_says_where_it_goes_on(sweep):
+    """A folder without a seal is torn, and one that runs shows its own step."""
+    made, record = sweep()
+    for number, (state, name) in enumerate(
+        [
+            ("WAITING", "checkpoint-20/manifest.json"),
+            ("WAITING", "checkpoint-8/model"),
+            ("RUNNING", "checkpoint-4/manifest.json"),
+        ]
+    ):
+        write_json(Path(made.folder) / str(number) / "checkpoints" / name, {})
+        add(record, number, state)
+    add(record, 3, "WAITING")
+    rows = [
+        [cell.strip() for cell in line.split("│")]
+        for line in drawn(screen.table(made, record)).splitlines()
+        if "│ " in line
+    ]
+    assert [row[3] for row in rows[-4:]] == ["waiting, goes on from step 20", "waiting", "running", "waiting"]
+
+
 def test_long_sweeps_show_what_runs_and_what_ended_last(sweep):
     made, record = sweep()
     for number in range(30):
