@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, cast
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -387,9 +387,15 @@ def check_effect(overrides: list[str], runs: Sequence[config.Run]) -> None:
         ConfigError: names the key, what leaves it without effect, and the way out.
     """
     for override in OverridesParser.create().parse_overrides(overrides):
+        if override.is_sweep_override():
+            continue
         key = override.key_or_group
-        if not override.is_sweep_override() and all(why := config.idle(run, key) for run in runs):
-            raise ConfigError(f"{key} would change nothing, got {override.get_value_element_as_str()}: {why}")
+        given: dict[str, Any] = {key: override.get_value_element_as_str()}
+        if f"{key}." == config.COLUMN and _is_mapping(override):
+            given = {f"{config.COLUMN}{ours}": theirs for ours, theirs in cast(dict, override.value()).items()}
+        for one, value in given.items():
+            if all(why := config.idle(run, one) for run in runs):
+                raise ConfigError(f"{one} would change nothing, got {value}: {why}")
 
 
 def _is_mapping(override: Override) -> bool:

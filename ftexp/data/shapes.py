@@ -88,6 +88,19 @@ def rows(records: Iterable[tuple[dict[str, Any], str]], data: Data) -> Iterator[
         yield _row(record, where, shape, data)
 
 
+def unread(record: dict[str, Any], where: str, data: Data) -> list[str]:
+    """Name our names in `data.columns` that nothing reads of a record, as those of another shape than it has."""
+    made = _joined(_renamed(record, where, data))
+    shape = recognised(made, where, data)
+    read = config.read_of(data, shape)
+    if shape is Shape.messages:
+        read -= {"prompt", "completion"}  # those that are read are in `messages` by now
+    if shape is Shape.labels and "labels" in made:
+        read -= {"label"}
+    read |= {str(data.group_by), str(data.stratify_by)}
+    return [ours for ours in data.columns if ours in made and ours not in read]
+
+
 def _joined(record: dict[str, Any]) -> dict[str, Any]:
     """Put a prompt that is a list of messages in front of its answers, as TRL's conversational sets part the two."""
     prompt = record.get("prompt")
