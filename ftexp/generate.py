@@ -128,12 +128,12 @@ def typed(text: str, where: str) -> Row:
 def _answered(record: dict[str, Any], data: Data) -> dict[str, Any]:
     """Put a stand-in where an answer is missing, so that a record without it is read as a row of the run."""
     made = dict(record)
-    answer = {"role": "assistant", "content": STAND_IN}
+    answer, stand_in = {"role": "assistant", "content": STAND_IN}, shapes.StandIn(STAND_IN)
     if isinstance(made.get(data.columns.get("prompt", "prompt")), list):
         made.setdefault(data.columns.get("completion", "completion"), [answer])
     renamed = (ours for ours in ("label", "chosen", "rejected") if ours in data.columns)
     for ours in ("output", "labels", *renamed, *config.columns(data.completion)):
-        made.setdefault(data.columns.get(ours, ours), STAND_IN)
+        made.setdefault(data.columns.get(ours, ours), stand_in)
     for name in ("messages", "conversations"):
         turns = made.get(data.columns.get(name, name))
         if isinstance(turns, list) and turns and isinstance(turns[-1], dict):

@@ -218,8 +218,12 @@ def test_files_of_prompts(at, tmp_path, composed):
     assert read({"b": "a text"}, shape=Shape.text, columns={"text": "b"}).prompt == "a text"
     with pytest.raises(DataError, match=r"a\.jsonl:1: column 'body' is missing"):
         read({"prompt": "p"}, shape=Shape.text, completion="{body}")
-    with pytest.raises(DataError, match=r"a\.jsonl:1: column 'topic' is missing"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: column 'topic' is missing, the row has prompt;"):
         read({"prompt": "p"}, prompt="{topic}")
+    with pytest.raises(DataError, match=r"a\.jsonl:1: column 'q' is missing, the row has a, b; data\.columns\.prompt"):
+        read({"a": "p", "b": "p"}, columns={"prompt": "q", "completion": "c"})
+    with pytest.raises(DataError, match=r"the row has question(;|$)"):
+        read({"question": "p"})
     (tmp_path / "e.txt").write_text("\n")
     with pytest.raises(DataError, match=r"e\.txt: must have prompts, got none"):
         generate.read_file(tmp_path / "e.txt", told)

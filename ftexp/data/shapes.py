@@ -45,6 +45,10 @@ Turn = tuple[str, str]
 """Role and text."""
 
 
+class StandIn(str):
+    """An answer that a record has not, put there so that it is read as a row; messages do not name its column."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One example, before any tokenizer has seen it."""
@@ -124,8 +128,7 @@ def recognised(record: dict[str, Any], where: str, data: Data) -> Shape:
     if found is None and not names & {"prompt", "completion"}:
         shapes = "; ".join(", ".join(needed) for needed in COLUMNS.values())
         raise DataError(
-            f"{where}: the columns must have a known shape ({shapes}), got {', '.join(record) or 'none'}; "
-            f"{_advice(data)}"
+            f"{where}: the columns must have a known shape ({shapes}), got {_have(record)}; {_advice(data)}"
         )
     return found or Shape.completion
 
@@ -194,8 +197,13 @@ def _advice(data: Data, name: str | None = None) -> str:
 
 
 def _missing(name: str, record: dict[str, Any], where: str, hint: str) -> None:
-    have = ", ".join(record) or "none"
-    raise DataError(f"{where}: column {name!r} is missing, the row has {have}" + (f"; {hint}" if hint else ""))
+    raise DataError(f"{where}: column {name!r} is missing, the row has {_have(record)}" + (f"; {hint}" if hint else ""))
+
+
+def _have(record: dict[str, Any]) -> str:
+    """Name the columns of a record, but those of stand-ins."""
+    own = (name for name, value in record.items() if not isinstance(value, StandIn))
+    return ", ".join(own) or "none"
 
 
 def _text(record: dict[str, Any], name: str, where: str, hint: str = "") -> str:
