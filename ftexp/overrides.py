@@ -514,6 +514,8 @@ def told(error: Exception) -> str:
     if option := re.search(r"Could not find '(\w+)/([^']+)'", whole):
         return _no_option(option[1], option[2], groups().get(option[1], []))
     key = re.search(r"full_key: (\S+)", whole)
+    if lost := re.search(r"In '((experiment|scale)/[^']+)': Could not override '[\w/]+@\2\.", whole):
+        return f"{_file(*lost[1].split('/', 1))}: {_unknown(lost[2])}"
     if inside := re.match(r"In '(\w+)/([^']+)': \w+ raised while composing config:\n(.+)", whole):
         lines = [str(_file(inside[1], inside[2])), *([key[1]] if key else []), inside[3]]
     if "is not a ListConfig" in whole:
@@ -543,7 +545,7 @@ def _no_option(group: str, name: Any, options: list[str]) -> str:
 
 def _unknown(key: str) -> str:
     """Say that a file has a key that the config has not, and what was most likely meant."""
-    if key in ("experiment", "scale"):
+    if key in ("experiment", "scale", "global", "_global"):
         return f"unknown key {key}, for its file does not begin with the line # @package _global_"
     if key in set(config.keys()):
         first, _, rest = key.partition(".")
