@@ -210,3 +210,10 @@ def test_mapped_column_is_refused_where_no_trial_reads_it():
     for given in (["++data.columns.title=t"], ["++data.columns={prompt: p, title: t}"]):
         with pytest.raises(ConfigError, match=r"^data\.columns\.title would change nothing, got t: no column of this"):
             overrides.check_effect(given, runs[:1])
+
+
+@pytest.mark.parametrize("group", ["experiment", "scale", "model", "sweep"])
+def test_unknown_option_is_told_with_the_known_ones_however_it_is_given(group):
+    for given in (f"{group}=nope", f"+{group}=nope"):
+        with pytest.raises(ConfigError, match=rf"^{group} must be one of .*, .*, got 'nope'"):
+            overrides.check([given])
