@@ -7,6 +7,7 @@ value is refused in well under a second.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -182,6 +183,18 @@ class Shape(Enum):
     """`text` and `labels`: one label or a list; the labels, joined by commas, are the completion."""
     text = "text"
     """`text`, or the format string `data.completion`: all of it is supervised, and there is no prompt."""
+
+
+READ = {
+    Shape.completion: ("prompt", "completion"),
+    Shape.messages: ("messages", "tools", "prompt", "completion"),
+    Shape.sharegpt: ("conversations", "tools"),
+    Shape.alpaca: ("instruction", "input", "output"),
+    Shape.preference: ("prompt", "chosen", "rejected", "tools"),
+    Shape.labels: ("text", "label", "labels"),
+    Shape.text: ("text",),
+}
+"""Columns that may be read of a shape, where no format string names others; of messages the last two as lists."""
 
 
 class Dedup(Enum):
@@ -949,6 +962,22 @@ def unreadable(error: YAMLError) -> str:
     return f"{mark.name}:{mark.line + 1}: must be YAML, {' '.join(why)}"
 
 
+def read_of(data: Data, shape: Shape) -> set[str]:
+    """Name the columns that may be read of rows of a shape, as the config calls them.
+
+    >>> sorted(read_of(Data(prompt="{title}: {plot}", group_by="author"), Shape.auto))
+    ['author', 'completion', 'plot', 'title']
+    """
+    own = (data.prompt, data.completion) != ("{prompt}", "{completion}")
+    if shape is Shape.auto and not own:
+        named = {name for names in READ.values() for name in names}
+    elif shape in (Shape.auto, Shape.completion):
+        named = {*columns(data.prompt), *columns(data.completion)}
+    else:
+        named = {*columns(data.completion)} if shape is Shape.text and own else {*READ[shape]}
+    return named | {name for name in (data.group_by, data.stratify_by) if name is not None}
+
+
 def idle(run: Run, key: str) -> str | None:
     """Tell why a key has no effect on a run, whatever its value; None where it has one, or only others know."""
     return _idle(run.lora.variant.value, run.eval.generate, run.trainer.steps, run.data.valid_path, key)
@@ -978,8 +1007,21 @@ def _idle(
          f"trainer.steps={steps} goes before (trainer.steps=null trains for epochs)"),
         (bool(valid_path) and key == "data.valid",
          "data.valid_path holds the held-out rows (data.valid_path='' draws them)"),
+        (key.startswith(COLUMN) and key.removeprefix(COLUMN) not in read_of(run.data, run.data.shape),
+         _unread(run.data, key)),
     )  # fmt: skip
     return next((why for holds, why in rules if holds), None)
+
+
+COLUMN = "data.columns."
+
+
+def _unread(data: Data, key: str) -> str:
+    """Say that nothing reads a column of ours, and what is read instead."""
+    known = sorted(read_of(data, data.shape))
+    near = difflib.get_close_matches(key.removeprefix(COLUMN), known, n=1)
+    hint = f"; did you mean {COLUMN}{near[0]}?" if near else f": {', '.join(known)}"
+    return f"no column of this name is read{hint}"
 
 
 def keys(node: type = Run, prefix: str = "") -> list[str]:

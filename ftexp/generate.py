@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ EPILOG = """examples:
   ftexp generate outputs/sweeps/lora.r-8-16-64/0 --file prompts.txt      one prompt a line
   ftexp generate my-run --file questions.jsonl --json                    columns as the run's rows have them
   ftexp generate my-run --temperature 0.8 --top-p 0.95 --seed 1          without prompts: asks for them
+  ftexp generate my-run --file prompts.txt --temperature 1 --samples 4   four draws a prompt, of seeds 0 to 3
 
 Without prompt and file, prompts are asked for on a terminal, each for itself; elsewhere they are lines of stdin.
 A classifier prints its labels with their probabilities and the thresholds that were fitted on held-out rows.
@@ -60,6 +62,8 @@ class How:
     """Tokens are drawn from the smallest set with this share of the probability, arXiv:1904.09751."""
     seed: int = 0
     """Of the draw; each prompt begins with it, so neighbours change nothing."""
+    samples: int = 1
+    """Completions of a prompt; each begins with the next seed, so any of them comes again alone."""
 
     def __post_init__(self) -> None:
         rules = (
@@ -67,10 +71,21 @@ class How:
             ("--temperature", self.temperature, 0 <= self.temperature <= 100, "between 0 (greedy) and 100"),
             ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("--seed", self.seed, 0 <= self.seed < 2**32, "between 0 and 4294967295"),
+            ("--samples", self.samples, 1 <= self.samples <= 10_000, "between 1 and 10000"),
+            ("--seed + --samples", self.seed + self.samples, self.seed + self.samples <= 2**32, "at most 4294967296"),
         )
         for key, value, ok, rule in rules:
             config.require(ok, key, value, rule)
-        config.require(self.temperature > 0 or self.top_p == 1, "--top-p", self.top_p, "1 where --temperature is 0")
+        greedy = "1 where --temperature is 0"
+        config.require(self.temperature > 0 or self.top_p == 1, "--top-p", self.top_p, greedy)
+        config.require(
+            self.temperature > 0 or self.samples == 1, "--samples", self.samples, f"{greedy}, all are the same"
+        )
+
+    @property
+    def draws(self) -> list[How]:
+        """One completion each, in order."""
+        return [replace(self, seed=self.seed + n, samples=1) for n in range(self.samples)]
 
 
 def read_file(path: Path, data: Data) -> list[Row]:
@@ -113,12 +128,12 @@ def typed(text: str, where: str) -> Row:
 def _answered(record: dict[str, Any], data: Data) -> dict[str, Any]:
     """Put a stand-in where an answer is missing, so that a record without it is read as a row of the run."""
     made = dict(record)
-    answer = {"role": "assistant", "content": STAND_IN}
+    answer, stand_in = {"role": "assistant", "content": STAND_IN}, shapes.StandIn(STAND_IN)
     if isinstance(made.get(data.columns.get("prompt", "prompt")), list):
         made.setdefault(data.columns.get("completion", "completion"), [answer])
     renamed = (ours for ours in ("label", "chosen", "rejected") if ours in data.columns)
     for ours in ("output", "labels", *renamed, *config.columns(data.completion)):
-        made.setdefault(data.columns.get(ours, ours), STAND_IN)
+        made.setdefault(data.columns.get(ours, ours), stand_in)
     for name in ("messages", "conversations"):
         turns = made.get(data.columns.get(name, name))
         if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
@@ -178,7 +193,7 @@ def complete(
     writer: Any, tokenizer: PreTrainedTokenizerBase, asked: Sequence[tuple[int, ...]], how: How, batch: int,
     label: str, streamer: Any = None,
 ) -> list[str]:  # fmt: skip
-    """Write a completion for each prompt; drawn ones alone, each from the same seed."""
+    """Write the completions of each prompt, prompt by prompt; drawn ones alone, each from its seed."""
     import torch
 
     chosen = settings(writer, tokenizer, how)
@@ -186,18 +201,24 @@ def complete(
         return evaluate.write(writer, tokenizer, asked, chosen, batch, label, streamer)
     with torch.random.fork_rng():
         written = []
-        for ids in asked:
-            torch.manual_seed(how.seed)
+        for ids, draw in product(asked, how.draws):
+            torch.manual_seed(draw.seed)
             written += evaluate.write(writer, tokenizer, [ids], chosen, 1, label, streamer)
         return written
 
 
 def answers(
     loaded: Trained, rows: Sequence[Row], asked: Sequence[tuple[int, ...]], how: How, beside: bool
-) -> list[dict[str, str]]:
-    """Write what the tuned model, and the base where it is to stand beside it, answer to prompts."""
+) -> list[dict[str, Any]]:
+    """Write what the tuned model, and the base where it is to stand beside it, answer to prompts.
+
+    Of several samples each is an answer of its own, with the seed that it comes again from.
+    """
     tokenizer, batch = loaded.tokenizer, loaded.run.eval.batch
-    told = [{"prompt": row.prompt} for row in rows]
+    told: list[dict[str, Any]] = [
+        {"prompt": row.prompt} | ({"seed": draw.seed} if how.samples > 1 else {})
+        for row, draw in product(rows, how.draws)
+    ]
     if beside:
         with loaded.untuned() as base:
             for entry, text in zip(told, complete(base, tokenizer, asked, how, batch, "base"), strict=True):
@@ -238,7 +259,7 @@ def show(entries: Iterable[dict[str, Any]], console: Console) -> None:
         width = max(map(len, shown))
         for name, text in shown.items():
             style = {"tuned": "bold green", "labels": "bold green", "base": "dim"}.get(name, "")
-            lines = visible(text).splitlines() or [""]
+            lines = visible(str(text)).splitlines() or [""]
             console.print(Text(f"{name:{width}}  {lines[0]}", style), soft_wrap=True)
             for line in lines[1:]:
                 console.print(Text(f"{'':{width}}  {line}", style), soft_wrap=True)
@@ -279,12 +300,14 @@ def interactive(loaded: Trained, how: How, beside: bool, texts: bool) -> None:
                 continue
             asked = encode([row], loaded.tokenizer, loaded.run, texts)
             check_room([row], asked, loaded.run, how)
-            if beside:
-                console.print(Text("base", "dim"))
-                with loaded.untuned() as base:
-                    complete(base, loaded.tokenizer, asked, how, 1, "base", streamer)
-            console.print(Text("tuned", "bold green"))
-            complete(loaded.tuned, loaded.tokenizer, asked, how, 1, "tuned", streamer)
+            for draw in how.draws:
+                of = f" (seed {draw.seed})" if how.samples > 1 else ""
+                if beside:
+                    console.print(Text(f"base{of}", "dim"))
+                    with loaded.untuned() as base:
+                        complete(base, loaded.tokenizer, asked, draw, 1, "base", streamer)
+                console.print(Text(f"tuned{of}", "bold green"))
+                complete(loaded.tuned, loaded.tokenizer, asked, draw, 1, "tuned", streamer)
             console.print()
         except KeyboardInterrupt:
             streamer.end()
@@ -309,6 +332,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--temperature", type=float, default=0.0, help="above 0 draws tokens (0: the likeliest)")
     made.add_argument("--top-p", type=float, default=1.0, help="draw from this share of the probability (1)")
     made.add_argument("--seed", type=int, default=0, help="of the draw; every prompt begins with it (0)")
+    made.add_argument("--samples", type=int, default=1, metavar="N",
+                      help="completions of a prompt, drawn from the seed and those that follow it (1)")  # fmt: skip
     made.add_argument("--no-base", action="store_true", help="leave the base model out")
     made.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return made
@@ -330,17 +355,20 @@ def _main(args: argparse.Namespace) -> int:
     if run.trainer.kind is Method.reward:
         raise ConfigError(f"{kept.name} is a reward model and writes no text; trainer.reward={kept.name} takes it")
     longest = run.eval.max_new_tokens or LONGEST if args.max_new_tokens is None else args.max_new_tokens
-    how = How(longest, args.temperature, args.top_p, args.seed)
+    how = How(longest, args.temperature, args.top_p, args.seed, args.samples)
+    labelled = bool(trained.names(kept))
+    config.require(
+        not labelled or how.samples == 1, "--samples", how.samples, "1 for a classifier, which draws nothing"
+    )
     rows, texts = _rows(args, run.data), _texts(kept)
     asked: list[tuple[int, ...]] = []
-    if rows is not None and not trained.names(kept):
+    if rows is not None and not labelled:
         asked = encode(rows, model.tokenizer(run.model), run, texts)
         check_room(rows, asked, run, how)
     with trained.load(kept) as loaded:
         if rows is None:
             interactive(loaded, how, not args.no_base, texts)
             return 0
-        labelled = bool(trained.names(kept))
         found = classified(loaded, rows) if labelled else answers(loaded, rows, asked, how, not args.no_base)
     if args.json:
         print(verb.as_json({"run": str(kept.folder), "how": None if labelled else asdict(how), "answers": found}))

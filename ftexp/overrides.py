@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, cast
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -387,9 +387,15 @@ def check_effect(overrides: list[str], runs: Sequence[config.Run]) -> None:
         ConfigError: names the key, what leaves it without effect, and the way out.
     """
     for override in OverridesParser.create().parse_overrides(overrides):
+        if override.is_sweep_override():
+            continue
         key = override.key_or_group
-        if not override.is_sweep_override() and all(why := config.idle(run, key) for run in runs):
-            raise ConfigError(f"{key} would change nothing, got {override.get_value_element_as_str()}: {why}")
+        given: dict[str, Any] = {key: override.get_value_element_as_str()}
+        if f"{key}." == config.COLUMN and _is_mapping(override):
+            given = {f"{config.COLUMN}{ours}": theirs for ours, theirs in cast(dict, override.value()).items()}
+        for one, value in given.items():
+            if all(why := config.idle(run, one) for run in runs):
+                raise ConfigError(f"{one} would change nothing, got {value}: {why}")
 
 
 def _is_mapping(override: Override) -> bool:
@@ -508,6 +514,8 @@ def told(error: Exception) -> str:
     if option := re.search(r"Could not find '(\w+)/([^']+)'", whole):
         return _no_option(option[1], option[2], groups().get(option[1], []))
     key = re.search(r"full_key: (\S+)", whole)
+    if lost := re.search(r"In '((experiment|scale)/[^']+)': Could not override '[\w/]+@\2\.", whole):
+        return f"{_file(*lost[1].split('/', 1))}: {_unknown(lost[2])}"
     if inside := re.match(r"In '(\w+)/([^']+)': \w+ raised while composing config:\n(.+)", whole):
         lines = [str(_file(inside[1], inside[2])), *([key[1]] if key else []), inside[3]]
     if "is not a ListConfig" in whole:
@@ -537,7 +545,7 @@ def _no_option(group: str, name: Any, options: list[str]) -> str:
 
 def _unknown(key: str) -> str:
     """Say that a file has a key that the config has not, and what was most likely meant."""
-    if key in ("experiment", "scale"):
+    if key in ("experiment", "scale", "global", "_global"):
         return f"unknown key {key}, for its file does not begin with the line # @package _global_"
     if key in set(config.keys()):
         first, _, rest = key.partition(".")

@@ -20,7 +20,7 @@ from ftexp import board as boards
 from ftexp import config, metrics, overrides, runs, sealed, track, verb
 from ftexp import own as owns
 from ftexp.board import Board, read
-from ftexp.errors import MachineError
+from ftexp.errors import ConfigError, MachineError
 from ftexp.files import finite, read_json, write_text
 from ftexp.metrics import METRICS
 from ftexp.page.text import visible
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 WIDTH = 132
 """Columns of the table where the output is not a terminal."""
 PAGE = "report.html"
+FORMATS = ("md", "csv", "json")
 NOTE = 5000
 """Letters of a description; MLflow takes 8000 bytes of a tag."""
 STYLES = {"base": "dim", "best": "bold", "unfinished": "dim"}
@@ -337,7 +338,7 @@ def parser() -> argparse.ArgumentParser:
         "scores.py:number, of completion, reference and prompt; higher is better",
     )  # fmt: skip
     made.add_argument("--no-html", action="store_true", help="write no page")
-    made.add_argument("--format", choices=("md", "csv", "json"), help="print data only, and no page without --html")
+    made.add_argument("--format", metavar="{md,csv,json}", help="print data only, and no page without --html")
     made.add_argument("--json", action="store_const", const="json", dest="format", help="short for --format json")
     return made
 
@@ -352,6 +353,9 @@ def main() -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
+    page = "; the page is written with --html PATH, and without --format" if args.format == "html" else ""
+    if args.format not in (None, *FORMATS):
+        raise ConfigError(f"--format must be one of {', '.join(FORMATS)}, got {args.format!r}{page}")
     args.folder = runs.shown(args.folder)
     if args.format is None:
         show(args.folder, args.html, not args.no_html, args.by)

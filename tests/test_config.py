@@ -257,6 +257,22 @@ def test_dataclass_checks_itself_without_hydra(made):
             "data.valid_path holds the held-out rows (data.valid_path='' draws them)",
         ),
         ([], "data.valid", None),
+        ([], "data.columns.labels", None),
+        (["data.group_by=author"], "data.columns.author", None),
+        (['data.prompt="{title}"'], "data.columns.title", None),
+        (["data.shape=text", 'data.completion="{plot}"'], "data.columns.plot", None),
+        ([], "data.columns.txet", "no column of this name is read; did you mean data.columns.text?"),
+        (
+            ['data.prompt="{title}"'],
+            "data.columns.text",
+            "no column of this name is read: completion, title",
+        ),
+        (["data.shape=alpaca"], "data.columns.labels", "no column of this name is read: input, instruction, output"),
+        (
+            ["data.shape=text", 'data.completion="{plot}"'],
+            "data.columns.text",
+            "no column of this name is read: plot",
+        ),
     ],
 )
 def test_key_without_effect_is_told(composed, given, key, why):

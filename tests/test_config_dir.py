@@ -240,3 +240,16 @@ def test_what_a_shipped_sweep_chooses_for_all_can_be_an_override(path):
 def test_text_of_a_file_of_sweeps_is_itself_as_an_override(text):
     made = api.compose([f"data.prompt={report._spelled(text)}", f"lora.targets={report._spelled([text])}"])
     assert (made.data.prompt, made.lora.targets) == (text, [text])
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [("seed: 1\n", "experiment"), ("defaults:\n  - override /model: tiny\nseed: 1\n", "experiment"),
+     ("# mine\n# @package _global_\nseed: 1\n", "experiment"), ("# @package _global\nseed: 1\n", "_global")],
+    ids=["none", "with defaults", "in the second line", "misspelt"],
+)  # fmt: skip
+def test_experiment_without_its_first_line_is_told_what_it_lacks(cli, mine, text, key):
+    mine(experiment__b=text)
+    code, _, err = cli(*TINY, "--config-dir", "mine", "experiment=b", "name=m")
+    told = f"mine/experiment/b.yaml: unknown key {key}, for its file does not begin with the line # @package _global_\n"
+    assert (code, err.endswith(told)) == (2, True), err

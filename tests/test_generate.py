@@ -44,7 +44,7 @@ def test_answers_are_those_of_the_run_itself(run):
     assert code == 0, err
     told = json.loads(out)
     assert told["run"] == "outputs/sweeps/s/1"
-    assert told["how"] == {"max_new_tokens": 8, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    assert told["how"] == {"max_new_tokens": 8, "temperature": 0.0, "top_p": 1.0, "seed": 0, "samples": 1}
     assert [a["tuned"] for a in told["answers"]] == [row["prediction"] for row in rows]
     assert [a["base"] for a in told["answers"]] == [row["base_prediction"] for row in rows]
     assert any(a["tuned"] != a["base"] for a in told["answers"])  # or one could stand for the other
@@ -94,6 +94,21 @@ def test_draws_come_again_whatever_stands_beside(run):
     assert other != alone
     greedy = json.loads(run("s", "b", "--json")[1])["answers"]
     assert json.loads(run("s", "b", "--json", "--seed", "9")[1])["answers"] == greedy
+
+
+def test_each_of_several_samples_is_the_draw_of_its_seed(run, tmp_path):
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    drawn = ("--json", "--temperature", "1", "--seed", "3")
+    told = json.loads(run("s", "--file", tmp_path / "p.txt", *drawn, "--samples", "3")[1])
+    assert told["how"]["samples"] == 3
+    assert [(a["prompt"], a["seed"]) for a in told["answers"]] == [(p, s) for p in "ab" for s in (3, 4, 5)]
+    for n, answer in enumerate(told["answers"][3:]):
+        alone = json.loads(run("s", "b", *drawn[:-1], 3 + n)[1])["answers"]
+        assert alone == [{key: value for key, value in answer.items() if key != "seed"}]
+    assert len({answer["tuned"] for answer in told["answers"][3:]}) > 1
+    out = run("s", "b", "--temperature", "1", "--seed", "3", "--samples", "2", "--no-base")[1]
+    lines = [line.split() for line in out.splitlines()]
+    assert [line[1] for line in lines if line[:1] == ["seed"]] == ["3", "4"]
 
 
 def test_tokens_are_drawn_as_often_as_the_softmax_says():
@@ -203,8 +218,12 @@ def test_files_of_prompts(at, tmp_path, composed):
     assert read({"b": "a text"}, shape=Shape.text, columns={"text": "b"}).prompt == "a text"
     with pytest.raises(DataError, match=r"a\.jsonl:1: column 'body' is missing"):
         read({"prompt": "p"}, shape=Shape.text, completion="{body}")
-    with pytest.raises(DataError, match=r"a\.jsonl:1: column 'topic' is missing"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: column 'topic' is missing, the row has prompt;"):
         read({"prompt": "p"}, prompt="{topic}")
+    with pytest.raises(DataError, match=r"a\.jsonl:1: column 'q' is missing, the row has a, b; data\.columns\.prompt"):
+        read({"a": "p", "b": "p"}, columns={"prompt": "q", "completion": "c"})
+    with pytest.raises(DataError, match=r"the row has question(;|$)"):
+        read({"question": "p"})
     (tmp_path / "e.txt").write_text("\n")
     with pytest.raises(DataError, match=r"e\.txt: must have prompts, got none"):
         generate.read_file(tmp_path / "e.txt", told)
@@ -291,6 +310,16 @@ def test_a_terminal_is_asked_for_prompts(run, monkeypatch, capsys):
         (["s", "x", "--top-p", "0", "--temperature", "1"], "--top-p must be above 0 and at most 1"),
         (["s", "x", "--max-new-tokens", "0"], "--max-new-tokens must be between 1"),
         (["s", "x", "--seed", "-1"], "--seed must be between 0"),
+        (["s", "x", "--samples", "0"], "--samples must be between 1 and 10000, got 0"),
+        (["s", "x", "--samples", "2"], "--samples must be 1 where --temperature is 0, all are the same, got 2"),
+        (
+            ["s", "x", "--temperature", "1", "--samples", "2", "--seed", str(2**32 - 1)],
+            "--seed + --samples must be at most 4294967296, got 4294967297",
+        ),
+        (
+            ["c", "x", "--temperature", "1", "--samples", "2"],
+            "--samples must be 1 for a classifier, which draws nothing",
+        ),
         (["s", "x", "--max-new-tokens", "500"], "the model takes at most 512 tokens, the prompt has 20 and 500 may be"),
         (["s", "x", "--file", "y.txt"], "--file=y.txt must be left out where prompts stand"),
     ],

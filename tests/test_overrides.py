@@ -1,6 +1,7 @@
 import pytest
 
 from ftexp import config, overrides
+from ftexp.config import Data, Run
 from ftexp.errors import ConfigError
 
 
@@ -200,3 +201,19 @@ def test_a_group_that_is_unset_anyway_may_be_unset(group, cli):
     code, out, err = cli(f"{group}=null", "model=tiny", "--cfg", "job")
     assert code == 0, err
     assert "kind: tiny" in out
+
+
+def test_mapped_column_is_refused_where_no_trial_reads_it():
+    runs = [Run(data=Data(prompt=prompt, columns={"title": "t"})) for prompt in ("{prompt}", "{title}: {prompt}")]
+    overrides.check_effect(["++data.columns.title=t", "++data.columns={title: t}"], runs)
+    overrides.check_effect(["++data.columns.title=t"], runs[::-1])
+    for given in (["++data.columns.title=t"], ["++data.columns={prompt: p, title: t}"]):
+        with pytest.raises(ConfigError, match=r"^data\.columns\.title would change nothing, got t: no column of this"):
+            overrides.check_effect(given, runs[:1])
+
+
+@pytest.mark.parametrize("group", ["experiment", "scale", "model", "sweep"])
+def test_unknown_option_is_told_with_the_known_ones_however_it_is_given(group):
+    for given in (f"{group}=nope", f"+{group}=nope"):
+        with pytest.raises(ConfigError, match=rf"^{group} must be one of .*, .*, got 'nope'"):
+            overrides.check([given])

@@ -380,6 +380,13 @@ def test_function_of_ones_own_ranks_a_sweep_that_is_there(scored, monkeypatch, c
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_format_that_there_is_not_is_told_with_how_the_page_is_written(monkeypatch, capsys):
+    told = "ftexp: --format must be one of md, csv, json, got"
+    page = "; the page is written with --html PATH, and without --format"
+    assert run_report(monkeypatch, capsys, "none", "--format", "html") == (2, "", f"{told} 'html'{page}\n")
+    assert run_report(monkeypatch, capsys, "none", "--format", "xml") == (2, "", f"{told} 'xml'\n")
+
+
 @pytest.mark.parametrize(
     ("by", "rule"),
     [

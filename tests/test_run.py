@@ -85,6 +85,12 @@ REFUSED = [  # command line, exit code, what the one line must say
         2,
         "data.valid would change nothing, got 0.4: data.valid_path holds the held-out rows",
     ),
+    (
+        ["data=jsonl", "data.path=a.jsonl", "data.columns={text: plot, lables: genre}"],
+        2,
+        "data.columns.lables would change nothing, got genre: no column of this name is read; "
+        "did you mean data.columns.labels?",
+    ),
     (["lora.r=4,8", "trainer.epochs=1", "-m"], 2, "trainer.epochs would change nothing, got 1: trainer.steps=20 goes"),
     ([*TINY, "lora=none", "lora.train=[layers.1],[foo]", "-m"], 2, "lora.train: 'foo' is in the name of no weight"),
     (["data=jsonl", "data.path=none.jsonl"], 3, "none.jsonl: data.path must be a file"),

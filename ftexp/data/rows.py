@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ftexp.config import Data, Source
 from ftexp.data import genres, hub, korean, latex, packages, preference, reader, shapes, yoda
 from ftexp.data.shapes import Row
 from ftexp.errors import DataError
+from ftexp.progress import warn
 
 __all__ = ["GENERATED", "Row", "read", "read_file"]
 
@@ -28,8 +29,8 @@ def read(data: Data) -> list[Row]:
     if data.kind in config.FILES:
         return read_file(data.path, data, data.rows)
     if data.kind is Source.hub:
-        return list(shapes.rows(islice(hub.records(data), data.rows), data))
-    return list(shapes.rows(islice(_made(data), data.rows or GENERATED), data))
+        return _rows(islice(hub.records(data), data.rows), data)
+    return _rows(islice(_made(data), data.rows or GENERATED), data)
 
 
 def read_file(path: str, data: Data, count: int | None = None, key: str = "data.path") -> list[Row]:
@@ -40,7 +41,18 @@ def read_file(path: str, data: Data, count: int | None = None, key: str = "data.
     """
     if "://" in path and not Path(path).exists():
         raise DataError(f"{path}: {key} must be a file here, addresses are not read; download it, or use data=hub")
-    return list(shapes.rows(islice(reader.records(Path(path), data.kind, key), count), data))
+    return _rows(islice(reader.records(Path(path), data.kind, key), count), data)
+
+
+def _rows(records: Iterator[reader.Record], data: Data) -> list[Row]:
+    """Convert records, and tell of names in `data.columns` that nothing reads of the first."""
+    first = list(islice(records, 1))
+    made = list(shapes.rows(chain(first, records), data))
+    for record, where in first:
+        for name in shapes.unread(record, where, data):
+            warn(f"{where}: data.columns.{name}={data.columns[name]} changes nothing, no column {name} is read of rows "
+                 "of this shape")  # fmt: skip
+    return made
 
 
 def _made(data: Data) -> Iterator[tuple[dict[str, Any], str]]:

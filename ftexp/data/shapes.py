@@ -45,6 +45,10 @@ Turn = tuple[str, str]
 """Role and text."""
 
 
+class StandIn(str):
+    """An answer that a record has not, put there so that it is read as a row; messages do not name its column."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One example, before any tokenizer has seen it."""
@@ -88,6 +92,19 @@ def rows(records: Iterable[tuple[dict[str, Any], str]], data: Data) -> Iterator[
         yield _row(record, where, shape, data)
 
 
+def unread(record: dict[str, Any], where: str, data: Data) -> list[str]:
+    """Name our names in `data.columns` that nothing reads of a record, as those of another shape than it has."""
+    made = _joined(_renamed(record, where, data))
+    shape = recognised(made, where, data)
+    read = config.read_of(data, shape)
+    if shape is Shape.messages:
+        read -= {"prompt", "completion"}  # those that are read are in `messages` by now
+    if shape is Shape.labels and "labels" in made:
+        read -= {"label"}
+    read |= {str(data.group_by), str(data.stratify_by)}
+    return [ours for ours in data.columns if ours in made and ours not in read]
+
+
 def _joined(record: dict[str, Any]) -> dict[str, Any]:
     """Put a prompt that is a list of messages in front of its answers, as TRL's conversational sets part the two."""
     prompt = record.get("prompt")
@@ -111,8 +128,7 @@ def recognised(record: dict[str, Any], where: str, data: Data) -> Shape:
     if found is None and not names & {"prompt", "completion"}:
         shapes = "; ".join(", ".join(needed) for needed in COLUMNS.values())
         raise DataError(
-            f"{where}: the columns must have a known shape ({shapes}), got {', '.join(record) or 'none'}; "
-            f"{_advice(data)}"
+            f"{where}: the columns must have a known shape ({shapes}), got {_have(record)}; {_advice(data)}"
         )
     return found or Shape.completion
 
@@ -181,8 +197,13 @@ def _advice(data: Data, name: str | None = None) -> str:
 
 
 def _missing(name: str, record: dict[str, Any], where: str, hint: str) -> None:
-    have = ", ".join(record) or "none"
-    raise DataError(f"{where}: column {name!r} is missing, the row has {have}" + (f"; {hint}" if hint else ""))
+    raise DataError(f"{where}: column {name!r} is missing, the row has {_have(record)}" + (f"; {hint}" if hint else ""))
+
+
+def _have(record: dict[str, Any]) -> str:
+    """Name the columns of a record, but those of stand-ins."""
+    own = (name for name, value in record.items() if not isinstance(value, StandIn))
+    return ", ".join(own) or "none"
 
 
 def _text(record: dict[str, Any], name: str, where: str, hint: str = "") -> str:

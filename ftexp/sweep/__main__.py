@@ -86,6 +86,8 @@ def summary(folder: Path) -> dict[str, Any]:
 
 def ls(args: argparse.Namespace) -> int:
     """List the sweeps here; those whose record cannot be reached are told on stderr."""
+    if args.names:
+        raise ConfigError(f"ls takes no name, got {args.names[0]}; ftexp sweep show {args.names[0]} shows one sweep")
     rows = []
     there = runs.sweeps()
     for folder in sorted(there, key=lambda place: (place / frozen.FILE).stat().st_mtime):
@@ -239,7 +241,9 @@ def parser() -> argparse.ArgumentParser:
     for run, about in VERBS.items():
         verb = verbs.add_parser(run.__name__, help=about, description=run.__doc__)
         verb.set_defaults(run=run)
-        if run is not ls:
+        if run is ls:
+            verb.add_argument("names", nargs="*", help=argparse.SUPPRESS)  # refused with what to type instead
+        else:
             verb.add_argument("name", help="name of the sweep, or its folder")
         verb.add_argument("--json", action="store_true", help="for scripts")
         if run is show:

@@ -10,7 +10,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString
 
 from ftexp import config, overrides
 from ftexp.errors import ConfigError
@@ -145,6 +145,19 @@ def _value(axis: Axis, text: str) -> Any:
     return OverridesParser.create().parse_override(f"{axis.key}={text}").value()
 
 
+def _meant(key: str, text: str) -> tuple[str, str]:
+    """Return the kind and spelling of a value that equal ones share, however they are written.
+
+    >>> _meant("trainer.lr", "1e-3") == _meant("trainer.lr", "0.001"), _meant("seed", "1") == _meant("seed", "1.0")
+    (True, False)
+    """
+    value = _value(Axis(key), text)
+    value = value.text if isinstance(value, QuotedString) else value
+    if config.is_real(key) and type(value) is int:
+        value = float(value)
+    return type(value).__name__, repr(value + 0.0 if type(value) is float else value)  # there is no -0.0 beside 0.0
+
+
 def _texts(axis: Axis, value: Any) -> list[str]:
     """List the texts of a discrete axis that stand for a value."""
     return [text for text in axis.texts if text == str(value) or _value(axis, text) == value]
@@ -270,7 +283,8 @@ def _axis(key: str, override: Override) -> Axis:
         texts = tuple(dict.fromkeys(override.sweep_string_iterator()))
         if not texts:
             raise ConfigError(f"{override.input_line}: must have at least one value, got none")
-        return Axis(key, texts)
+        first = {_meant(key, text): text for text in reversed(texts)}  # of equal values the one that was written first
+        return Axis(key, tuple(text for text in texts if text in first.values()))
     low, high, log = value.start, value.end, "log" in value.tags
     whole = config.is_whole(key) or (not config.is_real(key) and WHOLE.search(str(override.input_line)) is not None)
     if not low < high:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import evaluate, metrics, ranks
-from ftexp.config import RETIRED, Loss, Method, Packing, Run, Trainer
+from ftexp.config import RETIRED, Loss, Method, Packing, Run, Trainer, require
 from ftexp.data.prompts import Example
 from ftexp.errors import ConfigError, Diverged, FtexpError, OutOfTime, Preempted, Pruned
 from ftexp.model import Base, accept
@@ -70,6 +70,28 @@ INSTEAD = {
 their own are in `config.RETIRED`.
 
 They would be taken and do nothing, or upload a model before it is trained."""
+
+INF, TINIEST = math.inf, math.ulp(0.0)
+LIMITS = {
+    "adam_beta1": (0, 1, "at least 0 and below 1"),
+    "adam_beta2": (0, 1, "at least 0 and below 1"),
+    "adam_epsilon": (0, INF, "0 or more, and finite"),
+    "data_seed": (0, 2**32, "between 0 and 4294967295"),
+    "dataloader_num_workers": (0, INF, "0 or more"),
+    "ddp_bucket_cap_mb": (1, INF, "at least 1"),
+    "ddp_timeout": (1, INF, "at least 1"),
+    "epsilon": (0, INF, "0 or more, and finite"),
+    "epsilon_high": (0, INF, "0 or more, and finite"),
+    "min_p": (0, math.nextafter(1, 2), "in [0, 1]"),
+    "pad_to_multiple_of": (1, INF, "at least 1, or auto"),
+    "repetition_penalty": (TINIEST, INF, "above 0, and finite"),
+    "router_aux_loss_coef": (0, INF, "0 or more, and finite"),
+    "temperature": (TINIEST, INF, "above 0, and finite"),
+    "top_k": (0, INF, "0 or more"),
+    "top_p": (TINIEST, math.nextafter(1, 2), "above 0 and at most 1"),
+}
+"""Keywords of TRL and transformers whose values neither looks at before a model is loaded, some never: the least
+value, what it must be below, and both in words. An optimizer or a generation would refuse it, or compute nonsense."""
 
 
 def train(
@@ -204,7 +226,7 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
 
     Raises:
         ConfigError: `trainer.extra` names a keyword TRL does not know or would not act on, or gives one that the schema
-            has.
+            has, or a value out of range.
     """
     from transformers.training_args import OptimizerNames
     from trl import RLOOConfig, SFTConfig
@@ -262,12 +284,15 @@ def arguments(trainer: Trainer, device: str, seed: int, folder: str, steps: int)
 
 
 def _accepted(made: Any, own: dict[str, Any], extra: dict[str, Any]) -> SFTConfig:
-    """Make the config of a Trainer, whose optimizer and schedule take what it has for them."""
+    """Make the config of a Trainer whose values are in range, and whose optimizer and schedule take theirs."""
     import torch
     from transformers import Trainer as Stepper
     from transformers import get_scheduler
 
     settings = cast("SFTConfig", accept(made, own, extra, "trainer.extra"))
+    for name in sorted(LIMITS.keys() & extra.keys()):
+        (least, below, rule), value = LIMITS[name], extra[name]
+        require(not isinstance(value, int | float) or least <= value < below, f"trainer.extra.{name}", value, rule)
     weights = [torch.nn.Parameter(torch.zeros(1))]
     with _from_extra(extra):
         if "optim_args" in extra and not settings.optim_target_modules:  # which are of a model

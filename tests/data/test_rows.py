@@ -97,6 +97,31 @@ def test_columns_of_ones_own(tmp_path):
     assert rows.read(data)[0].completion == "go!"
 
 
+@pytest.mark.parametrize(
+    ("row", "columns", "idle"),
+    [
+        (GOOD | {"why": "c"}, {"input": "why"}, "input=why"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "g": "x"},
+         {"label": "g"}, "label=g"),
+        ({"text": "a", "labels": "b", "g": "c"}, {"label": "g"}, "label=g"),
+        ({"text": "a", "g": "c"}, {"label": "g"}, ""),
+        ({"instruction": "a", "output": "b", "why": "c"}, {"input": "why"}, ""),
+        ({"q": [{"role": "user", "content": "a"}], "a": [{"role": "assistant", "content": "b"}]},
+         {"prompt": "q", "completion": "a"}, ""),
+        (GOOD | {"by": "me"}, {"author": "by"}, "author=by"),
+    ],
+    ids=["alpaca's", "of labels", "one of two labels", "a label", "input", "lists", "of nothing"],
+)  # fmt: skip
+def test_mapped_column_that_nothing_reads_is_told(tmp_path, capsys, row, columns, idle):
+    read = rows.read(jsonl(tmp_path / "a.jsonl", row, row, columns=columns))
+    told = " ".join(capsys.readouterr().err.split())
+    assert (len(read), told.count("changes nothing")) == (2, int(bool(idle)))
+    assert f"data.columns.{idle} changes nothing" in told or not idle
+    kept = rows.read(jsonl(tmp_path / "b.jsonl", row, columns=columns, group_by=next(iter(columns)))) if idle else []
+    assert "changes nothing" not in capsys.readouterr().err
+    assert [r.group for r in kept] == ([row[columns[next(iter(columns))]]] if idle else [])
+
+
 def test_rows_keeps_the_first(tmp_path):
     assert len(rows.read(jsonl(tmp_path / "my.jsonl", *[GOOD] * 5, rows=3))) == 3
 

@@ -103,6 +103,7 @@ def test_unknown_name_lists_what_is_there(cli, verb):
     told = "ftexp: sweep must be followed by one of ls, show, stop, resume, export, got"
     assert verb("nope") == (2, "", f"{told} 'nope'\n")
     assert verb("lss") == (2, "", f"{told} 'lss'; did you mean ls?\n")
+    assert verb("ls", "a") == (2, "", "ftexp: ls takes no name, got a; ftexp sweep show a shows one sweep\n")
     assert verb()[0] == 2 and verb("--help")[0] == 0
 
 

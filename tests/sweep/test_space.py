@@ -9,6 +9,14 @@ from ftexp.sweep import space
     [
         (["lora.r=8,16,64"], [{"lora.r": "8"}, {"lora.r": "16"}, {"lora.r": "64"}]),
         (["lora.r=8,8,16"], [{"lora.r": "8"}, {"lora.r": "16"}]),
+        (["lora.dropout=0,0.0,0.1,1e-1,-0.0"], [{"lora.dropout": "0"}, {"lora.dropout": "0.1"}]),
+        (["trainer.lr=1e-3,0.001,0.0010,2e-3"], [{"trainer.lr": "0.001"}, {"trainer.lr": "0.002"}]),
+        (
+            ["trainer.extra.adam_beta1=0.9,0.90,1"],
+            [{"trainer.extra.adam_beta1": "0.9"}, {"trainer.extra.adam_beta1": "1"}],
+        ),
+        (["a=1,1.0,true,'1',null"], [{"a": "1"}, {"a": "1.0"}, {"a": "True"}, {"a": "'1'"}, {"a": "null"}]),
+        (["model.kind=tiny,'tiny'"], [{"model.kind": "tiny"}]),
         (["a=1,2", "b=x,y"], [{"a": "1", "b": "x"}, {"a": "1", "b": "y"}, {"a": "2", "b": "x"}, {"a": "2", "b": "y"}]),
         (["a=choice(1,2)"], [{"a": "1"}, {"a": "2"}]),
         (["a=range(1,4)"], [{"a": "1"}, {"a": "2"}, {"a": "3"}]),

@@ -2,6 +2,7 @@
 
 import fnmatch
 import math
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -352,6 +353,54 @@ def test_error_while_a_trainer_is_built_names_extra_where_there_is_some(tiny, mo
         with pytest.raises(kind, match="invalid literal") as caught:
             trained(run, tmp_path)
         assert str(caught.value).startswith("trainer.extra is refused by the Trainer, with adam_beta2: ") == bool(extra)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "good"),
+    [("adam_beta1", (5.0, 1.0, -0.1, float("nan")), (0.0, 0.95)),
+     ("adam_beta2", (1.0, -1.0), (0, 0.999)),
+     ("adam_epsilon", (-1.0, float("inf"), float("nan")), (0.0, 1e-6)),
+     ("data_seed", (-1, 2**32), (0, 2**32 - 1, None)),
+     ("dataloader_num_workers", (-1,), (0, 2)),
+     ("router_aux_loss_coef", (-0.1, float("inf")), (0.0, None)),
+     ("pad_to_multiple_of", (0, -8), (8,))],
+)  # fmt: skip
+def test_value_of_a_library_that_is_out_of_range_is_refused(tiny, name, bad, good):
+    run = tiny()
+    for value in bad:
+        run.trainer.extra = {name: value}
+        with pytest.raises(ConfigError, match=rf"^trainer\.extra\.{name} must be .*, got {re.escape(repr(value))}$"):
+            sft.arguments(run.trainer, "cpu", 0, "x", 1)
+    for value in good:
+        run.trainer.extra = {name: value}
+        assert getattr(sft.arguments(run.trainer, "cpu", 0, "x", 1), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "good"),
+    [("temperature", (0.0, -1.0, float("nan")), (0.5, 5e-324)), ("top_p", (0.0, 1.5), (1.0, 0.1)),
+     ("top_k", (-1,), (0, 50)), ("min_p", (-0.1, 1.1), (0.0, 1.0, None)), ("repetition_penalty", (0.0,), (1.2,)),
+     ("epsilon", (-0.1,), (0.2,)), ("epsilon_high", (float("inf"),), (None, 0.3))],
+)  # fmt: skip
+def test_value_of_a_draw_that_is_out_of_range_is_refused(tiny, name, bad, good):
+    run = tiny()
+    run.trainer.kind, run.trainer.generations = Method.rloo, 2
+    run.trainer.batch, run.trainer.accumulation = 2, 1
+    for value in bad:
+        run.trainer.extra = {name: value}
+        with pytest.raises(ConfigError, match=rf"^trainer\.extra\.{name} must be .*, got {re.escape(repr(value))}$"):
+            sft.arguments(run.trainer, "cpu", 0, "x", 1)
+    for value in good:
+        run.trainer.extra = {name: value}
+        assert getattr(sft.arguments(run.trainer, "cpu", 0, "x", 1), name) == value
+
+
+def test_limits_are_of_keywords_of_the_library_and_hold_its_defaults():
+    from trl import RLOOConfig, SFTConfig
+
+    known = {f.name: f.default for made in (SFTConfig, RLOOConfig) for f in fields(made)}
+    for name, (least, below, _) in sft.LIMITS.items():
+        assert known[name] in (None, "auto") or least <= known[name] < below, name
 
 
 def test_keywords_of_a_schedule_and_an_optimizer_are_taken(tiny):
