@@ -486,7 +486,17 @@ def _noise(verdict: Verdict) -> list[str]:
     else:
         told.append(f"Between seeds: standard deviation {_number(comparison.seeds.sd)}{unit}, 95 % interval "
                     f"{_number(comparison.seeds.low)} to {_number(comparison.seeds.high)}.")  # fmt: skip
-    return told
+    return told + ([line] if (line := noisier(verdict)) else [])
+
+
+def noisier(verdict: Verdict) -> str:
+    """Name the points whose seeds scatter more than those of the others can explain; "" where there are none."""
+    numbers = () if verdict.comparison is None else verdict.comparison.noisier
+    if not numbers:
+        return ""
+    listed = "; ".join(verdict.points[n].label for n in numbers)
+    which = "it is" if len(numbers) == 1 else "each is"
+    return f"Seeds of {listed} scatter more than those of the others: {which} judged by noise of its own."
 
 
 def _number(value: float) -> str:

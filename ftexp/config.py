@@ -980,6 +980,8 @@ def read_of(data: Data, shape: Shape) -> set[str]:
 
 def idle(run: Run, key: str) -> str | None:
     """Tell why a key has no effect on a run, whatever its value; None where it has one, or only others know."""
+    if key.startswith(COLUMN) and key.removeprefix(COLUMN) not in read_of(run.data, run.data.shape):
+        return _unread(run.data, key)
     return _idle(run.lora.variant.value, run.eval.generate, run.trainer.steps, run.data.valid_path, key)
 
 
@@ -1007,8 +1009,6 @@ def _idle(
          f"trainer.steps={steps} goes before (trainer.steps=null trains for epochs)"),
         (bool(valid_path) and key == "data.valid",
          "data.valid_path holds the held-out rows (data.valid_path='' draws them)"),
-        (key.startswith(COLUMN) and key.removeprefix(COLUMN) not in read_of(run.data, run.data.shape),
-         _unread(run.data, key)),
     )  # fmt: skip
     return next((why for holds, why in rules if holds), None)
 

@@ -163,6 +163,17 @@ def test_replicates_are_one_point(sweep):
     assert len(as_single.same) < 4
 
 
+def test_point_of_unstable_training_is_named(sweep):
+    trials = [(64, 0, {}), (64, 0.01, {}), (64, 0.02, {}), (16, 0.4, {}), (16, 0.41, {}), (16, 0.42, {})]
+    calm = read(sweep(*trials, replicates=3))
+    assert compare.noisier(calm) == ""
+    folder = sweep(*trials, (8, 2, {}), (8, 4, {}), (8, 9, {}), replicates=3)
+    line = "Seeds of lora.r=8 scatter more than those of the others: it is judged by noise of its own."
+    assert compare.lines(read(folder))[-1] == line
+    assert line in page._noise(report.gather(folder))
+    assert read(folder).points[1].p < 0.01  # told from the best as without the third
+
+
 def test_points_that_failed_are_left_out_and_counted(sweep):
     failed = {"state": "failed", "error": "diverged"}
     folder = sweep((64, 0, {}), (64, 0, {}), (16, 0, {}), (16, 0, failed), (8, 0, {}), (8, 0, {}), replicates=2)

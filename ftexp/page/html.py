@@ -150,6 +150,7 @@ def _noise(sweep: Sweep) -> str:
         floor = "Between seeds: no difference."
     else:
         floor = f"Between seeds: standard deviation {_number(seeds.sd)}{unit} ({_span(seeds.low, seeds.high)})."
+    floor += f"<br>{_e(line)}" if (line := compare.noisier(verdict)) else ""
     rows = sealed.counted(verdict.rows, verdict.groups)
     if verdict.alike is not None:
         return f"{floor}<br>{verdict.alike[0].upper()}{verdict.alike[1:]}: {rows}"
