@@ -730,6 +730,8 @@ def propose(space: Space, options: Options, directions: Any, history: list[Froze
         )
     conditional = any(axis.when for axis in space.axes)
     made = sampler(options, seed_of(options.seed, number), conditional)
+    if options.sampler is Sampler.gp:
+        history = scored_worst(history, directions)
     if not conditional:
         _tell_space(made, distributions, history)
     mirror = _mirror(directions, made, history)
@@ -739,6 +741,52 @@ def propose(space: Space, options: Options, directions: Any, history: list[Froze
         if space.active(axis, point):
             point[axis.key] = asked._suggest(axis.key, distributions[axis.key])
     return mirror._storage.get_trial(asked._trial_id)
+
+
+def avoided(trial: FrozenTrial) -> FrozenTrial:
+    """Return what a sampler is to know of an attempt that failed by its point: pruned, and behind all that were.
+
+    TPE ranks pruned attempts by their last rung, and those without one last; it reads none that failed.
+    """
+    from optuna.trial import TrialState
+
+    made = copy(trial)
+    made.state, made.intermediate_values = TrialState.PRUNED, {}
+    return made
+
+
+THEIRS = ("diverged", "oom", "timeout", "undefined", "data", "crash")
+"""Kinds of failure that a point has brought about; what was amiss with the machine says nothing of it."""
+
+
+def by_its_point(trial: FrozenTrial) -> bool:
+    """Whether an attempt failed by what its point asks for: as with its worker each time, but by no fault elsewhere."""
+    attrs = trial.user_attrs
+    return trial.state.is_finished() and attrs.get("ftexp:kind") in THEIRS and FAULT not in attrs
+
+
+def scored_worst(history: list[FrozenTrial], directions: Any) -> list[FrozenTrial]:
+    """Return a history with the worst known value, and the largest excess, for what was pruned, skipped or failed.
+
+    A Gaussian process reads complete and running attempts alone: it would propose such a point again and again, and
+    draw at random where nothing else has ended. The other samplers need no score: TPE ranks what was pruned behind what
+    is complete, NSGA-II takes it for no parent, and random and Sobol points look at nothing.
+    """
+    from optuna.trial import TrialState
+
+    done = [t for t in history if t.state is TrialState.COMPLETE]
+    columns = zip(*(t.values for t in done), strict=True) if done else [(0.0,) for _ in directions]
+    values = [(min if d == "maximize" else max)(column) for d, column in zip(directions, columns, strict=True)]
+    bounds = {name: max(t.constraints[name] for t in done) for name in (done[0].constraints if done else ())}
+
+    def scored(trial: FrozenTrial) -> FrozenTrial:
+        if trial.state is not TrialState.PRUNED:
+            return trial
+        made = copy(trial)
+        made.state, made.values = TrialState.COMPLETE, values
+        return constrained(made, bounds)
+
+    return [scored(trial) for trial in history]
 
 
 def _mirror(directions: Any, made: BaseSampler, history: list[FrozenTrial]) -> Study:

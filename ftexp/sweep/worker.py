@@ -330,7 +330,7 @@ def history(sweep: Frozen, record: Study) -> list[FrozenTrial]:
 
     bounds, where = sweep.options.at_most, sweep.folder
     known = [study.bounded(t, bounds, where) if t.state is TrialState.COMPLETE else t for t in study.counted(record)]
-    known = [t for t in known if t.params]
+    known = [study.avoided(t) if study.by_its_point(t) else t for t in known if t.params]
     if sweep.options.replicates == 1:
         return [t for t in known if t.state is not TrialState.FAIL]
     points: dict[int, list[FrozenTrial]] = {}

@@ -325,7 +325,7 @@ def searched(tmp_path, options, total, stop_at=None, name="a"):
     return [t.params for t in study.counted(record)]
 
 
-@pytest.mark.parametrize("sampler", [Sampler.tpe, Sampler.random, Sampler.qmc, Sampler.nsga2])
+@pytest.mark.parametrize("sampler", [Sampler.tpe, Sampler.gp, Sampler.random, Sampler.qmc, Sampler.nsga2])
 def test_killed_search_proposes_what_an_undisturbed_one_does(tmp_path, sampler):
     args = {"population_size": 6} if sampler is Sampler.nsga2 else {}
     options = Options(sampler=sampler, n_trials=18, sampler_args=args)
@@ -363,6 +363,76 @@ def test_search_learns_from_results(tmp_path):
     points = searched(tmp_path, Options(sampler=Sampler.tpe, n_trials=40), 40)
     first, last = ([objective(p) for p in part] for part in (points[:10], points[-10:]))
     assert sum(last) / 10 < sum(first) / 10 - 0.3
+
+
+BAD = {
+    "pruned": (TrialState.PRUNED, {}),
+    "diverged": (TrialState.PRUNED, {"ftexp:kind": "diverged"}),
+    "timeout": (TrialState.FAIL, {"ftexp:kind": "timeout"}),
+    "crash": (TrialState.FAIL, {"ftexp:kind": "crash"}),
+}
+
+
+def _bad_ones(tmp_path, sampler, end, total=24):
+    """Search a rate of which all above 0.01 end badly, though just below is best; return whether each point did."""
+    from ftexp.sweep import frozen, worker
+
+    axis = space.parse(["lr=tag(log,interval(1e-5,1))"])
+    made = frozen.Frozen(tmp_path, "s", axis, Options(sampler=sampler, n_trials=total), ["valid/loss"], None, "", {})
+    record = worker.open_study(made)
+    study.settle(record, [None] * total, 2)
+    while (trial := study.claim(record)) is not None:
+        rate = worker.choose(made, record, trial, study.ticket(trial._cached_frozen_trial))["lr"]
+        state, attrs = BAD[end] if rate > 1e-2 else (TrialState.COMPLETE, {})
+        for name, value in attrs.items():
+            trial.set_user_attr(name, value)
+        record.tell(trial, None if rate > 1e-2 else -math.log(rate), state=state)
+    return [t.params["lr"] > 1e-2 for t in study.counted(record)]
+
+
+@pytest.mark.parametrize("end", BAD)
+@pytest.mark.parametrize("sampler", [Sampler.gp, Sampler.tpe])
+def test_search_leaves_a_region_that_ends_badly(tmp_path, sampler, end):
+    """A Gaussian process reads complete trials alone, and no sampler those that failed: both asked there for good."""
+    bad = _bad_ones(tmp_path, sampler, end)
+    assert sum(bad[10:]) <= 7  # of 14 that are no random ones; all of them where the sampler is not told
+
+
+def test_what_failed_by_the_machine_says_nothing_of_its_point(tmp_path):
+    from ftexp.sweep import frozen, worker
+
+    made = frozen.Frozen(tmp_path, "s", SPACE, Options(sampler=Sampler.tpe, n_trials=3), ["valid/loss"], None, "", {})
+    record = worker.open_study(made)
+    study.settle(record, [None] * 3, 2)
+    for attrs in (
+        {"ftexp:kind": study.MACHINE},
+        {"ftexp:kind": "crash", study.FAULT: "no GPU"},
+        {"ftexp:kind": "data"},
+    ):
+        trial = study.claim(record)
+        worker.choose(made, record, trial, study.ticket(trial._cached_frozen_trial))
+        trial.report(1.0, 5)
+        for name, value in attrs.items():
+            trial.set_user_attr(name, value)
+        record.tell(trial, state=TrialState.FAIL)
+    told = [(study.ticket(t), t.state, t.intermediate_values) for t in worker.history(made, record)]
+    assert told == [(2, TrialState.PRUNED, {})]
+
+
+def test_gaussian_process_has_the_worst_value_for_what_has_none():
+    def made(state, values=None, over=None):
+        trial = optuna.trial.create_trial(state=state, values=values, params={}, distributions={})
+        return trial if over is None else study.constrained(trial, {"size": over})
+
+    history = [
+        made(TrialState.COMPLETE, [1.0, 0.2], -1.0), made(TrialState.COMPLETE, [3.0, 0.9], 2.0),
+        made(TrialState.PRUNED), made(TrialState.RUNNING),
+    ]  # fmt: skip
+    told = study.scored_worst(history, ["minimize", "maximize"])
+    assert [t.state.name for t in told] == ["COMPLETE", "COMPLETE", "COMPLETE", "RUNNING"]
+    assert (told[2].values, told[2].constraints) == ([3.0, 0.2], {"size": 2.0})
+    assert history[2].state is TrialState.PRUNED
+    assert study.scored_worst([made(TrialState.PRUNED)], ["minimize"])[0].values == [0.0]
 
 
 @pytest.mark.parametrize(("trials", "size"), [(24, 8), (99, 8), (100, 50)])
