@@ -324,7 +324,8 @@ def history(sweep: Frozen, record: Study) -> list[FrozenTrial]:
     """List one attempt for each point that has been chosen: replicates as their mean, pending while one is.
 
     Each has the bounds of now as its constraints, and replicates those of the one that passes most, as in the report.
-    A point that a sampler must avoid with one seed, as one that diverges, is to be avoided: it ranks nowhere.
+    A point that a sampler must avoid with one seed, as one that diverges, is to be avoided: it ranks nowhere. What the
+    sampler keeps with it, as NSGA-II the generation, is with the replicate that asked for the point.
     """
     from optuna.trial import TrialState, create_trial
 
@@ -347,8 +348,11 @@ def history(sweep: Frozen, record: Study) -> list[FrozenTrial]:
             continue
         columns = zip(*(t.values for t in done), strict=True) if state is TrialState.COMPLETE else []
         values = [metrics.mean(n, column) for n, column in zip(sweep.objectives, columns, strict=False)] or None
+        drawn = {
+            k: v for t in reversed(members) for k, v in t.system_attrs.items() if not k.startswith(study.OF_ATTEMPT)
+        }
         made = create_trial(state=state, values=values, params=first.params, distributions=first.distributions,
-                            system_attrs=first.system_attrs,
+                            system_attrs=drawn,
                             intermediate_values=(avoided or first).intermediate_values)  # fmt: skip
         passed = [t.constraints for t in done] if state is TrialState.COMPLETE else []
         told.append(study.constrained(made, {name: max(o[name] for o in passed) for name in (passed or [{}])[0]}))
