@@ -260,7 +260,7 @@ def launch(
     total = len(tickets(grid, options, searched))
     sweep = Frozen(
         folder, runs[0].name, searched, options, objectives, parent, runs[0].track.uri, rows, rung, code, total, own,
-        str(Path.cwd()),
+        str(Path.cwd()), longest(runs, options),
     )  # fmt: skip
     if kept is None and options.storage is not None and study.counted(worker.open_study(sweep)):
         track.end(runs[0].track, parent, {}, {}, "KILLED")
@@ -273,6 +273,23 @@ def launch(
     if kept is None:
         write_json(folder / "identity.json", identity.told)
     carry_out(sweep, runs[0], started)
+
+
+def longest(runs: list[Run], options: Options) -> int:
+    """Return the steps of the longest trial where the pruner is Hyperband, else 0; of a search among its ends."""
+    if options.pruner is not Pruner.hyperband:
+        return 0
+    steps = [0]
+    for run in {config.digest(r.model, r.data, r.trainer): r for r in runs}.values():
+        if run.trainer.steps is not None:
+            steps.append(run.trainer.steps)
+            continue
+        from ftexp import estimate
+        from ftexp.train import sft
+
+        task = experiment.TASKS[run.trainer.kind](run, data.load(run.data))
+        steps.append(sft.planned_steps(run.trainer, len(estimate.rows(task.train, run).lengths)))
+    return max(steps)
 
 
 def _as_begun(folder: Path, searched: Space) -> Space:
@@ -399,7 +416,8 @@ def go_on(sweep: Frozen, workers: int | None) -> None:
     if sweep.code != facts.code():
         say("the code of ftexp is not that of the launch; trials from now on run with the new code", always=True)
     total = len(tickets([] if searching else points or [{}], options, sweep.space))
-    sweep = replace(sweep, options=options, code=facts.code(), rows=rows, tickets=total)
+    most = longest(runs, options)
+    sweep = replace(sweep, options=options, code=facts.code(), rows=rows, tickets=total, longest=most)
     sweep.save()
     carry_out(sweep, runs[0])
 

@@ -219,12 +219,15 @@ def sampler(options: Options, seed: int, conditional: bool = False) -> BaseSampl
     return _accept(made[options.sampler], "sweep.sampler_args", {**own, **options.sampler_args}, seed=seed)
 
 
-def pruner(options: Options, rung: int) -> BasePruner:
+def pruner(options: Options, rung: int, longest: int = 0) -> BasePruner:
     """Make Optuna's pruner.
 
     Args:
         options: of the sweep.
         rung: steps between two reports; the first rung of successive halving.
+        longest: steps of the longest trial, by which Hyperband lays out its brackets; 0 for a sweep whose launch did
+            not keep it. Optuna would take the longest one that is complete when a process first asks, so that each
+            process, and each launch, has other brackets.
 
     Raises:
         ConfigError: `pruner_args` holds a keyword the pruner does not know.
@@ -242,7 +245,8 @@ def pruner(options: Options, rung: int) -> BasePruner:
             given = {"min_resource": max(1, rung), "reduction_factor": 2, **args}
             return _accept(known.SuccessiveHalvingPruner, "sweep.pruner_args", given)
         case Pruner.hyperband:
-            return _accept(known.HyperbandPruner, "sweep.pruner_args", {"min_resource": max(1, rung), **args})
+            given = {"min_resource": max(1, rung), "max_resource": longest or "auto", **args}
+            return _accept(known.HyperbandPruner, "sweep.pruner_args", given)
         case Pruner.median:
             return _accept(known.MedianPruner, "sweep.pruner_args", {"n_startup_trials": 3, **args})
         case Pruner.patient:

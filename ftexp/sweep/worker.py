@@ -681,7 +681,7 @@ def open_study(sweep: Frozen) -> Study:
         load_if_exists=True,
         directions=directions,
         sampler=optuna.samplers.RandomSampler(seed=0),  # proposals are made in `study.propose`
-        pruner=study.pruner(sweep.options, sweep.rung),
+        pruner=study.pruner(sweep.options, sweep.rung, sweep.longest),
     )
 
 

@@ -10,11 +10,12 @@ import yaml
 from conftest import TINY, UNWRITTEN
 from hydra.core.plugins import Plugins
 
-from ftexp import config, experiment, runs, track
+from ftexp import config, data, experiment, runs, track
 from ftexp.config import Track
 from ftexp.errors import ConfigError
 from ftexp.files import read_json, write_json
-from ftexp.sweep import frozen, plugin
+from ftexp.sweep import frozen, plugin, study, worker
+from ftexp.sweep.options import Options, Pruner
 
 SWEEP = [*TINY, "track=none", "name=s"]
 UNWRITTEN_SWEEP = [*UNWRITTEN, "track=none", "name=s"]
@@ -22,6 +23,23 @@ UNWRITTEN_SWEEP = [*UNWRITTEN, "track=none", "name=s"]
 
 def adapters(folder):
     return {p.parts[-3]: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*/adapter/*.safetensors")}
+
+
+def record_of(folder):
+    """List what became of the tickets of a sweep."""
+    return study.counted(worker.open_study(frozen.load(folder)))
+
+
+def _only(count, honest):
+    """Claim so many times; the launch is interrupted where it asks for one more."""
+    left = iter(range(count))
+
+    def claimed(*given):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return honest(*given)
+
+    return claimed
 
 
 def test_hydra_finds_the_sweeper_under_the_name_it_wants():
@@ -94,6 +112,34 @@ def test_crash_in_a_trial_is_recorded_and_the_others_go_on(cli, tmp_path, monkey
     assert "1 of 2 trials failed: 0" in err
     assert read_json(tmp_path / "outputs/sweeps/s/0/trial.json")["error"] == "RuntimeError: a bug"
     assert read_json(tmp_path / "outputs/sweeps/s/1/trial.json")["state"] == "complete"
+
+
+def test_brackets_of_hyperband_are_frozen_and_killed_sweeps_end_as_undisturbed_ones(cli, tmp_path):
+    """Those of a second process were laid out by what was complete then: other trials were stopped."""
+    command = [*UNWRITTEN, "track=none", "trainer.report_steps=1", "sweep.pruner=hyperband", "trainer.lr=1e-2,1e-4",
+               "trainer.steps=3,12", "-m"]  # fmt: skip
+    cli(*command, "name=calm")
+    calm, folder = tmp_path / "outputs/sweeps/calm", tmp_path / "outputs/sweeps/killed"
+    assert read_json(calm / frozen.FILE)["longest"] == 12
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "_claimed", _only(1, worker._claimed))
+        cli(*command, "name=killed")
+    assert [t.state.name for t in record_of(folder)] == ["COMPLETE", "WAITING", "WAITING", "WAITING"]
+    cli(*command, "name=killed")
+    assert [t.state for t in record_of(folder)] == [t.state for t in record_of(calm)]
+    assert {t.state.name for t in record_of(calm)} == {"COMPLETE", "PRUNED"}
+
+
+def test_longest_trial_is_counted_in_steps(composed):
+    options = Options(pruner=Pruner.hyperband)
+    runs = [
+        composed("model=tiny", "data.rows=64", "trainer.batch=8", "trainer.steps=null", f"trainer.epochs={n}")
+        for n in (2, 3)
+    ]
+    rows = len(data.load(runs[0].data).train)
+    assert plugin.longest(runs, options) == 3 * math.ceil(rows / 8)
+    assert plugin.longest([composed("model=tiny", "trainer.steps=7")], options) == 7
+    assert plugin.longest(runs, Options()) == 0
 
 
 def test_same_command_runs_only_what_is_missing(cli, tmp_path):

@@ -510,6 +510,24 @@ def test_every_pruner_is_made(kind):
     assert study.pruner(Options(pruner=kind), 10) is not None
 
 
+def test_brackets_of_hyperband_are_those_of_the_launch_whatever_has_ended():
+    """Optuna lays them out by the longest trial that is complete when a process first asks."""
+
+    def laid_out(longest, *ended):
+        made = optuna.create_study(pruner=study.pruner(Options(pruner=Pruner.hyperband), 1, longest))
+        for steps in ended:
+            trial = made.ask()
+            trial.report(1.0, steps - 1)
+            made.tell(trial, 1.0)
+        trial = made.ask()
+        trial.report(1.0, 1)
+        trial.should_prune()
+        return len(made.pruner._pruners)
+
+    assert laid_out(12) == laid_out(12, 3) == laid_out(12, 3, 12) == 3
+    assert [laid_out(0), laid_out(0, 3), laid_out(0, 3, 12)] == [0, 2, 3]  # a launch that did not keep it
+
+
 @pytest.mark.parametrize(
     ("made", "message"),
     [
