@@ -147,8 +147,9 @@ class Sweeper(HydraSweeper):
         if searching or options.pruner is not Pruner.none:
             from ftexp.sweep import study
 
-            study.sampler(options, 0)  # both refuse keywords they do not know
-            study.pruner(options, 1)
+            if searching:
+                study.try_sampler(searched, options, [metrics.METRICS[n].direction.value for n in runs[0].objectives])
+            study.try_pruner(options, runs[0].trainer.report_steps, longest(runs, options))
         return runs
 
     def _check_options(self, searched: Space, options: Options, runs: list[Run]) -> None:
@@ -174,6 +175,11 @@ class Sweeper(HydraSweeper):
         for run in runs:
             for name in options.at_most:
                 metrics.check_objective(name, experiment.switched_on(run), "sweep.at_most")
+        if options.sampler is Sampler.qmc and options.sampler_args:
+            raise ConfigError(
+                f"sweep.sampler_args must be left out with sweep.sampler=qmc, whose points hang on sweep.seed alone, "
+                f"got {', '.join(options.sampler_args)}"
+            )
         if options.baselines and options.sampler is Sampler.grid:
             raise ConfigError(
                 "sweep.baselines need a sampler that draws, such as sweep.sampler=tpe; a grid has the points it has"

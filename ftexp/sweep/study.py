@@ -265,6 +265,74 @@ def _accept(made: Any, key: str, args: dict[str, Any], **own: Any) -> Any:
         raise ConfigError(f"{key} is refused by {made.__name__}: {error}") from error
 
 
+FAKES, MOST_FAKES = 12, 64
+"""Made-up trials that keywords are tried over: more than samplers draw at random first, or than a keyword says."""
+
+
+def try_sampler(space: Space, options: Options, directions: list[str]) -> None:
+    """Propose a point over made-up trials, in memory: most keywords are looked at only when a sampler is asked.
+
+    Raises:
+        ConfigError: `sampler_args` make Optuna's sampler fail.
+    """
+    import warnings
+
+    from optuna.trial import TrialState
+
+    conditional = any(axis.when for axis in space.axes)
+    made = sampler(options, 0, conditional)
+    if not options.sampler_args:
+        return
+    asked = [options.sampler_args.get(key) for key in ("n_startup_trials", "population_size")]
+    count = max(FAKES, *(min(n + 1, MOST_FAKES) for n in asked if isinstance(n, int)), 0)
+    history, drawn = [], copied(options)
+    drawn.sampler, drawn.sampler_args = Sampler.random, {}
+    for number in range(count):
+        trial = propose(space, drawn, directions, [], number)
+        trial.state, trial.values = TrialState.COMPLETE, [float(number % 5)] * len(directions)
+        trial.system_attrs = {"NSGAIISampler:generation": 0}
+        history.append(trial)
+    with _told("sweep.sampler_args", made, options.sampler_args), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        propose(space, options, directions, history, count)
+
+
+def try_pruner(options: Options, rung: int, longest: int) -> None:
+    """Ask the pruner about made-up trials, in memory.
+
+    Raises:
+        ConfigError: `pruner_args` make Optuna's pruner fail.
+    """
+    import optuna
+    from optuna.trial import TrialState
+
+    made = pruner(options, rung, longest)
+    if not options.pruner_args or options.pruner is Pruner.race:
+        return
+    record = optuna.create_study(study_name="ftexp", pruner=made)
+    with _told("sweep.pruner_args", made, options.pruner_args):
+        for number in range(FAKES):
+            trial = record.ask()
+            for step in range(1, 7):
+                trial.report(float(number), step * max(1, rung))
+                if trial.should_prune():
+                    break
+            record.tell(trial, float(number), state=TrialState.COMPLETE)
+
+
+@contextmanager
+def _told(key: str, made: Any, args: dict[str, Any]) -> Iterator[None]:
+    """Tell in one line what Optuna makes of keywords; it raises whatever comes of them."""
+    try:
+        yield
+    except Exception as error:
+        why = next(iter(str(error).splitlines()), "") or type(error).__name__
+        told = ", ".join(f"{name}: {value}" for name, value in args.items())
+        raise ConfigError(
+            f"{key} must be keywords that {type(made).__name__} can work with, got {{{told}}}: {why}"
+        ) from error
+
+
 def ticket(trial: FrozenTrial) -> int:
     """Return the number of the ticket an attempt belongs to."""
     return trial.user_attrs["ftexp:ticket"]

@@ -217,6 +217,18 @@ def test_search_has_exactly_its_trials_and_more_only_when_asked(cli, tmp_path):
             ["sweep.sampler=tpe", "sweep.n_trials=2", "sweep.sampler_args.nope=1"],
             "sweep.sampler_args is refused by TPESampler",
         ),
+        (
+            ["sweep.sampler=tpe", "sweep.n_trials=2", "sweep.sampler_args.n_ei_candidates=0"],
+            "sweep.sampler_args must be keywords that TPESampler can work with, got {n_ei_candidates: 0}: ",
+        ),
+        (
+            ["sweep.pruner=hyperband", "sweep.pruner_args.reduction_factor=1"],
+            "sweep.pruner_args must be keywords that HyperbandPruner can work with, got {reduction_factor: 1}: ",
+        ),
+        (
+            ["sweep.sampler=qmc", "sweep.n_trials=2", "sweep.sampler_args.scramble=true"],
+            "sweep.sampler_args must be left out with sweep.sampler=qmc, whose points hang on sweep.seed alone, got scr",
+        ),
         (["sweep.storage=sqlite:///x.db", "sweep.workers=2"], "SQLite hands one trial to two workers"),
         (["sweep.at_most={cost/secnds: 9}"], "sweep.at_most must be among"),
         (["name=a,b"], "name must be one value for the whole sweep, got a,b"),

@@ -546,6 +546,61 @@ def test_unknown_keyword_is_refused(made, message):
         made()
 
 
+CONDITIONAL = space.parse(["lora=none,default", "lora.r=2,4", "lr=tag(log,interval(1e-4,1e-2))"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "searched", "message"),
+    [
+        ("tpe", {"multivariate": False}, CONDITIONAL, "sweep.sampler_args is refused by TPESampler"),
+        ("tpe", {"n_ei_candidates": 0}, SPACE, "TPESampler can work with, got {n_ei_candidates: 0}: "),
+        ("tpe", {"n_startup_trials": "a"}, SPACE, "got {n_startup_trials: a}: .*not supported between"),
+        ("tpe", {"n_startup_trials": 30, "n_ei_candidates": 0}, SPACE, "n_ei_candidates: 0}: "),
+        ("gp", {"n_startup_trials": "a"}, SPACE, "got {n_startup_trials: a}: "),
+        ("nsga2", {"mutation_prob": "x"}, SPACE, "sweep.sampler_args is refused by NSGAIISampler"),
+    ],
+)
+def test_keywords_that_break_the_sampler_when_it_is_asked_are_refused(kind, args, searched, message):
+    options = Options(sampler=Sampler[kind], sampler_args=args, n_trials=20)
+    with pytest.raises(ConfigError, match=message):
+        study.try_sampler(searched, options, ["minimize"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "args"),
+    [
+        ("tpe", {"n_startup_trials": 2}), ("tpe", {"n_startup_trials": 10**6}), ("tpe", {"multivariate": False}),
+        ("gp", {"n_startup_trials": 2}), ("nsga2", {"population_size": 4}), ("nsga2", {"population_size": 500}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("directions", [["minimize"], ["minimize", "maximize"]])
+def test_keywords_that_work_pass(kind, args, directions):
+    study.try_sampler(SPACE, Options(sampler=Sampler[kind], sampler_args=args, n_trials=20), directions)
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "told"),
+    [
+        ("hyperband", {"reduction_factor": 1}, "got {reduction_factor: 1}"),
+        ("hyperband", {"min_resource": 0}, "got {min_resource: 0}"),
+        ("median", {"n_startup_trials": "x"}, "is refused by MedianPruner"),
+        ("asha", {"reduction_factor": 1}, "is refused by SuccessiveHalvingPruner"),
+    ],
+)
+def test_keywords_that_break_the_pruner_when_it_is_asked_are_refused(kind, args, told):
+    with pytest.raises(ConfigError, match=f"sweep.pruner_args .*{told}"):
+        study.try_pruner(Options(pruner=Pruner[kind], pruner_args=args), 2, 12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "args"),
+    [("hyperband", {"bootstrap_count": 1}), ("hyperband", {"reduction_factor": 4}), ("median", {"n_warmup_steps": 5}),
+     ("patient", {"n_min_trials": 2}), ("asha", {"min_early_stopping_rate": 1})],
+)  # fmt: skip
+def test_keywords_of_pruners_that_work_pass(kind, args):
+    study.try_pruner(Options(pruner=Pruner[kind], pruner_args=args), 2, 12)
+
+
 def test_storage_that_cannot_be_opened_is_named(tmp_path):
     with pytest.raises(MachineError, match=r"sweep\.storage=nonsense://x cannot be opened"):
         study.storage(tmp_path, "nonsense://x")
