@@ -65,8 +65,8 @@ class Sweeper(HydraSweeper):
         """
         setup_globals()
         options = self._options()
-        searched = space.parse(*_params(options.params, arguments))
         folder = Path(self.master.hydra.sweep.dir).absolute()
+        searched = as_begun(folder, space.parse(*_params(options.params, arguments)))
         runs = self._checked(searched, options)
         overrides.check_effect(arguments, runs)
         if (instead := type(self).instead) is not None:
@@ -243,7 +243,7 @@ def launch(
         searched, options, objectives, _shared(searched, runs), _depending(searched, runs)
     ).known_to(kept)
     identity.check(_filled(folder, kept), runs[0].name)
-    searched = _as_begun(folder, searched)
+    searched = as_begun(folder, searched)  # it may have been begun by another process since this one looked
     folder.mkdir(parents=True, exist_ok=True)
     if kept is None:
         shutil.rmtree(folder / "frozen", ignore_errors=True)  # of a launch that ended before its trials began
@@ -298,15 +298,19 @@ def longest(runs: list[Run], options: Options) -> int:
     return max(steps)
 
 
-def _as_begun(folder: Path, searched: Space) -> Space:
-    """Search ranges in the numbers they were begun in: an earlier ftexp took `interval(0,1)` of any key for whole ones.
+def as_begun(folder: Path, searched: Space) -> Space:
+    """Search the keys in the order they were begun in, and ranges in the numbers they were.
 
-    Optuna's record refuses a key that changes.
+    Points are drawn key by key, so in another order they would be others. An earlier ftexp took `interval(0,1)` of any
+    key for whole numbers, and Optuna's record refuses a key that changes. Of another space nothing is changed.
     """
     if not (folder / frozen.FILE).exists():
         return searched
-    begun = {axis.key: axis.whole for axis in frozen.load(folder).space.axes}
-    return replace(searched, axes=tuple(replace(axis, whole=begun.get(axis.key, axis.whole)) for axis in searched.axes))
+    begun = {axis.key: axis for axis in frozen.load(folder).space.axes}
+    if begun.keys() != {axis.key for axis in searched.axes}:
+        return searched
+    axes = sorted(searched.axes, key=lambda axis: list(begun).index(axis.key))
+    return replace(searched, axes=tuple(replace(axis, whole=begun[axis.key].whole) for axis in axes))
 
 
 def _filled(folder: Path, kept: dict[str, str] | None) -> dict[str, str] | None:

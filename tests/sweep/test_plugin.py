@@ -14,7 +14,7 @@ from ftexp import config, data, experiment, runs, track
 from ftexp.config import Track
 from ftexp.errors import ConfigError
 from ftexp.files import read_json, write_json
-from ftexp.sweep import frozen, plugin, study, worker
+from ftexp.sweep import frozen, plugin, space, study, worker
 from ftexp.sweep.options import Options, Pruner
 
 SWEEP = [*TINY, "track=none", "name=s"]
@@ -943,8 +943,6 @@ def test_range_goes_on_in_the_numbers_it_was_begun_in(cli, tmp_path):
         "track=none",
         "eval=loss",
     ]
-    from ftexp.sweep import space
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(space.config, "is_real", lambda key: False)
         assert cli(*given, "sweep.n_trials=1", "name=up", "-m")[0] == 0
@@ -954,6 +952,26 @@ def test_range_goes_on_in_the_numbers_it_was_begun_in(cli, tmp_path):
         read_json(tmp_path / f"outputs/sweeps/up/{n}/trial.json")["config"]["trainer.weight_decay"] for n in range(3)
     ]
     assert {float(v) for v in told} <= {0.0, 1.0}
+
+
+def test_search_goes_on_in_the_order_of_keys_it_was_begun_in(cli, tmp_path):
+    """A sampler draws key by key: the same search with its keys in another order went on with other points."""
+    search = [*UNWRITTEN, "track=none", "sweep.sampler=random", "-m"]
+    keys = ["trainer.lr=interval(1e-3,1e-2)", "lora.r=2,4", "lora.dropout=interval(0.0,0.5)"]
+    for name, again in (("same", keys), ("turned", keys[::-1])):
+        assert cli(*search, *keys, "sweep.n_trials=1", f"name={name}")[0] == 0
+        assert cli(*search, *again, "sweep.n_trials=3", f"name={name}")[0] == 0
+    same, turned = ([t.params for t in record_of(tmp_path / "outputs/sweeps" / name)] for name in ("same", "turned"))
+    assert same == turned
+
+
+def test_another_space_is_left_as_it_is(tmp_path):
+    begun = space.parse(["lora.r=2,4", "trainer.lr=interval(0.1,0.2)"])
+    frozen.Frozen(tmp_path, "s", begun, Options(), ["valid/loss"], None, "", {}).save()
+    turned = space.parse(["trainer.lr=interval(0.1,0.2)", "lora.r=2,4"])
+    assert plugin.as_begun(tmp_path, turned) == begun
+    for other in (space.parse(["seed=1,2", "lora.r=2,4"]), space.parse([])):
+        assert plugin.as_begun(tmp_path, other) is other
 
 
 def test_helper_stops_nothing(cli, tmp_path, monkeypatch):
