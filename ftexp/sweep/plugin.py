@@ -257,6 +257,8 @@ def launch(
             "keep the first, or choose another name"
         )
     _same_record(before, options, runs[0].name)
+    if before:
+        take_back(folder)
     params = track.searched(identity.told)
     parent = before.get("mlflow_run") or track.open_parent(runs[0].track, runs[0].name, folder, params)
     rows = _rows(folder, runs, before.get("rows", {}), runs[0].name)
@@ -351,6 +353,19 @@ def _same_record(before: dict[str, Any], options: Options, name: str) -> None:
         )
 
 
+def take_back(folder: Path) -> None:
+    """Forget what stopped the launch before, once the sweep is ours and before rows are read.
+
+    An order to stop that comes while this launch gets ready is for this one.
+    """
+    from ftexp.sweep import worker
+
+    record = worker.open_study(frozen.load(folder))
+    for mark in (worker.STOP, worker.LEAVE, worker.FULL):
+        if record.user_attrs.get(mark) is not None:
+            record.set_user_attr(mark, None)
+
+
 def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = None) -> None:
     """Run what is missing of a frozen sweep, and close it.
 
@@ -370,9 +385,6 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
     grid = [] if options.sampler is not Sampler.grid else sweep.space.grid() or [{}]
     points = tickets(grid, options, sweep.space)
     with study.locked(sweep.folder / "settle.lock"):
-        record.set_user_attr(worker.STOP, None)
-        record.set_user_attr(worker.LEAVE, None)
-        record.set_user_attr(worker.FULL, None)
         gone = study.settle(record, points, options.max_retries, sweep.folder)
         study.skipped_again(record, limits.mark(options))
     record.set_user_attr(worker.LAUNCH, _holder(sweep.folder))
@@ -418,6 +430,7 @@ def go_on(sweep: Frozen, workers: int | None) -> None:
         TrialsFailed: trials failed; the others are complete.
         Preempted: it was told to stop before its end.
     """
+    take_back(sweep.folder)
     options = sweep.options if workers is None else replace(sweep.options, workers=workers)
     searching = options.sampler is not Sampler.grid
     points = frozen.corners(sweep.space) if searching else sweep.space.grid()

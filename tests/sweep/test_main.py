@@ -167,6 +167,50 @@ def test_helper_that_outlives_the_launch_is_told_and_stopped(cli, verb, tmp_path
     assert verb("stop", "s")[1].startswith("s is not running: 1 complete, 1 running")
 
 
+@pytest.mark.parametrize("again", ["the same command", "resume"])
+def test_order_to_stop_reaches_a_launch_that_still_gets_ready(cli, verb, tmp_path, monkeypatch, again):
+    """It was taken back with what had stopped the launch before, and 300 trials ran on."""
+    from ftexp.sweep import plugin, study, worker
+
+    assert cli("lora.r=2,4", *SWEEP, "-m")[0] == 0
+    folder = tmp_path / "outputs" / "sweeps" / "s"
+    shutil.rmtree(folder / "1")
+    _, record = verbs.opened(folder)
+    for mark in (worker.STOP, worker.LEAVE):
+        record.set_user_attr(mark, "of the launch before")
+    honest, seen = plugin._rows, []
+
+    def rows(*given):
+        seen.append(record.user_attrs.get(worker.LEAVE))
+        verbs._ask_to_stop(record)
+        return honest(*given)
+
+    monkeypatch.setattr(plugin, "_rows", rows)
+    code, _, err = verb("resume", "s") if again == "resume" else cli("lora.r=2,4", *SWEEP, "-m")
+    assert (code, seen) == (75, [None]) and "sweep s was stopped: " in err
+    assert [t.state.name for t in study.counted(record)] == ["COMPLETE", "WAITING"]
+    monkeypatch.setattr(plugin, "_rows", honest)
+    assert cli("lora.r=2,4", *SWEEP, "-m")[0] == 0
+
+
+def test_order_to_stop_that_a_launch_took_back_is_given_again(cli, verb, tmp_path, monkeypatch):
+    """Between the lock of a launch and its look at the record; one to a later launch is not for that."""
+    from ftexp.sweep import worker
+
+    assert cli("lora.r=2", *SWEEP, "-m")[0] == 0
+    _, record = verbs.opened(tmp_path / "outputs" / "sweeps" / "s")
+    holders, seen = iter(["1 on here", "1 on here", "1 on here", "2 on here", None, None, None]), []
+
+    def taken_back(seconds):
+        seen.append(record.user_attrs.get(worker.LEAVE))
+        record.set_user_attr(worker.LEAVE, None)
+
+    monkeypatch.setattr(verbs, "run_by", lambda *_: next(holders))
+    monkeypatch.setattr(verbs.time, "sleep", taken_back)
+    assert verb("stop", "s")[0] == 0
+    assert seen == [True, True, None]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stopped_sweep_keeps_checkpoints_and_goes_on_to_the_same_bits(cli, verb, tmp_path, workers):
