@@ -21,6 +21,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ftexp import config
@@ -333,6 +335,7 @@ def check(overrides: list[str]) -> None:
             raise ConfigError(f"{text}: keys cannot be deleted, every key of the schema has a value")
         if key in options and not _is_mapping(override):
             _check_options(key, override, options[key])
+            _check_sweepers(key, override)
             if text.startswith("+"):
                 raise ConfigError(f"{text}: {key} exists already, write {text.lstrip('+')}")
         elif key not in known and not _spelled_out(key).startswith("++"):
@@ -416,6 +419,30 @@ def _check_options(group: str, override: Override, options: list[str]) -> None:
             each = f"{group}={','.join(map(str, names))}"
             way = "start each by its own command" if group == "sweep" else f"write {each} -m for a run of each"
             raise ConfigError(f"{group} takes one option, got [{','.join(map(str, names))}]: {way}")
+
+
+def _check_sweepers(group: str, override: Override) -> None:
+    """Refuse to search a group of which a file says how to sweep: Hydra reads that of a file that has been chosen."""
+    if not override.is_sweep_override() or group == "sweep":
+        return
+    for name in override.sweep_string_iterator():
+        for place in _folders()[group]:
+            if (path := place / f"{name}.yaml").exists() and (keys := _sweeper(path)):
+                raise ConfigError(
+                    f"{override.input_line}: {path} sets hydra.sweeper ({', '.join(keys)}), which is of a whole launch "
+                    f"and would not be read; start each by its own command, {group}={name} -m"
+                )
+
+
+def _sweeper(path: Path) -> list[str]:
+    """List the keys of `hydra.sweeper` that a file sets; of one that is no YAML none, as composing it tells."""
+    try:
+        told = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError):
+        return []
+    hydras = told.get("hydra") if isinstance(told, dict) else None
+    found = hydras.get("sweeper") if isinstance(hydras, dict) else None
+    return [str(key) for key in found] if isinstance(found, dict) else []
 
 
 CALLED = {

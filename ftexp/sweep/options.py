@@ -74,6 +74,18 @@ class Over(Enum):
     """The trial is left out and recorded with its reason; the others run. A raised limit lets it run."""
 
 
+def idle(options: Options) -> dict[str, str]:
+    """Tell which keys have no effect beside the others, and what leaves them without."""
+    rules = (
+        (("sampler_args", "seed"), options.sampler is Sampler.grid, "sweep.sampler=grid, which draws nothing"),
+        (("pruner_args",), options.pruner is Pruner.none, "sweep.pruner=none"),
+        (("tokens_per_second",), not {"hours", "usd"} & {*options.plan_at_most},
+         "no bound on hours or usd in sweep.plan_at_most"),
+        (("usd_per_hour",), "usd" not in options.plan_at_most, "no bound on usd in sweep.plan_at_most"),
+    )  # fmt: skip
+    return {key: why for keys, holds, why in rules for key in keys if holds}
+
+
 PLANNED = ("memory_gib", "checkpoint_gib", "trainable", "tokens", "tflop", "hours", "usd")
 """What `plan_at_most` may bound."""
 

@@ -34,7 +34,7 @@ from ftexp.progress import say
 from ftexp.runs import keep
 from ftexp.sweep import frozen, limits, race, space
 from ftexp.sweep.frozen import Frozen
-from ftexp.sweep.options import Engine, Options, Pruner, Sampler
+from ftexp.sweep.options import Engine, Options, Pruner, Sampler, idle
 from ftexp.sweep.space import Space
 from ftexp.train import control, spread
 
@@ -67,6 +67,7 @@ class Sweeper(HydraSweeper):
         options = self._options()
         folder = Path(self.master.hydra.sweep.dir).absolute()
         searched = as_begun(folder, space.parse(*_params(options.params, arguments)))
+        self._check_typed(options, begun=(folder / frozen.FILE).exists())
         runs = self._checked(searched, options)
         overrides.check_effect(arguments, runs)
         if (instead := type(self).instead) is not None:
@@ -103,6 +104,20 @@ class Sweeper(HydraSweeper):
         except OmegaConfBaseException as error:
             raise ConfigError(f"sweep.{str(error).splitlines()[0]}") from error
         return cast(Options, options)
+
+    def _check_typed(self, options: Options, begun: bool) -> None:
+        """Refuse keys of the command line that have no effect; a file may bring them for another choice.
+
+        A sweep that has begun with one that its identity holds goes on with it.
+
+        Raises:
+            ConfigError: names the key and what leaves it without effect.
+        """
+        why = {key: told for key, told in idle(options).items() if not (begun and key in overrides.KEPT_KEYS)}
+        for text in self.master.hydra.overrides.hydra:
+            key, _, value = text.lstrip("+").removeprefix("hydra.sweeper.").partition("=")
+            if (name := key.partition(".")[0]) in why:
+                raise ConfigError(f"sweep.{key} would change nothing, got {value}: {why[name]}")
 
     def _compose(self, point: list[str]) -> DictConfig:
         cfg = copy.deepcopy(self.context.config_loader.load_sweep_config(cast(DictConfig, self.master), point))

@@ -287,13 +287,13 @@ def try_sampler(space: Space, options: Options, directions: list[str]) -> None:
     count = max(FAKES, *(min(n + 1, MOST_FAKES) for n in asked if isinstance(n, int)), 0)
     history, drawn = [], copied(options)
     drawn.sampler, drawn.sampler_args = Sampler.random, {}
-    for number in range(count):
-        trial = propose(space, drawn, directions, [], number)
-        trial.state, trial.values = TrialState.COMPLETE, [float(number % 5)] * len(directions)
-        trial.system_attrs = {"NSGAIISampler:generation": 0}
-        history.append(trial)
     with _told("sweep.sampler_args", made, options.sampler_args), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        for number in range(count):
+            trial = propose(space, drawn, directions, [], number)
+            trial.state, trial.values = TrialState.COMPLETE, [float(number % 5)] * len(directions)
+            trial.system_attrs = {"NSGAIISampler:generation": 0}
+            history.append(trial)
         propose(space, options, directions, history, count)
 
 
@@ -309,8 +309,8 @@ def try_pruner(options: Options, rung: int, longest: int) -> None:
     made = pruner(options, rung, longest)
     if not options.pruner_args or options.pruner is Pruner.race:
         return
-    record = optuna.create_study(study_name="ftexp", pruner=made)
     with _told("sweep.pruner_args", made, options.pruner_args):
+        record = optuna.create_study(study_name="ftexp", pruner=made)
         for number in range(FAKES):
             trial = record.ask()
             for step in range(1, 7):
@@ -322,7 +322,11 @@ def try_pruner(options: Options, rung: int, longest: int) -> None:
 
 @contextmanager
 def _told(key: str, made: Any, args: dict[str, Any]) -> Iterator[None]:
-    """Tell in one line what Optuna makes of keywords; it raises whatever comes of them."""
+    """Tell in one line, and quietly, what Optuna makes of keywords; it raises whatever comes of them."""
+    import optuna
+
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         yield
     except Exception as error:
@@ -331,6 +335,8 @@ def _told(key: str, made: Any, args: dict[str, Any]) -> Iterator[None]:
         raise ConfigError(
             f"{key} must be keywords that {type(made).__name__} can work with, got {{{told}}}: {why}"
         ) from error
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
 def ticket(trial: FrozenTrial) -> int:

@@ -9,13 +9,14 @@ import pytest
 import yaml
 from conftest import TINY, UNWRITTEN
 from hydra.core.plugins import Plugins
+from omegaconf import OmegaConf
 
 from ftexp import config, data, experiment, runs, track
 from ftexp.config import Track
 from ftexp.errors import ConfigError
 from ftexp.files import read_json, write_json
 from ftexp.sweep import frozen, plugin, space, study, worker
-from ftexp.sweep.options import Options, Pruner
+from ftexp.sweep.options import Options, Pruner, Sampler
 
 SWEEP = [*TINY, "track=none", "name=s"]
 UNWRITTEN_SWEEP = [*UNWRITTEN, "track=none", "name=s"]
@@ -228,6 +229,24 @@ def test_search_has_exactly_its_trials_and_more_only_when_asked(cli, tmp_path):
         (
             ["sweep.sampler=qmc", "sweep.n_trials=2", "sweep.sampler_args.scramble=true"],
             "sweep.sampler_args must be left out with sweep.sampler=qmc, whose points hang on sweep.seed alone, got scr",
+        ),
+        (
+            ["sweep.sampler_args.n_startup_trials=3"],
+            "sweep.sampler_args.n_startup_trials would change nothing, got 3: sweep.sampler=grid, which draws nothing",
+        ),
+        (["sweep.seed=3"], "sweep.seed would change nothing, got 3: sweep.sampler=grid, which draws nothing"),
+        (["hydra.sweeper.seed=3"], "sweep.seed would change nothing, got 3: sweep.sampler=grid, which draws nothing"),
+        (
+            ["sweep.pruner_args.n_startup_trials=3"],
+            "sweep.pruner_args.n_startup_trials would change nothing, got 3: sweep.pruner=none",
+        ),
+        (
+            ["sweep.tokens_per_second=9", "sweep.plan_at_most.tflop=1"],
+            "sweep.tokens_per_second would change nothing, got 9: no bound on hours or usd in sweep.plan_at_most",
+        ),
+        (
+            ["sweep.tokens_per_second=9", "sweep.usd_per_hour=9", "sweep.plan_at_most.hours=1"],
+            "sweep.usd_per_hour would change nothing, got 9: no bound on usd in sweep.plan_at_most",
         ),
         (["sweep.storage=sqlite:///x.db", "sweep.workers=2"], "SQLite hands one trial to two workers"),
         (["sweep.at_most={cost/secnds: 9}"], "sweep.at_most must be among"),
@@ -963,6 +982,15 @@ def test_search_goes_on_in_the_order_of_keys_it_was_begun_in(cli, tmp_path):
         assert cli(*search, *again, "sweep.n_trials=3", f"name={name}")[0] == 0
     same, turned = ([t.params for t in record_of(tmp_path / "outputs/sweeps" / name)] for name in ("same", "turned"))
     assert same == turned
+
+
+def test_grid_that_was_begun_with_a_seed_goes_on_with_it(tmp_path):
+    made = plugin.Sweeper()
+    made.master = OmegaConf.create({"hydra": {"overrides": {"hydra": ["hydra.sweeper.seed=3"]}}})
+    made._check_typed(Options(seed=3), begun=True)
+    with pytest.raises(ConfigError, match=r"^sweep\.seed would change nothing"):
+        made._check_typed(Options(seed=3), begun=False)
+    made._check_typed(Options(seed=3, sampler=Sampler.tpe, n_trials=2), begun=False)
 
 
 def test_another_space_is_left_as_it_is(tmp_path):
