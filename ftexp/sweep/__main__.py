@@ -151,8 +151,8 @@ def stop(args: argparse.Namespace) -> int:
         time.sleep(0.2)
     if holder := run_by(folder, record):
         raise MachineError(f"{sweep.name}: process {holder} still runs; it ends after the step or score under way")
-    line = screen.line(sweep, record)
-    _told(args, folder, f"{sweep.name} stopped: {line}; goes on with: ftexp sweep resume {sweep.name}")
+    line, way = screen.line(sweep, record), runs.called(folder, sweep.name)
+    _told(args, folder, f"{sweep.name} stopped: {line}; goes on with: ftexp sweep resume {way}")
     return 0
 
 

@@ -31,7 +31,7 @@ from ftexp.config import Method, Run
 from ftexp.errors import ConfigError, FtexpError, MachineError, NoRoom, TrialsFailed
 from ftexp.files import check_folder, read_json, write_json
 from ftexp.progress import say
-from ftexp.runs import keep
+from ftexp.runs import called, keep
 from ftexp.sweep import frozen, limits, race, space
 from ftexp.sweep.frozen import Frozen
 from ftexp.sweep.options import Engine, Options, Pruner, Sampler, idle
@@ -257,7 +257,7 @@ def launch(
     identity = study.Identity.of(
         searched, options, objectives, _shared(searched, runs), _depending(searched, runs)
     ).known_to(kept)
-    identity.check(_filled(folder, kept), runs[0].name)
+    identity.check(_filled(folder, kept), runs[0].name, called(folder, runs[0].name))
     searched = as_begun(folder, searched)  # it may have been begun by another process since this one looked
     folder.mkdir(parents=True, exist_ok=True)
     if kept is None:
@@ -495,7 +495,7 @@ def help_out(folder: Path, searched: Space, options: Options, runs: list[Run]) -
     kept = read_json(folder / "identity.json")
     shared, depending = _shared(searched, runs), _depending(searched, runs)
     identity = study.Identity.of(searched, options, runs[0].objectives, shared, depending).known_to(kept)
-    identity.check(_filled(folder, kept), runs[0].name)
+    identity.check(_filled(folder, kept), runs[0].name, called(folder, runs[0].name))
     _same_record(read_json(folder / frozen.FILE) or {}, options, runs[0].name)
     sweep = replace(frozen.load(folder), options=options)
     if sweep.code != facts.code():

@@ -992,8 +992,13 @@ class Identity:
         later = () if kept is None else tuple(p for p in (DEPENDING, ARGS) if not any(k.startswith(p) for k in kept))
         return Identity({k: v for k, v in self.told.items() if not k.startswith(later)})
 
-    def check(self, kept: dict[str, str] | None, name: str) -> None:
+    def check(self, kept: dict[str, str] | None, name: str, called: str | None = None) -> None:
         """Refuse a launch under the name of another sweep.
+
+        Args:
+            kept: identity of the sweep that has the name.
+            name: of both.
+            called: what leads to that sweep; None for the name.
 
         Raises:
             ConfigError: names what changed.
@@ -1005,5 +1010,5 @@ class Identity:
         changed = [f"{k}: {kept.get(k, 'absent')} -> {self.told.get(k, 'absent')}" for k in other]
         raise ConfigError(
             f"name={name} is a sweep begun with another search space: {'; '.join(changed[:8])}; choose another name, "
-            f"or go on as it was begun: python -m ftexp.sweep resume {name}"
+            f"or go on as it was begun: python -m ftexp.sweep resume {called or name}"
         )

@@ -13,6 +13,7 @@ import time
 import pytest
 from conftest import UNWRITTEN
 
+from ftexp import runs
 from ftexp.files import read_json
 from ftexp.sweep import __main__ as verbs
 
@@ -76,6 +77,23 @@ def test_a_sweep_in_a_folder_of_its_own_is_listed_and_found_by_name(cli, verb, t
     shutil.rmtree(tmp_path / "away")
     assert [row["name"] for row in json.loads(verb("ls", "--json")[1])] == ["s"]
     assert verb("show", "t")[0] == 4
+
+
+def test_a_sweep_whose_name_leads_nowhere_is_told_by_its_folder(cli, verb, tmp_path, monkeypatch):
+    away = f"hydra.sweep.dir={tmp_path}/away/my sweep"
+    assert cli("lora.r=2", *SWEEP, away, "-m")[0] == 0
+    folder = tmp_path / "away/my sweep"
+    assert runs.called(folder, "s") == "s"
+    assert "resume s\n" in cli("lora.r=4", *SWEEP, away, "-m")[2]
+    assert cli("lora.r=2", *SWEEP, "-m")[0] == 0  # another of the name: it leads to both
+    assert "resume 'away/my sweep'\n" in cli("lora.r=4", *SWEEP, away, "-m")[2]
+    holders = iter(["1 on here", None, None, None])
+    monkeypatch.setattr(verbs, "run_by", lambda *_: next(holders))
+    assert verb("stop", str(folder))[1].endswith("goes on with: ftexp sweep resume 'away/my sweep'\n")
+    runs.LIST.unlink()
+    assert runs.called(folder, "s") == "'away/my sweep'"
+    shutil.rmtree(tmp_path / "outputs")
+    assert runs.called(folder, "s") == "'away/my sweep'"
 
 
 def test_a_sweep_whose_database_is_down_does_not_hide_the_others(cli, verb, tmp_path):
