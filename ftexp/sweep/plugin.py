@@ -402,6 +402,7 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
     with study.locked(sweep.folder / "settle.lock"):
         gone = study.settle(record, points, options.max_retries, sweep.folder)
         study.skipped_again(record, limits.mark(options))
+        worker.stop_after_failures(sweep, record)  # those of the launches before count too
     record.set_user_attr(worker.LAUNCH, _holder(sweep.folder))
     if gone:
         say(
@@ -524,7 +525,7 @@ def _params(params: dict[str, Any], arguments: list[str]) -> tuple[list[str], di
     """Turn a sweep's file and the command line into overrides, and conditions of keys the command line left alone.
 
     Raises:
-        ConfigError: a conditional entry has other keys than `when` and `is`.
+        ConfigError: a conditional entry has other keys than `when` and `is`; or a list is given for single values.
     """
     given = {text.partition("=")[0].lstrip("+") for text in arguments}
     texts, conditions = [], {}
@@ -535,6 +536,11 @@ def _params(params: dict[str, Any], arguments: list[str]) -> tuple[list[str], di
                 raise ConfigError(f"sweep.params.{key} must be values, or {{when: {{key: values}}, is: values}}")
             conditions |= {} if key in given else {key: when}
             value = value["is"]
+        if isinstance(value, list) and not (config.is_list(key) or key.startswith(overrides.OPEN)):
+            several = ",".join(map(str, value))
+            raise ConfigError(
+                f'sweep.params.{key} must be text with commas for several values, "{several}", got {value}'
+            )
         texts.append(f"{key}={value}")
     return [*texts, *arguments], conditions
 

@@ -98,7 +98,7 @@ LOST = Outcome("failed", "crash", "another process of the trial is gone")
 def work(sweep: Frozen, record: Study) -> None:
     """Take and run tickets until none waits, or the sweep is told to stop."""
     first = True
-    while not record.user_attrs.get(STOP):
+    while not stop_after_failures(sweep, record):
         trials = _claimed(record, packs.size(sweep, record, first))
         first = False
         if not trials and not share.awaited(sweep, record, look_seconds(sweep.options.workers)):
@@ -107,7 +107,6 @@ def work(sweep: Frozen, record: Study) -> None:
             run_ticket(sweep, record, trials[0])
         elif trials:
             run_pack(sweep, record, trials)
-        stop_after_failures(sweep, record)
         if compute.is_lost():  # every further trial would fail here at once
             raise MachineError("the GPU cannot be used by this process any more")
     ranks.agreed(None)
@@ -660,14 +659,17 @@ def _abandon(trial: Trial) -> None:
     control.LEAVE.set()
 
 
-def stop_after_failures(sweep: Frozen, record: Study) -> None:
-    """Stop the sweep where `max_failures` trials have failed."""
+def stop_after_failures(sweep: Frozen, record: Study) -> bool:
+    """Stop the sweep where `max_failures` trials have failed; tell whether it is stopped, by that or before."""
     limit = sweep.options.max_failures
-    if limit is None or record.user_attrs.get(STOP):  # the supervisor asks several times a second
-        return
+    if record.user_attrs.get(STOP):
+        return True
+    if limit is None:  # the supervisor asks several times a second
+        return False
     failed = [t for t in study.counted(record) if t.user_attrs.get("ftexp:kind")]
     if len(failed) >= limit:
         record.set_user_attr(STOP, f"{len(failed)} trials failed, sweep.max_failures={limit}")
+    return len(failed) >= limit
 
 
 def open_study(sweep: Frozen) -> Study:

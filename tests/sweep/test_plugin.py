@@ -361,6 +361,33 @@ def test_half_a_condition_is_refused(cli, sweeps_file, entry):
     assert "sweep.params.lora.r must be values, or {when: {key: values}, is: values}" in err
 
 
+@pytest.mark.parametrize("entry", ["[2, 4]", "{when: {lora: dora}, is: [2, 4]}"])
+def test_list_of_single_values_is_refused_with_what_is_wanted(cli, sweeps_file, entry):
+    sweeps_file("branches", CONDITIONAL.replace('{when: {lora: dora}, is: "2,4"}', entry))
+    code, _, err = cli("sweep=branches", *SWEEP)
+    assert code == 2
+    assert err == 'ftexp: sweep.params.lora.r must be text with commas for several values, "2,4", got [2, 4]\n'
+
+
+def test_list_of_a_key_that_takes_one_stays_a_value():
+    texts, _ = plugin._params({"lora.targets": ["q_proj"], "trainer.extra.betas": [0.9, 0.99]}, [])
+    assert texts == ["lora.targets=['q_proj']", "trainer.extra.betas=[0.9, 0.99]"]
+
+
+def test_same_command_after_max_failures_trains_nothing(cli, tmp_path, monkeypatch):
+    def crash(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(experiment, "_execute", crash)
+    given = [*UNWRITTEN, "lora.r=2,4,8", "track=none", "name=s", "-m"]
+    for _ in range(2):
+        code, _, err = cli(*given, "sweep.max_failures=1")
+        assert code == 5 and "stopped: 1 trials failed, sweep.max_failures=1" in err
+        assert [t.state.name for t in record_of(tmp_path / "outputs/sweeps/s")] == ["FAIL", "WAITING", "WAITING"]
+    assert cli(*given, "sweep.max_failures=2")[0] == 5
+    assert [t.state.name for t in record_of(tmp_path / "outputs/sweeps/s")] == ["FAIL", "FAIL", "WAITING"]
+
+
 @pytest.mark.slow
 def test_second_launch_helps_when_asked_to(cli, tmp_path):
     """Two commands share one sweep: no trial twice, and the results are those of one command alone."""

@@ -347,6 +347,19 @@ def test_max_failures_stops_and_keeps_the_rest_waiting(sweep, monkeypatch):
     assert record.user_attrs[worker.STOP] == "2 trials failed, sweep.max_failures=2"
 
 
+def test_max_failures_that_were_reached_let_nobody_claim(sweep, monkeypatch):
+    """A launch takes back what stopped the one before; each further one trained a trial beyond the limit."""
+    made, record = sweep("a=1,2,3,4,5", max_failures=1)
+    trials(monkeypatch, [KeyError("a"), {"valid/loss": 1.0}])
+    for _ in range(2):
+        worker.work(made, record)
+        assert [t.state.name for t in study.counted(record)] == ["FAIL"] + ["WAITING"] * 4
+        record.set_user_attr(worker.STOP, None)
+    trials(monkeypatch, [{"valid/loss": 1.0}] * 4)
+    worker.work(replace(made, options=replace(made.options, max_failures=2)), record)
+    assert [t.state.name for t in study.counted(record)] == ["FAIL"] + ["COMPLETE"] * 4
+
+
 def test_interrupted_ticket_goes_back_with_its_point_and_no_retry_counted(sweep, monkeypatch):
     made, record = sweep("a=interval(0.0,1.0)", sampler=Sampler.random, n_trials=2)
     trials(monkeypatch, [KeyboardInterrupt(), {"valid/loss": 1.0}, {"valid/loss": 1.0}])
