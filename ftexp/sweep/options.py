@@ -44,7 +44,7 @@ class Pruner(Enum):
     asha = "asha"
     """Asynchronous successive halving, arXiv:1810.05934."""
     hyperband = "hyperband"
-    """Several brackets of successive halving, arXiv:1603.06560."""
+    """Several brackets of successive halving, arXiv:1603.06560; as many as the longest planned trial has room for."""
     median = "median"
     """Below the median of the trials that came as far."""
     patient = "patient"
@@ -157,7 +157,7 @@ class Options:
     """Help a sweep that another process is running already, instead of refusing; also from another machine that shares
     the folder."""
     max_failures: int | None = None
-    """Failed trials after which the sweep stops; null never stops."""
+    """Failed trials after which the sweep stops, those of the launches before included; null never stops."""
     max_retries: int = 2
     """Further attempts at a trial whose worker died."""
     timeout_minutes: float | None = None

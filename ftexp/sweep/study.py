@@ -838,7 +838,11 @@ THEIRS = ("diverged", "oom", "timeout", "undefined", "data", "crash")
 
 
 def by_its_point(trial: FrozenTrial) -> bool:
-    """Whether an attempt failed by what its point asks for: as with its worker each time, but by no fault elsewhere."""
+    """Whether an attempt failed by what its point asks for.
+
+    One whose workers died each time did, as whatever kills them is in the trial; one that met faults of the machine did
+    not.
+    """
     attrs = trial.user_attrs
     return trial.state.is_finished() and attrs.get("ftexp:kind") in THEIRS and FAULT not in attrs
 
