@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ftexp import config, data, experiment, facts, metrics, registry, report, track, verb
+from ftexp import config, data, experiment, facts, metrics, registry, report, runs, track, verb
 from ftexp.config import Run, Track, Variant
 from ftexp.errors import ConfigError, DataError, Diverged, MachineError, TrialsFailed
 from ftexp.files import read_trial, write_json
@@ -145,7 +145,7 @@ def _plan(sweep: Frozen, record: Any, by: str | None) -> Plan:
     if left := counts.get("waiting", 0) + counts.get("running", 0):
         raise MachineError(
             f"{sweep.name} must be finished, {left} of {sum(counts.values())} trials are not; it goes on with: "
-            f"ftexp sweep resume {sweep.name}"
+            f"ftexp sweep resume {runs.called(sweep.folder, sweep.name)}"
         )
     trials = {t["number"]: t for t in report.read(sweep.folder, by).trials}
     verdict = compare.read(sweep.folder, list(trials.values()), objective)

@@ -21,12 +21,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ftexp import config
 from ftexp.errors import ConfigError
 
 PACKAGE = Path(__file__).parent
+OUTPUTS = Path("outputs")
 ROOT = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 CONF = ROOT / "conf"
 SWEEPS = ROOT / "sweeps"
@@ -45,6 +48,15 @@ SWEEP_KEYS = (
     "timeout_minutes",
 )  # fmt: skip
 """Keys of `hydra.sweeper`, documented in `ftexp/sweep/options.py`; short `sweep.<key>`."""
+KEPT_KEYS = ("sampler", "sampler_args", "seed", "replicates", "baselines", "params", "storage")
+"""Those of them that stay as they are at the first launch of a sweep; the others may change from launch to launch."""
+SILENT = ("hydra.", "hydra/", "track", "trainer.checkpoint_minutes=",
+          *(f"sweep.{key}{sign}" for key in SWEEP_KEYS if key not in KEPT_KEYS for sign in "=."))  # fmt: skip
+"""Begin overrides that are no part of a default name: a run or sweep goes on whatever they are."""
+SILENT_BEFORE = ("hydra.", "hydra/", "track", *(f"sweep.{key}{sign}" for key in (
+    "workers", "pack", "engine", "engine_args", "gpus_per_trial", "slots_per_gpu", "proxy", "join", "max_failures",
+    "max_retries", "n_trials") for sign in "=."))  # fmt: skip
+"""The same of an ftexp of before 2026-12."""
 OPEN_SWEEP = tuple(
     f"hydra.sweeper.{key}." for key in ("sampler_args", "pruner_args", "engine_args", "at_most", "plan_at_most")
 )
@@ -148,7 +160,7 @@ def prepare(argv: list[str], several: str = "add -m for a sweep over them") -> l
     check(args.overrides)
     overrides = [_spelled_out(text) for text in args.overrides if text not in UNSET]
     if not any(text.lstrip("+").startswith("name=") for text in overrides):
-        overrides.append(f"name={slug(args.overrides)}")
+        overrides.append(f"name={_known(args.overrides)}")
     flags = list(argv)
     for text in args.overrides:
         flags.remove(text)
@@ -255,26 +267,23 @@ def slug(overrides: list[str]) -> str:
     >>> slug([])
     'default'
     """
-    changeable = (
-        "workers",
-        "pack",
-        "engine",
-        "engine_args",
-        "gpus_per_trial",
-        "slots_per_gpu",
-        "proxy",
-        "join",
-        "max_failures",
-        "max_retries",
-        "n_trials",
-    )  # between launches of one sweep
-    silent = ("hydra.", "hydra/", "track", *(f"sweep.{key}{sign}" for key in changeable for sign in "=."))
-    told = [text for text in overrides if not text.startswith(silent)]
+    return _letters([text for text in overrides if not text.startswith(SILENT)])
+
+
+def _letters(told: list[str]) -> str:
     name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(told)).strip("-._")
     if name != "-".join(told).strip("-._").replace("=", "-").replace(",", "-") or len(name) > 64:
         # letters were lost: two different commands must not share a folder
         name = f"{name[:55].rstrip('-._')}-{hashlib.sha256(repr(told).encode()).hexdigest()[:8]}".lstrip("-")
     return name if told else "default"
+
+
+def _known(overrides: list[str]) -> str:
+    """Name a run after its overrides, or as it is named that an ftexp of before 2026-12 began, with more of them."""
+    name = slug(overrides)
+    before = _letters([text for text in overrides if not text.startswith(SILENT_BEFORE)])
+    there = [text for text in (name, before) if any((OUTPUTS / kind / text).exists() for kind in ("sweeps", "runs"))]
+    return (there or [name])[0]
 
 
 def groups() -> dict[str, list[str]]:
@@ -326,6 +335,7 @@ def check(overrides: list[str]) -> None:
             raise ConfigError(f"{text}: keys cannot be deleted, every key of the schema has a value")
         if key in options and not _is_mapping(override):
             _check_options(key, override, options[key])
+            _check_sweepers(key, override)
             if text.startswith("+"):
                 raise ConfigError(f"{text}: {key} exists already, write {text.lstrip('+')}")
         elif key not in known and not _spelled_out(key).startswith("++"):
@@ -415,6 +425,30 @@ def _check_options(group: str, override: Override, options: list[str]) -> None:
             each = f"{group}={','.join(map(str, names))}"
             way = "start each by its own command" if group == "sweep" else f"write {each} -m for a run of each"
             raise ConfigError(f"{group} takes one option, got [{','.join(map(str, names))}]: {way}")
+
+
+def _check_sweepers(group: str, override: Override) -> None:
+    """Refuse to search a group of which a file says how to sweep: Hydra reads that of a file that has been chosen."""
+    if not override.is_sweep_override() or group == "sweep":
+        return
+    for name in override.sweep_string_iterator():
+        for place in _folders()[group]:
+            if (path := place / f"{name}.yaml").exists() and (keys := _sweeper(path)):
+                raise ConfigError(
+                    f"{override.input_line}: {path} sets hydra.sweeper ({', '.join(keys)}), which is of a whole launch "
+                    f"and would not be read; start each by its own command, {group}={name} -m"
+                )
+
+
+def _sweeper(path: Path) -> list[str]:
+    """List the keys of `hydra.sweeper` that a file sets; of one that is no YAML none, as composing it tells."""
+    try:
+        told = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError):
+        return []
+    hydras = told.get("hydra") if isinstance(told, dict) else None
+    found = hydras.get("sweeper") if isinstance(hydras, dict) else None
+    return [str(key) for key in found] if isinstance(found, dict) else []
 
 
 CALLED = {

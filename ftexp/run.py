@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from ftexp import config, experiment, overrides, report, verb
 from ftexp.errors import ConfigError, FtexpError, MachineError
 from ftexp.files import check_folder
-from ftexp.progress import quiet_libraries
+from ftexp.progress import quiet_libraries, warn
 from ftexp.sweep import plugin
 from ftexp.train import control
 
@@ -57,6 +57,8 @@ def _launch() -> int:
         return 0
     wanted = overrides.runs(argv)
     composed = check_composed(argv) if wanted is not None else None
+    if composed is not None and wanted == "single" and (searched := composed.hydra.sweeper.params):
+        warn(f"hydra.sweeper.params holds {', '.join(searched)}, and this is one run; add -m for a sweep over them")
     folder = _check_single(composed, overrides.given(argv)) if composed is not None and wanted == "single" else Path()
     ran: list[Any] = []
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,16 @@ def elsewhere() -> dict[Path, str]:
 def sweeps() -> dict[Path, str]:
     """Return the folders of the sweeps that were launched here, with the name that leads to each."""
     return {path.parent: path.parent.name for path in (OUTPUTS / "sweeps").glob("*/sweep.json")} | elsewhere()
+
+
+def called(folder: Path, name: str) -> str:
+    """Return what leads to a sweep from here: its name, or its folder where that leads to none, or to several."""
+    try:
+        if place(name, "sweep.json").resolve() == folder.resolve():
+            return name
+    except MachineError:
+        pass
+    return shlex.quote(os.path.relpath(folder))
 
 
 def keep(folder: Path, name: str) -> None:

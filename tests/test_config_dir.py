@@ -200,6 +200,27 @@ def test_every_verb_tells_a_mistake_in_a_file(mine, monkeypatch, capsys, verb, t
         assert told in capsys.readouterr().err
 
 
+SEARCHES = "# @package _global_\nlora: {r: 4}\nhydra:\n  sweeper:\n    sampler: tpe\n    params:\n      lora.r: 2,4\n"
+
+
+def test_one_run_of_a_file_that_searches_says_so(cli, mine, tmp_path):
+    """As for users of Hydra, `-m` decides; the part of the file on a sweep was passed over without a word."""
+    mine(experiment__ours=SEARCHES, experiment__plain="# @package _global_\nlora: {r: 4}\n")
+    told = "warning: hydra.sweeper.params holds lora.r, and this is one run; add -m for a sweep over them"
+    for name, lines in (("ours", [told]), ("plain", [])):
+        code, _, err = cli(*UNWRITTEN, "--config-dir=mine", "track=none", f"experiment={name}", f"name={name}")
+        assert code == 0, err
+        assert [line for line in err.splitlines() if "hydra.sweeper" in line] == lines
+
+
+def test_search_over_files_that_say_how_to_sweep_is_refused(mine):
+    folder = mine(experiment__ours=SEARCHES, experiment__plain="# @package _global_\nlora: {r: 4}\n")
+    rule = r"experiment=plain,ours: .*experiment/ours.yaml sets hydra.sweeper \(sampler, params\), which is of a whole"
+    with pytest.raises(ConfigError, match=rule):
+        overrides.prepare([f"--config-dir={folder}", "experiment=plain,ours", "-m"])
+    overrides.prepare([f"--config-dir={folder}", "experiment=ours", "lora=default,dora", "-m"])
+
+
 def test_folder_of_a_project_may_hold_others(mine, tmp_path):
     folder = mine(experiment__ours=RECIPE, lora__wide="r: 48\n")
     (folder / "models").mkdir()  # weights, near the name of a group

@@ -3,6 +3,7 @@ import pytest
 from ftexp import config, overrides
 from ftexp.config import Data, Run
 from ftexp.errors import ConfigError
+from ftexp.sweep import space
 
 
 @pytest.mark.parametrize(
@@ -187,6 +188,32 @@ def test_different_commands_never_share_a_name():
     names = [overrides.slug(g) for g in given]
     assert len(set(names)) == len(names)
     assert all(len(name) <= 64 for name in names)
+
+
+def test_a_default_name_holds_nothing_that_may_change_between_launches():
+    from dataclasses import fields
+
+    from ftexp.sweep import study
+    from ftexp.sweep.options import Options
+
+    free = ("sweep.plan_at_most.memory_gib=8", "sweep.over=skip", "sweep.at_most={cost/seconds: 9}", "sweep.pruner=asha",
+            "sweep.pruner_args.reduction_factor=3", "sweep.timeout_minutes=5", "sweep.tokens_per_second=9",
+            "sweep.usd_per_hour=2", "sweep.n_trials=3", "trainer.checkpoint_minutes=1")  # fmt: skip
+    assert {overrides.slug(["lora.r=8,16", text]) for text in free} == {"lora.r-8-16"}
+    kept = {f"sweep.{key}" for key in overrides.KEPT_KEYS}
+    told = study.Identity.of(space.parse([]), Options(), ["valid/loss"], {}, {}).told
+    assert {key for key in told if key.startswith("sweep.")} == kept - {"sweep.params", "sweep.storage"}
+    assert set(overrides.SWEEP_KEYS) == {f.name for f in fields(Options)} - {"_target_", "_recursive_"}
+
+
+def test_a_sweep_under_the_longer_name_of_before_is_found_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["lora.r=8,16", "sweep.pruner=asha", "-m"]
+    assert overrides.prepare(given)[-1] == "name=lora.r-8-16"
+    (tmp_path / "outputs/sweeps/lora.r-8-16-sweep.pruner-asha").mkdir(parents=True)
+    assert overrides.prepare(given)[-1] == "name=lora.r-8-16-sweep.pruner-asha"
+    (tmp_path / "outputs/sweeps/lora.r-8-16").mkdir()
+    assert overrides.prepare(given)[-1] == "name=lora.r-8-16"
 
 
 @pytest.mark.parametrize(

@@ -147,17 +147,25 @@ def stop(args: argparse.Namespace) -> int:
     if holder is None:
         _told(args, folder, f"{sweep.name} is not running: {screen.line(sweep, record)}")
         return 0
-    record.set_user_attr(worker.STOP, "stopped by `ftexp sweep stop`")
-    record.set_user_attr(worker.LEAVE, True)
+    _ask_to_stop(record)
     say(f"asked process {holder} to stop; waiting for its running trials to keep a checkpoint")
     until = time.monotonic() + STOP_SECONDS
-    while run_by(folder, record) and time.monotonic() < until:
+    while (at := run_by(folder, record)) and time.monotonic() < until:
+        if at == holder and not record.user_attrs.get(worker.LEAVE):  # a launch that has just begun takes orders back
+            _ask_to_stop(record)
         time.sleep(0.2)
     if holder := run_by(folder, record):
         raise MachineError(f"{sweep.name}: process {holder} still runs; it ends after the step or score under way")
-    line = screen.line(sweep, record)
-    _told(args, folder, f"{sweep.name} stopped: {line}; goes on with: ftexp sweep resume {sweep.name}")
+    line, way = screen.line(sweep, record), runs.called(folder, sweep.name)
+    _told(args, folder, f"{sweep.name} stopped: {line}; goes on with: ftexp sweep resume {way}")
     return 0
+
+
+def _ask_to_stop(record: Study) -> None:
+    from ftexp.sweep import worker
+
+    record.set_user_attr(worker.STOP, "stopped by `ftexp sweep stop`")
+    record.set_user_attr(worker.LEAVE, True)
 
 
 def _told(args: argparse.Namespace, folder: Path, line: str) -> None:

@@ -48,6 +48,8 @@ class Frozen:
     """Folder of the launch's `--config-dir`; told in commands that run a trial again, and read by none of them."""
     cwd: str = ""
     """The folder it was launched in, which relative paths of the config begin in."""
+    longest: int = 0
+    """Steps of the longest trial, where the pruner lays out its brackets by them; 0 where the launch did not say."""
 
     def save(self) -> None:
         """Write the sweep's file."""
@@ -57,7 +59,7 @@ class Frozen:
             {"name": self.name, "fixed": list(self.space.fixed), "axes": axes, "options": config.plain(self.options),
              "objectives": self.objectives, "mlflow_run": self.mlflow_run, "track_uri": self.track_uri,
              "rows": self.rows, "rung": self.rung, "code": self.code, "tickets": self.tickets,
-             "config_dir": self.config_dir, "cwd": self.cwd},
+             "config_dir": self.config_dir, "cwd": self.cwd, "longest": self.longest},
         )  # fmt: skip
 
     def run(self, point: dict[str, Any], replicate: int) -> Run:
@@ -112,7 +114,7 @@ def load(folder: Path) -> Frozen:
     assert isinstance(options, Options)
     space = Space(tuple(kept["fixed"]), tuple(axes))
     shared = (kept[key] for key in ("objectives", "mlflow_run", "track_uri", "rows", "rung", "code"))
-    later = {key: kept[key] for key in ("tickets", "config_dir", "cwd") if key in kept}
+    later = {key: kept[key] for key in ("tickets", "config_dir", "cwd", "longest") if key in kept}
     return Frozen(folder, kept["name"], space, options, *shared, **later)
 
 

@@ -44,7 +44,7 @@ class Pruner(Enum):
     asha = "asha"
     """Asynchronous successive halving, arXiv:1810.05934."""
     hyperband = "hyperband"
-    """Several brackets of successive halving, arXiv:1603.06560."""
+    """Several brackets of successive halving, arXiv:1603.06560; as many as the longest planned trial has room for."""
     median = "median"
     """Below the median of the trials that came as far."""
     patient = "patient"
@@ -72,6 +72,18 @@ class Over(Enum):
     """The sweep does not start. A search checks the ends and values of its keys; a draw beyond is skipped."""
     skip = "skip"
     """The trial is left out and recorded with its reason; the others run. A raised limit lets it run."""
+
+
+def idle(options: Options) -> dict[str, str]:
+    """Tell which keys have no effect beside the others, and what leaves them without."""
+    rules = (
+        (("sampler_args", "seed"), options.sampler is Sampler.grid, "sweep.sampler=grid, which draws nothing"),
+        (("pruner_args",), options.pruner is Pruner.none, "sweep.pruner=none"),
+        (("tokens_per_second",), not {"hours", "usd"} & {*options.plan_at_most},
+         "no bound on hours or usd in sweep.plan_at_most"),
+        (("usd_per_hour",), "usd" not in options.plan_at_most, "no bound on usd in sweep.plan_at_most"),
+    )  # fmt: skip
+    return {key: why for keys, holds, why in rules for key in keys if holds}
 
 
 PLANNED = ("memory_gib", "checkpoint_gib", "trainable", "tokens", "tflop", "hours", "usd")
@@ -145,7 +157,7 @@ class Options:
     """Help a sweep that another process is running already, instead of refusing; also from another machine that shares
     the folder."""
     max_failures: int | None = None
-    """Failed trials after which the sweep stops; null never stops."""
+    """Failed trials after which the sweep stops, those of the launches before included; null never stops."""
     max_retries: int = 2
     """Further attempts at a trial whose worker died."""
     timeout_minutes: float | None = None

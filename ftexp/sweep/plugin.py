@@ -31,10 +31,10 @@ from ftexp.config import Method, Run
 from ftexp.errors import ConfigError, FtexpError, MachineError, NoRoom, TrialsFailed
 from ftexp.files import check_folder, read_json, write_json
 from ftexp.progress import say
-from ftexp.runs import keep
+from ftexp.runs import called, keep
 from ftexp.sweep import frozen, limits, race, space
 from ftexp.sweep.frozen import Frozen
-from ftexp.sweep.options import Engine, Options, Pruner, Sampler
+from ftexp.sweep.options import Engine, Options, Pruner, Sampler, idle
 from ftexp.sweep.space import Space
 from ftexp.train import control, spread
 
@@ -65,8 +65,9 @@ class Sweeper(HydraSweeper):
         """
         setup_globals()
         options = self._options()
-        searched = space.parse(*_params(options.params, arguments))
         folder = Path(self.master.hydra.sweep.dir).absolute()
+        searched = as_begun(folder, space.parse(*_params(options.params, arguments)))
+        self._check_typed(options, begun=(folder / frozen.FILE).exists())
         runs = self._checked(searched, options)
         overrides.check_effect(arguments, runs)
         if (instead := type(self).instead) is not None:
@@ -103,6 +104,20 @@ class Sweeper(HydraSweeper):
         except OmegaConfBaseException as error:
             raise ConfigError(f"sweep.{str(error).splitlines()[0]}") from error
         return cast(Options, options)
+
+    def _check_typed(self, options: Options, begun: bool) -> None:
+        """Refuse keys of the command line that have no effect; a file may bring them for another choice.
+
+        A sweep that has begun with one that its identity holds goes on with it.
+
+        Raises:
+            ConfigError: names the key and what leaves it without effect.
+        """
+        why = {key: told for key, told in idle(options).items() if not (begun and key in overrides.KEPT_KEYS)}
+        for text in self.master.hydra.overrides.hydra:
+            key, _, value = text.lstrip("+").removeprefix("hydra.sweeper.").partition("=")
+            if (name := key.partition(".")[0]) in why:
+                raise ConfigError(f"sweep.{key} would change nothing, got {value}: {why[name]}")
 
     def _compose(self, point: list[str]) -> DictConfig:
         cfg = copy.deepcopy(self.context.config_loader.load_sweep_config(cast(DictConfig, self.master), point))
@@ -147,8 +162,9 @@ class Sweeper(HydraSweeper):
         if searching or options.pruner is not Pruner.none:
             from ftexp.sweep import study
 
-            study.sampler(options, 0)  # both refuse keywords they do not know
-            study.pruner(options, 1)
+            if searching:
+                study.try_sampler(searched, options, [metrics.METRICS[n].direction.value for n in runs[0].objectives])
+            study.try_pruner(options, runs[0].trainer.report_steps, longest(runs, options))
         return runs
 
     def _check_options(self, searched: Space, options: Options, runs: list[Run]) -> None:
@@ -174,6 +190,11 @@ class Sweeper(HydraSweeper):
         for run in runs:
             for name in options.at_most:
                 metrics.check_objective(name, experiment.switched_on(run), "sweep.at_most")
+        if options.sampler is Sampler.qmc and options.sampler_args:
+            raise ConfigError(
+                f"sweep.sampler_args must be left out with sweep.sampler=qmc, whose points hang on sweep.seed alone, "
+                f"got {', '.join(options.sampler_args)}"
+            )
         if options.baselines and options.sampler is Sampler.grid:
             raise ConfigError(
                 "sweep.baselines need a sampler that draws, such as sweep.sampler=tpe; a grid has the points it has"
@@ -236,8 +257,8 @@ def launch(
     identity = study.Identity.of(
         searched, options, objectives, _shared(searched, runs), _depending(searched, runs)
     ).known_to(kept)
-    identity.check(_filled(folder, kept), runs[0].name)
-    searched = _as_begun(folder, searched)
+    identity.check(_filled(folder, kept), runs[0].name, called(folder, runs[0].name))
+    searched = as_begun(folder, searched)  # it may have been begun by another process since this one looked
     folder.mkdir(parents=True, exist_ok=True)
     if kept is None:
         shutil.rmtree(folder / "frozen", ignore_errors=True)  # of a launch that ended before its trials began
@@ -251,6 +272,8 @@ def launch(
             "keep the first, or choose another name"
         )
     _same_record(before, options, runs[0].name)
+    if before:
+        take_back(folder)
     params = track.searched(identity.told)
     parent = before.get("mlflow_run") or track.open_parent(runs[0].track, runs[0].name, folder, params)
     rows = _rows(folder, runs, before.get("rows", {}), runs[0].name)
@@ -260,7 +283,7 @@ def launch(
     total = len(tickets(grid, options, searched))
     sweep = Frozen(
         folder, runs[0].name, searched, options, objectives, parent, runs[0].track.uri, rows, rung, code, total, own,
-        str(Path.cwd()),
+        str(Path.cwd()), longest(runs, options),
     )  # fmt: skip
     if kept is None and options.storage is not None and study.counted(worker.open_study(sweep)):
         track.end(runs[0].track, parent, {}, {}, "KILLED")
@@ -275,15 +298,36 @@ def launch(
     carry_out(sweep, runs[0], started)
 
 
-def _as_begun(folder: Path, searched: Space) -> Space:
-    """Search ranges in the numbers they were begun in: an earlier ftexp took `interval(0,1)` of any key for whole ones.
+def longest(runs: list[Run], options: Options) -> int:
+    """Return the steps of the longest trial where the pruner is Hyperband, else 0; of a search among its ends."""
+    if options.pruner is not Pruner.hyperband:
+        return 0
+    steps = [0]
+    for run in {config.digest(r.model, r.data, r.trainer): r for r in runs}.values():
+        if run.trainer.steps is not None:
+            steps.append(run.trainer.steps)
+            continue
+        from ftexp import estimate
+        from ftexp.train import sft
 
-    Optuna's record refuses a key that changes.
+        task = experiment.TASKS[run.trainer.kind](run, data.load(run.data))
+        steps.append(sft.planned_steps(run.trainer, len(estimate.rows(task.train, run).lengths)))
+    return max(steps)
+
+
+def as_begun(folder: Path, searched: Space) -> Space:
+    """Search the keys in the order they were begun in, and ranges in the numbers they were.
+
+    Points are drawn key by key, so in another order they would be others. An earlier ftexp took `interval(0,1)` of any
+    key for whole numbers, and Optuna's record refuses a key that changes. Of another space nothing is changed.
     """
     if not (folder / frozen.FILE).exists():
         return searched
-    begun = {axis.key: axis.whole for axis in frozen.load(folder).space.axes}
-    return replace(searched, axes=tuple(replace(axis, whole=begun.get(axis.key, axis.whole)) for axis in searched.axes))
+    begun = {axis.key: axis for axis in frozen.load(folder).space.axes}
+    if begun.keys() != {axis.key for axis in searched.axes}:
+        return searched
+    axes = sorted(searched.axes, key=lambda axis: list(begun).index(axis.key))
+    return replace(searched, axes=tuple(replace(axis, whole=begun[axis.key].whole) for axis in axes))
 
 
 def _filled(folder: Path, kept: dict[str, str] | None) -> dict[str, str] | None:
@@ -324,6 +368,19 @@ def _same_record(before: dict[str, Any], options: Options, name: str) -> None:
         )
 
 
+def take_back(folder: Path) -> None:
+    """Forget what stopped the launch before, once the sweep is ours and before rows are read.
+
+    An order to stop that comes while this launch gets ready is for this one.
+    """
+    from ftexp.sweep import worker
+
+    record = worker.open_study(frozen.load(folder))
+    for mark in (worker.STOP, worker.LEAVE, worker.FULL):
+        if record.user_attrs.get(mark) is not None:
+            record.set_user_attr(mark, None)
+
+
 def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = None) -> None:
     """Run what is missing of a frozen sweep, and close it.
 
@@ -343,11 +400,9 @@ def carry_out(sweep: Frozen, run: Run, started: Callable[[Path], None] | None = 
     grid = [] if options.sampler is not Sampler.grid else sweep.space.grid() or [{}]
     points = tickets(grid, options, sweep.space)
     with study.locked(sweep.folder / "settle.lock"):
-        record.set_user_attr(worker.STOP, None)
-        record.set_user_attr(worker.LEAVE, None)
-        record.set_user_attr(worker.FULL, None)
         gone = study.settle(record, points, options.max_retries, sweep.folder)
         study.skipped_again(record, limits.mark(options))
+        worker.stop_after_failures(sweep, record)  # those of the launches before count too
     record.set_user_attr(worker.LAUNCH, _holder(sweep.folder))
     if gone:
         say(
@@ -391,6 +446,7 @@ def go_on(sweep: Frozen, workers: int | None) -> None:
         TrialsFailed: trials failed; the others are complete.
         Preempted: it was told to stop before its end.
     """
+    take_back(sweep.folder)
     options = sweep.options if workers is None else replace(sweep.options, workers=workers)
     searching = options.sampler is not Sampler.grid
     points = frozen.corners(sweep.space) if searching else sweep.space.grid()
@@ -399,7 +455,8 @@ def go_on(sweep: Frozen, workers: int | None) -> None:
     if sweep.code != facts.code():
         say("the code of ftexp is not that of the launch; trials from now on run with the new code", always=True)
     total = len(tickets([] if searching else points or [{}], options, sweep.space))
-    sweep = replace(sweep, options=options, code=facts.code(), rows=rows, tickets=total)
+    most = longest(runs, options)
+    sweep = replace(sweep, options=options, code=facts.code(), rows=rows, tickets=total, longest=most)
     sweep.save()
     carry_out(sweep, runs[0])
 
@@ -439,7 +496,7 @@ def help_out(folder: Path, searched: Space, options: Options, runs: list[Run]) -
     kept = read_json(folder / "identity.json")
     shared, depending = _shared(searched, runs), _depending(searched, runs)
     identity = study.Identity.of(searched, options, runs[0].objectives, shared, depending).known_to(kept)
-    identity.check(_filled(folder, kept), runs[0].name)
+    identity.check(_filled(folder, kept), runs[0].name, called(folder, runs[0].name))
     _same_record(read_json(folder / frozen.FILE) or {}, options, runs[0].name)
     sweep = replace(frozen.load(folder), options=options)
     if sweep.code != facts.code():
@@ -468,7 +525,7 @@ def _params(params: dict[str, Any], arguments: list[str]) -> tuple[list[str], di
     """Turn a sweep's file and the command line into overrides, and conditions of keys the command line left alone.
 
     Raises:
-        ConfigError: a conditional entry has other keys than `when` and `is`.
+        ConfigError: a conditional entry has other keys than `when` and `is`; or a list is given for single values.
     """
     given = {text.partition("=")[0].lstrip("+") for text in arguments}
     texts, conditions = [], {}
@@ -479,6 +536,11 @@ def _params(params: dict[str, Any], arguments: list[str]) -> tuple[list[str], di
                 raise ConfigError(f"sweep.params.{key} must be values, or {{when: {{key: values}}, is: values}}")
             conditions |= {} if key in given else {key: when}
             value = value["is"]
+        if isinstance(value, list) and not (config.is_list(key) or key.startswith(overrides.OPEN)):
+            several = ",".join(map(str, value))
+            raise ConfigError(
+                f'sweep.params.{key} must be text with commas for several values, "{several}", got {value}'
+            )
         texts.append(f"{key}={value}")
     return [*texts, *arguments], conditions
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 WHOLE = re.compile(r"interval\(\s*-?\d+\s*,\s*-?\d+\s*\)")
 """A range between whole numbers, as written."""
+CAST = re.compile(r"=.*\bfloat\(")
+"""A cast to `float` in an override."""
 ADAPTER, WITHOUT = ("lora", "lora.variant"), ("lora.variant", "lora.train")
 """What decides whether there is an adapter, and keys of `lora` that have an effect without one."""
 
@@ -272,6 +274,16 @@ def _when(key: str, condition: dict[str, Any], before: list[Axis]) -> tuple[tupl
     return tuple(made)
 
 
+def _whole(key: str, value: Any, text: str) -> bool:
+    """Whether a range is of whole numbers: as it is cast, else as its ends are written where the key takes any.
+
+    Hydra makes floats of both ends, so that only a cast to `int` shows in their types.
+    """
+    if isinstance(value.start, int) and isinstance(value.end, int):
+        return True
+    return not (config.is_real(key) or CAST.search(text)) and WHOLE.search(text) is not None
+
+
 def _axis(key: str, override: Override) -> Axis:
     value: Any = override.value()
     if getattr(value, "shuffle", False):
@@ -286,7 +298,7 @@ def _axis(key: str, override: Override) -> Axis:
         first = {_meant(key, text): text for text in reversed(texts)}  # of equal values the one that was written first
         return Axis(key, tuple(text for text in texts if text in first.values()))
     low, high, log = value.start, value.end, "log" in value.tags
-    whole = config.is_whole(key) or (not config.is_real(key) and WHOLE.search(str(override.input_line)) is not None)
+    whole = config.is_whole(key) or _whole(key, value, str(override.input_line))
     if not low < high:
         told = f"{low:.12g} and {high:.12g}"
         raise ConfigError(f"{override.input_line}: the lower end must be below the upper, got {told}")

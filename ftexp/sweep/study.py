@@ -219,12 +219,15 @@ def sampler(options: Options, seed: int, conditional: bool = False) -> BaseSampl
     return _accept(made[options.sampler], "sweep.sampler_args", {**own, **options.sampler_args}, seed=seed)
 
 
-def pruner(options: Options, rung: int) -> BasePruner:
+def pruner(options: Options, rung: int, longest: int = 0) -> BasePruner:
     """Make Optuna's pruner.
 
     Args:
         options: of the sweep.
         rung: steps between two reports; the first rung of successive halving.
+        longest: steps of the longest trial, by which Hyperband lays out its brackets; 0 for a sweep whose launch did
+            not keep it. Optuna would take the longest one that is complete when a process first asks, so that each
+            process, and each launch, has other brackets.
 
     Raises:
         ConfigError: `pruner_args` holds a keyword the pruner does not know.
@@ -242,7 +245,8 @@ def pruner(options: Options, rung: int) -> BasePruner:
             given = {"min_resource": max(1, rung), "reduction_factor": 2, **args}
             return _accept(known.SuccessiveHalvingPruner, "sweep.pruner_args", given)
         case Pruner.hyperband:
-            return _accept(known.HyperbandPruner, "sweep.pruner_args", {"min_resource": max(1, rung), **args})
+            given = {"min_resource": max(1, rung), "max_resource": longest or "auto", **args}
+            return _accept(known.HyperbandPruner, "sweep.pruner_args", given)
         case Pruner.median:
             return _accept(known.MedianPruner, "sweep.pruner_args", {"n_startup_trials": 3, **args})
         case Pruner.patient:
@@ -259,6 +263,80 @@ def _accept(made: Any, key: str, args: dict[str, Any], **own: Any) -> Any:
             return made(**own, **args)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{key} is refused by {made.__name__}: {error}") from error
+
+
+FAKES, MOST_FAKES = 12, 64
+"""Made-up trials that keywords are tried over: more than samplers draw at random first, or than a keyword says."""
+
+
+def try_sampler(space: Space, options: Options, directions: list[str]) -> None:
+    """Propose a point over made-up trials, in memory: most keywords are looked at only when a sampler is asked.
+
+    Raises:
+        ConfigError: `sampler_args` make Optuna's sampler fail.
+    """
+    import warnings
+
+    from optuna.trial import TrialState
+
+    conditional = any(axis.when for axis in space.axes)
+    made = sampler(options, 0, conditional)
+    if not options.sampler_args:
+        return
+    asked = [options.sampler_args.get(key) for key in ("n_startup_trials", "population_size")]
+    count = max(FAKES, *(min(n + 1, MOST_FAKES) for n in asked if isinstance(n, int)), 0)
+    history, drawn = [], copied(options)
+    drawn.sampler, drawn.sampler_args = Sampler.random, {}
+    with _told("sweep.sampler_args", made, options.sampler_args), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in range(count):
+            trial = propose(space, drawn, directions, [], number)
+            trial.state, trial.values = TrialState.COMPLETE, [float(number % 5)] * len(directions)
+            trial.system_attrs = {"NSGAIISampler:generation": 0}
+            history.append(trial)
+        propose(space, options, directions, history, count)
+
+
+def try_pruner(options: Options, rung: int, longest: int) -> None:
+    """Ask the pruner about made-up trials, in memory.
+
+    Raises:
+        ConfigError: `pruner_args` make Optuna's pruner fail.
+    """
+    import optuna
+    from optuna.trial import TrialState
+
+    made = pruner(options, rung, longest)
+    if not options.pruner_args or options.pruner is Pruner.race:
+        return
+    with _told("sweep.pruner_args", made, options.pruner_args):
+        record = optuna.create_study(study_name="ftexp", pruner=made)
+        for number in range(FAKES):
+            trial = record.ask()
+            for step in range(1, 7):
+                trial.report(float(number), step * max(1, rung))
+                if trial.should_prune():
+                    break
+            record.tell(trial, float(number), state=TrialState.COMPLETE)
+
+
+@contextmanager
+def _told(key: str, made: Any, args: dict[str, Any]) -> Iterator[None]:
+    """Tell in one line, and quietly, what Optuna makes of keywords; it raises whatever comes of them."""
+    import optuna
+
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    except Exception as error:
+        why = next(iter(str(error).splitlines()), "") or type(error).__name__
+        told = ", ".join(f"{name}: {value}" for name, value in args.items())
+        raise ConfigError(
+            f"{key} must be keywords that {type(made).__name__} can work with, got {{{told}}}: {why}"
+        ) from error
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
 def ticket(trial: FrozenTrial) -> int:
@@ -730,6 +808,8 @@ def propose(space: Space, options: Options, directions: Any, history: list[Froze
         )
     conditional = any(axis.when for axis in space.axes)
     made = sampler(options, seed_of(options.seed, number), conditional)
+    if options.sampler is Sampler.gp:
+        history = scored_worst(history, directions)
     if not conditional:
         _tell_space(made, distributions, history)
     mirror = _mirror(directions, made, history)
@@ -739,6 +819,56 @@ def propose(space: Space, options: Options, directions: Any, history: list[Froze
         if space.active(axis, point):
             point[axis.key] = asked._suggest(axis.key, distributions[axis.key])
     return mirror._storage.get_trial(asked._trial_id)
+
+
+def avoided(trial: FrozenTrial) -> FrozenTrial:
+    """Return what a sampler is to know of an attempt that failed by its point: pruned, and behind all that were.
+
+    TPE ranks pruned attempts by their last rung, and those without one last; it reads none that failed.
+    """
+    from optuna.trial import TrialState
+
+    made = copy(trial)
+    made.state, made.intermediate_values = TrialState.PRUNED, {}
+    return made
+
+
+THEIRS = ("diverged", "oom", "timeout", "undefined", "data", "crash")
+"""Kinds of failure that a point has brought about; what was amiss with the machine says nothing of it."""
+
+
+def by_its_point(trial: FrozenTrial) -> bool:
+    """Whether an attempt failed by what its point asks for.
+
+    One whose workers died each time did, as whatever kills them is in the trial; one that met faults of the machine did
+    not.
+    """
+    attrs = trial.user_attrs
+    return trial.state.is_finished() and attrs.get("ftexp:kind") in THEIRS and FAULT not in attrs
+
+
+def scored_worst(history: list[FrozenTrial], directions: Any) -> list[FrozenTrial]:
+    """Return a history with the worst known value, and the largest excess, for what was pruned, skipped or failed.
+
+    A Gaussian process reads complete and running attempts alone: it would propose such a point again and again, and
+    draw at random where nothing else has ended. The other samplers need no score: TPE ranks what was pruned behind what
+    is complete, NSGA-II takes it for no parent, and random and Sobol points look at nothing.
+    """
+    from optuna.trial import TrialState
+
+    done = [t for t in history if t.state is TrialState.COMPLETE]
+    columns = zip(*(t.values for t in done), strict=True) if done else [(0.0,) for _ in directions]
+    values = [(min if d == "maximize" else max)(column) for d, column in zip(directions, columns, strict=True)]
+    bounds = {name: max(t.constraints[name] for t in done) for name in (done[0].constraints if done else ())}
+
+    def scored(trial: FrozenTrial) -> FrozenTrial:
+        if trial.state is not TrialState.PRUNED:
+            return trial
+        made = copy(trial)
+        made.state, made.values = TrialState.COMPLETE, values
+        return constrained(made, bounds)
+
+    return [scored(trial) for trial in history]
 
 
 def _mirror(directions: Any, made: BaseSampler, history: list[FrozenTrial]) -> Study:
@@ -866,8 +996,13 @@ class Identity:
         later = () if kept is None else tuple(p for p in (DEPENDING, ARGS) if not any(k.startswith(p) for k in kept))
         return Identity({k: v for k, v in self.told.items() if not k.startswith(later)})
 
-    def check(self, kept: dict[str, str] | None, name: str) -> None:
+    def check(self, kept: dict[str, str] | None, name: str, called: str | None = None) -> None:
         """Refuse a launch under the name of another sweep.
+
+        Args:
+            kept: identity of the sweep that has the name.
+            name: of both.
+            called: what leads to that sweep; None for the name.
 
         Raises:
             ConfigError: names what changed.
@@ -879,5 +1014,5 @@ class Identity:
         changed = [f"{k}: {kept.get(k, 'absent')} -> {self.told.get(k, 'absent')}" for k in other]
         raise ConfigError(
             f"name={name} is a sweep begun with another search space: {'; '.join(changed[:8])}; choose another name, "
-            f"or go on as it was begun: python -m ftexp.sweep resume {name}"
+            f"or go on as it was begun: python -m ftexp.sweep resume {called or name}"
         )

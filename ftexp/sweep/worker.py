@@ -98,7 +98,7 @@ LOST = Outcome("failed", "crash", "another process of the trial is gone")
 def work(sweep: Frozen, record: Study) -> None:
     """Take and run tickets until none waits, or the sweep is told to stop."""
     first = True
-    while not record.user_attrs.get(STOP):
+    while not stop_after_failures(sweep, record):
         trials = _claimed(record, packs.size(sweep, record, first))
         first = False
         if not trials and not share.awaited(sweep, record, look_seconds(sweep.options.workers)):
@@ -107,7 +107,6 @@ def work(sweep: Frozen, record: Study) -> None:
             run_ticket(sweep, record, trials[0])
         elif trials:
             run_pack(sweep, record, trials)
-        stop_after_failures(sweep, record)
         if compute.is_lost():  # every further trial would fail here at once
             raise MachineError("the GPU cannot be used by this process any more")
     ranks.agreed(None)
@@ -324,13 +323,14 @@ def history(sweep: Frozen, record: Study) -> list[FrozenTrial]:
     """List one attempt for each point that has been chosen: replicates as their mean, pending while one is.
 
     Each has the bounds of now as its constraints, and replicates those of the one that passes most, as in the report.
-    A point that a sampler must avoid with one seed, as one that diverges, is to be avoided: it ranks nowhere.
+    A point that a sampler must avoid with one seed, as one that diverges, is to be avoided: it ranks nowhere. What the
+    sampler keeps with it, as NSGA-II the generation, is with the replicate that asked for the point.
     """
     from optuna.trial import TrialState, create_trial
 
     bounds, where = sweep.options.at_most, sweep.folder
     known = [study.bounded(t, bounds, where) if t.state is TrialState.COMPLETE else t for t in study.counted(record)]
-    known = [t for t in known if t.params]
+    known = [study.avoided(t) if study.by_its_point(t) else t for t in known if t.params]
     if sweep.options.replicates == 1:
         return [t for t in known if t.state is not TrialState.FAIL]
     points: dict[int, list[FrozenTrial]] = {}
@@ -347,8 +347,11 @@ def history(sweep: Frozen, record: Study) -> list[FrozenTrial]:
             continue
         columns = zip(*(t.values for t in done), strict=True) if state is TrialState.COMPLETE else []
         values = [metrics.mean(n, column) for n, column in zip(sweep.objectives, columns, strict=False)] or None
+        drawn = {
+            k: v for t in reversed(members) for k, v in t.system_attrs.items() if not k.startswith(study.OF_ATTEMPT)
+        }
         made = create_trial(state=state, values=values, params=first.params, distributions=first.distributions,
-                            system_attrs=first.system_attrs,
+                            system_attrs=drawn,
                             intermediate_values=(avoided or first).intermediate_values)  # fmt: skip
         passed = [t.constraints for t in done] if state is TrialState.COMPLETE else []
         told.append(study.constrained(made, {name: max(o[name] for o in passed) for name in (passed or [{}])[0]}))
@@ -655,14 +658,17 @@ def _abandon(trial: Trial) -> None:
     control.LEAVE.set()
 
 
-def stop_after_failures(sweep: Frozen, record: Study) -> None:
-    """Stop the sweep where `max_failures` trials have failed."""
+def stop_after_failures(sweep: Frozen, record: Study) -> bool:
+    """Stop the sweep where `max_failures` trials have failed; tell whether it is stopped, by that or before."""
     limit = sweep.options.max_failures
-    if limit is None or record.user_attrs.get(STOP):  # the supervisor asks several times a second
-        return
+    if record.user_attrs.get(STOP):
+        return True
+    if limit is None:  # the supervisor asks several times a second
+        return False
     failed = [t for t in study.counted(record) if t.user_attrs.get("ftexp:kind")]
     if len(failed) >= limit:
         record.set_user_attr(STOP, f"{len(failed)} trials failed, sweep.max_failures={limit}")
+    return len(failed) >= limit
 
 
 def open_study(sweep: Frozen) -> Study:
@@ -676,7 +682,7 @@ def open_study(sweep: Frozen) -> Study:
         load_if_exists=True,
         directions=directions,
         sampler=optuna.samplers.RandomSampler(seed=0),  # proposals are made in `study.propose`
-        pruner=study.pruner(sweep.options, sweep.rung),
+        pruner=study.pruner(sweep.options, sweep.rung, sweep.longest),
     )
 
 

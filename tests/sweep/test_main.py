@@ -13,6 +13,7 @@ import time
 import pytest
 from conftest import UNWRITTEN
 
+from ftexp import runs
 from ftexp.files import read_json
 from ftexp.sweep import __main__ as verbs
 
@@ -76,6 +77,23 @@ def test_a_sweep_in_a_folder_of_its_own_is_listed_and_found_by_name(cli, verb, t
     shutil.rmtree(tmp_path / "away")
     assert [row["name"] for row in json.loads(verb("ls", "--json")[1])] == ["s"]
     assert verb("show", "t")[0] == 4
+
+
+def test_a_sweep_whose_name_leads_nowhere_is_told_by_its_folder(cli, verb, tmp_path, monkeypatch):
+    away = f"hydra.sweep.dir={tmp_path}/away/my sweep"
+    assert cli("lora.r=2", *SWEEP, away, "-m")[0] == 0
+    folder = tmp_path / "away/my sweep"
+    assert runs.called(folder, "s") == "s"
+    assert "resume s\n" in cli("lora.r=4", *SWEEP, away, "-m")[2]
+    assert cli("lora.r=2", *SWEEP, "-m")[0] == 0  # another of the name: it leads to both
+    assert "resume 'away/my sweep'\n" in cli("lora.r=4", *SWEEP, away, "-m")[2]
+    holders = iter(["1 on here", None, None, None])
+    monkeypatch.setattr(verbs, "run_by", lambda *_: next(holders))
+    assert verb("stop", str(folder))[1].endswith("goes on with: ftexp sweep resume 'away/my sweep'\n")
+    runs.LIST.unlink()
+    assert runs.called(folder, "s") == "'away/my sweep'"
+    shutil.rmtree(tmp_path / "outputs")
+    assert runs.called(folder, "s") == "'away/my sweep'"
 
 
 def test_a_sweep_whose_database_is_down_does_not_hide_the_others(cli, verb, tmp_path):
@@ -166,6 +184,50 @@ def test_helper_that_outlives_the_launch_is_told_and_stopped(cli, verb, tmp_path
     monkeypatch.setattr(study, "started", lambda pid: None)
     assert json.loads(verb("ls", "--json")[1])[0]["run_by"] is None
     assert verb("stop", "s")[1].startswith("s is not running: 1 complete, 1 running")
+
+
+@pytest.mark.parametrize("again", ["the same command", "resume"])
+def test_order_to_stop_reaches_a_launch_that_still_gets_ready(cli, verb, tmp_path, monkeypatch, again):
+    """It was taken back with what had stopped the launch before, and 300 trials ran on."""
+    from ftexp.sweep import plugin, study, worker
+
+    assert cli("lora.r=2,4", *SWEEP, "-m")[0] == 0
+    folder = tmp_path / "outputs" / "sweeps" / "s"
+    shutil.rmtree(folder / "1")
+    _, record = verbs.opened(folder)
+    for mark in (worker.STOP, worker.LEAVE):
+        record.set_user_attr(mark, "of the launch before")
+    honest, seen = plugin._rows, []
+
+    def rows(*given):
+        seen.append(record.user_attrs.get(worker.LEAVE))
+        verbs._ask_to_stop(record)
+        return honest(*given)
+
+    monkeypatch.setattr(plugin, "_rows", rows)
+    code, _, err = verb("resume", "s") if again == "resume" else cli("lora.r=2,4", *SWEEP, "-m")
+    assert (code, seen) == (75, [None]) and "sweep s was stopped: " in err
+    assert [t.state.name for t in study.counted(record)] == ["COMPLETE", "WAITING"]
+    monkeypatch.setattr(plugin, "_rows", honest)
+    assert cli("lora.r=2,4", *SWEEP, "-m")[0] == 0
+
+
+def test_order_to_stop_that_a_launch_took_back_is_given_again(cli, verb, tmp_path, monkeypatch):
+    """Between the lock of a launch and its look at the record; one to a later launch is not for that."""
+    from ftexp.sweep import worker
+
+    assert cli("lora.r=2", *SWEEP, "-m")[0] == 0
+    _, record = verbs.opened(tmp_path / "outputs" / "sweeps" / "s")
+    holders, seen = iter(["1 on here", "1 on here", "1 on here", "2 on here", None, None, None]), []
+
+    def taken_back(seconds):
+        seen.append(record.user_attrs.get(worker.LEAVE))
+        record.set_user_attr(worker.LEAVE, None)
+
+    monkeypatch.setattr(verbs, "run_by", lambda *_: next(holders))
+    monkeypatch.setattr(verbs.time, "sleep", taken_back)
+    assert verb("stop", "s")[0] == 0
+    assert seen == [True, True, None]
 
 
 @pytest.mark.slow

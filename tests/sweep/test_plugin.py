@@ -9,12 +9,14 @@ import pytest
 import yaml
 from conftest import TINY, UNWRITTEN
 from hydra.core.plugins import Plugins
+from omegaconf import OmegaConf
 
-from ftexp import config, experiment, runs, track
+from ftexp import config, data, experiment, runs, track
 from ftexp.config import Track
 from ftexp.errors import ConfigError
 from ftexp.files import read_json, write_json
-from ftexp.sweep import frozen, plugin
+from ftexp.sweep import frozen, plugin, space, study, worker
+from ftexp.sweep.options import Options, Pruner, Sampler
 
 SWEEP = [*TINY, "track=none", "name=s"]
 UNWRITTEN_SWEEP = [*UNWRITTEN, "track=none", "name=s"]
@@ -22,6 +24,23 @@ UNWRITTEN_SWEEP = [*UNWRITTEN, "track=none", "name=s"]
 
 def adapters(folder):
     return {p.parts[-3]: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*/adapter/*.safetensors")}
+
+
+def record_of(folder):
+    """List what became of the tickets of a sweep."""
+    return study.counted(worker.open_study(frozen.load(folder)))
+
+
+def _only(count, honest):
+    """Claim so many times; the launch is interrupted where it asks for one more."""
+    left = iter(range(count))
+
+    def claimed(*given):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return honest(*given)
+
+    return claimed
 
 
 def test_hydra_finds_the_sweeper_under_the_name_it_wants():
@@ -94,6 +113,34 @@ def test_crash_in_a_trial_is_recorded_and_the_others_go_on(cli, tmp_path, monkey
     assert "1 of 2 trials failed: 0" in err
     assert read_json(tmp_path / "outputs/sweeps/s/0/trial.json")["error"] == "RuntimeError: a bug"
     assert read_json(tmp_path / "outputs/sweeps/s/1/trial.json")["state"] == "complete"
+
+
+def test_brackets_of_hyperband_are_frozen_and_killed_sweeps_end_as_undisturbed_ones(cli, tmp_path):
+    """Those of a second process were laid out by what was complete then: other trials were stopped."""
+    command = [*UNWRITTEN, "track=none", "trainer.report_steps=1", "sweep.pruner=hyperband", "trainer.lr=1e-2,1e-4",
+               "trainer.steps=3,12", "-m"]  # fmt: skip
+    cli(*command, "name=calm")
+    calm, folder = tmp_path / "outputs/sweeps/calm", tmp_path / "outputs/sweeps/killed"
+    assert read_json(calm / frozen.FILE)["longest"] == 12
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "_claimed", _only(1, worker._claimed))
+        cli(*command, "name=killed")
+    assert [t.state.name for t in record_of(folder)] == ["COMPLETE", "WAITING", "WAITING", "WAITING"]
+    cli(*command, "name=killed")
+    assert [t.state for t in record_of(folder)] == [t.state for t in record_of(calm)]
+    assert {t.state.name for t in record_of(calm)} == {"COMPLETE", "PRUNED"}
+
+
+def test_longest_trial_is_counted_in_steps(composed):
+    options = Options(pruner=Pruner.hyperband)
+    runs = [
+        composed("model=tiny", "data.rows=64", "trainer.batch=8", "trainer.steps=null", f"trainer.epochs={n}")
+        for n in (2, 3)
+    ]
+    rows = len(data.load(runs[0].data).train)
+    assert plugin.longest(runs, options) == 3 * math.ceil(rows / 8)
+    assert plugin.longest([composed("model=tiny", "trainer.steps=7")], options) == 7
+    assert plugin.longest(runs, Options()) == 0
 
 
 def test_same_command_runs_only_what_is_missing(cli, tmp_path):
@@ -170,6 +217,36 @@ def test_search_has_exactly_its_trials_and_more_only_when_asked(cli, tmp_path):
         (
             ["sweep.sampler=tpe", "sweep.n_trials=2", "sweep.sampler_args.nope=1"],
             "sweep.sampler_args is refused by TPESampler",
+        ),
+        (
+            ["sweep.sampler=tpe", "sweep.n_trials=2", "sweep.sampler_args.n_ei_candidates=0"],
+            "sweep.sampler_args must be keywords that TPESampler can work with, got {n_ei_candidates: 0}: ",
+        ),
+        (
+            ["sweep.pruner=hyperband", "sweep.pruner_args.reduction_factor=1"],
+            "sweep.pruner_args must be keywords that HyperbandPruner can work with, got {reduction_factor: 1}: ",
+        ),
+        (
+            ["sweep.sampler=qmc", "sweep.n_trials=2", "sweep.sampler_args.scramble=true"],
+            "sweep.sampler_args must be left out with sweep.sampler=qmc, whose points hang on sweep.seed alone, got scr",
+        ),
+        (
+            ["sweep.sampler_args.n_startup_trials=3"],
+            "sweep.sampler_args.n_startup_trials would change nothing, got 3: sweep.sampler=grid, which draws nothing",
+        ),
+        (["sweep.seed=3"], "sweep.seed would change nothing, got 3: sweep.sampler=grid, which draws nothing"),
+        (["hydra.sweeper.seed=3"], "sweep.seed would change nothing, got 3: sweep.sampler=grid, which draws nothing"),
+        (
+            ["sweep.pruner_args.n_startup_trials=3"],
+            "sweep.pruner_args.n_startup_trials would change nothing, got 3: sweep.pruner=none",
+        ),
+        (
+            ["sweep.tokens_per_second=9", "sweep.plan_at_most.tflop=1"],
+            "sweep.tokens_per_second would change nothing, got 9: no bound on hours or usd in sweep.plan_at_most",
+        ),
+        (
+            ["sweep.tokens_per_second=9", "sweep.usd_per_hour=9", "sweep.plan_at_most.hours=1"],
+            "sweep.usd_per_hour would change nothing, got 9: no bound on usd in sweep.plan_at_most",
         ),
         (["sweep.storage=sqlite:///x.db", "sweep.workers=2"], "SQLite hands one trial to two workers"),
         (["sweep.at_most={cost/secnds: 9}"], "sweep.at_most must be among"),
@@ -282,6 +359,33 @@ def test_half_a_condition_is_refused(cli, sweeps_file, entry):
     code, _, err = cli("sweep=branches", *SWEEP)
     assert code == 2
     assert "sweep.params.lora.r must be values, or {when: {key: values}, is: values}" in err
+
+
+@pytest.mark.parametrize("entry", ["[2, 4]", "{when: {lora: dora}, is: [2, 4]}"])
+def test_list_of_single_values_is_refused_with_what_is_wanted(cli, sweeps_file, entry):
+    sweeps_file("branches", CONDITIONAL.replace('{when: {lora: dora}, is: "2,4"}', entry))
+    code, _, err = cli("sweep=branches", *SWEEP)
+    assert code == 2
+    assert err == 'ftexp: sweep.params.lora.r must be text with commas for several values, "2,4", got [2, 4]\n'
+
+
+def test_list_of_a_key_that_takes_one_stays_a_value():
+    texts, _ = plugin._params({"lora.targets": ["q_proj"], "trainer.extra.betas": [0.9, 0.99]}, [])
+    assert texts == ["lora.targets=['q_proj']", "trainer.extra.betas=[0.9, 0.99]"]
+
+
+def test_same_command_after_max_failures_trains_nothing(cli, tmp_path, monkeypatch):
+    def crash(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(experiment, "_execute", crash)
+    given = [*UNWRITTEN, "lora.r=2,4,8", "track=none", "name=s", "-m"]
+    for _ in range(2):
+        code, _, err = cli(*given, "sweep.max_failures=1")
+        assert code == 5 and "stopped: 1 trials failed, sweep.max_failures=1" in err
+        assert [t.state.name for t in record_of(tmp_path / "outputs/sweeps/s")] == ["FAIL", "WAITING", "WAITING"]
+    assert cli(*given, "sweep.max_failures=2")[0] == 5
+    assert [t.state.name for t in record_of(tmp_path / "outputs/sweeps/s")] == ["FAIL", "FAIL", "WAITING"]
 
 
 @pytest.mark.slow
@@ -885,8 +989,6 @@ def test_range_goes_on_in_the_numbers_it_was_begun_in(cli, tmp_path):
         "track=none",
         "eval=loss",
     ]
-    from ftexp.sweep import space
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(space.config, "is_real", lambda key: False)
         assert cli(*given, "sweep.n_trials=1", "name=up", "-m")[0] == 0
@@ -896,6 +998,35 @@ def test_range_goes_on_in_the_numbers_it_was_begun_in(cli, tmp_path):
         read_json(tmp_path / f"outputs/sweeps/up/{n}/trial.json")["config"]["trainer.weight_decay"] for n in range(3)
     ]
     assert {float(v) for v in told} <= {0.0, 1.0}
+
+
+def test_search_goes_on_in_the_order_of_keys_it_was_begun_in(cli, tmp_path):
+    """A sampler draws key by key: the same search with its keys in another order went on with other points."""
+    search = [*UNWRITTEN, "track=none", "sweep.sampler=random", "-m"]
+    keys = ["trainer.lr=interval(1e-3,1e-2)", "lora.r=2,4", "lora.dropout=interval(0.0,0.5)"]
+    for name, again in (("same", keys), ("turned", keys[::-1])):
+        assert cli(*search, *keys, "sweep.n_trials=1", f"name={name}")[0] == 0
+        assert cli(*search, *again, "sweep.n_trials=3", f"name={name}")[0] == 0
+    same, turned = ([t.params for t in record_of(tmp_path / "outputs/sweeps" / name)] for name in ("same", "turned"))
+    assert same == turned
+
+
+def test_grid_that_was_begun_with_a_seed_goes_on_with_it(tmp_path):
+    made = plugin.Sweeper()
+    made.master = OmegaConf.create({"hydra": {"overrides": {"hydra": ["hydra.sweeper.seed=3"]}}})
+    made._check_typed(Options(seed=3), begun=True)
+    with pytest.raises(ConfigError, match=r"^sweep\.seed would change nothing"):
+        made._check_typed(Options(seed=3), begun=False)
+    made._check_typed(Options(seed=3, sampler=Sampler.tpe, n_trials=2), begun=False)
+
+
+def test_another_space_is_left_as_it_is(tmp_path):
+    begun = space.parse(["lora.r=2,4", "trainer.lr=interval(0.1,0.2)"])
+    frozen.Frozen(tmp_path, "s", begun, Options(), ["valid/loss"], None, "", {}).save()
+    turned = space.parse(["trainer.lr=interval(0.1,0.2)", "lora.r=2,4"])
+    assert plugin.as_begun(tmp_path, turned) == begun
+    for other in (space.parse(["seed=1,2", "lora.r=2,4"]), space.parse([])):
+        assert plugin.as_begun(tmp_path, other) is other
 
 
 def test_helper_stops_nothing(cli, tmp_path, monkeypatch):

@@ -167,6 +167,25 @@ def test_range_between_whole_numbers_of_a_key_that_takes_any_number():
     assert (decay.whole, rank.whole, extra.whole) == (False, True, True)
 
 
+@pytest.mark.parametrize(
+    ("given", "ends", "whole"),
+    [
+        ("+trainer.extra.x=float(interval(0,1))", (0, 1), False),
+        ("+trainer.extra.x=tag(log,float(interval(1,10)))", (1, 10), False),
+        ("+trainer.extra.x=int(interval(0.0,10.0))", (0, 10), True),
+        ("+trainer.extra.x=int(float(interval(0,10)))", (0, 10), True),
+        ("+trainer.extra.x=float(int(interval(0,10)))", (0, 10), False),
+        ("+trainer.extra.float=interval(0,10)", (0, 10), True),
+        ("+trainer.extra.x=interval(0,1.5)", (0, 1.5), False),
+        ("trainer.epochs=int(interval(1.0,4.0))", (1, 4), True),
+        ("lora.r=float(interval(2,8))", (2, 8), True),
+    ],
+)
+def test_cast_of_a_range_decides_about_its_numbers(given, ends, whole):
+    (axis,) = space.parse([given]).axes
+    assert ((axis.low, axis.high), axis.whole) == (ends, whole)
+
+
 def points(*given, conditions=None):
     return [tuple(point.values()) for point in space.parse(list(given), conditions).grid()]
 

@@ -325,7 +325,7 @@ def searched(tmp_path, options, total, stop_at=None, name="a"):
     return [t.params for t in study.counted(record)]
 
 
-@pytest.mark.parametrize("sampler", [Sampler.tpe, Sampler.random, Sampler.qmc, Sampler.nsga2])
+@pytest.mark.parametrize("sampler", [Sampler.tpe, Sampler.gp, Sampler.random, Sampler.qmc, Sampler.nsga2])
 def test_killed_search_proposes_what_an_undisturbed_one_does(tmp_path, sampler):
     args = {"population_size": 6} if sampler is Sampler.nsga2 else {}
     options = Options(sampler=sampler, n_trials=18, sampler_args=args)
@@ -363,6 +363,76 @@ def test_search_learns_from_results(tmp_path):
     points = searched(tmp_path, Options(sampler=Sampler.tpe, n_trials=40), 40)
     first, last = ([objective(p) for p in part] for part in (points[:10], points[-10:]))
     assert sum(last) / 10 < sum(first) / 10 - 0.3
+
+
+BAD = {
+    "pruned": (TrialState.PRUNED, {}),
+    "diverged": (TrialState.PRUNED, {"ftexp:kind": "diverged"}),
+    "timeout": (TrialState.FAIL, {"ftexp:kind": "timeout"}),
+    "crash": (TrialState.FAIL, {"ftexp:kind": "crash"}),
+}
+
+
+def _bad_ones(tmp_path, sampler, end, total=24):
+    """Search a rate of which all above 0.01 end badly, though just below is best; return whether each point did."""
+    from ftexp.sweep import frozen, worker
+
+    axis = space.parse(["lr=tag(log,interval(1e-5,1))"])
+    made = frozen.Frozen(tmp_path, "s", axis, Options(sampler=sampler, n_trials=total), ["valid/loss"], None, "", {})
+    record = worker.open_study(made)
+    study.settle(record, [None] * total, 2)
+    while (trial := study.claim(record)) is not None:
+        rate = worker.choose(made, record, trial, study.ticket(trial._cached_frozen_trial))["lr"]
+        state, attrs = BAD[end] if rate > 1e-2 else (TrialState.COMPLETE, {})
+        for name, value in attrs.items():
+            trial.set_user_attr(name, value)
+        record.tell(trial, None if rate > 1e-2 else -math.log(rate), state=state)
+    return [t.params["lr"] > 1e-2 for t in study.counted(record)]
+
+
+@pytest.mark.parametrize("end", BAD)
+@pytest.mark.parametrize("sampler", [Sampler.gp, Sampler.tpe])
+def test_search_leaves_a_region_that_ends_badly(tmp_path, sampler, end):
+    """A Gaussian process reads complete trials alone, and no sampler those that failed: both asked there for good."""
+    bad = _bad_ones(tmp_path, sampler, end)
+    assert sum(bad[10:]) <= 7  # of 14 that are no random ones; all of them where the sampler is not told
+
+
+def test_what_failed_by_the_machine_says_nothing_of_its_point(tmp_path):
+    from ftexp.sweep import frozen, worker
+
+    made = frozen.Frozen(tmp_path, "s", SPACE, Options(sampler=Sampler.tpe, n_trials=3), ["valid/loss"], None, "", {})
+    record = worker.open_study(made)
+    study.settle(record, [None] * 3, 2)
+    for attrs in (
+        {"ftexp:kind": study.MACHINE},
+        {"ftexp:kind": "crash", study.FAULT: "no GPU"},
+        {"ftexp:kind": "data"},
+    ):
+        trial = study.claim(record)
+        worker.choose(made, record, trial, study.ticket(trial._cached_frozen_trial))
+        trial.report(1.0, 5)
+        for name, value in attrs.items():
+            trial.set_user_attr(name, value)
+        record.tell(trial, state=TrialState.FAIL)
+    told = [(study.ticket(t), t.state, t.intermediate_values) for t in worker.history(made, record)]
+    assert told == [(2, TrialState.PRUNED, {})]
+
+
+def test_gaussian_process_has_the_worst_value_for_what_has_none():
+    def made(state, values=None, over=None):
+        trial = optuna.trial.create_trial(state=state, values=values, params={}, distributions={})
+        return trial if over is None else study.constrained(trial, {"size": over})
+
+    history = [
+        made(TrialState.COMPLETE, [1.0, 0.2], -1.0), made(TrialState.COMPLETE, [3.0, 0.9], 2.0),
+        made(TrialState.PRUNED), made(TrialState.RUNNING),
+    ]  # fmt: skip
+    told = study.scored_worst(history, ["minimize", "maximize"])
+    assert [t.state.name for t in told] == ["COMPLETE", "COMPLETE", "COMPLETE", "RUNNING"]
+    assert (told[2].values, told[2].constraints) == ([3.0, 0.2], {"size": 2.0})
+    assert history[2].state is TrialState.PRUNED
+    assert study.scored_worst([made(TrialState.PRUNED)], ["minimize"])[0].values == [0.0]
 
 
 @pytest.mark.parametrize(("trials", "size"), [(24, 8), (99, 8), (100, 50)])
@@ -440,6 +510,24 @@ def test_every_pruner_is_made(kind):
     assert study.pruner(Options(pruner=kind), 10) is not None
 
 
+def test_brackets_of_hyperband_are_those_of_the_launch_whatever_has_ended():
+    """Optuna lays them out by the longest trial that is complete when a process first asks."""
+
+    def laid_out(longest, *ended):
+        made = optuna.create_study(pruner=study.pruner(Options(pruner=Pruner.hyperband), 1, longest))
+        for steps in ended:
+            trial = made.ask()
+            trial.report(1.0, steps - 1)
+            made.tell(trial, 1.0)
+        trial = made.ask()
+        trial.report(1.0, 1)
+        trial.should_prune()
+        return len(made.pruner._pruners)
+
+    assert laid_out(12) == laid_out(12, 3) == laid_out(12, 3, 12) == 3
+    assert [laid_out(0), laid_out(0, 3), laid_out(0, 3, 12)] == [0, 2, 3]  # a launch that did not keep it
+
+
 @pytest.mark.parametrize(
     ("made", "message"),
     [
@@ -456,6 +544,61 @@ def test_every_pruner_is_made(kind):
 def test_unknown_keyword_is_refused(made, message):
     with pytest.raises(ConfigError, match=message):
         made()
+
+
+CONDITIONAL = space.parse(["lora=none,default", "lora.r=2,4", "lr=tag(log,interval(1e-4,1e-2))"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "searched", "message"),
+    [
+        ("tpe", {"multivariate": False}, CONDITIONAL, "sweep.sampler_args is refused by TPESampler"),
+        ("tpe", {"n_ei_candidates": 0}, SPACE, "TPESampler can work with, got {n_ei_candidates: 0}: "),
+        ("tpe", {"n_startup_trials": "a"}, SPACE, "got {n_startup_trials: a}: .*not supported between"),
+        ("tpe", {"n_startup_trials": 30, "n_ei_candidates": 0}, SPACE, "n_ei_candidates: 0}: "),
+        ("gp", {"n_startup_trials": "a"}, SPACE, "got {n_startup_trials: a}: "),
+        ("nsga2", {"mutation_prob": "x"}, SPACE, "sweep.sampler_args is refused by NSGAIISampler"),
+    ],
+)
+def test_keywords_that_break_the_sampler_when_it_is_asked_are_refused(kind, args, searched, message):
+    options = Options(sampler=Sampler[kind], sampler_args=args, n_trials=20)
+    with pytest.raises(ConfigError, match=message):
+        study.try_sampler(searched, options, ["minimize"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "args"),
+    [
+        ("tpe", {"n_startup_trials": 2}), ("tpe", {"n_startup_trials": 10**6}), ("tpe", {"multivariate": False}),
+        ("gp", {"n_startup_trials": 2}), ("nsga2", {"population_size": 4}), ("nsga2", {"population_size": 500}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("directions", [["minimize"], ["minimize", "maximize"]])
+def test_keywords_that_work_pass(kind, args, directions):
+    study.try_sampler(SPACE, Options(sampler=Sampler[kind], sampler_args=args, n_trials=20), directions)
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "told"),
+    [
+        ("hyperband", {"reduction_factor": 1}, "got {reduction_factor: 1}"),
+        ("hyperband", {"min_resource": 0}, "got {min_resource: 0}"),
+        ("median", {"n_startup_trials": "x"}, "is refused by MedianPruner"),
+        ("asha", {"reduction_factor": 1}, "is refused by SuccessiveHalvingPruner"),
+    ],
+)
+def test_keywords_that_break_the_pruner_when_it_is_asked_are_refused(kind, args, told):
+    with pytest.raises(ConfigError, match=f"sweep.pruner_args .*{told}"):
+        study.try_pruner(Options(pruner=Pruner[kind], pruner_args=args), 2, 12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "args"),
+    [("hyperband", {"bootstrap_count": 1}), ("hyperband", {"reduction_factor": 4}), ("median", {"n_warmup_steps": 5}),
+     ("patient", {"n_min_trials": 2}), ("asha", {"min_early_stopping_rate": 1})],
+)  # fmt: skip
+def test_keywords_of_pruners_that_work_pass(kind, args):
+    study.try_pruner(Options(pruner=Pruner[kind], pruner_args=args), 2, 12)
 
 
 def test_storage_that_cannot_be_opened_is_named(tmp_path):

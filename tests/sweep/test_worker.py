@@ -316,6 +316,21 @@ def test_replicates_share_the_point_of_an_attempt_that_waits_again(sweep, lost):
     assert worker.choose(made, record, second, 1) == point
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_generation_is_known_whichever_replicate_asked_for_the_point(sweep, turned):
+    """Two workers claim two replicates, and the second may be the one that proposes; the point was no parent then."""
+    given = {"n_trials": 6, "replicates": 2, "sampler_args": {"population_size": 2}}
+    made, record = sweep("a=interval(0.0,1.0)", sampler=Sampler.nsga2, **given)
+    for _ in range(6):
+        both = [study.claim(record), study.claim(record)]
+        for trial in both[::-1] if turned else both:
+            worker.choose(made, record, trial, study.ticket(trial._cached_frozen_trial))
+        for trial in both:
+            record.tell(trial, [1.0])
+    told = [t.system_attrs.get("NSGAIISampler:generation") for t in worker.history(made, record)]
+    assert told == [0, 0, 1, 1, 2, 2]
+
+
 def test_worker_that_was_taken_for_dead_ends_in_one_line(sweep, monkeypatch, capfd):
     made, record = sweep("a=1")
     trial = study.claim(record)
@@ -330,6 +345,19 @@ def test_max_failures_stops_and_keeps_the_rest_waiting(sweep, monkeypatch):
     worker.work(made, record)
     assert [t.state.name for t in study.counted(record)] == ["COMPLETE", "FAIL", "PRUNED", "WAITING", "WAITING"]
     assert record.user_attrs[worker.STOP] == "2 trials failed, sweep.max_failures=2"
+
+
+def test_max_failures_that_were_reached_let_nobody_claim(sweep, monkeypatch):
+    """A launch takes back what stopped the one before; each further one trained a trial beyond the limit."""
+    made, record = sweep("a=1,2,3,4,5", max_failures=1)
+    trials(monkeypatch, [KeyError("a"), {"valid/loss": 1.0}])
+    for _ in range(2):
+        worker.work(made, record)
+        assert [t.state.name for t in study.counted(record)] == ["FAIL"] + ["WAITING"] * 4
+        record.set_user_attr(worker.STOP, None)
+    trials(monkeypatch, [{"valid/loss": 1.0}] * 4)
+    worker.work(replace(made, options=replace(made.options, max_failures=2)), record)
+    assert [t.state.name for t in study.counted(record)] == ["FAIL"] + ["COMPLETE"] * 4
 
 
 def test_interrupted_ticket_goes_back_with_its_point_and_no_retry_counted(sweep, monkeypatch):
