@@ -16,6 +16,7 @@ from ftexp.model import (
     _hooks,
     _quantization,
     _strip,
+    answer_alone,
     attending,
     checksums,
     compute,
@@ -203,6 +204,7 @@ def read(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **file)
     model.requires_grad_(False).eval()
     keep_gradients(model)
+    answer_alone(model)
     return Base(model, tokenizer, chosen, "", "", made_from)
 
 

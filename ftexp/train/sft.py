@@ -384,7 +384,7 @@ def _trainer(
 
     dataset = spread.blank(dataset, pad) if several > 1 else dataset
     apart = "seq_lengths" in dataset.column_names and not settings.padding_free
-    with _bare_head(tuned), as_they_are(tuned):
+    with _bare_head(tuned), as_they_are(tuned), routed_as_before(base.model):
         trainer = SupervisedRows(
             tuned, settings, train_dataset=dataset, processing_class=base.tokenizer, callbacks=[watch],
             data_collator=partial(lengths.collate, pad=pad) if apart else None,
@@ -425,6 +425,25 @@ def as_they_are(model: Any):
     finally:
         for weight, value in kept:
             weight.data = value
+
+
+ROUTED = ("output_router_logits", "router_aux_loss_coef")
+"""Settings of a mixture of experts that TRL writes into the config of a model, where it has them."""
+
+
+@contextmanager
+def routed_as_before(model: PreTrainedModel):
+    """Put back what TRL writes into the config of a mixture of experts; in training it asks each pass itself.
+
+    Left there, every pass of the base would compute a loss of its routers, those of later trials and of scoring too.
+    """
+    text = model.config.get_text_config()
+    before = {name: getattr(text, name) for name in ROUTED if hasattr(text, name)}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(text, name, value)
 
 
 def token_mean(model: Any, inputs: dict[str, Any], tokens: Any, terms: Callable[[Any, Any], Any] = losses.nll) -> Any:
