@@ -362,10 +362,16 @@ def _trainer(
             ours = (
                 own_head or run.trainer.loss is not Loss.nll or labels.device.type == "cpu" or spread.is_blank(labels)
             )
-            if return_outputs or not ours:
+            balanced = self.aux_loss_enabled and not spread.is_blank(labels)
+            if return_outputs or not (ours or balanced):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            passes = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            balance = self.router_aux_loss_coef / passes if balanced else 0.0
+            if not ours:
+                loss, told = super().compute_loss(model, inputs, True, num_items_in_batch)
+                return loss - balance * told.aux_loss.detach()  # which is learned and not told
             # gradients are averaged over processes
-            return token_mean(model, inputs, num_items_in_batch, terms) * several
+            return token_mean(model, inputs, num_items_in_batch, terms, balance / several) * several
 
         def _get_train_sampler(self, train_dataset=None):
             grouped = settings.train_sampling_strategy == "group_by_length"
@@ -446,7 +452,9 @@ def routed_as_before(model: PreTrainedModel):
             setattr(text, name, value)
 
 
-def token_mean(model: Any, inputs: dict[str, Any], tokens: Any, terms: Callable[[Any, Any], Any] = losses.nll) -> Any:
+def token_mean(
+    model: Any, inputs: dict[str, Any], tokens: Any, terms: Callable[[Any, Any], Any] = losses.nll, balance: float = 0.0
+) -> Any:
     """Sum of a loss over the supervised tokens of a forward pass, divided by those of the whole optimizer step.
 
     Args:
@@ -455,11 +463,15 @@ def token_mean(model: Any, inputs: dict[str, Any], tokens: Any, terms: Callable[
         tokens: supervised tokens over all forward passes of the step; None where this pass is the step. Dividing by
             it makes accumulation exact: 8 rows at once and 2 rows four times give the same gradient.
         terms: takes logits (supervised, vocabulary) and targets (supervised,), returns a term for each (supervised,).
+        balance: of a mixture of experts: weight of the loss of its routers (Fedus et al. 2021, arXiv:2101.03961,
+            equation 4), as TRL adds it. It has its gradient here and no share in the value, which stays a token mean.
     """
-    logits, targets = evaluate.supervised_logits(
-        model, inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"], inputs.get("position_ids")
-    )
-    return terms(logits.float(), targets).sum() / (len(targets) if tokens is None else tokens)
+    told, targets = evaluate.supervised(
+        model, inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"], inputs.get("position_ids"),
+        routed=balance > 0,
+    )  # fmt: skip
+    mean = terms(told.logits[0].float(), targets).sum() / (len(targets) if tokens is None else tokens)
+    return mean + balance * (told.aux_loss - told.aux_loss.detach()) if balance else mean
 
 
 @contextmanager

@@ -103,3 +103,93 @@ def test_two_runs_of_experts_in_one_process_score_alike(mixed, tmp_path):
     assert {k: v for k, v in scores[0].items() if not k.startswith("cost/")} == {
         k: v for k, v in scores[1].items() if not k.startswith("cost/")
     }
+
+
+ONE_STEP = ("trainer.steps=1", "trainer.optimizer=sgd", "trainer.lr=1", "trainer.warmup=0", "trainer.max_grad_norm=0",
+            "trainer.scheduler=constant", "trainer.batch=4", "+trainer.extra.router_aux_loss_coef=1.5")  # fmt: skip
+"""A step of plain SGD: what it changes is the gradient."""
+
+
+def told_by_trl(run, tmp_path):
+    """Train one step with TRL alone, its trainer and its loss; returns the adapter's weights and the loss it tells."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    train, _ = experiment.tokenised(run, data.load(run.data))
+    base, asked = model.load(run.model, run.quant), run.trainer
+    with model.adapted(base, run.lora, run.seed) as tuned, sft.routed_as_before(base.model):
+        made = SFTTrainer(
+            tuned,
+            SFTConfig(
+                str(tmp_path / "trl"), max_steps=1, learning_rate=1.0, per_device_train_batch_size=asked.batch,
+                gradient_accumulation_steps=asked.accumulation, lr_scheduler_type="constant", max_grad_norm=0,
+                optim="sgd", seed=run.seed, use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=None,
+                logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, **asked.extra,
+            ),
+            train_dataset=Dataset.from_list([{"input_ids": list(e.ids), "labels": list(e.labels)} for e in train]),
+            processing_class=base.tokenizer,
+        )  # fmt: skip
+        made.train()
+        loss = next(entry["loss"] for entry in made.state.log_history if "loss" in entry)
+        return {k: v.clone() for k, v in tuned.state_dict().items() if "lora_" in k}, loss
+
+
+def furthest(one, other):
+    assert one.keys() == other.keys()
+    return max(float((one[k] - other[k]).abs().max()) for k in one)
+
+
+@pytest.mark.parametrize("shape", [("trainer.batch=4",), ("trainer.batch=2", "trainer.accumulation=2")])
+def test_routers_are_balanced_as_by_trl_alone(mixed, tmp_path, monkeypatch, shape):
+    """Ours, and TRL's as on a GPU; both tell the token mean, TRL alone adds the loss of the routers to it."""
+    from ftexp.train import spread
+
+    run = mixed(*ONE_STEP, *shape)
+    theirs, summed = told_by_trl(run, tmp_path)
+    ours, losses, _ = trained(run, tmp_path)
+    without, plain, _ = trained(mixed(*ONE_STEP, *shape, "trainer.extra.router_aux_loss_coef=0.0"), tmp_path)
+    assert furthest(ours, theirs) < 1e-6
+    assert furthest(ours, without) > 1e-4
+    assert losses == plain
+    assert summed - losses[0] == pytest.approx(1.5 * 2, rel=0.1)  # 2 experts of 4 a token: 4 * sum(1/2 * 1/4) = 2
+
+    class Elsewhere:
+        """Labels that say that they are on a GPU."""
+
+        def __init__(self, labels):
+            self.labels, self.device = labels, torch.device("cuda")
+
+    real, blank = sft._trainer, spread.is_blank
+    monkeypatch.setattr(spread, "is_blank", lambda labels: blank(getattr(labels, "labels", labels)))
+
+    def on_a_gpu(*args):
+        trainer = real(*args)
+        honest, its = trainer.compute_loss, type(trainer).__mro__[1].compute_loss
+
+        def moved(model, inputs, return_outputs=False, num_items_in_batch=None):
+            return honest(model, inputs | {"labels": Elsewhere(inputs["labels"])}, return_outputs, num_items_in_batch)
+
+        def back(self, model, inputs, *more):
+            return its(self, model, inputs | {"labels": inputs["labels"].labels}, *more)
+
+        trainer.compute_loss = moved
+        monkeypatch.setattr(type(trainer).__mro__[1], "compute_loss", back)
+        return trainer
+
+    monkeypatch.setattr(sft, "_trainer", on_a_gpu)
+    monkeypatch.setattr(sft, "token_mean", None)
+    there, told, _ = trained(run, tmp_path)
+    assert furthest(there, theirs) < 1e-6
+    assert told == pytest.approx(losses, rel=1e-6)
+
+
+def test_loss_of_routers_is_no_part_of_any_score(mixed, tmp_path):
+    """With a step too small to learn, held-out losses are those of the base, however much the routers count."""
+    given = ("trainer.lr=1e-12", "trainer.steps=2", "trainer.report_steps=1", "eval=loss")
+    small, large = (
+        experiment.execute(mixed(*given, f"+trainer.extra.router_aux_loss_coef={n}"), tmp_path / n, n)
+        for n in ("0.0", "9.0")
+    )
+    assert small["valid/loss"] == pytest.approx(small["base/loss"], abs=1e-6)
+    assert large["valid/loss"] == pytest.approx(large["base/loss"], abs=1e-6)
+    assert large["train/loss"] == pytest.approx(small["train/loss"], abs=1e-6)

@@ -87,7 +87,7 @@ def test_sabotage_mean_over_each_piece_is_another_step(tiny, tmp_path, monkeypat
     )
     whole = trained(tiny(*base, "trainer.batch=8"), tmp_path)
     honest = sft.token_mean
-    monkeypatch.setattr(sft, "token_mean", lambda model, inputs, tokens, terms: honest(model, inputs, None, terms))
+    monkeypatch.setattr(sft, "token_mean", lambda model, inputs, tokens, *more: honest(model, inputs, None, *more))
     pieces = trained(tiny(*base, "trainer.batch=2", "trainer.accumulation=4"), tmp_path)
     assert max((whole[k] - pieces[k]).abs().max() for k in whole) > 1e-5
 
