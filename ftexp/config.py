@@ -174,9 +174,10 @@ class Shape(Enum):
     messages = "messages"
     """`messages`: a list of `role` (system, user, assistant) and `content`. Every answer is supervised."""
     sharegpt = "sharegpt"
-    """`conversations`: a list of `from` (system, human, gpt) and `value`. Every answer is supervised."""
+    """`conversations`: a list of `from` (system, human, gpt) and `value`, perhaps `system`. Every answer is
+    supervised."""
     alpaca = "alpaca"
-    """`instruction`, perhaps `input`, and `output`."""
+    """`instruction`, perhaps `input` and `system`, and `output`."""
     preference = "preference"
     """`prompt`, `chosen` and `rejected`."""
     labels = "labels"
@@ -188,8 +189,8 @@ class Shape(Enum):
 READ = {
     Shape.completion: ("prompt", "completion"),
     Shape.messages: ("messages", "tools", "prompt", "completion"),
-    Shape.sharegpt: ("conversations", "tools"),
-    Shape.alpaca: ("instruction", "input", "output"),
+    Shape.sharegpt: ("conversations", "tools", "system"),
+    Shape.alpaca: ("instruction", "input", "output", "system"),
     Shape.preference: ("prompt", "chosen", "rejected", "tools"),
     Shape.labels: ("text", "label", "labels"),
     Shape.text: ("text",),

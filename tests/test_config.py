@@ -267,7 +267,7 @@ def test_dataclass_checks_itself_without_hydra(made):
             "data.columns.text",
             "no column of this name is read: completion, title",
         ),
-        (["data.shape=alpaca"], "data.columns.labels", "no column of this name is read: input, instruction, output"),
+        (["data.shape=alpaca"], "data.columns.labels", "no column of this name is read: input, instruction, output, system"),
         (
             ["data.shape=text", 'data.completion="{plot}"'],
             "data.columns.text",
