@@ -981,9 +981,15 @@ def read_of(data: Data, shape: Shape) -> set[str]:
 
 def idle(run: Run, key: str) -> str | None:
     """Tell why a key has no effect on a run, whatever its value; None where it has one, or only others know."""
+    kind = run.trainer.kind
     rules = (
         (run.lora.variant is Variant.none and key.startswith("lora.") and key not in ("lora.variant", "lora.train"),
          "lora.variant=none has no adapter (lora=default has one)"),
+        (kind is Method.classify and key == "data.template",
+         "trainer.kind=classify reads texts as they are"),
+        (kind in (Method.classify, Method.reward)
+         and (key == "eval.max_new_tokens" or (key == "eval.generate" and run.eval.labels is None)),  # which needs it
+         f"a model of trainer.kind={kind.value} writes nothing"),
         (not run.eval.generate and key == "eval.max_new_tokens",
          "eval.generate=false writes nothing (eval.generate=true does)"),
         (run.trainer.steps is not None and key == "trainer.epochs",

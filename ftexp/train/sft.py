@@ -55,19 +55,27 @@ PREPARED = {
 
 TRL gets ids and labels and a model, so these would change nothing, or the tokenizer behind our back."""
 INSTEAD = {
+    "*_full_eval": "held-out rows are scored in the number format of training, model.dtype",
     "auto_find_batch_size": "a batch that finds no memory is halved by itself, and the effective batch kept",
+    "batch_eval_metrics": "held-out rows are scored by ftexp, and keys of eval say how",
     "deepspeed": "sweep.gpus_per_trial spreads a trial over GPUs",
+    "do_*": "a run trains, and scores its held-out rows before and after",
     "eval_*": "trainer.report_steps says when held-out rows are scored, and keys of eval how",
     "fsdp*": "sweep.gpus_per_trial spreads a trial over GPUs",
     "greater_is_better": "objectives name what trials are ranked by, and metrics know their direction",
     "hub_*": "ftexp export --push uploads a finished run",
+    "include_for_metrics": "held-out rows are scored by ftexp, and keys of eval say how",
     "load_best_model_at_end": "the weights of the last step are kept, and trainer.steps says which that is",
+    "num_generations_eval": "a held-out prompt is answered once, greedily",
+    "prediction_loss_only": "held-out rows are scored by ftexp, and keys of eval say how",
     "push_to_hub": "ftexp export --push uploads a finished run",
+    "ref_model_*": "the reference of trainer.kind=rloo is the model before training, and stays so",
     "resume_from_checkpoint": "the same command goes on from its checkpoint",
     "save_*": "trainer.checkpoint_minutes says when checkpoints are kept",
+    "vllm_*": "completions are written by transformers alone, not by vLLM",
 }
-"""Keywords of transformers, as patterns, for what ftexp does around its Trainer -> what to use; those with a key of
-their own are in `config.RETIRED`.
+"""Keywords of transformers and TRL, as patterns, for what ftexp does around a Trainer -> what to use; those with a key
+of their own are in `config.RETIRED`.
 
 They would be taken and do nothing, or upload a model before it is trained."""
 
@@ -324,13 +332,16 @@ def _check_extra(trainer: Trainer) -> None:
     from trl import SFTConfig
 
     for name in sorted(trainer.extra):
-        acts = name == "shuffle_dataset" and trainer.kind is Method.rloo  # on its draws of prompts
-        if name in PREPARED and not acts:
+        if name in PREPARED:
             key = f": {PREPARED[name]}" if PREPARED[name] else ""
             raise ConfigError(f"trainer.extra.{name} must not be set, ftexp prepares rows and model itself{key}")
         found = next((pattern for pattern in INSTEAD if fnmatchcase(name, pattern)), None)
         if found and name not in RETIRED:
             raise ConfigError(f"trainer.extra.{name} must not be set: {INSTEAD[found]}")
+    if trainer.group_by_length and "data_seed" in trainer.extra:
+        raise ConfigError(
+            "trainer.extra.data_seed must not be set with trainer.group_by_length=true: seed alone draws the groups"
+        )
     if trainer.kind not in (Method.sft, Method.rloo):
         of_trl = {f.name for f in fields(SFTConfig)} - {f.name for f in fields(TrainingArguments)} - set(RETIRED)
         for name in sorted(of_trl & set(trainer.extra)):
