@@ -639,7 +639,7 @@ def accept(made: Any, own: dict[str, Any], extra: dict[str, Any], key: str) -> A
     check_types(made, extra, key)
     try:
         return made(**own, **extra)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OSError) as error:  # a keyword may name a file
         where = key if extra else key.split(".")[0]
         raise ConfigError(f"{where} is refused by {made.__name__}: {error}") from error
 

@@ -298,6 +298,9 @@ def _accepted(made: Any, own: dict[str, Any], extra: dict[str, Any]) -> SFTConfi
     from transformers import get_scheduler
 
     settings = cast("SFTConfig", accept(made, own, extra, "trainer.extra"))
+    loading: Any = settings.accelerator_config
+    rule = "without use_seedable_sampler=false: the order of the rows is drawn from seed and epoch"
+    require(loading.use_seedable_sampler, "trainer.extra.accelerator_config", extra.get("accelerator_config"), rule)
     for name in sorted(LIMITS.keys() & extra.keys()):
         (least, below, rule), value = LIMITS[name], extra[name]
         require(not isinstance(value, int | float) or least <= value < below, f"trainer.extra.{name}", value, rule)

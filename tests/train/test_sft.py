@@ -338,6 +338,26 @@ def test_order_of_rows_is_ours(tiny, kind):
         sft.arguments(run.trainer, "cpu", 0, "x", 1)
 
 
+@pytest.mark.parametrize("kind", list(Method))
+def test_rows_drawn_otherwise_are_refused_for_every_method(tiny, tmp_path, kind):
+    """`orders` says which rows come when, to DPO, to checkpoints and to the plan."""
+    file = tmp_path / "loader.json"
+    file.write_text('{"use_seedable_sampler": false}')
+    run = tiny("trainer.batch=4")
+    run.trainer.kind = kind
+    for value in ({"use_seedable_sampler": False}, str(file)):
+        run.trainer.extra = {"accelerator_config": value}
+        with pytest.raises(
+            ConfigError, match=r"^trainer\.extra\.accelerator_config must be without use_seedable_sampler"
+        ):
+            sft.arguments(run.trainer, "cpu", 0, "x", 1)
+    run.trainer.extra = {"accelerator_config": {"use_seedable_sampler": True, "even_batches": True}}
+    assert sft.arguments(run.trainer, "cpu", 0, "x", 1).accelerator_config.even_batches  # type: ignore
+    run.trainer.extra = {"accelerator_config": "nowhere.json"}
+    with pytest.raises(ConfigError, match=r"^trainer\.extra is refused by \w+: .*No such file .*nowhere\.json"):
+        sft.arguments(run.trainer, "cpu", 0, "x", 1)
+
+
 def test_seed_of_the_rows_is_refused_where_groups_are_drawn_without_it(tiny):
     sft.arguments(tiny("+trainer.extra.data_seed=7").trainer, "cpu", 0, "x", 1)
     run = tiny("+trainer.extra.data_seed=7", "trainer.group_by_length=true")
