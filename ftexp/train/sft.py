@@ -58,6 +58,7 @@ INSTEAD = {
     "*_full_eval": "held-out rows are scored in the number format of training, model.dtype",
     "auto_find_batch_size": "a batch that finds no memory is halved by itself, and the effective batch kept",
     "batch_eval_metrics": "held-out rows are scored by ftexp, and keys of eval say how",
+    "dataloader_drop_last": "the last step of an epoch takes the rows that are left, and data.rows sets their number",
     "deepspeed": "sweep.gpus_per_trial spreads a trial over GPUs",
     "do_*": "a run trains, and scores its held-out rows before and after",
     "eval_*": "trainer.report_steps says when held-out rows are scored, and keys of eval how",
