@@ -174,9 +174,10 @@ class Shape(Enum):
     messages = "messages"
     """`messages`: a list of `role` (system, user, assistant) and `content`. Every answer is supervised."""
     sharegpt = "sharegpt"
-    """`conversations`: a list of `from` (system, human, gpt) and `value`. Every answer is supervised."""
+    """`conversations`: a list of `from` (system, human, gpt) and `value`, perhaps `system`. Every answer is
+    supervised."""
     alpaca = "alpaca"
-    """`instruction`, perhaps `input`, and `output`."""
+    """`instruction`, perhaps `input` and `system`, and `output`."""
     preference = "preference"
     """`prompt`, `chosen` and `rejected`."""
     labels = "labels"
@@ -188,8 +189,8 @@ class Shape(Enum):
 READ = {
     Shape.completion: ("prompt", "completion"),
     Shape.messages: ("messages", "tools", "prompt", "completion"),
-    Shape.sharegpt: ("conversations", "tools"),
-    Shape.alpaca: ("instruction", "input", "output"),
+    Shape.sharegpt: ("conversations", "tools", "system"),
+    Shape.alpaca: ("instruction", "input", "output", "system"),
     Shape.preference: ("prompt", "chosen", "rejected", "tools"),
     Shape.labels: ("text", "label", "labels"),
     Shape.text: ("text",),
@@ -978,11 +979,17 @@ def read_of(data: Data, shape: Shape) -> set[str]:
     return named | {name for name in (data.group_by, data.stratify_by) if name is not None}
 
 
+DECIDING = ("lora.variant", "eval.generate", "eval.labels", "trainer.kind", "trainer.steps", "data.valid_path")
+"""Keys that decide whether others have an effect."""
+
+
 def idle(run: Run, key: str) -> str | None:
     """Tell why a key has no effect on a run, whatever its value; None where it has one, or only others know."""
     if key.startswith(COLUMN) and key.removeprefix(COLUMN) not in read_of(run.data, run.data.shape):
         return _unread(run.data, key)
-    return _idle(run.lora.variant.value, run.eval.generate, run.trainer.steps, run.data.valid_path, key)
+    told = (getattr(getattr(run, group), name) for group, name in (one.split(".") for one in DECIDING))
+    values = (one.value if isinstance(one, Enum) else one for one in told)
+    return _idle(dict(zip(DECIDING, values, strict=True)), key)
 
 
 def effective(told: dict[str, Any]) -> dict[str, Any]:
@@ -991,23 +998,27 @@ def effective(told: dict[str, Any]) -> dict[str, Any]:
     >>> effective({"lora.variant": "none", "lora.r": 16, "seed": 0}), effective({"lora.r": 16})
     ({'lora.variant': 'none', 'seed': 0}, {'lora.r': 16})
     """
-    variant, generate, steps, path = map(
-        told.get, ("lora.variant", "eval.generate", "trainer.steps", "data.valid_path")
-    )
-    return {key: value for key, value in told.items() if _idle(variant, generate, steps, path, key) is None}
+    return {key: value for key, value in told.items() if _idle(told, key) is None}
 
 
-def _idle(
-    variant: str | None, generate: bool | None, steps: int | None, valid_path: str | None, key: str
-) -> str | None:
+def _idle(told: dict[str, Any], key: str) -> str | None:
+    """Tell why a key has no effect beside what a flat config tells of `DECIDING`."""
+    kind, steps = told.get("trainer.kind"), told.get("trainer.steps")
+    silent = kind in (Method.classify.value, Method.reward.value)
     rules = (
-        (variant == Variant.none.value and key.startswith("lora.") and key not in ("lora.variant", "lora.train"),
+        (told.get("lora.variant") == Variant.none.value
+         and key.startswith("lora.") and key not in ("lora.variant", "lora.train"),
          "lora.variant=none has no adapter (lora=default has one)"),
-        (generate is False and key == "eval.max_new_tokens",
+        (kind == Method.classify.value and key == "data.template",
+         "trainer.kind=classify reads texts as they are"),
+        (silent and (key == "eval.max_new_tokens"
+                     or (key == "eval.generate" and told.get("eval.labels") is None)),  # which needs it
+         f"a model of trainer.kind={kind} writes nothing"),
+        (told.get("eval.generate") is False and key == "eval.max_new_tokens",
          "eval.generate=false writes nothing (eval.generate=true does)"),
         (steps is not None and key == "trainer.epochs",
          f"trainer.steps={steps} goes before (trainer.steps=null trains for epochs)"),
-        (bool(valid_path) and key == "data.valid",
+        (bool(told.get("data.valid_path")) and key == "data.valid",
          "data.valid_path holds the held-out rows (data.valid_path='' draws them)"),
     )  # fmt: skip
     return next((why for holds, why in rules if holds), None)

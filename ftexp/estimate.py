@@ -24,7 +24,7 @@ SMALL = 4096
 """Below so many weights a tensor has its optimizer state in 32 bits (`min_8bit_size` of bitsandbytes)."""
 BLOCK = 256
 """Values of one scale in bitsandbytes' 8-bit optimizers."""
-REORDERING = ("train_sampling_strategy", "dataloader_drop_last", "packing", "padding_free", "pad_to_multiple_of")
+REORDERING = ("train_sampling_strategy", "packing", "padding_free", "pad_to_multiple_of")
 """Keys of `trainer.extra` that change which rows share a batch, or how they are padded."""
 
 

@@ -258,6 +258,19 @@ def supervised_logits(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Run a forward pass that projects onto the vocabulary only the positions that predict a supervised token.
 
+    Returns:
+        Logits (supervised, vocabulary) and the tokens they should predict (supervised,), row after row.
+    """
+    told, targets = supervised(model, ids, mask, labels, positions, past)
+    return told.logits[0], targets
+
+
+def supervised(
+    model: AnyModel, ids: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor,
+    positions: torch.Tensor | None = None, past: Any = None, routed: bool = False,
+) -> tuple[Any, torch.Tensor]:  # fmt: skip
+    """Run a forward pass as `supervised_logits`, and tell all that the model returns.
+
     A hook picks those positions in front of the output layer, so whatever a model does behind it (scaling, soft
     caps) is still its own doing.
 
@@ -268,9 +281,11 @@ def supervised_logits(
         labels: token ids, -100 where not supervised, (row, position); the first position cannot be predicted.
         positions: of packed rows: 0 where a row begins, (row, position). A mask beside it would hide where rows end.
         past: keys and values of what stands in front of every row.
+        routed: whether a mixture of experts is to tell the loss of its routers, as `aux_loss`.
 
     Returns:
-        Logits (supervised, vocabulary) and the tokens they should predict (supervised,), row after row.
+        What the model returned, with logits (1, supervised, vocabulary), and the tokens that they should predict
+        (supervised,), row after row.
     """
     targets = labels[:, 1:]
     picked = targets != -100
@@ -279,10 +294,11 @@ def supervised_logits(
     try:
         more = {} if positions is None else {"position_ids": positions}
         more |= {} if past is None else {"past_key_values": past}
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **more).logits[0]
+        more |= {"output_router_logits": True} if routed else {}
+        told = model(input_ids=ids, attention_mask=mask, use_cache=False, **more)
     finally:
         hook.remove()
-    return logits, targets[picked]
+    return told, targets[picked]
 
 
 def generate(

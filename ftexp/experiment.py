@@ -820,7 +820,7 @@ def rewarding(run: Run, splits: data.Splits, opened: tuple[data.Row, ...] = ()) 
         _check_length(run, answers.sides(test))
 
     def before(base: Base) -> evaluate.Scored:
-        key = f"{splits.digest()} {config.digest(run.data)}"
+        key = f"{splits.digest()} {_left(train, valid)} {config.digest(run.data)}"
         if key not in _tfidf:
             _tfidf[key] = reward.baseline(train, valid)
         return _tfidf[key]
@@ -964,6 +964,11 @@ def classified(run: Run, splits: data.Splits) -> tuple[list[classify.Example], l
     return train, valid, known
 
 
+def _left(*parts: Sequence[Any]) -> str:
+    """Hash which rows a tokenizer and `data.long` have left: those of one model are not another's."""
+    return sha256("\n\n".join("\n".join(e.row.where for e in part) for part in parts).encode()).hexdigest()
+
+
 _tfidf: dict[str, evaluate.Scored] = {}
 
 
@@ -974,8 +979,7 @@ def tfidf_scores(
 
     The rows are those of a digest that `data.long` has left.
     """
-    left = sha256("\n".join(e.row.where for e in (*train, *valid)).encode()).hexdigest()
-    key = f"{rows} {left} {run.eval.labels} {run.trainer.multi_label}"
+    key = f"{rows} {_left(train, valid)} {run.eval.labels} {run.trainer.multi_label}"
     if key not in _tfidf:
         told = classify.baseline(train, valid, known, run.trainer.multi_label)
         _tfidf[key] = classify.score(told, valid, known, run.trainer.multi_label)[0]

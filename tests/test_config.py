@@ -249,6 +249,13 @@ def test_dataclass_checks_itself_without_hydra(made):
         ([], "lora.r", None),
         (["eval=loss"], "eval.max_new_tokens", "eval.generate=false writes nothing (eval.generate=true does)"),
         ([], "eval.max_new_tokens", None),
+        (["trainer=classify"], "eval.max_new_tokens", "a model of trainer.kind=classify writes nothing"),
+        (["trainer=classify", "eval=loss"], "eval.generate", "a model of trainer.kind=classify writes nothing"),
+        (["trainer=reward"], "eval.generate", "a model of trainer.kind=reward writes nothing"),
+        (["trainer=dpo"], "eval.generate", None),
+        (["trainer=classify", "eval.labels=';'"], "eval.generate", None),
+        (["trainer=classify"], "data.template", "trainer.kind=classify reads texts as they are"),
+        (["trainer=reward"], "data.template", None),
         (["trainer.steps=9"], "trainer.epochs", "trainer.steps=9 goes before (trainer.steps=null trains for epochs)"),
         (["trainer.steps=null"], "trainer.epochs", None),
         (
@@ -267,7 +274,11 @@ def test_dataclass_checks_itself_without_hydra(made):
             "data.columns.text",
             "no column of this name is read: completion, title",
         ),
-        (["data.shape=alpaca"], "data.columns.labels", "no column of this name is read: input, instruction, output"),
+        (
+            ["data.shape=alpaca"],
+            "data.columns.labels",
+            "no column of this name is read: input, instruction, output, system",
+        ),
         (
             ["data.shape=text", 'data.completion="{plot}"'],
             "data.columns.text",

@@ -6,7 +6,7 @@ import math
 
 import pyarrow.parquet
 import pytest
-from conftest import TINY
+from conftest import TINY, UNWRITTEN
 
 from ftexp import data, experiment, metrics, model
 from ftexp.errors import ConfigError, DataError, Diverged, MachineError
@@ -392,7 +392,7 @@ def leaked(folder, cli, monkeypatch, *given):
         monkeypatch.setattr(
             base, name, lambda self, text, *a, _f=honest, **k: seen.append(str(text)) or _f(self, text, *a, **k)
         )
-    shared = [*TINY, "data=jsonl", "data.path=train.jsonl", "data.test_path=test.jsonl", "data.allow=[leaks]", "name=s", "trainer.steps=2",
+    shared = [*(UNWRITTEN if given else TINY), "data=jsonl", "data.path=train.jsonl", "data.test_path=test.jsonl", "data.allow=[leaks]", "name=s", "trainer.steps=2",
               f"track.uri=sqlite:///{folder}/ml.db", *given]  # fmt: skip
     shared = [t for t in shared if not t.startswith("data.rows")]
     printed = ""

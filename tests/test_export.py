@@ -351,13 +351,13 @@ def saved_base(tmp_path, monkeypatch, capsys):
 
 def sorter(cli, monkeypatch, kind, folder, *given):
     """Train a classifier on a small encoder of a kind; bitsandbytes reads blocks of 64 numbers on some CPUs."""
-    from conftest import TINY
+    from conftest import UNWRITTEN
 
     monkeypatch.chdir(folder)
     wide = {"dim": 64} if kind == "distilbert" else {"hidden_size": 64}
     monkeypatch.setitem(encoders.KINDS, kind, encoders.KINDS[kind] | wide)
     more = ["model=hub", f"model.path=./{encoders.save(kind, folder / kind).name}", "data=genres", "trainer=classify"]
-    code, _, err = cli(*[t for t in TINY if t != "model=tiny"], *more, *given, "track=none", "name=r")
+    code, _, err = cli(*[t for t in UNWRITTEN if t != "model=tiny"], *more, *given, "track=none", "name=r")
     assert code == 0, err
     return trained.find("r")
 

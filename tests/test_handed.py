@@ -7,7 +7,7 @@ from ftexp import data, evaluate, experiment, handed, model, trained
 from ftexp.config import Kind, Model, Quant
 from ftexp.errors import ConfigError, MachineError
 from ftexp.files import read_json
-from ftexp.model import architecture
+from ftexp.model import architecture, sizes
 
 
 def start(path, **more):
@@ -81,3 +81,24 @@ def test_shape_and_tokenizer_are_those_of_the_root(stages):
     assert architecture.readable(start("whole"))
     assert model.positions(start("sft")) == model.positions(start("whole")) == 512
     assert model.tokenizer(start("whole")).get_vocab() == model.tokenizer(Model(Kind.tiny)).get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("given", "parted"),
+    [(["lora.targets=[embed_tokens,q_proj]"], True), (["lora.targets=[lm_head,q_proj]"], True),
+     (["+lora.extra.modules_to_save=[lm_head]"], True), (["+lora.extra.modules_to_save=[embed_tokens]"], True),
+     (["+lora.extra.trainable_token_indices=[5,70]"], False), ([], False)],
+)  # fmt: skip
+def test_plan_of_a_run_whose_start_has_parted_its_ends_is_exact(tiny, tmp_path, monkeypatch, given, parted):
+    """Merged, the embedding and the head of a tied base are two weights; a run of such a run has them too."""
+    monkeypatch.chdir(tmp_path)
+    short = ("trainer.steps=1", "eval=loss", "trainer.report_steps=0", "data.rows=40", "data.valid=6")
+    told, tied = [], sizes.outline(Model(Kind.tiny), Quant(), tiny().lora, "float32", "eager").total
+    monkeypatch.setattr(experiment, "warn", told.append)
+    experiment.execute(tiny(*short, *given), tmp_path / "outputs/runs/a", "a")
+    for name, below in (("b", "a"), ("c", "b")):
+        run = tiny(*short, "model=run", f"model.path={below}")
+        experiment.execute(run, tmp_path / "outputs/runs" / name, name)
+        total = sizes.outline(run.model, run.quant, run.lora, "float32", "eager").total
+        assert (total > tied) == parted
+    assert told == []

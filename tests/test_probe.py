@@ -207,7 +207,7 @@ def test_a_stack_that_is_broken_is_asked_each_time(anew, monkeypatch, tmp_path):
 
 def test_sabotage_mean_over_each_piece(toy, monkeypatch):
     real = sft.token_mean
-    monkeypatch.setattr(sft, "token_mean", lambda model, inputs, tokens, terms: real(model, inputs, None, terms))
+    monkeypatch.setattr(sft, "token_mean", lambda model, inputs, tokens, *more: real(model, inputs, None, *more))
     assert probe.accumulation(*toy).state is State.fail
 
 

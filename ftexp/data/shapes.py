@@ -4,8 +4,8 @@
 |------------|------------------------------------------------------------|-------------------------|-----------------|
 | completion | prompt, completion, or format strings                      | as it is                | as it is        |
 | messages   | messages: role and content                                 | all before the answer   | the last answer |
-| sharegpt   | conversations: from and value                              | all before the answer   | the last answer |
-| alpaca     | instruction, perhaps input, and output                     | instruction, then input | output          |
+| sharegpt   | conversations: from and value; perhaps system              | all before the answer   | the last answer |
+| alpaca     | instruction, perhaps input and system, and output          | instruction, then input | output          |
 | preference | prompt (perhaps in the answers), chosen, rejected          | prompt                  | chosen          |
 | labels     | text, and label or labels: one or a list                   | text                    | joined by ", "  |
 | text       | text, or the format string data.completion                 | none                    | all             |
@@ -40,6 +40,15 @@ ROLES = {
 
 CALLS = ("tool_calls", "function_call")
 """What a message of OpenAI's API has beside its text."""
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Names of what a model thought before it wrote the text of a message."""
+EARLIER = {
+    Shape.messages: ("system", "history"),
+    Shape.sharegpt: ("history",),
+    Shape.alpaca: ("history",),
+    Shape.preference: ("system", "history"),
+}
+"""Columns of other conventions with what was said before a row of a shape, which no part of it takes up."""
 
 Turn = tuple[str, str]
 """Role and text."""
@@ -143,14 +152,18 @@ def _renamed(record: dict[str, Any], where: str, data: Data) -> dict[str, Any]:
 
 def _row(record: dict[str, Any], where: str, shape: Shape, data: Data) -> Row:
     match shape:
-        case Shape.messages | Shape.sharegpt:
-            made = _conversation(_turns(record, COLUMNS[shape][0], where), where)
+        case Shape.messages:
+            made = _conversation(_turns(record, "messages", where), where)
+        case Shape.sharegpt:
+            made = _conversation(_begun(record, _turns(record, "conversations", where), where), where)
         case Shape.preference:
             made = _preference(record, where)
         case Shape.alpaca:
             given = "" if record.get("input") is None else _text(record, "input", where)
             asked = _text(record, "instruction", where)
             made = Row(f"{asked}\n\n{given}" if given.strip() else asked, _text(record, "output", where), where)
+            begun = _begun(record, [("user", made.prompt), ("assistant", made.completion)], where)
+            made = _conversation(begun, where) if made.prompt.strip() else made
         case Shape.labels:
             name = "label" if "label" in record and "labels" not in record else "labels"
             made = _labelled(record, name, where)
@@ -162,6 +175,7 @@ def _row(record: dict[str, Any], where: str, shape: Shape, data: Data) -> Row:
         case _:
             texts = [_filled(template, record, where, data) for template in (data.prompt, data.completion)]
             made = Row(texts[0], texts[1], where)
+    _check_earlier(record, made, shape, where)
     for part in ("completion",) if shape is Shape.text else ("prompt", "completion"):
         if not getattr(made, part).strip():
             raise DataError(f"{where}: the {part} must have text, got {getattr(made, part)!r}")
@@ -172,6 +186,32 @@ def _row(record: dict[str, Any], where: str, shape: Shape, data: Data) -> Row:
         for key, name in (("data.group_by", data.group_by), ("data.stratify_by", data.stratify_by))
     )
     return replace(made, group=group, stratum=stratum)
+
+
+def _begun(record: dict[str, Any], turns: list[Turn], where: str) -> list[Turn]:
+    """Put the column `system` in front of a conversation, as LLaMA-Factory reads ShareGPT's and Alpaca's rows."""
+    told = "" if record.get("system") is None else _text(record, "system", where)
+    if not told.strip() or turns[0] == ("system", told):
+        return turns
+    if turns[0][0] == "system":
+        raise DataError(
+            f"{where}: column 'system' must be empty or equal to the system message of the row, got {told!r:.60}"
+        )
+    return [("system", told), *turns]
+
+
+def _check_earlier(record: dict[str, Any], row: Row, shape: Shape, where: str) -> None:
+    """Refuse what was said before a row and would be left out; a system message may stand in a column once more."""
+    for name in EARLIER.get(shape, ()):
+        value = record.get(name)
+        if isinstance(value, str) and (not value.strip() or row.turns[:1] == (("system", value),)):
+            continue
+        if value:
+            way = "write it as the first message" if name == "system" else "write them as messages"
+            raise DataError(
+                f"{where}: column {name!r} must be empty with rows of {shape.value}, got {value!r:.60}: it is not "
+                f"read; {way}, or take the column out"
+            )
 
 
 def _filled(template: str, record: dict[str, Any], where: str, data: Data) -> str:
@@ -186,7 +226,7 @@ def _advice(data: Data, name: str | None = None) -> str:
         data: what was asked for.
         name: of the column that is missing; None where none is known.
     """
-    known = {"label", "input", *(name for needed in COLUMNS.values() for name in needed)}
+    known = {"label", "input", "system", *(name for needed in COLUMNS.values() for name in needed)}
     used = {*config.columns(data.prompt), *config.columns(data.completion), data.group_by, data.stratify_by}
     for ours in data.columns.keys() - used:
         if ours not in known and (near := difflib.get_close_matches(ours, known, n=1)):
@@ -283,6 +323,11 @@ def _turns(record: dict[str, Any], name: str, where: str) -> list[Turn]:
         held = {key: value for key, value in message.items() if value is not None}  # parquet fills up with nulls
         if (call := next((key for key in CALLS if held.get(key)), None)) is not None:
             raise DataError(f"{where}: {what} must be text alone, it has {call!r}: no call of a tool is rendered")
+        if (thought := next((key for key in THOUGHTS if held.get(key)), None)) is not None:
+            raise DataError(
+                f"{where}: {what} must be text alone, it has {thought!r}: no thoughts are rendered; write them into "
+                "the text, as <think>...</think>, or take the key out"
+            )
         keys = ("from", "value") if "from" in held else ("role", "content")
         for key in keys:
             if key not in held:

@@ -298,6 +298,7 @@ def _load(model: Model, quant: Quant, key: str, labels: int = 0, longest: int = 
         loaded.config.get_text_config().pad_token_id = cast(int, text.pad_token_id)
     head = fresh_head(loaded, fresh, labels) if labels else ()
     keep_gradients(loaded)
+    answer_alone(loaded)
     loaded.requires_grad_(False).eval()
     if not labels:
         loaded.generation_config = _greedy(loaded)
@@ -314,6 +315,16 @@ def keep_gradients(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             cast(Any, module).support_avx512bf16_for_cpu = False
+
+
+def answer_alone(model: PreTrainedModel) -> None:
+    """Keep a mixture of experts from telling its routers' choices in every pass, as the config of some has it.
+
+    From them transformers computes a loss that nothing reads here, and fails where a part of the row is in a cache.
+    """
+    text = model.config.get_text_config()
+    if getattr(text, "output_router_logits", False):
+        text.output_router_logits = False
 
 
 def keep_head_whole(model: PreTrainedModel) -> None:
@@ -628,7 +639,7 @@ def accept(made: Any, own: dict[str, Any], extra: dict[str, Any], key: str) -> A
     check_types(made, extra, key)
     try:
         return made(**own, **extra)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OSError) as error:  # a keyword may name a file
         where = key if extra else key.split(".")[0]
         raise ConfigError(f"{where} is refused by {made.__name__}: {error}") from error
 
@@ -924,7 +935,10 @@ def _hooks(model: torch.nn.Module) -> set[tuple[int, int]]:
 
 
 def _strip(base: Base, tuned: Any, forward: Any, hooks: set[tuple[int, int]]) -> None:
-    """Undo what peft, transformers and TRL leave on a model: adapter, patched forward, checkpointing, hooks."""
+    """Undo what peft, transformers and TRL leave on a model: adapter, patched forward, checkpointing, hooks.
+
+    Hooks by which transformers captures outputs stay: it puts them on once, and they do nothing unless asked.
+    """
     if tuned is not base.model:
         tuned.unload()
     model = base.model
@@ -934,9 +948,14 @@ def _strip(base: Base, tuned: Any, forward: Any, hooks: set[tuple[int, int]]) ->
     model.gradient_checkpointing_disable()
     for module in model.modules():
         for table in (module._forward_hooks, module._forward_pre_hooks):
-            for number in [n for n in table if (id(table), n) not in hooks]:
+            for number in [n for n, hook in table.items() if (id(table), n) not in hooks and not _captures(hook)]:
                 del table[number]
     model.requires_grad_(False).eval()
+
+
+def _captures(hook: Any) -> bool:
+    """Tell whether a hook is one by which transformers captures outputs, such as those of a router."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ftexp.model import (
     _hooks,
     _quantization,
     _strip,
+    answer_alone,
     attending,
     checksums,
     compute,
@@ -23,6 +24,7 @@ from ftexp.model import (
     keep_gradients,
     loading,
     not_packed,
+    origin,
     source,
     stored,
     wrapped,
@@ -158,6 +160,30 @@ def _untied(base: PreTrainedModel) -> None:
     base.config.get_text_config().tie_word_embeddings = base.config.tie_word_embeddings = False
 
 
+def parts_ends(model: Model, base: PreTrainedModel) -> bool:
+    """Tell whether an adapter on the way to a run made `_untied` part what is one weight in the model at its root.
+
+    An adapter of single tokens (`trainable_token_indices`) parts nothing: it is on both ends alike.
+
+    Args:
+        model: the run.
+        base: the model at its root; shapes are enough.
+    """
+    from safetensors import safe_open
+
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    names = [f"base_model.model.{name}." for name, module in base.named_modules() if any(module is end for end in ends)]
+    while model.kind is Kind.run:
+        model, adapter = origin(model)
+        if adapter is None:
+            continue
+        with loading(str(adapter)), safe_open(adapter / WEIGHTS, "pt") as file:
+            kept = list(file.keys())
+        if any(key.startswith((f"{name}weight", f"{name}lora_")) for key in kept for name in names):
+            return True
+    return False
+
+
 def read(
     folder: Path, chosen: compute.Compute, labels: int = 0, nf4: bool = False, gguf: str | None = None,
     trained: Sequence[str] = (),
@@ -203,6 +229,7 @@ def read(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **file)
     model.requires_grad_(False).eval()
     keep_gradients(model)
+    answer_alone(model)
     return Base(model, tokenizer, chosen, "", "", made_from)
 
 

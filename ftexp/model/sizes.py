@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from ftexp import model as models
-from ftexp.config import Format, Lora, Model, Quant, Variant
+from ftexp.config import Format, Kind, Lora, Model, Quant, Variant
 from ftexp.errors import ConfigError
-from ftexp.model import architecture
+from ftexp.model import architecture, saved
 
 if TYPE_CHECKING:
     import torch
@@ -146,6 +146,10 @@ def _base(model: Model, dtype: str, attention: str, labels: int) -> PreTrainedMo
         config.get_text_config().pad_token_id = 0  # a head asks for one; which does not matter to sizes
     kind: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
     try:
+        made = kind.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
+        if labels or model.kind is not Kind.run or not saved.parts_ends(model, made):
+            return made
+        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
         return kind.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
     except ValueError as error:
         text = " ".join(str(error).split())[:200]

@@ -55,19 +55,28 @@ PREPARED = {
 
 TRL gets ids and labels and a model, so these would change nothing, or the tokenizer behind our back."""
 INSTEAD = {
+    "*_full_eval": "held-out rows are scored in the number format of training, model.dtype",
     "auto_find_batch_size": "a batch that finds no memory is halved by itself, and the effective batch kept",
+    "batch_eval_metrics": "held-out rows are scored by ftexp, and keys of eval say how",
+    "dataloader_drop_last": "the last step of an epoch takes the rows that are left, and data.rows sets their number",
     "deepspeed": "sweep.gpus_per_trial spreads a trial over GPUs",
+    "do_*": "a run trains, and scores its held-out rows before and after",
     "eval_*": "trainer.report_steps says when held-out rows are scored, and keys of eval how",
     "fsdp*": "sweep.gpus_per_trial spreads a trial over GPUs",
     "greater_is_better": "objectives name what trials are ranked by, and metrics know their direction",
     "hub_*": "ftexp export --push uploads a finished run",
+    "include_for_metrics": "held-out rows are scored by ftexp, and keys of eval say how",
     "load_best_model_at_end": "the weights of the last step are kept, and trainer.steps says which that is",
+    "num_generations_eval": "a held-out prompt is answered once, greedily",
+    "prediction_loss_only": "held-out rows are scored by ftexp, and keys of eval say how",
     "push_to_hub": "ftexp export --push uploads a finished run",
+    "ref_model_*": "the reference of trainer.kind=rloo is the model before training, and stays so",
     "resume_from_checkpoint": "the same command goes on from its checkpoint",
     "save_*": "trainer.checkpoint_minutes says when checkpoints are kept",
+    "vllm_*": "completions are written by transformers alone, not by vLLM",
 }
-"""Keywords of transformers, as patterns, for what ftexp does around its Trainer -> what to use; those with a key of
-their own are in `config.RETIRED`.
+"""Keywords of transformers and TRL, as patterns, for what ftexp does around a Trainer -> what to use; those with a key
+of their own are in `config.RETIRED`.
 
 They would be taken and do nothing, or upload a model before it is trained."""
 
@@ -290,6 +299,9 @@ def _accepted(made: Any, own: dict[str, Any], extra: dict[str, Any]) -> SFTConfi
     from transformers import get_scheduler
 
     settings = cast("SFTConfig", accept(made, own, extra, "trainer.extra"))
+    loading: Any = settings.accelerator_config
+    rule = "without use_seedable_sampler=false: the order of the rows is drawn from seed and epoch"
+    require(loading.use_seedable_sampler, "trainer.extra.accelerator_config", extra.get("accelerator_config"), rule)
     for name in sorted(LIMITS.keys() & extra.keys()):
         (least, below, rule), value = LIMITS[name], extra[name]
         require(not isinstance(value, int | float) or least <= value < below, f"trainer.extra.{name}", value, rule)
@@ -324,13 +336,16 @@ def _check_extra(trainer: Trainer) -> None:
     from trl import SFTConfig
 
     for name in sorted(trainer.extra):
-        acts = name == "shuffle_dataset" and trainer.kind is Method.rloo  # on its draws of prompts
-        if name in PREPARED and not acts:
+        if name in PREPARED:
             key = f": {PREPARED[name]}" if PREPARED[name] else ""
             raise ConfigError(f"trainer.extra.{name} must not be set, ftexp prepares rows and model itself{key}")
         found = next((pattern for pattern in INSTEAD if fnmatchcase(name, pattern)), None)
         if found and name not in RETIRED:
             raise ConfigError(f"trainer.extra.{name} must not be set: {INSTEAD[found]}")
+    if trainer.group_by_length and "data_seed" in trainer.extra:
+        raise ConfigError(
+            "trainer.extra.data_seed must not be set with trainer.group_by_length=true: seed alone draws the groups"
+        )
     if trainer.kind not in (Method.sft, Method.rloo):
         of_trl = {f.name for f in fields(SFTConfig)} - {f.name for f in fields(TrainingArguments)} - set(RETIRED)
         for name in sorted(of_trl & set(trainer.extra)):
@@ -362,10 +377,16 @@ def _trainer(
             ours = (
                 own_head or run.trainer.loss is not Loss.nll or labels.device.type == "cpu" or spread.is_blank(labels)
             )
-            if return_outputs or not ours:
+            balanced = self.aux_loss_enabled and not spread.is_blank(labels)
+            if return_outputs or not (ours or balanced):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            passes = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            balance = self.router_aux_loss_coef / passes if balanced else 0.0
+            if not ours:
+                loss, told = super().compute_loss(model, inputs, True, num_items_in_batch)
+                return loss - balance * told.aux_loss.detach()  # which is learned and not told
             # gradients are averaged over processes
-            return token_mean(model, inputs, num_items_in_batch, terms) * several
+            return token_mean(model, inputs, num_items_in_batch, terms, balance / several) * several
 
         def _get_train_sampler(self, train_dataset=None):
             grouped = settings.train_sampling_strategy == "group_by_length"
@@ -384,7 +405,7 @@ def _trainer(
 
     dataset = spread.blank(dataset, pad) if several > 1 else dataset
     apart = "seq_lengths" in dataset.column_names and not settings.padding_free
-    with _bare_head(tuned), as_they_are(tuned):
+    with _bare_head(tuned), as_they_are(tuned), routed_as_before(base.model):
         trainer = SupervisedRows(
             tuned, settings, train_dataset=dataset, processing_class=base.tokenizer, callbacks=[watch],
             data_collator=partial(lengths.collate, pad=pad) if apart else None,
@@ -427,7 +448,28 @@ def as_they_are(model: Any):
             weight.data = value
 
 
-def token_mean(model: Any, inputs: dict[str, Any], tokens: Any, terms: Callable[[Any, Any], Any] = losses.nll) -> Any:
+ROUTED = ("output_router_logits", "router_aux_loss_coef")
+"""Settings of a mixture of experts that TRL writes into the config of a model, where it has them."""
+
+
+@contextmanager
+def routed_as_before(model: PreTrainedModel):
+    """Put back what TRL writes into the config of a mixture of experts; in training it asks each pass itself.
+
+    Left there, every pass of the base would compute a loss of its routers, those of later trials and of scoring too.
+    """
+    text = model.config.get_text_config()
+    before = {name: getattr(text, name) for name in ROUTED if hasattr(text, name)}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(text, name, value)
+
+
+def token_mean(
+    model: Any, inputs: dict[str, Any], tokens: Any, terms: Callable[[Any, Any], Any] = losses.nll, balance: float = 0.0
+) -> Any:
     """Sum of a loss over the supervised tokens of a forward pass, divided by those of the whole optimizer step.
 
     Args:
@@ -436,11 +478,15 @@ def token_mean(model: Any, inputs: dict[str, Any], tokens: Any, terms: Callable[
         tokens: supervised tokens over all forward passes of the step; None where this pass is the step. Dividing by
             it makes accumulation exact: 8 rows at once and 2 rows four times give the same gradient.
         terms: takes logits (supervised, vocabulary) and targets (supervised,), returns a term for each (supervised,).
+        balance: of a mixture of experts: weight of the loss of its routers (Fedus et al. 2021, arXiv:2101.03961,
+            equation 4), as TRL adds it. It has its gradient here and no share in the value, which stays a token mean.
     """
-    logits, targets = evaluate.supervised_logits(
-        model, inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"], inputs.get("position_ids")
-    )
-    return terms(logits.float(), targets).sum() / (len(targets) if tokens is None else tokens)
+    told, targets = evaluate.supervised(
+        model, inputs["input_ids"], inputs.get("attention_mask"), inputs["labels"], inputs.get("position_ids"),
+        routed=balance > 0,
+    )  # fmt: skip
+    mean = terms(told.logits[0].float(), targets).sum() / (len(targets) if tokens is None else tokens)
+    return mean + balance * (told.aux_loss - told.aux_loss.detach()) if balance else mean
 
 
 @contextmanager

@@ -74,6 +74,9 @@ CALL = {"id": "1", "type": "function", "function": {"name": "clock", "arguments"
         ({"tool_calls": [CALL]}, {}, "message 2 of 'messages' must be text alone, it has 'tool_calls'"),
         ({"function_call": CALL["function"]}, {}, "message 2 of 'messages' must be text alone, it has 'function_call'"),
         ({}, {"tools": [CALL]}, "column 'tools' must be empty"),
+        ({"reasoning_content": "Hm."}, {}, "message 2 of 'messages' must be text alone, it has 'reasoning_content'"),
+        ({"reasoning": "Hm."}, {}, "message 2 of 'messages' must be text alone, it has 'reasoning': .*<think>"),
+        ({"thinking": "Hm."}, {}, "message 2 of 'messages' must be text alone, it has 'thinking'"),
         ({"weight": 0}, {}, "'weight' of message 2 of 'messages' must be 1, got 0: every answer is learned"),
         ({"weight": 0.5}, {}, "'weight' of message 2 of 'messages' must be 1, got 0.5"),
     ],
@@ -91,13 +94,61 @@ def test_what_would_be_left_out_of_messages_is_refused(answer, columns, told):
 def test_messages_without_tools_may_have_their_empty_keys():
     turns = messages(TALK)
     turns[0] |= {"weight": 0, "tool_calls": None}
-    turns[1] |= {"weight": 1, "tool_calls": [], "function_call": None}
+    turns[1] |= {"weight": 1, "tool_calls": [], "function_call": None, "thinking": "", "reasoning_content": None}
     turns[3] |= {"weight": None, "tool_calls": None}
     assert (
         one({"messages": turns, "tools": None})
         == one({"messages": turns, "tools": []})
         == one({"messages": messages(TALK)})
     )
+
+
+ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
+
+
+@pytest.mark.parametrize("empty", [None, "", " \n"])
+def test_system_prompt_in_a_column_is_the_first_turn_where_exports_have_it_so(empty):
+    """As LLaMA-Factory writes ShareGPT's and Alpaca's rows; what it leaves empty is none."""
+    asked = (("system", "Be brief."), ("user", "Add.\n\n1 2"), ("assistant", "3"))
+    row = one(ALPACA | {"system": "Be brief."})
+    assert (row.turns, row.completion, row.prompt) == (asked, "3", "system: Be brief.\nuser: Add.\n\n1 2")
+    assert one(ALPACA | {"system": empty, "history": []}) == one(ALPACA)
+    plain, begun = sharegpt(TALK), sharegpt([("system", "Be brief."), *TALK])
+    row = one({"conversations": plain, "system": "Be brief."})
+    assert row.turns == (("system", "Be brief."), *TALK)
+    assert row == one({"conversations": begun, "system": empty})
+    assert row == one({"conversations": begun, "system": "Be brief."})
+    assert row == one({"conversations": plain, "how": "Be brief."}, columns={"system": "how"})
+
+
+TEXTS = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"messages": messages(TALK), "system": "Be brief."},
+         "column 'system' must be empty with rows of messages, got 'Be brief.': .*write it as the first message"),
+        ({"messages": messages([("system", "Be long."), *TALK]), "system": "Be brief."}, "column 'system' must be empty"),
+        ({"messages": messages(TALK), "history": [["a", "b"]]}, "column 'history' must be empty with rows of messages"),
+        ({"conversations": sharegpt(TALK), "history": [["a", "b"]]}, "column 'history' must be .* rows of sharegpt"),
+        (ALPACA | {"history": [["a", "b"]]}, r"column 'history' must be .* alpaca, got \[\['a', 'b'\]\]: .* as messages"),
+        (TEXTS | {"system": "Be brief."}, "column 'system' must be empty with rows of preference"),
+        ({"conversations": sharegpt([("system", "Be long."), *TALK]), "system": "Be brief."},
+         "column 'system' must be empty or equal to the system message of the row, got 'Be brief.'"),
+        ({"instruction": " ", "output": "3", "system": "Be brief."}, "the prompt must have text"),
+        (ALPACA | {"system": 3}, "column 'system' must be text, got 3"),
+    ],
+)  # fmt: skip
+def test_what_was_said_before_a_row_is_refused_where_it_would_be_left_out(record, told):
+    with pytest.raises(DataError, match=f"^t:1: {told}"):
+        one(record)
+
+
+def test_system_prompt_may_stand_in_a_column_once_more():
+    begun = messages([("system", "Be brief."), *TALK])
+    assert one({"messages": begun, "system": "Be brief.", "history": None}) == one({"messages": begun})
+    assert one({"prompt": "Of {system}", "completion": "b", "system": "x", "history": "y"}).turns == ()
 
 
 def test_format_strings_win_over_a_shape():

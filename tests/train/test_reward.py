@@ -121,3 +121,18 @@ def test_baseline_has_a_reward_for_each_answer(pairs_of):
     assert told.table[0]["reward_chosen"] == told.table[8]["reward_chosen"]
     flipped = [replace(p, row=replace(p.row, completion=p.row.rejected, rejected=p.row.completion)) for p in longer]
     assert reward.baseline(longer, flipped[:20]).scores["accuracy"] == 0.0
+
+
+def test_baseline_is_scored_again_where_another_tokenizer_leaves_other_rows(pairs_of, monkeypatch):
+    monkeypatch.setattr(experiment, "_tfidf", {})
+    asked = []
+    monkeypatch.setattr(reward, "baseline", lambda train, valid: asked.append((len(train), len(valid))) or asked[-1])
+    told = []
+    for name in ("tiny", "embedded", "tiny"):
+        run = pairs_of("data.long=drop", "data.max_length=100", "data.allow=[lost]", "data.template=plain",
+                       f"model={name}")  # fmt: skip
+        task = experiment.rewarding(run, data.load(run.data))
+        assert task.before(None) == (len(task.train), len(task.valid))  # type: ignore
+        told.append(len(task.train))
+    assert told[0] == told[2] < told[1]
+    assert len(asked) == 2

@@ -87,7 +87,7 @@ def test_sabotage_mean_over_each_piece_is_another_step(tiny, tmp_path, monkeypat
     )
     whole = trained(tiny(*base, "trainer.batch=8"), tmp_path)
     honest = sft.token_mean
-    monkeypatch.setattr(sft, "token_mean", lambda model, inputs, tokens, terms: honest(model, inputs, None, terms))
+    monkeypatch.setattr(sft, "token_mean", lambda model, inputs, tokens, *more: honest(model, inputs, None, *more))
     pieces = trained(tiny(*base, "trainer.batch=2", "trainer.accumulation=4"), tmp_path)
     assert max((whole[k] - pieces[k]).abs().max() for k in whole) > 1e-5
 
@@ -286,6 +286,13 @@ PREPARES = "ftexp prepares .* itself: "
      ("metric_for_best_model", "loss", "objectives"), ("greater_is_better", False, "objectives"),
      ("resume_from_checkpoint", "x", "the same command"), ("hub_model_id", "a/b", "ftexp export --push"),
      ("push_to_hub", True, "ftexp export --push"), ("deepspeed", "x.json", "sweep.gpus_per_trial"),
+     ("dataloader_drop_last", True, "the rows that are left"),
+     ("bf16_full_eval", True, r"model\.dtype$"), ("fp16_full_eval", False, r"model\.dtype$"),
+     ("prediction_loss_only", True, "keys of eval"), ("batch_eval_metrics", True, "keys of eval"),
+     ("include_for_metrics", ["inputs"], "keys of eval"), ("do_train", True, "a run trains"),
+     ("do_eval", True, "a run trains"), ("do_predict", True, "a run trains"),
+     ("num_generations_eval", 2, "once, greedily"), ("ref_model_mixup_alpha", 0.5, "the model before training"),
+     ("ref_model_sync_steps", 5, "the model before training"), ("vllm_mode", "server", "not by vLLM"),
      ("fsdp", True, "sweep.gpus_per_trial"), ("fsdp_config", {"a": 1}, "sweep.gpus_per_trial")],
 )  # fmt: skip
 def test_keyword_for_what_is_done_before_or_around_the_trainer_is_refused(tiny, name, value, told):
@@ -296,9 +303,9 @@ def test_keyword_for_what_is_done_before_or_around_the_trainer_is_refused(tiny, 
 
 
 def test_keywords_that_are_refused_are_of_the_library():
-    from transformers import TrainingArguments
+    from trl import RLOOConfig
 
-    known = [f.name for f in fields(TrainingArguments)]
+    known = [f.name for f in fields(RLOOConfig)]
     assert all(fnmatch.filter(known, pattern) for pattern in sft.INSTEAD)
 
 
@@ -323,13 +330,42 @@ def test_keyword_that_only_trls_trainer_reads_is_refused_elsewhere(tiny):
             sft.arguments(run.trainer, "cpu", 0, "x", 1)
 
 
-def test_order_of_prompts_is_left_to_rloo(tiny):
-    run = tiny("+trainer.extra.shuffle_dataset=false")
+@pytest.mark.parametrize("kind", [Method.sft, Method.rloo])
+def test_order_of_rows_is_ours(tiny, kind):
+    """TRL would draw prompts by `shuffle_dataset`; `rloo.Order` does, whatever it says."""
+    run = tiny("+trainer.extra.shuffle_dataset=false", "trainer.batch=4")
+    run.trainer.kind = kind
     with pytest.raises(ConfigError, match=r"shuffle_dataset must not be set, ftexp prepares rows and model itself$"):
         sft.arguments(run.trainer, "cpu", 0, "x", 1)
-    run.trainer.kind = Method.rloo
-    run.trainer.batch, run.trainer.accumulation = run.trainer.generations, 1
-    assert sft.arguments(run.trainer, "cpu", 0, "x", 1).shuffle_dataset is False
+
+
+@pytest.mark.parametrize("kind", list(Method))
+def test_rows_drawn_otherwise_are_refused_for_every_method(tiny, tmp_path, kind):
+    """`orders` says which rows come when, to DPO, to checkpoints and to the plan."""
+    file = tmp_path / "loader.json"
+    file.write_text('{"use_seedable_sampler": false}')
+    run = tiny("trainer.batch=4")
+    run.trainer.kind = kind
+    for value in ({"use_seedable_sampler": False}, str(file)):
+        run.trainer.extra = {"accelerator_config": value}
+        with pytest.raises(
+            ConfigError, match=r"^trainer\.extra\.accelerator_config must be without use_seedable_sampler"
+        ):
+            sft.arguments(run.trainer, "cpu", 0, "x", 1)
+    run.trainer.extra = {"accelerator_config": {"use_seedable_sampler": True, "even_batches": True}}
+    assert sft.arguments(run.trainer, "cpu", 0, "x", 1).accelerator_config.even_batches  # type: ignore
+    run.trainer.extra = {"accelerator_config": "nowhere.json"}
+    with pytest.raises(ConfigError, match=r"^trainer\.extra is refused by \w+: .*No such file .*nowhere\.json"):
+        sft.arguments(run.trainer, "cpu", 0, "x", 1)
+
+
+def test_seed_of_the_rows_is_refused_where_groups_are_drawn_without_it(tiny):
+    sft.arguments(tiny("+trainer.extra.data_seed=7").trainer, "cpu", 0, "x", 1)
+    run = tiny("+trainer.extra.data_seed=7", "trainer.group_by_length=true")
+    with pytest.raises(
+        ConfigError, match=r"^trainer\.extra\.data_seed must not be set with trainer\.group_by_length=true"
+    ):
+        sft.arguments(run.trainer, "cpu", 0, "x", 1)
 
 
 @pytest.mark.parametrize(
