@@ -954,6 +954,17 @@ def store_sweep(path: Path) -> None:
         raise ConfigError(f"{path}: {str(error).strip().splitlines()[0]}") from error
 
 
+def sweeper(path: Path) -> list[str]:
+    """List the keys of `hydra.sweeper` that a file sets; of one that is no YAML none, as composing it tells."""
+    try:
+        told = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError):
+        return []
+    hydras = told.get("hydra") if isinstance(told, dict) else None
+    found = hydras.get("sweeper") if isinstance(hydras, dict) else None
+    return [str(key) for key in found] if isinstance(found, dict) else []
+
+
 def unreadable(error: YAMLError) -> str:
     """Say in one line where a file is no YAML, and why."""
     mark = getattr(error, "problem_mark", None)

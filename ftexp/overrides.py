@@ -21,8 +21,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ftexp import config
@@ -433,22 +431,11 @@ def _check_sweepers(group: str, override: Override) -> None:
         return
     for name in override.sweep_string_iterator():
         for place in _folders()[group]:
-            if (path := place / f"{name}.yaml").exists() and (keys := _sweeper(path)):
+            if (path := place / f"{name}.yaml").exists() and (keys := config.sweeper(path)):
                 raise ConfigError(
                     f"{override.input_line}: {path} sets hydra.sweeper ({', '.join(keys)}), which is of a whole launch "
                     f"and would not be read; start each by its own command, {group}={name} -m"
                 )
-
-
-def _sweeper(path: Path) -> list[str]:
-    """List the keys of `hydra.sweeper` that a file sets; of one that is no YAML none, as composing it tells."""
-    try:
-        told = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError):
-        return []
-    hydras = told.get("hydra") if isinstance(told, dict) else None
-    found = hydras.get("sweeper") if isinstance(hydras, dict) else None
-    return [str(key) for key in found] if isinstance(found, dict) else []
 
 
 CALLED = {

@@ -339,7 +339,7 @@ def viewed(uri: str) -> str | None:
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        found = MlflowClient(tracking_uri=uri).search_experiments()
+        found = MlflowClient(tracking_uri=address(uri)).search_experiments()
     except (MlflowException, SQLAlchemyError, OSError):
         return None
     dated = [(json.loads(one.tags[key])["createdAt"], one.experiment_id) for one in found
@@ -351,7 +351,7 @@ def viewed(uri: str) -> str | None:
 
 def attach(uri: str, run_id: str, path: Path, note: str) -> None:
     """Show a file and a description with a run of the tracking store; one not here, or that fails, costs a line."""
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE).partition("?")[0]).exists():
         say(f"{path.name} is not in MLflow: {uri} is not here", always=True)
         return
     _restrain()
@@ -360,7 +360,7 @@ def attach(uri: str, run_id: str, path: Path, note: str) -> None:
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        client = MlflowClient(tracking_uri=uri)
+        client = MlflowClient(tracking_uri=address(uri))
         client.log_artifact(run_id, str(path))
         client.set_tag(run_id, "mlflow.note.content", note)
     except (MlflowException, SQLAlchemyError, OSError) as error:

@@ -215,6 +215,10 @@ def test_store_that_code_of_ones_own_opened_by_name_in_another_folder_is_another
     client, _ = track.store(Track(uri="sqlite:///m.db"))
     assert [one.name for one in client.search_experiments() if one.name != "Default"] == ["ftexp"]
     assert own.get_experiment_by_name("ftexp") is None
+    run = client.create_run("1").info.run_id
+    (tmp_path / "b" / "page.html").write_text("page")
+    track.attach("sqlite:///m.db", run, Path("page.html"), "told")
+    assert [one.path for one in client.list_artifacts(run)] == ["page.html"]
 
 
 def test_store_is_made_where_none_can_be_kept(tmp_path, monkeypatch):
