@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from scipy.integrate import quad
@@ -261,6 +261,7 @@ def paired_sd(sd: float, correlation: float) -> float:
     return sd * math.sqrt(2 * (1 - correlation))
 
 
+@cache
 def expected_maximum(trials: int) -> float:
     """Expected maximum of that many standard normal numbers: by how many standard errors the best of equals flatters.
 
