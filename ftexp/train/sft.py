@@ -65,6 +65,7 @@ INSTEAD = {
     "fsdp*": "sweep.gpus_per_trial spreads a trial over GPUs",
     "greater_is_better": "objectives name what trials are ranked by, and metrics know their direction",
     "hub_*": "ftexp export --push uploads a finished run",
+    "ignore_data_skip": "a run that was killed goes on with the rows that it has not seen",
     "include_for_metrics": "held-out rows are scored by ftexp, and keys of eval say how",
     "load_best_model_at_end": "the weights of the last step are kept, and trainer.steps says which that is",
     "num_generations_eval": "a held-out prompt is answered once, greedily",

@@ -286,7 +286,7 @@ PREPARES = "ftexp prepares .* itself: "
      ("metric_for_best_model", "loss", "objectives"), ("greater_is_better", False, "objectives"),
      ("resume_from_checkpoint", "x", "the same command"), ("hub_model_id", "a/b", "ftexp export --push"),
      ("push_to_hub", True, "ftexp export --push"), ("deepspeed", "x.json", "sweep.gpus_per_trial"),
-     ("dataloader_drop_last", True, "the rows that are left"),
+     ("dataloader_drop_last", True, "the rows that are left"), ("ignore_data_skip", True, "rows that it has not seen"),
      ("bf16_full_eval", True, r"model\.dtype$"), ("fp16_full_eval", False, r"model\.dtype$"),
      ("prediction_loss_only", True, "keys of eval"), ("batch_eval_metrics", True, "keys of eval"),
      ("include_for_metrics", ["inputs"], "keys of eval"), ("do_train", True, "a run trains"),
