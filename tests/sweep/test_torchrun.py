@@ -159,7 +159,7 @@ if os.environ["RANK"] == "0":
         return execute(*given)
     experiment.execute = late
 if os.environ["RANK"] == "1":
-    ranks.PATIENCE_SECONDS = 0.5
+    ranks.PATIENCE_SECONDS = %s
     follow, seen = experiment.follow, []
     def failing(run, folder):
         seen.append(1)
@@ -196,7 +196,7 @@ def test_what_fails_in_the_second_process_is_told_by_the_first(tmp_path, cli, la
         patch.setattr(plugin, "_run_left", frozen_only)
         cli(*SWEEP, *words, "-m")
     folder = tmp_path / "outputs/sweeps/s"
-    (tmp_path / "failing.py").write_text(FAILING % late)
+    (tmp_path / "failing.py").write_text(FAILING % (late, 0.5 if late else 5))  # a loaded machine takes its time
     command = [
         sys.executable,
         "-m",
