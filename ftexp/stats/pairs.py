@@ -235,7 +235,7 @@ def compare(
     difference, low, high = _differences(values, resampled, centred, table, couples, share, level)
     told = zip(couples.tolist(), difference, low, high, alone, holm(alone.tolist()), joint, strict=True)
     pairs = [Pair(a, b, *map(float, found)) for (a, b), *found in told]
-    near = _near(table.values, p_best)
+    near = _near(table, p_best)
     beside = np.isin(couples, near).all(axis=1)
     apart = table.parts[couples[:, 0]] - table.parts[couples[:, 1]]
     spread = _spread(table, np.empty(0) if single else (share * apart.std(axis=1, ddof=1))[beside])
@@ -244,13 +244,15 @@ def compare(
     return Comparison(tuple(scores), tuple(pairs), best, tuple(p_best.tolist()), seeds, spread, ahead, noisier)
 
 
-def _near(values: Array, p_best: Array) -> Array:
+def _near(table: _Table, p_best: Array) -> Array:
     """Numbers of the points that may be the best, the two best at least.
 
-    Noise is measured on these: a point that is far behind, as one whose training broke, has noise of another size.
+    Noise is measured on these: a point that is far behind, as one whose training broke, has noise of another size, and
+    so has one of `noise.noisier`, which is never far behind for sure. Only where two others are not left it counts too.
     """
-    near = p_best > noise.ALPHA
-    near[np.argsort(values, kind="stable")[:2]] = True
+    calm = (table.kind == 0) if (table.kind == 0).sum() > 1 else np.ones(len(table.kind), dtype=bool)
+    near = (p_best > noise.ALPHA) & calm
+    near[np.argsort(np.where(calm, table.values, np.inf), kind="stable")[:2]] = True
     return np.flatnonzero(near)
 
 

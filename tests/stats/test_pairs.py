@@ -277,6 +277,9 @@ def test_a_point_of_unstable_training_blurs_no_other():
     df2 = reference.t.isf(0.025, 2) * np.std([c.value for c in wild[0]], ddof=1) / math.sqrt(3)
     assert far.high - far.value == pytest.approx(df2, rel=0.1)  # Student's over its own three seeds
     assert indistinguishable(beside).members == (0, 2)  # nobody knows what the third is worth
+    assert (beside.spread.rows, beside.spread.seed) == pytest.approx((alone.spread.rows, alone.spread.seed))
+    more = pairs.noise.expected_maximum(3) / pairs.noise.expected_maximum(2)
+    assert beside.optimism == pytest.approx(more * alone.optimism, rel=0.03)
 
 
 def test_noise_of_a_broken_trial_is_not_the_sweeps():

@@ -391,6 +391,17 @@ def test_error_while_a_trainer_is_built_names_extra_where_there_is_some(tiny, mo
         assert str(caught.value).startswith("trainer.extra is refused by the Trainer, with adam_beta2: ") == bool(extra)
 
 
+def only(trainer, name, bad, good):
+    """Have some values of a keyword refused, and others taken."""
+    for value in bad:
+        trainer.extra = {name: value}
+        with pytest.raises(ConfigError, match=rf"^trainer\.extra\.{name} must be .*, got {re.escape(repr(value))}$"):
+            sft.arguments(trainer, "cpu", 0, "x", 1)
+    for value in good:
+        trainer.extra = {name: value}
+        assert getattr(sft.arguments(trainer, "cpu", 0, "x", 1), name) == value
+
+
 @pytest.mark.parametrize(
     ("name", "bad", "good"),
     [("adam_beta1", (5.0, 1.0, -0.1, float("nan")), (0.0, 0.95)),
@@ -403,13 +414,7 @@ def test_error_while_a_trainer_is_built_names_extra_where_there_is_some(tiny, mo
 )  # fmt: skip
 def test_value_of_a_library_that_is_out_of_range_is_refused(tiny, name, bad, good):
     run = tiny()
-    for value in bad:
-        run.trainer.extra = {name: value}
-        with pytest.raises(ConfigError, match=rf"^trainer\.extra\.{name} must be .*, got {re.escape(repr(value))}$"):
-            sft.arguments(run.trainer, "cpu", 0, "x", 1)
-    for value in good:
-        run.trainer.extra = {name: value}
-        assert getattr(sft.arguments(run.trainer, "cpu", 0, "x", 1), name) == value
+    only(run.trainer, name, bad, good)
 
 
 @pytest.mark.parametrize(
@@ -422,13 +427,7 @@ def test_value_of_a_draw_that_is_out_of_range_is_refused(tiny, name, bad, good):
     run = tiny()
     run.trainer.kind, run.trainer.generations = Method.rloo, 2
     run.trainer.batch, run.trainer.accumulation = 2, 1
-    for value in bad:
-        run.trainer.extra = {name: value}
-        with pytest.raises(ConfigError, match=rf"^trainer\.extra\.{name} must be .*, got {re.escape(repr(value))}$"):
-            sft.arguments(run.trainer, "cpu", 0, "x", 1)
-    for value in good:
-        run.trainer.extra = {name: value}
-        assert getattr(sft.arguments(run.trainer, "cpu", 0, "x", 1), name) == value
+    only(run.trainer, name, bad, good)
 
 
 def test_limits_are_of_keywords_of_the_library_and_hold_its_defaults():
