@@ -149,11 +149,11 @@ def deserted() -> bool:
     """Whether another process is gone that was not asked to leave; torchrun then ends this one with the same signal."""
     import psutil
 
-    store = _store
-    return store is not None and any(
-        not store.check([f"left {other}"]) and not _lives(int(store.get(f"pid {other}")), psutil)
-        for other in range(1, count())
-    )
+    if _store is None:
+        return False
+    others = range(1, count())
+    gone = [n for n in others if not _lives(int(_store.get(f"pid {n}")), psutil)]  # first: a word may be its last act
+    return any(not _store.check([f"left {n}"]) for n in gone)
 
 
 def _lives(pid: int, psutil: Any) -> bool:

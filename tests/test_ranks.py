@@ -37,6 +37,30 @@ def test_one_process_is_all(monkeypatch):
     ranks.tell("end", "word")
 
 
+@pytest.mark.parametrize("moment", range(4))
+def test_a_process_that_leaves_word_while_it_is_looked_for_has_not_deserted(monkeypatch, moment):
+    """Whichever look comes before its last act, and whichever after."""
+
+    class Store:
+        looks = 0
+
+        def lives(self, *_):
+            self.looks += 1
+            return self.looks <= moment
+
+        def check(self, _):
+            return not self.lives()
+
+        def get(self, _):
+            return b"1"
+
+    store = Store()
+    monkeypatch.setattr(ranks, "_store", store)
+    monkeypatch.setattr(ranks, "_lives", store.lives)
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    assert not ranks.deserted()
+
+
 def _member(number, port, found, scene):
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
