@@ -54,6 +54,10 @@ class Pruner(Enum):
     (`ftexp/stats/racing.py`): at most `alpha` of all sweeps stop the trial that is truly best at a rung."""
 
 
+HALVING = (Pruner.asha, Pruner.hyperband)
+"""Pruners that enter a trial in a list of each rung, and go by that list."""
+
+
 class Engine(Enum):
     """What starts the workers; the record hands out the trials in each case."""
 

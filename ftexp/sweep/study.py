@@ -399,24 +399,29 @@ def _score(folder: Path, name: str) -> float:
     return (read_trial(folder) or {}).get("scores", {}).get(name, math.inf)
 
 
-def judged(study: Study, trial_id: int) -> tuple[Study, FrozenTrial]:
+def judged(study: Study, trial_id: int, fresh: Container[str] = ()) -> tuple[Study, FrozenTrial]:
     """Return what a pruner is to judge by, and the trial.
 
     Attempts that were lost are left out: their rungs would compete with those of their repetition. Hyperband draws a
     bracket from the study's name and the trial's number: trials are numbered by their tickets, for a repetition has
     another number, and the name is one for all sweeps, so that two of one seed are the same.
+
+    Args:
+        study: of the sweep.
+        trial_id: the judged trial's.
+        fresh: marks of that trial which the pruner is to take for not yet made.
     """
     view = copy(study)
     view.study_name = "ftexp"
-    view._storage = cast(Any, _Counting(study))
-    return view, _numbered(study._storage.get_trial(trial_id))
+    view._storage = cast(Any, _Counting(study, trial_id, fresh))
+    return view, _without(_numbered(study._storage.get_trial(trial_id)), fresh)
 
 
 class _Counting:
     """A storage that tells of the attempts that count alone."""
 
-    def __init__(self, study: Study) -> None:
-        self._study = study
+    def __init__(self, study: Study, trial_id: int, fresh: Container[str]) -> None:
+        self._study, self._judged, self._fresh = study, trial_id, fresh
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study._storage, name)
@@ -429,7 +434,8 @@ class _Counting:
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
         """List the attempts, by ticket."""
-        told = [_numbered(t) for t in counted(self._study) if states is None or t.state in states]
+        found = (t for t in counted(self._study) if states is None or t.state in states)
+        told = [_without(_numbered(t), self._fresh if t._trial_id == self._judged else ()) for t in found]
         return [copied(t) for t in told] if deepcopy else told
 
 
@@ -438,6 +444,15 @@ def _numbered(trial: FrozenTrial) -> FrozenTrial:
         return trial
     made = copy(trial)
     made.number = ticket(trial)
+    return made
+
+
+def _without(trial: FrozenTrial, marks: Container[str]) -> FrozenTrial:
+    """Return a trial without some of its marks."""
+    if not any(key in marks for key in trial.system_attrs):
+        return trial
+    made = copy(trial)
+    made.system_attrs = {key: value for key, value in trial.system_attrs.items() if key not in marks}
     return made
 
 

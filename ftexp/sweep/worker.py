@@ -43,10 +43,10 @@ from ftexp.model import compute
 from ftexp.progress import console, quiet_libraries, say
 from ftexp.sweep import frozen, limits, packs, race, share, study
 from ftexp.sweep.frozen import Frozen
-from ftexp.sweep.options import Pruner, Sampler
+from ftexp.sweep.options import HALVING, Pruner, Sampler
 from ftexp.sweep.share import STOP, TOKEN
 from ftexp.train import control
-from ftexp.train.control import Control, Judge, Rung, Share
+from ftexp.train.control import Control, Judge, Recorded, Rung, Share
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -547,14 +547,27 @@ def judge(sweep: Frozen, trial: Trial, run: config.Run) -> Judge | None:
         return None
 
     maximised = metrics.METRICS[sweep.objectives[0]].direction is metrics.Direction.maximize
+    entered: set[str] = set()
+
+    def pruned(fresh: set[str]) -> bool:
+        return trial.study.pruner.prune(*study.judged(trial.study, trial._trial_id, fresh))
+
+    def record(rung: Rung, step: int) -> None:
+        trial.report(-rung.loss if maximised else rung.loss, step)  # a pruner takes rungs to be in the objective's sense
+        entered.clear()
+        if sweep.options.pruner in HALVING:
+            before = {*_system(trial)}
+            pruned(set())  # enters the rung; what it says to that is asked below, when all who stand there are in
+            entered.update({*_system(trial)} - before)
 
     def ask(rung: Rung, step: int) -> str | None:
-        told = -rung.loss if maximised else rung.loss  # a pruner takes the objective's direction for that of rungs
-        trial.report(told, step)
-        stops = trial.study.pruner.prune(*study.judged(trial.study, trial._trial_id))
-        return f"pruned at step {step}: valid/loss {rung.loss:.4f}" if stops else None
+        return f"pruned at step {step}: valid/loss {rung.loss:.4f}" if pruned(entered) else None
 
-    return ask
+    return Recorded(record, ask)
+
+
+def _system(trial: Trial) -> dict[str, Any]:
+    return trial.study._storage.get_trial(trial._trial_id).system_attrs
 
 
 def _nop() -> type:

@@ -82,9 +82,11 @@ def test_who_is_pruned_leaves_the_pack(swept):
     keys = ("trainer.lr=1e-2,1e-6", "lora.r=4", "trainer.steps=6")
     alone = swept(*keys, "name=alone")
     found = swept(*keys, "name=four", "sweep.pack=4", "sweep.pruner=asha")
-    assert [state for state, _, _ in found.values()] == ["complete", "complete", "pruned", "pruned"]
+    states = [state for state, _, _ in found.values()]  # four are halved, and those two after twice the steps
+    assert (sorted(states[:2]), states[2:]) == (["complete", "pruned"], ["pruned", "pruned"])
     assert all(sha for _, _, sha in found.values())
-    assert [found[n] for n in "01"] == [alone[n] for n in "01"]
+    best = str(states.index("complete"))
+    assert found[best] == alone[best]
 
 
 KILLED = """

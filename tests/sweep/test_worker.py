@@ -185,6 +185,28 @@ def test_rungs_of_an_attempt_that_was_lost_judge_nobody(sweep, monkeypatch, prun
     assert 0 < sum(ends[:16]) < 16
 
 
+@pytest.mark.parametrize("pruner", [Pruner.asha, Pruner.hyperband])
+def test_halving_of_who_stand_at_a_rung_together_keeps_the_better_half(sweep, pruner):
+    """Whoever is asked first, as in a pack: judged as each comes, the first would go on as the best so far."""
+    losses = [3.0, 5.0, 1.0, 2.5, 8.0, 4.0, 1.5, 7.0]
+    args = {"reduction_factor": 2} | ({"min_resource": 1} if pruner is Pruner.asha else {"max_resource": 4})
+    made, record = sweep(f"a={','.join(map(str, range(8)))}", pruner=pruner, pruner_args=args)
+    kept = []
+    for number, order in enumerate([range(8), range(7, -1, -1), (2, 6, 3, 0, 5, 1, 7, 4)]):
+        record = optuna.create_study(study_name=f"s{number}", pruner=study.pruner(made.options, 1))
+        study.queue(record, made.space.grid())
+        judges = {n: worker.judge(made, study.claim(record), made.run({}, 0)) for n in range(8)}
+        left = [*order]
+        for step in (1, 2, 4):
+            for n in left:
+                judges[n].tell(Rung(losses[n]), step)
+            left = [n for n in left if judges[n].ask(Rung(losses[n]), step) is None]
+            kept.append({*left})
+    assert kept[:3] == kept[3:6] == kept[6:]
+    if pruner is Pruner.asha:  # Hyperband's brackets are drawn
+        assert kept[:3] == [{0, 2, 3, 6}, {2, 6}, {2}]
+
+
 def test_fault_of_the_machine_fails_its_trial_where_there_is_no_other_worker(sweep, monkeypatch):
     made, record = sweep("a=1,2")
     trials(monkeypatch, [MachineError("no network"), {"valid/loss": 0.5}])
