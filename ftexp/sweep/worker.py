@@ -553,7 +553,7 @@ def judge(sweep: Frozen, trial: Trial, run: config.Run) -> Judge | None:
         return trial.study.pruner.prune(*study.judged(trial.study, trial._trial_id, fresh))
 
     def record(rung: Rung, step: int) -> None:
-        trial.report(-rung.loss if maximised else rung.loss, step)  # a pruner takes rungs to be in the objective's sense
+        trial.report(-rung.loss if maximised else rung.loss, step)  # pruners go by the objective's sense
         entered.clear()
         if sweep.options.pruner in HALVING:
             before = {*_system(trial)}
