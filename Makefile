@@ -50,11 +50,11 @@ test-cluster: $(READY) ## install Slurm, PostgreSQL and Ray, and run a sweep on 
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'ray>=2.50,<3'
 	$(BIN)/python -m pytest -m "cluster or slow" -s tests/cluster
 
-bench: $(READY) ## a sweep beside a shell loop over a TRL script, the sweeper's cost, a million rows, what a record carries (some 70 minutes)
+bench: $(READY) ## a sweep beside a shell loop over a TRL script, the sweeper's cost, a million rows, what a record carries (some 90 minutes)
 	$(BIN)/python tests/bench/sweeper.py
 	$(BIN)/python tests/bench/loop.py
 	$(BIN)/python tests/bench/loop.py --task short
-	$(BIN)/python tests/bench/loop.py --task system work
+	$(BIN)/python tests/bench/loop.py --task system work answer
 	$(BIN)/python tests/bench/packed.py
 	$(BIN)/python tests/bench/data.py
 	$(BIN)/python tests/bench/storage.py

@@ -34,7 +34,7 @@ from ftexp.progress import say
 from ftexp.runs import called, keep
 from ftexp.sweep import frozen, limits, race, space
 from ftexp.sweep.frozen import Frozen
-from ftexp.sweep.options import Engine, Options, Pruner, Sampler, idle
+from ftexp.sweep.options import BY_ROWS, Engine, Options, Pruner, Sampler, idle
 from ftexp.sweep.space import Space
 from ftexp.train import control, spread
 
@@ -207,7 +207,7 @@ class Sweeper(HydraSweeper):
             )
         if options.pruner is not Pruner.none:
             race.check_alike(options, runs)
-        if options.pruner is Pruner.race:
+        if options.pruner in BY_ROWS:
             rows = min(len({*data.units(data.load(run.data).valid)}) for run in runs)
             race.check(options, [axis.key for axis in searched.axes], runs[0].objectives, rows)
         engines.check(options)

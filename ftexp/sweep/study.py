@@ -27,7 +27,7 @@ from ftexp import experiment
 from ftexp.errors import ConfigError, MachineError
 from ftexp.files import read_trial
 from ftexp.sweep import race
-from ftexp.sweep.options import Options, Pruner, Sampler
+from ftexp.sweep.options import BY_ROWS, Options, Pruner, Sampler
 from ftexp.sweep.space import Space
 from ftexp.train import checkpoints
 
@@ -238,7 +238,7 @@ def pruner(options: Options, rung: int, longest: int = 0) -> BasePruner:
     match options.pruner:
         case Pruner.none:
             return known.NopPruner()
-        case Pruner.race:
+        case Pruner.race | Pruner.halving:
             race.rule(options)
             return known.NopPruner()  # it judges by rows, which are not in the record
         case Pruner.asha:
@@ -307,7 +307,7 @@ def try_pruner(options: Options, rung: int, longest: int) -> None:
     from optuna.trial import TrialState
 
     made = pruner(options, rung, longest)
-    if not options.pruner_args or options.pruner is Pruner.race:
+    if not options.pruner_args or options.pruner in BY_ROWS:
         return
     with _told("sweep.pruner_args", made, options.pruner_args):
         record = optuna.create_study(study_name="ftexp", pruner=made)

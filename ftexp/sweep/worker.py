@@ -43,7 +43,7 @@ from ftexp.model import compute
 from ftexp.progress import console, quiet_libraries, say
 from ftexp.sweep import frozen, limits, packs, race, share, study
 from ftexp.sweep.frozen import Frozen
-from ftexp.sweep.options import HALVING, Pruner, Sampler
+from ftexp.sweep.options import BY_ROWS, ENTERED, Sampler
 from ftexp.sweep.share import STOP, TOKEN
 from ftexp.train import control
 from ftexp.train.control import Control, Judge, Recorded, Rung, Share
@@ -541,7 +541,7 @@ def keep_hydra_files(sweep: Frozen, run: config.Run, point: dict[str, Any], fold
 
 def judge(sweep: Frozen, trial: Trial, run: config.Run) -> Judge | None:
     """Return what a trial asks at each rung: a reason to stop, or None to go on."""
-    if sweep.options.pruner is Pruner.race:
+    if sweep.options.pruner in BY_ROWS:
         return race.judge(sweep, trial, run.trainer.report_steps)
     if len(sweep.objectives) > 1 or isinstance(trial.study.pruner, _nop()):
         return None
@@ -555,7 +555,7 @@ def judge(sweep: Frozen, trial: Trial, run: config.Run) -> Judge | None:
     def record(rung: Rung, step: int) -> None:
         trial.report(-rung.loss if maximised else rung.loss, step)  # pruners go by the objective's sense
         entered.clear()
-        if sweep.options.pruner in HALVING:
+        if sweep.options.pruner in ENTERED:
             before = {*_system(trial)}
             pruned(set())  # enters the rung; what it says to that is asked below, when all who stand there are in
             entered.update({*_system(trial)} - before)

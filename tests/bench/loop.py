@@ -80,7 +80,11 @@ TASKS = {
 """Some 230, 115 and 200 tokens a step; of the last 84 are the model's own system prompt, in front of each row."""
 PACKED = ("trainer.engine=packed", "sweep.pack=0")
 BESIDE = (*PACKED, "sweep.workers=2")
-RACED = ("ftexp raced", "ftexp packed, raced", "ftexp two workers, raced")
+PRUNED = {
+    "ftexp raced": ("sweep.pruner=race",),
+    **{f"ftexp two workers, {p}": (f"sweep.pruner={p}", *BESIDE) for p in ("race", "halving", "asha")},
+}
+"""Ways to the best of sixteen that stop trials; `asha` halves blindly, whatever the rows say."""
 Kept = dict[str, Any]
 """What was measured: part -> way -> a list of {wall, cpu, ...}."""
 
@@ -206,10 +210,9 @@ def work(kept: Kept, task: Task, of: int) -> None:
 
 
 def answer(kept: Kept, task: Task, of: int) -> None:
-    """The best of sixteen trials: raced, and all to their end by the same engine, to know what is best."""
-    measure(kept, "answer", "ftexp raced", 1, lambda _: swept(task, POINTS, "sweep.pruner=race"))
-    measure(kept, "answer", "ftexp packed, raced", 1, lambda _: swept(task, POINTS, "sweep.pruner=race", *PACKED))
-    measure(kept, "answer", "ftexp two workers, raced", 1, lambda _: swept(task, POINTS, "sweep.pruner=race", *BESIDE))
+    """The best of sixteen trials: by ways that stop some, and all to their end, to know which is best."""
+    for way, more in PRUNED.items():
+        measure(kept, "answer", way, 1, lambda _, more=more: swept(task, POINTS, *more))
     measure(kept, "answer", "ftexp packed", 1, lambda _: swept(task, POINTS, *PACKED))
     loops(kept, task, of)
 
@@ -234,7 +237,7 @@ def ratios(kept: Kept, task: Task) -> list[tuple[str, float, float, float, str]]
                               f"median of {len(pairs)} in turn; formats {pairs[0][0]['dtype']} and {pairs[0][1]['dtype']}"))  # fmt: skip
     for part, count, ours in (
         ("work", 8, "ftexp"), ("work", 8, "ftexp packed"), ("work", 8, "ftexp two workers, packed"),
-        *(("answer", 16, way) for way in RACED), ("answer", 16, "ftexp packed"),
+        *(("answer", 16, way) for way in PRUNED), ("answer", 16, "ftexp packed"),
     ):  # fmt: skip
         ways = kept.get(part, {}) | kept.get("loops", {})
         for clock in ("wall", "cpu"):
@@ -244,24 +247,24 @@ def ratios(kept: Kept, task: Task) -> list[tuple[str, float, float, float, str]]
                     how = f"{len(single)} of {count} trials of the loop measured, their mean taken for the others"
                     spread = [count * s / base for s in (mean(single), min(single), max(single))]
                     found.append((f"{count} trials: {other} / {ours}, {clock}", *spread, how))
-    raced, tuned = kept.get("answer", {}).get("ftexp raced"), kept.get("loops", {}).get("tuned loop")
-    if raced and tuned:
-        found.append(_same_pruner(raced[0], tuned, task.steps))
+    for way, tuned in ((way, kept.get("loops", {}).get("tuned loop")) for way in PRUNED):
+        if tuned and (raced := kept.get("answer", {}).get(way)):
+            found.append(_same_pruner(way, raced[0], tuned, task.steps))
     return found
 
 
 def _same_pruner(
-    raced: dict[str, Any], tuned: list[dict[str, Any]], steps: int
+    way: str, raced: dict[str, Any], tuned: list[dict[str, Any]], steps: int
 ) -> tuple[str, float, float, float, str]:
-    """Price the tuned loop with the race's stops: training and rungs by steps taken, no completions of who stopped."""
+    """Price the tuned loop with a sweep's stops: training and rungs by steps taken, no completions of who stopped."""
     totals = []
     for trial in tuned:
         at = trial["seconds"]
         fixed, full = at["load"] + at["base"] + at["make"], at["steps"] + at["rungs"]
         totals.append(sum(fixed + full * s / steps + (at["after"] if s == steps else 0.0) for s in raced["steps"]))
     told = [total / raced["wall"] for total in (mean(totals), min(totals), max(totals))]
-    how = "computed: each stop where the race had it, seconds of the tuned trials measured"
-    return ("16 trials: tuned loop, same pruner / ftexp raced, wall", *told, how)
+    how = "computed: each stop where the sweep had it, seconds of the tuned trials measured"
+    return (f"16 trials: tuned loop, same pruner / {way}, wall", *told, how)
 
 
 def show(kept: Kept, task: Task) -> None:
@@ -278,7 +281,7 @@ def show(kept: Kept, task: Task) -> None:
     whole = kept.get("answer", {})
     if whole.get("ftexp packed"):
         full = min(whole["ftexp packed"][0]["losses"])
-        for way in (way for way in RACED if whole.get(way)):
+        for way in (way for way in PRUNED if whole.get(way)):
             best = min(v for v in whole[way][0]["losses"] if v is not None)
             share = sum(whole[way][0]["steps"]) / (16 * task.steps)
             print(f"{way}: winner's loss {best:.4f}, best of the full sweep {full:.4f} ({best - full:+.4f} nats), "

@@ -1,4 +1,4 @@
-"""The racing pruner: rows are kept at each rung, and judged by those of the others."""
+"""Racing, and halving that spares ties: rows are kept at each rung, and judged by those of the others."""
 
 import numpy as np
 import pytest
@@ -94,10 +94,63 @@ def test_the_first_fifth_of_the_steps_stops_nothing(race_of, monkeypatch, args, 
 
 
 @pytest.mark.parametrize(("spared", "steps", "rungs"), [(0.07, 100, 6), (0.2, 100, 19), (0.0, 100, 0)])
-def test_a_rung_at_the_very_share_is_judged(tmp_path, spared, steps, rungs):
-    write_json(tmp_path / "trial.json", {"steps": steps})
+def test_a_rung_at_the_very_share_is_judged(spared, steps, rungs):
     assert spared * steps == pytest.approx(rungs + (1 if spared else 0))  # 0.07 * 100 is 7.000000000000001
-    assert race._spared(tmp_path, race.Rule(spared=spared), 1) == rungs
+    assert race.Race(spared=spared).passed(steps, 1) == rungs
+
+
+@pytest.fixture
+def halved(sweep, monkeypatch):  # noqa: F811
+    """Trials that stand at each rung together, as in a pack: their shifts -> who goes on from each rung."""
+
+    def run(shifts, steps=(10, 20, 40, 80), order=None, units=(), **args):
+        made, record = sweep(f"a={','.join(map(str, range(len(shifts))))}", pruner=Pruner.halving, pruner_args=args)
+        judges = {n: race.judge(made, study.claim(record), 10) for n in range(len(shifts))}
+        left, kept = [*(order or range(len(shifts)))], []
+        for step in steps:
+            rungs = {}
+            for n in left:
+                rows = HARD + shifts[n] + np.random.default_rng(10 * n + step).normal(0, 0.05, ROWS)
+                rungs[n] = Rung(float(rows.mean()), rows.tolist(), [1] * ROWS, units)
+                judges[n].tell(rungs[n], step)
+            left = [n for n in left if judges[n].ask(rungs[n], step) is None]
+            kept.append(sorted(left))
+        return kept
+
+    return run
+
+
+CLEAR = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+"""Two trials differ by 0.1 or more, where a paired test over 32 rows with noise of 0.05 sees 0.03."""
+
+
+@pytest.mark.parametrize("order", [None, range(7, -1, -1), (3, 5, 1, 0, 7, 2, 6, 4)])
+def test_halving_keeps_the_better_half_at_each_doubling_of_the_steps(halved, order):
+    steps = (10, 20, 30, 40, 50, 80)
+    kept = halved(CLEAR, steps, order)
+    assert kept == [[0, 1, 2, 3], [0, 1], [0, 1], [0], [0], [0]]
+
+
+def test_halving_by_four_goes_on_with_a_quarter(halved):
+    kept = halved(CLEAR, (10, 20, 40, 80), reduction_factor=4)
+    assert kept == [[0, 1], [0, 1], [0], [0]]
+
+
+@pytest.mark.parametrize(("blind", "kept"), [(False, [4, 4, 4, 4]), (True, [4, 2, 1, 1])])
+def test_halving_spares_whom_chance_may_explain(halved, monkeypatch, blind, kept):
+    """Twin: where any difference counts, those of four equals go that the noise has put behind."""
+    if blind:
+        monkeypatch.setattr(racing, "behind", lambda *_: 0.0)
+    assert [len(left) for left in halved([0.0, 0.0, 0.0, 0.0, 0.5, 0.5, 0.5, 0.5])] == kept
+
+
+@pytest.mark.parametrize(("shifts", "kept"), [([0.3], [[0], [0]]), ([0.0, 0.3, 0.4], [[0], [0]])])
+def test_halving_of_few_keeps_one(halved, shifts, kept):
+    assert halved(shifts, (10, 20)) == kept
+
+
+def test_halving_takes_rows_of_one_document_for_one(halved):
+    assert halved(CLEAR, (10,), units=[0] * ROWS) == [[*range(8)]]
 
 
 def test_trial_that_breaks_a_bound_stops_nobody(race_of, monkeypatch):
@@ -146,9 +199,23 @@ def test_rung_before_a_kill_is_not_judged_again(race_of, monkeypatch):
         ({}, [], ["valid/loss"], 23, r"needs at least 24 independent held-out rows \(sweep.pruner_args.min_rows\), got 23"),
     ],
 )  # fmt: skip
-def test_sweep_that_cannot_be_raced_is_refused(args, keys, objectives, rows, told):
+@pytest.mark.parametrize("pruner", race.RULES)
+def test_sweep_that_cannot_be_raced_is_refused(pruner, args, keys, objectives, rows, told):
+    with pytest.raises(ConfigError, match=told.replace("pruner=race", f"pruner={pruner.value}")):
+        race.check(Options(pruner=pruner, pruner_args=args), keys, objectives, rows)
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ({"spared": 0.1}, "sweep.pruner_args.spared is not known to sweep.pruner=halving, which takes alpha, reduction_f"),
+        ({"reduction_factor": 1}, "sweep.pruner_args.reduction_factor must be a whole number of at least 2, got 1"),
+        ({"reduction_factor": 2.5}, "sweep.pruner_args.reduction_factor must be a whole number of at least 2, got 2.5"),
+    ],
+)  # fmt: skip
+def test_keys_of_halving_are_checked(args, told):
     with pytest.raises(ConfigError, match=told):
-        race.check(Options(pruner=Pruner.race, pruner_args=args), keys, objectives, rows)
+        race.rule(Options(pruner=Pruner.halving, pruner_args=args))
 
 
 @pytest.mark.parametrize(
