@@ -176,7 +176,7 @@ def check(options: Options, searched: list[str], objectives: list[str], rows: in
     if rows < least:
         raise ConfigError(
             f"sweep.pruner={name} needs at least {least} independent held-out rows (sweep.pruner_args.min_rows), "
-            f"got {rows}"
+            f"got {rows}; more of them with data.valid, or add sweep.pruner=asha, which goes by the loss alone"
         )
 
 
