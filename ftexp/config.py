@@ -990,8 +990,14 @@ def read_of(data: Data, shape: Shape) -> set[str]:
     return named | {name for name in (data.group_by, data.stratify_by) if name is not None}
 
 
-DECIDING = ("lora.variant", "eval.generate", "eval.labels", "trainer.kind", "trainer.steps", "data.valid_path")
+DECIDING = ("lora.variant", "eval.generate", "eval.labels", "trainer.kind", "trainer.optimizer", "trainer.steps",
+            "data.valid_path")  # fmt: skip
 """Keys that decide whether others have an effect."""
+MOMENTS = ("trainer.extra.adam_beta1", "trainer.extra.adam_beta2", "trainer.extra.adam_epsilon")
+PLAIN = ("adafactor", "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "sgd")
+"""Optimizers that transformers gives none of those settings."""
+LION = ("lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit")
+"""Optimizers without an epsilon."""
 
 
 def idle(run: Run, key: str) -> str | None:
@@ -1014,7 +1020,7 @@ def effective(told: dict[str, Any]) -> dict[str, Any]:
 
 def _idle(told: dict[str, Any], key: str) -> str | None:
     """Tell why a key has no effect beside what a flat config tells of `DECIDING`."""
-    kind, steps = told.get("trainer.kind"), told.get("trainer.steps")
+    kind, steps, optimizer = (told.get(f"trainer.{name}") for name in ("kind", "steps", "optimizer"))
     silent = kind in (Method.classify.value, Method.reward.value)
     rules = (
         (told.get("lora.variant") == Variant.none.value
@@ -1029,6 +1035,8 @@ def _idle(told: dict[str, Any], key: str) -> str | None:
          "eval.generate=false writes nothing (eval.generate=true does)"),
         (steps is not None and key == "trainer.epochs",
          f"trainer.steps={steps} goes before (trainer.steps=null trains for epochs)"),
+        (key in MOMENTS and (optimizer in PLAIN or (optimizer in LION and key == MOMENTS[2])),
+         f"trainer.optimizer={optimizer} has no such setting"),
         (bool(told.get("data.valid_path")) and key == "data.valid",
          "data.valid_path holds the held-out rows (data.valid_path='' draws them)"),
     )  # fmt: skip

@@ -1,4 +1,5 @@
 import math
+from contextlib import suppress
 
 import pytest
 
@@ -263,6 +264,13 @@ def test_dataclass_checks_itself_without_hydra(made):
             "data.valid",
             "data.valid_path holds the held-out rows (data.valid_path='' draws them)",
         ),
+        (["trainer.optimizer=sgd"], "trainer.extra.adam_beta1", "trainer.optimizer=sgd has no such setting"),
+        (["trainer.optimizer=lion_8bit"], "trainer.extra.adam_beta1", None),
+        (
+            ["trainer.optimizer=lion_8bit"],
+            "trainer.extra.adam_epsilon",
+            "trainer.optimizer=lion_8bit has no such setting",
+        ),
         ([], "data.valid", None),
         ([], "data.columns.labels", None),
         (["data.group_by=author"], "data.columns.author", None),
@@ -299,3 +307,26 @@ def test_effective_keys_are_those_that_are_not_idle(composed, given):
     flat = config.flat(run)
     assert config.effective(flat) == {key: value for key, value in flat.items() if config.idle(run, key) is None}
     assert ("lora.r" in config.effective(flat)) == ("lora=none" not in given)
+
+
+def test_settings_that_an_optimizer_lacks_are_those_that_transformers_does_not_hand_to_it():
+    from transformers import Trainer
+    from transformers.training_args import OptimizerNames
+    from trl import SFTConfig  # type: ignore
+
+    settings, known = SFTConfig("x", use_cpu=True, bf16=False), 0
+    for name in OptimizerNames:
+        for key in config.MOMENTS:
+            handed = []
+            for value in (0.25, 0.5):
+                settings.optim = name
+                before = getattr(settings, key.rpartition(".")[2])
+                setattr(settings, key.rpartition(".")[2], value)
+                with suppress(ImportError, RuntimeError, ValueError):  # of a package or a device that is not here
+                    handed.append(Trainer.get_optimizer_cls_and_kwargs(settings)[1])
+                setattr(settings, key.rpartition(".")[2], before)
+            if len(handed) == 2:
+                known += 1
+                idle = config._idle({"trainer.optimizer": name.value}, key) is not None
+                assert idle == (handed[0] == handed[1]), (name, key)
+    assert known > 40
