@@ -106,14 +106,23 @@ def template_digest(tokenizer: PreTrainedTokenizerBase, data: Data) -> str:
     return hashlib.sha256((template(tokenizer, data) or "").encode()).hexdigest()
 
 
+_digests: dict[str, str] = {}
+"""Hash of what a tokenizer is written as -> its digest: a large vocabulary takes a second to be read and written."""
+
+
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash what decides the ids of a text: vocabulary, merges, how text is cut, and the special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    told = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
-    if isinstance(told, dict):
-        told |= {"padding": None, "truncation": None}  # of the last call
+    name = type(tokenizer).__name__
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids)]
-    return hashlib.sha256(json.dumps([type(tokenizer).__name__, told, special]).encode()).hexdigest()
+    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    key = hashlib.sha256(f"{name} {special} {text}".encode()).hexdigest()
+    if key not in _digests:
+        told = json.loads(text)
+        if isinstance(told, dict):
+            told |= {"padding": None, "truncation": None}  # of the last call
+        _digests[key] = hashlib.sha256(json.dumps([name, told, special]).encode()).hexdigest()
+    return _digests[key]
 
 
 def render(rows: tuple[Row, ...], tokenizer: PreTrainedTokenizerBase, data: Data) -> list[Example]:

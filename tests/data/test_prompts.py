@@ -1,5 +1,8 @@
 """Ids and masks as a model would be taught them."""
 
+import hashlib
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -147,6 +150,24 @@ def test_chatml_needs_its_markers():
 def test_template_digest_tells_templates_apart(tokenizer):
     digests = {prompts.template_digest(tokenizer, Data(template=t)) for t in (Template.plain, Template.chatml)}
     assert len(digests) == 2
+
+
+def test_tokenizer_digest_is_of_what_decides_ids_and_reads_a_vocabulary_once(monkeypatch):
+    read, loads = [], json.loads
+    monkeypatch.setattr(prompts, "_digests", {})
+    monkeypatch.setattr(prompts.json, "loads", lambda text: read.append(text) or loads(text))
+    one, other = tiny.tokenizer(), tiny.tokenizer()
+    first = prompts.tokenizer_digest(one)
+    assert prompts.tokenizer_digest(other) == first
+    assert len(read) == 1
+    other(["a", "b c"], padding=True, truncation=True, max_length=4)  # which a tokenizer keeps of a call
+    assert prompts.tokenizer_digest(other) == first
+    other.add_special_tokens({"additional_special_tokens": ["<x>"]})
+    assert prompts.tokenizer_digest(other) != first
+    told = loads(one.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    special = [one.bos_token_id, one.eos_token_id, sorted(one.all_special_ids)]
+    whole = json.dumps([type(one).__name__, told, special])
+    assert first == hashlib.sha256(whole.encode()).hexdigest()  # as it is in the records of earlier versions
 
 
 def test_render_is_the_same_for_generated_rows():
