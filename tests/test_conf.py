@@ -6,6 +6,7 @@ from hydra import compose, initialize_config_dir
 
 from ftexp import config, overrides
 from ftexp.sweep import plugin
+from ftexp.sweep.options import BY_ROWS
 
 CHOICES = [f"{p.parent.name}={p.stem}" for p in sorted(overrides.CONF.glob("*/*.yaml"))]
 NEEDED = {
@@ -43,7 +44,7 @@ def test_sweep_is_valid_and_says_its_question_and_command(name, tmp_path, monkey
     small = [given for given in TINY if f"{given.split('=')[0]}:" not in text]  # what is asked stays
     whole = "nf4" in text or "layers.2" in text  # the tiny model has no stored weights, and two layers
     small = [given for given in small if not whole or given != "model=tiny"]
-    small += ["data.valid=24"] * ("pruner: race" in text)  # the fewest that it takes
+    small += ["data.valid=24"] * any(f"pruner: {p.value}" in text for p in BY_ROWS)  # the fewest that they take
     monkeypatch.setattr("sys.argv", ["ftexp.run", f"sweep={name}", *small, "track=none"])
     monkeypatch.chdir(tmp_path)
     assert run.main() == 0

@@ -20,7 +20,7 @@ from ftexp.model import Base
 from ftexp.progress import say
 from ftexp.sweep import frozen, share, study
 from ftexp.sweep.frozen import Frozen
-from ftexp.sweep.options import DRAWN, Options
+from ftexp.sweep.options import DRAWN, ENTERED, Options
 from ftexp.sweep.space import Axis
 from ftexp.train.turns import Turns
 
@@ -65,6 +65,13 @@ def check(options: Options, axes: tuple[Axis, ...], runs: list[config.Run]) -> N
                 f"sweep.pack must be 1 where {axis.key} is searched, got {options.pack}: trials of a pack share model, "
                 "rows and scoring"
             )
+    every = max(run.trainer.report_steps for run in runs)
+    least = options.pruner_args.get("min_resource", runs[0].trainer.report_steps)
+    if options.pruner in ENTERED and not (isinstance(least, int) and least >= every):
+        raise ConfigError(
+            f"sweep.pruner_args.min_resource must be at least trainer.report_steps={every} with sweep.pack="
+            f"{options.pack}, got {least}: trials of a pack would pass two rungs at once, in the order they are asked"
+        )
     for name in (*runs[0].objectives, *options.at_most):
         if name in SHARED:
             raise ConfigError(f"sweep.pack must be 1 where {name} is compared, got {options.pack}: a pack has one peak")

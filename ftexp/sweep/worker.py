@@ -547,27 +547,27 @@ def judge(sweep: Frozen, trial: Trial, run: config.Run) -> Judge | None:
         return None
 
     maximised = metrics.METRICS[sweep.objectives[0]].direction is metrics.Direction.maximize
-    entered: set[str] = set()
-
-    def pruned(fresh: set[str]) -> bool:
-        return trial.study.pruner.prune(*study.judged(trial.study, trial._trial_id, fresh))
+    marks: set[str] | None = None
 
     def record(rung: Rung, step: int) -> None:
+        nonlocal marks
+        marks = None
         trial.report(-rung.loss if maximised else rung.loss, step)  # pruners go by the objective's sense
-        entered.clear()
+
+    def enter() -> None:
+        nonlocal marks
         if sweep.options.pruner in ENTERED:
-            before = {*_system(trial)}
-            pruned(set())  # enters the rung; what it says to that is asked below, when all who stand there are in
-            entered.update({*_system(trial)} - before)
+            view, told = study.judged(trial.study, trial._trial_id)
+            view.pruner.prune(view, told)  # what it says to that is asked below, when all who stand there are in
+            marks = {*study.judged(trial.study, trial._trial_id)[1].system_attrs} - {*told.system_attrs}
 
     def ask(rung: Rung, step: int) -> str | None:
-        return f"pruned at step {step}: valid/loss {rung.loss:.4f}" if pruned(entered) else None
+        if marks is not None and not marks:  # between its rungs
+            return None
+        stops = trial.study.pruner.prune(*study.judged(trial.study, trial._trial_id, marks or ()))
+        return f"pruned at step {step}: valid/loss {rung.loss:.4f}" if stops else None
 
-    return Recorded(record, ask)
-
-
-def _system(trial: Trial) -> dict[str, Any]:
-    return trial.study._storage.get_trial(trial._trial_id).system_attrs
+    return Recorded(record, ask, enter)
 
 
 def _nop() -> type:

@@ -44,17 +44,23 @@ class Recorded:
     """Puts a rung on record, for the judges of other trials."""
     ask: Judge
     """Judges a rung that is on record."""
+    enter: Callable[[], None] = lambda: None
+    """Enters the trial among those that are judged together."""
     _told: int = -1
 
     def tell(self, rung: Rung, step: int) -> None:
-        """Put a rung on record, once."""
+        """Put a rung on record before others are judged there."""
+        self._record(rung, step)
+        self.enter()
+
+    def _record(self, rung: Rung, step: int) -> None:
         if step != self._told:
             self.record(rung, step)
             self._told = step
 
     def __call__(self, rung: Rung, step: int) -> str | None:
         """Put a rung on record, where it is not yet, and judge it."""
-        self.tell(rung, step)
+        self._record(rung, step)
         return self.ask(rung, step)
 
 

@@ -17,7 +17,7 @@ from ftexp.config import Run
 from ftexp.errors import ConfigError
 from ftexp.files import read_json, sha256
 from ftexp.sweep import frozen, packs, study, worker
-from ftexp.sweep.options import Options, Sampler
+from ftexp.sweep.options import Options, Pruner, Sampler
 from ftexp.sweep.space import parse
 from ftexp.train import control, lockstep
 from ftexp.train.turns import Turns
@@ -165,6 +165,15 @@ def test_what_does_not_go_into_a_pack_is_refused(tiny):
     assert "must be 1 where data.rows is searched, got 0" in refused(tiny, ["data.rows=60,90"], Options(pack=0), packed)
     text = refused(tiny, ["lora.r=2,4"], Options(pack=2, at_most={"cost/memory_gib": 2.0}), packed)
     assert "must be 1 where cost/memory_gib is compared" in text
+    rungs, asha = "trainer.report_steps=4", Pruner.asha
+    for least in (2, "auto"):
+        text = refused(tiny, [], Options(pack=2, pruner=asha, pruner_args={"min_resource": least}), packed, rungs)
+        assert text.startswith(
+            "sweep.pruner_args.min_resource must be at least trainer.report_steps=4 with sweep.pack=2"
+        )
+        packs.check(Options(pruner=asha, pruner_args={"min_resource": least}), (), [tiny(packed, rungs)])
+    for args in ({}, {"min_resource": 4}):
+        packs.check(Options(pack=2, pruner=asha, pruner_args=args), (), [tiny(packed, rungs)])
     packs.check(Options(pack=2), parse(["lora.r=2,4", "trainer.lr=1e-3,1e-2", "seed=0,1"], {}).axes, [tiny(packed)])
     packs.check(Options(), (), [tiny()])
 

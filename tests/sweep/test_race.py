@@ -149,6 +149,27 @@ def test_halving_of_few_keeps_one(halved, shifts, kept):
     assert halved(shifts, (10, 20)) == kept
 
 
+def test_halving_reads_others_at_its_own_rungs_alone(halved, monkeypatch):
+    steps, others = [], race.others
+    monkeypatch.setattr(race, "others", lambda *given: steps.append(given[-1]) or others(*given))
+    halved([0.0, 0.0], range(10, 100, 10))
+    assert {*steps} == {10, 20, 40, 80}
+
+
+def test_halving_by_three(halved):
+    assert halved(CLEAR, (10, 20, 30, 90), reduction_factor=3) == [[0, 1], [0, 1], [0], [0]]
+
+
+@pytest.mark.parametrize(("bound", "stopped"), [(None, [1, 3, 4, 5]), (1.0, [1, 3, 4, 5]), (0.1, [])])
+def test_halving_within_a_bound_counts_all_and_tests_against_who_keeps_it(sweep, monkeypatch, bound, stopped):  # noqa: F811
+    """Of six one by one the third is the new best; a bound that all keep changes nothing, who breaks one stops none."""
+    at_most = {} if bound is None else {"cost/memory_gib": bound}
+    made, record = sweep("a=1,2,3,4,5,6", pruner=Pruner.halving, at_most=at_most)
+    run_trials(monkeypatch, [0.3, 0.5, 0.0, 0.5, 0.3, 0.6], {n: {"cost/memory_gib": 0.5} for n in range(6)})
+    worker.work(made, record)
+    assert [n for n, state in enumerate(states(record)) if state == "PRUNED"] == stopped
+
+
 def test_halving_takes_rows_of_one_document_for_one(halved):
     assert halved(CLEAR, (10,), units=[0] * ROWS) == [[*range(8)]]
 

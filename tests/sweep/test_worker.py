@@ -186,25 +186,41 @@ def test_rungs_of_an_attempt_that_was_lost_judge_nobody(sweep, monkeypatch, prun
 
 
 @pytest.mark.parametrize("pruner", [Pruner.asha, Pruner.hyperband])
-def test_halving_of_who_stand_at_a_rung_together_keeps_the_better_half(sweep, pruner):
+@pytest.mark.parametrize("losses", [[3.0, 5.0, 1.0, 2.5, 8.0, 4.0, 1.5, 7.0], [3.0, 5.0, 1.0, 2.5, 8.0, 4.0, 1.5]])
+def test_halving_of_who_stand_at_a_rung_together_keeps_the_better_half(sweep, pruner, losses):
     """Whoever is asked first, as in a pack: judged as each comes, the first would go on as the best so far."""
-    losses = [3.0, 5.0, 1.0, 2.5, 8.0, 4.0, 1.5, 7.0]
     args = {"reduction_factor": 2} | ({"min_resource": 1} if pruner is Pruner.asha else {"max_resource": 4})
-    made, record = sweep(f"a={','.join(map(str, range(8)))}", pruner=pruner, pruner_args=args)
+    made, record = sweep(f"a={','.join(map(str, range(len(losses))))}", pruner=pruner, pruner_args=args)
     kept = []
-    for number, order in enumerate([range(8), range(7, -1, -1), (2, 6, 3, 0, 5, 1, 7, 4)]):
+    for number, order in enumerate([(0, 1, 2, 3, 4, 5, 6, 7), (7, 6, 5, 4, 3, 2, 1, 0), (2, 6, 3, 0, 5, 1, 7, 4)]):
         record = optuna.create_study(study_name=f"s{number}", pruner=study.pruner(made.options, 1))
         study.queue(record, made.space.grid())
-        judges = {n: worker.judge(made, study.claim(record), made.run({}, 0)) for n in range(8)}
-        left = [*order]
-        for step in (1, 2, 4):
+        judges = {n: worker.judge(made, study.claim(record), made.run({}, 0)) for n in range(len(losses))}
+        left = [n for n in order if n < len(losses)]
+        for step in (1, 2, 3, 4):
+            rungs = {n: Rung(losses[n] / step) for n in left}
             for n in left:
-                judges[n].tell(Rung(losses[n]), step)
-            left = [n for n in left if judges[n].ask(Rung(losses[n]), step) is None]
+                judges[n].tell(rungs[n], step)
+            left = [n for n in left if judges[n].ask(rungs[n], step) is None]
             kept.append({*left})
-    assert kept[:3] == kept[3:6] == kept[6:]
-    if pruner is Pruner.asha:  # Hyperband's brackets are drawn
-        assert kept[:3] == [{0, 2, 3, 6}, {2, 6}, {2}]
+        if pruner is Pruner.asha:  # Hyperband's brackets are drawn
+            marks = [t.system_attrs for t in study.counted(record)]
+            assert marks[2] == marks[2] | {f"completed_rung_{n}": losses[2] / step for n, step in enumerate((1, 2, 4))}
+            assert [len(m.keys() & {f"completed_rung_{n}" for n in range(9)}) for m in marks][4] == 1
+    assert kept[:4] == kept[4:8] == kept[8:]
+    if pruner is Pruner.asha:
+        better = [{0, 2, 3, 6}, {2, 6}, {2, 6}, {2}] if len(losses) == 8 else [{2, 3, 6}, {2}, {2}, {2}]
+        assert kept[:4] == better
+
+
+def test_a_trial_by_itself_is_judged_as_it_comes(sweep):
+    """Nothing is entered ahead of what is asked, and the record is asked no more than once a rung."""
+    made, record = sweep("a=1,2", pruner=Pruner.asha, pruner_args={"min_resource": 1, "reduction_factor": 2})
+    asked, prune = [], record.pruner.prune
+    record.pruner.prune = lambda *given: asked.append(given) or prune(*given)
+    judge = worker.judge(made, study.claim(record), made.run({}, 0))
+    assert [judge(Rung(1.0), step) for step in (1, 2, 3)] == [None] * 3
+    assert len(asked) == 3
 
 
 def test_fault_of_the_machine_fails_its_trial_where_there_is_no_other_worker(sweep, monkeypatch):
