@@ -121,9 +121,22 @@ def confirm(
         if sweep.mlflow_run is not None:
             track.check_here(sweep.track_uri, sweep.folder)
         if last is None or "result" in last:
+            _check_sealed(plan)
             kept = [*kept, _opening(plan, seeds or SEEDS, again, kept)]
             _keep(sweep.folder, kept)
         return _carry_out(plan, kept)
+
+
+def _check_sealed(plan: Plan) -> None:
+    """Refuse to open rows that could not all be scored: the opening would be on record, and nothing come of it."""
+    for member in plan.members:
+        try:
+            experiment.check_sealed(member.run)
+        except (ConfigError, DataError) as error:
+            raise type(error)(
+                f"{error}; no sealed row was opened, and a sweep of another name, whose rows or keys fit them, can be "
+                "confirmed"
+            ) from error
 
 
 def _keep(folder: Path, entries: list[dict[str, Any]]) -> None:

@@ -155,13 +155,14 @@ def _check_lengths(run: Run) -> None:
 
 def _check_shape(run: Run, splits: data.Splits) -> None:
     """Refuse rows that the method or the scoring cannot use."""
-    pair = next((row for row in splits.train if row.rejected), None)
+    everything = (*splits.train, *splits.valid, *splits.test)
+    pair = next((row for row in everything if row.rejected), None)
     if pair is not None and run.trainer.kind is Method.sft:
         raise ConfigError(
             f"trainer.kind=sft cannot learn from pairs of answers, as in {pair.where}; "
             "data.completion='{chosen}' learns the chosen ones"
         )
-    lone = next((row for row in (*splits.train, *splits.valid) if not row.rejected), None)
+    lone = next((row for row in everything if not row.rejected), None)
     if lone is not None and run.trainer.kind in answers.KINDS:
         raise ConfigError(
             f"trainer.kind={run.trainer.kind.value} learns from pairs of answers, {lone.where} has one; "
@@ -171,7 +172,7 @@ def _check_shape(run: Run, splits: data.Splits) -> None:
         raise ConfigError(
             f"eval.labels must be null with trainer.kind={run.trainer.kind.value}, got {run.eval.labels!r}"
         )
-    text = next((row for row in splits.valid if not row.prompt), None)
+    text = next((row for row in (*splits.valid, *splits.test) if not row.prompt), None)
     if text is not None and run.eval.generate:
         raise ConfigError(f"eval.generate must be false, {text.where} has no prompt to complete; use eval=loss")
 
@@ -200,10 +201,13 @@ def prepare(run: Run, elsewhere: bool = False) -> None:
     losses.chosen(run.trainer)
     if run.trainer.kind is Method.classify:
         _prepare_classifier(run)
-        return
-    if run.trainer.kind in answers.KINDS:
+    elif run.trainer.kind in answers.KINDS:
         _prepare_pairs(run)
-        return
+    else:
+        _prepare_texts(run)
+
+
+def _prepare_texts(run: Run) -> None:
     train, valid = tokenised(run, data.load(run.data))
     _check_general(run)
     _check_length(run, [tokens.longest(train), tokens.longest(valid)])
@@ -216,6 +220,18 @@ def prepare(run: Run, elsewhere: bool = False) -> None:
             f"got {run.data.max_length}"
         )
     _check_room(run, valid)
+
+
+def check_sealed(run: Run) -> None:
+    """Refuse sealed rows that could not be scored, before their opening is put on record; nothing is made of them.
+
+    Raises:
+        DataError: one is too long, or has a label that no other row has.
+        ConfigError: one leaves no room for its completion.
+    """
+    splits = data.load(run.data)
+    if splits.test:
+        TASKS[run.trainer.kind](run, splits, splits.test)
 
 
 def _check_general(run: Run) -> None:
@@ -297,7 +313,7 @@ def _check_steps(run: Run, train: Sequence[prompts.Example]) -> None:
 
 def _check_labels(run: Run, splits: data.Splits) -> None:
     """Refuse a row without a label, where completions are lists of labels."""
-    for row in (*splits.train, *splits.valid) if run.eval.labels is not None else ():
+    for row in (*splits.train, *splits.valid, *splits.test) if run.eval.labels is not None else ():
         shapes.check_separator(row, run.eval.labels)
         if not labels.parse(row.completion, run.eval.labels or ""):
             raise DataError(f"{row.where}: with eval.labels the completion must name a label, got {row.completion!r}")

@@ -246,31 +246,30 @@ def test_sweep_over_tokenizers_has_no_winner_to_confirm(sweep, quick):
     assert confirm.openings(sweep) == []
 
 
-def opened_before_read(sweep, monkeypatch):
-    """Begin a confirmation that ends where its first sealed row is tokenised; tell whether it was on record by then."""
-    sealed = {row.completion for row in data.load(frozen.load(sweep).run({"lora.r": "2"}, 0).data).test}
-    told, honest = [], experiment.prompts.render
+def opened_before_scored(sweep, monkeypatch):
+    """Begin a confirmation that ends where sealed rows are first scored; tell whether it was on record by then."""
+    told, honest = [], experiment.evaluate.score
 
-    def render(rows, *more):
-        if sealed & {row.completion for row in rows}:
+    def score(model, tokenizer, rows, how, label, *more):
+        if label == "test":
             told.append(bool(confirm.openings(sweep)))
             raise KeyboardInterrupt
-        return honest(rows, *more)
+        return honest(model, tokenizer, rows, how, label, *more)
 
-    monkeypatch.setattr(experiment.prompts, "render", render)
+    monkeypatch.setattr(experiment.evaluate, "score", score)
     with pytest.raises(KeyboardInterrupt):
         confirm.confirm(sweep, 1)
     return told == [True]
 
 
-def test_opening_is_on_record_before_a_row_is_read(sweep, monkeypatch):
-    assert opened_before_read(sweep, monkeypatch)
+def test_opening_is_on_record_before_a_row_is_scored(sweep, monkeypatch):
+    assert opened_before_scored(sweep, monkeypatch)
     assert "not finished" in read_json(sweep / "confirm.json")["line"]
 
 
 def test_sabotage_opening_that_is_kept_later_is_seen(sweep, monkeypatch):
     monkeypatch.setattr(confirm, "_keep", lambda *_: None)
-    assert not opened_before_read(sweep, monkeypatch)
+    assert not opened_before_scored(sweep, monkeypatch)
 
 
 KILLED = """
@@ -634,3 +633,20 @@ def test_openings_of_sweeps_in_folders_of_their_own_count(tmp_path, monkeypatch)
     assert confirm._elsewhere(folder, "x", ["a", "b", "d"]) == (["far, today", "beside, today"], 2)
     (tmp_path / "outputs/sweeps.json").unlink()
     assert confirm._elsewhere(folder, "x", ["a", "b", "d"]) == (["beside, today"], 1)
+
+
+def test_sealed_rows_that_could_not_be_scored_stay_unopened(sweep, cli, monkeypatch):
+    """A row too long for the sweep: the opening would be on record for good, and the sweep never confirmed."""
+
+    def refuse(run):
+        raise DataError("rows.jsonl:7: a row must be at most data.max_length=256 tokens, this one has 900")
+
+    honest = experiment.check_sealed
+    monkeypatch.setattr(experiment, "check_sealed", refuse)
+    code, _, err = cli(str(sweep), "--seeds", "1")
+    assert code == DataError("").exit_code
+    assert "rows.jsonl:7: a row must be at most data.max_length=256 tokens" in err
+    assert "no sealed row was opened" in err
+    assert not (sweep / "confirm.json").exists()
+    monkeypatch.setattr(experiment, "check_sealed", honest)
+    assert cli(str(sweep), "--seeds", "1")[0] == 0

@@ -574,3 +574,52 @@ def test_labels_that_are_most_likely_meant_otherwise_are_told_once(tiny, tmp_pat
         experiment.prepare(run)
     err = " ".join(capsys.readouterr().err.split())
     assert err.count("label") == 0 if told is None else err.count(told) == 1
+
+
+PAIRS = [{"prompt": f"q {n} about {n * n}", "chosen": f"yes {n} it is", "rejected": f"no {n} never"} for n in range(40)]
+TEXTS = [{"prompt": f"q {n} about {n * n}", "completion": f"answer {n}, which is {n * 7}"} for n in range(40)]
+NAMED = [{"text": f"words {n} of {n * n}", "label": "ab"[n % 2]} for n in range(40)]
+LONG = "word " * 400
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "sealed", "told"),
+    [
+        ([], TEXTS, {"prompt": "p", "chosen": "yes", "rejected": "no"}, "sft cannot learn from pairs of answers, as in test"),
+        ([], TEXTS, {"text": "no prompt at all"}, "eval.generate must be false, test.jsonl:1 has no prompt to complete"),
+        (["trainer=dpo"], PAIRS, {"prompt": "p", "completion": "lone"}, "dpo learns from pairs of answers, test.jsonl:1 has"),
+        (["trainer=reward"], PAIRS, {"prompt": "p", "completion": "lone"}, "reward learns from pairs of answers, test.jsonl"),
+        (["eval.labels=', '"], TEXTS, {"prompt": "p", "completion": ", "}, "test.jsonl:1: .*label"),
+    ],
+)  # fmt: skip
+def test_sealed_rows_of_another_shape_are_refused_at_the_launch(tiny, tmp_path, monkeypatch, given, rows, sealed, told):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", *rows)
+    write(tmp_path / "test.jsonl", sealed)
+    words = ["data=jsonl", "data.path=rows.jsonl", "data.test_path=test.jsonl", "data.rows=null", *given]
+    with pytest.raises((ConfigError, DataError), match=told):
+        experiment.check(tiny(*words), None)
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "sealed", "told"),
+    [
+        ([], TEXTS, {"prompt": "p", "completion": LONG}, "test.jsonl:1: a row must be at most data.max_length=256"),
+        (["data.long=drop", "data.allow=[lost]"], TEXTS, {"prompt": "p", "completion": LONG}, "test.jsonl:1: no row is left of 1"),
+        (["trainer=reward"], PAIRS, {"prompt": "p", "chosen": LONG, "rejected": "no"}, "test.jsonl:1: .* at most data.max_le"),
+        (["trainer=dpo"], PAIRS, {"prompt": "p", "chosen": "no", "rejected": LONG}, "test.jsonl:1: .* at most data.max_le"),
+        (["trainer=classify", "trainer.multi_label=false", "data.shape=labels"], NAMED, {"text": "words of zz", "label": "zz"},
+         "test.jsonl:1: no training or held-out row has the label 'zz'"),
+    ],
+)  # fmt: skip
+def test_sealed_rows_that_could_not_be_scored_are_told_without_a_model(
+    tiny, tmp_path, monkeypatch, given, rows, sealed, told
+):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", *rows)
+    words = ["data=jsonl", "data.path=rows.jsonl", "data.test_path=test.jsonl", "data.rows=null", *given]
+    write(tmp_path / "test.jsonl", sealed)
+    with pytest.raises((ConfigError, DataError), match=told):
+        experiment.check_sealed(tiny(*words))
+    write(tmp_path / "test.jsonl", {k: v if k == "label" else f"{v} anew" for k, v in rows[0].items()})
+    experiment.check_sealed(tiny(*words))
