@@ -79,9 +79,9 @@ def check(run: Run, folder: Path | None) -> None:
     kept = None if folder is None else read_trial(folder)
     if kept is not None and (was := config.filled(kept["config"], identity(run))) != identity(run):
         raise ConfigError(f"name={run.name} is taken by another run in {folder}: {_difference(was, identity(run))}")
-    _check_lengths(run)
+    check_lengths(run)
     splits = data.load(run.data)
-    _check_shape(run, splits)
+    check_shape(run, splits)
     _check_labels(run, splits)
     if run.eval.forgetting is not None and run.trainer.kind in (Method.classify, Method.reward):
         kind = run.trainer.kind.value
@@ -136,8 +136,12 @@ def switched_on(run: Run) -> set[str]:
     return {key for key, on in given.items() if on}
 
 
-def _check_lengths(run: Run) -> None:
-    """Refuse ways to share a forward pass that do not go together."""
+def check_lengths(run: Run) -> None:
+    """Refuse ways to share a forward pass, or to shorten rows, that do not go together.
+
+    Raises:
+        ConfigError: names the key.
+    """
     how, kind = run.data.packing, run.trainer.kind
     if how is not Packing.none and kind is not Method.sft:
         raise ConfigError(
@@ -153,8 +157,12 @@ def _check_lengths(run: Run) -> None:
         )
 
 
-def _check_shape(run: Run, splits: data.Splits) -> None:
-    """Refuse rows that the method or the scoring cannot use."""
+def check_shape(run: Run, splits: data.Splits) -> None:
+    """Refuse rows that the method or the scoring cannot use.
+
+    Raises:
+        ConfigError: names the first such row.
+    """
     everything = (*splits.train, *splits.valid, *splits.test)
     pair = next((row for row in everything if row.rejected), None)
     if pair is not None and run.trainer.kind is Method.sft:

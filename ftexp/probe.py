@@ -43,7 +43,7 @@ from ftexp.data.prompts import Example
 from ftexp.data.shapes import Row
 from ftexp.errors import MachineError
 from ftexp.model import Base, compute
-from ftexp.train import checkpoints, lengths, sft
+from ftexp.train import answers, checkpoints, lengths, sft
 from ftexp.train.control import Control, Rung
 
 if TYPE_CHECKING:
@@ -69,6 +69,11 @@ EXACT = 1e-6
 """Most that a weight may differ after one step, at once or accumulated: float32 sums in another order."""
 CLOSE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 """Most that the loss of a row may depend on the rows beside it, in nats a token, by the format of the weights."""
+HEADS = {
+    Method.classify: ("classifier", "labels of whole texts"),
+    Method.reward: ("reward model", "pairs of whole answers"),
+}
+"""Methods whose model writes nothing: what it is, and what it learns from."""
 ENDS = 0.95
 """Least share of rows whose end-of-sequence token is supervised."""
 PINNED = "use the pinned versions (requirements.lock)"
@@ -210,20 +215,24 @@ def device(run: Run, needed: int = 0, longest: int = 0) -> Finding:
 
 def supervision(run: Run) -> Finding:
     """Count what the composed recipe supervises: tokens, ends of sequence; and rows that begin twice."""
-    if run.trainer.kind is Method.classify:
-        return Finding("supervision", State.ok, "labels of whole texts; no token is supervised")
-    train, _ = experiment.tokenised(run, data.load(run.data))
-    tokenizer = model.tokenizer(run.model)
-    return supervised(list(islice(train, SAMPLE)), prompts.end(tokenizer), tokenizer.bos_token_id)
+    if run.trainer.kind in HEADS:
+        return Finding("supervision", State.ok, f"{HEADS[run.trainer.kind][1]}; no token is supervised")
+    splits, tokenizer = data.load(run.data), model.tokenizer(run.model)
+    if run.trainer.kind is Method.dpo:
+        what, rows = "answers", answers.sides(experiment.paired(run, splits)[0][: SAMPLE // 2])
+    else:
+        what, rows = "rows", list(islice(experiment.tokenised(run, splits)[0], SAMPLE))
+    return supervised(rows, prompts.end(tokenizer), tokenizer.bos_token_id, what)
 
 
-def supervised(rows: Sequence[Example], end: int, bos: Any) -> Finding:
+def supervised(rows: Sequence[Example], end: int, bos: Any, what: str = "rows") -> Finding:
     """Judge tokenised rows.
 
     Args:
         rows: as they are trained on.
         end: id of the end-of-sequence token.
         bos: id of the begin-of-sequence token, or None.
+        what: the rows are called.
     """
     ended = sum(e.completion[-1:] == (end,) and e.labels[-1] == end for e in rows) / len(rows)
     doubled = sum(bos is not None and e.ids[:2] == [bos, bos] for e in rows)
@@ -231,7 +240,7 @@ def supervised(rows: Sequence[Example], end: int, bos: Any) -> Finding:
     wrong = sum(label not in (-100, token) for e in rows for label, token in zip(e.labels, e.ids, strict=True))
     share = sum(e.supervised for e in rows) / sum(len(e.ids) for e in rows)
     told = (
-        f"{len(rows)} rows: {share:.1%} of tokens supervised, {ended:.1%} of rows show their end, "
+        f"{len(rows)} {what}: {share:.1%} of tokens supervised, {ended:.1%} of {what} show their end, "
         f"{doubled} begin twice, {mute} teach nothing, {wrong} labels are not their token"
     )
     good = ended >= ENDS and not doubled and not mute and not wrong
@@ -414,10 +423,12 @@ def every(run: Run, folder: Path, trials: int = 1, workers: int = 1) -> list[Fin
 
 def _of_model(run: Run, task: experiment.Task) -> list[Finding]:
     """Ask the run's own model, with its adapter on, about padding and packs."""
-    if run.trainer.kind is Method.classify:
-        return [Finding("padding", State.ok, "not asked of a classifier")]
+    if run.trainer.kind in HEADS:
+        return [Finding("padding", State.ok, f"not asked of a {HEADS[run.trainer.kind][0]}")]
     base = model.load(run.model, run.quant, task.outputs, estimate.rows(task.train, run).longest)
-    few = sorted(islice(task.valid, 64), key=lambda e: -len(e.ids))[:8]
+    held = list(islice(task.valid, 64))
+    written = answers.sides(held) if run.trainer.kind is Method.dpo else held
+    few = sorted(written, key=lambda e: -len(e.ids))[:8]
     with model.adapted(base, run.lora, run.seed) as tuned:
         tuned.eval()
         return [padding(base, tuned, few, run.eval.generate), packing(run, tuned, [*few, *few][:2])]

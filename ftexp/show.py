@@ -1,7 +1,8 @@
 """`python -m ftexp.show data ...`: the rows as the model will see them.
 
 Takes the overrides of `ftexp.run`. Supervised tokens are green on a terminal and stand in ⟦ ⟧ elsewhere; special
-tokens are spelled out, line ends and tabs have a sign. The sealed test rows are counted and never shown.
+tokens are spelled out, line ends and tabs have a sign. Of a pair both answers are shown, each with its prompt. The
+sealed test rows are counted and never shown.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from ftexp import data, model, verb
+from ftexp import data, experiment, model, verb
 from ftexp.api import compose
 from ftexp.config import Data, Method, Packing, Run
 from ftexp.data import gates, prompts
@@ -24,6 +25,7 @@ from ftexp.data.prompts import Example
 from ftexp.data.shapes import Row
 from ftexp.errors import MachineError
 from ftexp.progress import quiet_libraries
+from ftexp.train import answers, classify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,17 +75,35 @@ def histogram(lengths: list[int]) -> list[tuple[int, int, int]]:
     return [(low + n * width, low + (n + 1) * width - 1, count) for n, count in enumerate(bins)]
 
 
-def rendered(rows: tuple[Row, ...], tokenizer: PreTrainedTokenizerBase, run: Run) -> list[Example]:
-    """Render rows as training does; of a classifier the texts alone, for its labels are no tokens.
+def loaded(run: Run) -> data.Splits:
+    """Load the rows of a run.
+
+    Raises:
+        ConfigError: the method cannot use such rows.
+        DataError: a row cannot be used.
+    """
+    experiment.check_lengths(run)
+    splits = data.load(run.data)
+    experiment.check_shape(run, splits)
+    return splits
+
+
+def rendered(rows: tuple[Row, ...], tokenizer: PreTrainedTokenizerBase, run: Run) -> list[tuple[Example, ...]]:
+    """Render rows as training does, of a pair the better answer and the worse one.
+
+    Of a classifier and a reward model the texts alone, for what they learn is no tokens.
 
     Raises:
         DataError: a row cannot be used.
     """
-    if run.trainer.kind is not Method.classify:
-        return prompts.render(rows, tokenizer, run.data)
-    from ftexp.train import classify
-
-    return [Example(e.row, e.ids, ()) for e in classify.render(rows, tokenizer, run)]
+    if run.trainer.kind is Method.classify:
+        return [(Example(e.row, e.ids, ()),) for e in classify.render(rows, tokenizer, run)]
+    if run.trainer.kind not in answers.KINDS:
+        return [(example,) for example in prompts.render(rows, tokenizer, run.data)]
+    pairs = [(pair.chosen, pair.rejected) for pair in answers.render(rows, tokenizer, run.data)]
+    if run.trainer.kind is Method.dpo:
+        return [*pairs]
+    return [tuple(Example(e.row, tuple(e.ids), ()) for e in pair) for pair in pairs]
 
 
 def show(run: Run, console: Console, rows: int, split: str, png: Path | None) -> None:
@@ -92,15 +112,17 @@ def show(run: Run, console: Console, rows: int, split: str, png: Path | None) ->
     Raises:
         FtexpError: the run would be refused for its data; all that can be shown is shown first.
     """
-    splits = data.load(run.data)
+    splits = loaded(run)
     tokenizer = model.tokenizer(run.model)
     lenient = replace(run, data=replace(run.data, max_length=1 << 20))
     parts = {"train": splits.train, "valid": splits.valid}
     made = {name: rendered(part, tokenizer, lenient) for name, part in parts.items()}
-    for example in made[split][:rows]:
-        known = len(example.ids) - example.supervised
-        console.rule(f"{split}  {example.row.where}  {known} + {example.supervised} supervised tokens", align="left")
+    for example, *worse in made[split][:rows]:
+        console.rule(f"{split}  {example.row.where}  {_count(example)}", align="left")
         console.print(coloured(example, tokenizer, brackets=not console.is_terminal), soft_wrap=True)
+        if worse:
+            console.print(f"rejected: {_count(worse[0])}", highlight=False)
+            console.print(coloured(worse[0], tokenizer, brackets=not console.is_terminal), soft_wrap=True)
         if run.trainer.kind is Method.classify:
             console.print(Text(f"labels: {example.row.completion}", LEARNED), soft_wrap=True)
     console.rule()
@@ -109,67 +131,82 @@ def show(run: Run, console: Console, rows: int, split: str, png: Path | None) ->
         f"rows: {splits.read} read = {len(splits.train)} train + {len(splits.valid)} valid + {len(splits.test)} test"
         + (f"; {dropped}" if dropped else ""), highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
-    examples = [example for part in made.values() for example in part]
-    _lengths(console, examples, run.data)
+    shown = [row for part in made.values() for row in part]
+    _lengths(console, shown, run.data)
     if png is not None:
-        picture(examples, run.data, png)
+        what = "answers" if run.trainer.kind in answers.KINDS else "rows"
+        picture([example for row in shown for example in row], run.data, png, what)
         console.print(f"picture: {png}", highlight=False, markup=False)
     gates.near_leaks(splits, run.data)
     for part in parts.values():
         rendered(part, tokenizer, run)
 
 
+def _count(example: Example) -> str:
+    return f"{len(example.ids) - example.supervised} + {example.supervised} supervised tokens"
+
+
 def counted(run: Run, rows: int, split: str) -> dict[str, Any]:
     """Sum the data of a run up for scripts: rows, lengths in tokens, and the first rows token by token.
+
+    Tokens of pairs are those of both answers, each with its prompt.
 
     Raises:
         FtexpError: the run would be refused for its data.
     """
-    splits = data.load(run.data)
+    splits = loaded(run)
     tokenizer = model.tokenizer(run.model)
     gates.near_leaks(splits, run.data)
     sides = {"train": splits.train, "valid": splits.valid}
     made = {name: rendered(part, tokenizer, run) for name, part in sides.items()}
-    parts = {
-        name: {"rows": len(part), "tokens": sum(len(e.ids) for e in part),
-               "supervised": sum(e.supervised for e in part), "longest": max((len(e.ids) for e in part), default=0)}
-        for name, part in made.items()
-    }  # fmt: skip
+    parts = {}
+    for name, part in made.items():
+        each = [example for row in part for example in row]
+        parts[name] = {
+            "rows": len(part), "tokens": sum(len(e.ids) for e in each), "supervised": sum(e.supervised for e in each),
+            "longest": max((len(e.ids) for e in each), default=0),
+        }  # fmt: skip
+
+    def told(example: Example) -> dict[str, Any]:
+        cut = [{"text": text, "supervised": learned, "special": special}
+               for text, learned, special in spans(example, tokenizer)]  # fmt: skip
+        return {"tokens": len(example.ids), "supervised": example.supervised, "spans": cut}
+
     shown = [
-        {"where": e.row.where, "tokens": len(e.ids), "supervised": e.supervised,
-         "spans": [{"text": text, "supervised": learned, "special": special}
-                   for text, learned, special in spans(e, tokenizer)]}
-        for e in made[split][:rows]
-    ]  # fmt: skip
+        {"where": example.row.where, **told(example), **({"rejected": told(worse[0])} if worse else {})}
+        for example, *worse in made[split][:rows]
+    ]
     return {
         "read": splits.read, **parts, "test": {"rows": len(splits.test)}, "dropped": splits.dropped(),
         "max_length": run.data.max_length, split + "_rows": shown,
     }  # fmt: skip
 
 
-def _lengths(console: Console, examples: list[Example], how: Data) -> None:
+def _lengths(console: Console, rows: list[tuple[Example, ...]], how: Data) -> None:
+    examples = [example for row in rows for example in row]
     lengths = sorted(len(example.ids) for example in examples)
     learned = sum(example.supervised for example in examples)
     told = {name: lengths[min(len(lengths) - 1, int(share * len(lengths)))]
             for name, share in (("least", 0), ("median", 0.5), ("95 %", 0.95), ("most", 1))}  # fmt: skip
     spread = ", ".join(f"{name} {value}" for name, value in told.items())
-    share = f", {learned / sum(lengths):.1%} supervised" if learned else ""  # a classifier learns labels, no tokens
-    console.print(f"tokens: {sum(lengths)}{share}; a row has {spread}", highlight=False, soft_wrap=True)
+    share = f", {learned / sum(lengths):.1%} supervised" if learned else ""  # a head learns no tokens
+    what = "a row" if len(examples) == len(rows) else "an answer with its prompt"
+    console.print(f"tokens: {sum(lengths)}{share}; {what} has {spread}", highlight=False, soft_wrap=True)
     counts = histogram(lengths)
     widest, most = len(str(counts[-1][1])), max(count for *_, count in counts)
     for first, last, count in counts:
         bar = "█" * max(round(count / most * BAR), int(count > 0))
         style = "red" if first > how.max_length else "green"
         console.print(Text.assemble(f"{first:>{widest}}-{last:<{widest}} ", (bar, style), f" {count}" if count else ""))
-    over = sum(length > how.max_length for length in lengths)
+    over = sum(max(len(example.ids) for example in row) > how.max_length for row in rows)
     torn = how.packing is Packing.wrapped
     verb = "torn" if torn else {"refuse": "refused", "drop": "dropped", "cut": "cut"}[how.long.value]
     console.print(f"{over} rows have more than data.max_length={how.max_length} tokens"
                   + (f" and are {verb}" if over else ""), highlight=False)  # fmt: skip
 
 
-def picture(examples: list[Example], how: Data, path: Path) -> None:
-    """Draw the lengths of rows, and of what is supervised in them, as a PNG file.
+def picture(examples: list[Example], how: Data, path: Path, what: str = "rows") -> None:
+    """Draw the lengths of rows, or of `what` they are, and of what is supervised in them, as a PNG file.
 
     Raises:
         MachineError: matplotlib is not installed.
@@ -183,11 +220,11 @@ def picture(examples: list[Example], how: Data, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
     whole, learned = [len(example.ids) for example in examples], [example.supervised for example in examples]
-    for lengths, label in ((whole, "whole row"), (learned, "supervised")):
+    for lengths, label in ((whole, "whole"), (learned, "supervised")):
         axes.hist(lengths, bins=40, range=(0, max(whole)), label=label, alpha=0.7)
     if max(whole) > 0.5 * how.max_length:
         axes.axvline(how.max_length, color="red", label="data.max_length")
-    axes.set(xlabel="tokens", ylabel="rows")
+    axes.set(xlabel="tokens", ylabel=what)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, format="png")

@@ -6,7 +6,8 @@ import sys
 import pytest
 from conftest import TINY
 
-from ftexp import doctor, model, probe
+from ftexp import doctor, experiment, model, probe
+from ftexp.config import Method
 from ftexp.probe import Finding, State
 
 
@@ -73,3 +74,38 @@ def test_a_classifier_is_probed(told):
                           "trainer=classify", "data.max_length=256", "track=none")  # fmt: skip
     assert code == 0, out + err
     assert "no token is supervised" in out
+
+
+PAIRS = ["data=preference", "data.rows=120", "data.valid=24", "data.max_length=256"]
+GIVEN = {
+    Method.sft: TINY,
+    Method.classify: ["data=genres", "data.rows=120", "data.valid=24", "data.max_length=256"],
+    Method.reward: PAIRS,
+    Method.dpo: PAIRS,
+    Method.rloo: [*TINY, "trainer.reward=judge"],
+}
+"""Rows, and what else a method needs."""
+
+
+@pytest.mark.parametrize("kind", Method)
+def test_every_method_is_probed(told, composed, kind):
+    """Pairs of answers ended in a traceback, and no finding was told."""
+    tiny = ["model=tiny", "model.dtype=float32", "track=none"]
+    if kind is Method.rloo:
+        judge = composed(*tiny, *PAIRS, "trainer=reward", "trainer.steps=1", "trainer.report_steps=0")
+        experiment.execute(judge, told.folder / "outputs" / "runs" / "judge", "x")
+    code, out, err = told(*tiny, *GIVEN[kind], *([] if kind is Method.sft else [f"trainer={kind.value}"]))
+    assert code == 0, out + err
+    writes = kind not in (Method.classify, Method.reward)
+    lines = {line.split()[1]: line for line in out.splitlines()}
+    assert all(line.startswith("ok") for line in lines.values()), out
+    assert ("no token is supervised" not in lines["supervision"]) == writes
+    assert ("not asked of a" not in lines["padding"]) == writes
+    assert ("packing" in lines) == writes
+
+
+def test_supervision_is_counted_in_both_answers_of_a_pair(composed):
+    run = composed("model=tiny", *PAIRS, "trainer=dpo")
+    found = probe.supervision(run)
+    assert found.told.startswith("192 answers: ")
+    assert "100.0% of answers show their end" in found.told

@@ -11,6 +11,7 @@ from ftexp.config import Data, Template
 from ftexp.data import prompts
 from ftexp.data.shapes import Row
 from ftexp.model import tiny
+from ftexp.train import answers
 
 SMALL = ["model=tiny", "data.rows=120", "data.valid=12", "data.max_length=256"]
 
@@ -152,3 +153,68 @@ def test_rows_of_a_classifier_are_texts_with_labels_beside_them(shown):
     assert "rows have more than data.max_length=40 tokens and are cut" in out
     code, _, err = shown(*given, "data.max_length=40")
     assert code == 3 and "a row must be at most data.max_length=40 tokens" in err
+
+
+PAIRS = ["model=tiny", "data=preference", "data.rows=120", "data.valid=12"]
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward"])
+def test_both_answers_of_a_pair_are_shown_and_counted(shown, kind):
+    """The rejected answer was neither."""
+    import json
+
+    from ftexp import data
+
+    given = [*PAIRS, f"trainer={kind}", "--rows", "2"]
+    code, out, err = shown(*given)
+    assert code == 0, err
+    run = show.compose(given[:-2])
+    splits = data.load(run.data)
+    pairs = [*splits.train, *splits.valid]
+    assert out.count("\nrejected: ") == 2
+    assert out.count("⟦") == out.count("⟧") == (4 if kind == "dpo" else 0)
+    assert all(f"{text}<|im_end|>" in out for row in splits.train[:2] for text in (row.completion, row.rejected))
+    told = answers.render(tuple(pairs), tiny.tokenizer(), run.data)
+    lengths = [len(e.ids) for e in answers.sides(told)]
+    assert f"tokens: {sum(lengths)}{', ' if kind == 'dpo' else ';'}" in out
+    assert sum(int(line.rsplit(" ", 1)[1]) for line in out.splitlines() if "█" in line) == len(lengths) == 240
+    code, out, err = shown(*given, "--json")
+    assert code == 0, err
+    counts = json.loads(out)
+    assert counts["train"]["tokens"] + counts["valid"]["tokens"] == sum(lengths)
+    assert max(counts["train"]["longest"], counts["valid"]["longest"]) == max(lengths)
+    for entry, pair in zip(counts["train_rows"], told, strict=False):
+        assert (entry["tokens"], entry["rejected"]["tokens"]) == (len(pair.chosen.ids), len(pair.rejected.ids))
+        assert "".join(s["text"] for s in entry["rejected"]["spans"]) == tiny.tokenizer().decode(pair.rejected.ids)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward"])
+@pytest.mark.parametrize("long", ["refuse", "drop"])
+def test_a_rejected_answer_that_is_too_long_is_told(shown, tmp_path, kind, long):
+    """As many rows as a run would refuse or leave out; of the rejected answers none was told."""
+    import json
+
+    rows = [{"prompt": f"say {n}", "chosen": f"yes {n} {n * n}", "rejected": "no " * (200 if n == 7 else 2)}
+            for n in range(60)]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["model=tiny", "data=jsonl", f"data.path={tmp_path / 'a.jsonl'}", "data.valid=6", "data.max_length=256",
+             f"trainer={kind}", f"data.long={long}", "data.allow=[leaks]"]  # fmt: skip
+    code, out, err = shown(*given)
+    told = {"refuse": "refused", "drop": "dropped"}[long]
+    assert f"1 rows have more than data.max_length=256 tokens and are {told}" in out
+    assert code == (3 if long == "refuse" else 0), err
+    assert "a.jsonl:8" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [([*SMALL, "trainer=dpo"], "trainer.kind=dpo learns from pairs of answers, yoda:0 has one"),
+     ([*SMALL, "trainer=reward"], "trainer.kind=reward learns from pairs of answers"),
+     (PAIRS, "trainer.kind=sft cannot learn from pairs of answers"),
+     ([*PAIRS, "trainer=dpo", "data.long=cut"], "data.long must be refuse or drop with trainer.kind=dpo")],
+)  # fmt: skip
+@pytest.mark.parametrize("how", [[], ["--json"]])
+def test_rows_that_the_method_cannot_use_are_refused_as_by_a_run(shown, given, message, how):
+    code, out, err = shown(*given, *how)
+    assert (code, out) == (2, "")
+    assert message in err
