@@ -187,6 +187,33 @@ def test_report_shows_one_line(sweep, quick, capsys):
     assert capsys.readouterr().out.count("Confirmed on 20 sealed rows and 3 fresh seeds: lora.r=") == 1
 
 
+def test_page_tells_of_the_opening_from_its_beginning_on(sweep, quick, monkeypatch, capsys):
+    """Also where it was killed behind the result; a sweep without a page gets none, and one that fails costs a line."""
+    page = sweep / "report.html"
+    before = page.read_text(encoding="utf-8")
+    assert "Not opened." in before
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "execute", lambda *_, **keys: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            confirm.confirm(sweep, 2)
+    begun = page.read_text(encoding="utf-8")
+    assert "Not opened." not in begun and "sealed rows opened 1 time: not finished." in begun
+    confirm.confirm(sweep)
+    done = page.read_text(encoding="utf-8")
+    assert "not finished" not in done and "Confirmed on 20 sealed rows and 2 fresh seeds" in done
+    page.write_text(begun, encoding="utf-8")
+    confirm.confirm(sweep)
+    assert page.read_text(encoding="utf-8") == done
+    report.show(sweep.relative_to(Path.cwd()))
+    assert page.read_text(encoding="utf-8") == done
+    page.unlink()
+    confirm.confirm(sweep, again=True)
+    assert not page.exists()
+    page.mkdir()
+    assert "result" in confirm.confirm(sweep, again=True)
+    assert "warning: report.html does not tell of the sealed rows: " in capsys.readouterr().err
+
+
 def test_one_seed_is_told_as_one():
     entry = {"plan": [{"label": "lora.r=2"}], "seeds": [1]}
     assert confirm._purpose(entry) == "lora.r=2 on 1 seed, not finished"
