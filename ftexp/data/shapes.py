@@ -373,7 +373,19 @@ def _preference(record: dict[str, Any], where: str) -> Row:
         better, others = _turns(record, "chosen", where), _turns(record, "rejected", where)
         if better[:-1] != others[:-1]:
             raise DataError(f"{where}: chosen and rejected must be equal up to their last message")
+        _check_asked(record, better[:-1], where)
         made, worse = _conversation(better, where), others[-1][1]
     if not worse.strip() or worse == made.completion:
         raise DataError(f"{where}: rejected must have text other than chosen, got {worse!r:.60}")
     return replace(made, rejected=worse)
+
+
+def _check_asked(record: dict[str, Any], turns: list[Turn], where: str) -> None:
+    """Refuse a text `prompt` beside answers of messages, but one that says what a user's message says already."""
+    prompt = record.get("prompt")
+    if not isinstance(prompt, str) or prompt.strip() in ("", *(text.strip() for role, text in turns if role == "user")):
+        return
+    raise DataError(
+        f"{where}: column 'prompt' must be empty or equal to a user's message before the answer, got {prompt!r:.60}: "
+        "it is not read where chosen and rejected are messages; write it into them, or take the column out"
+    )

@@ -38,7 +38,7 @@ def one(record, **keys):
         ({"text": "a film", "label": 3}, "labels", "a film", "3"),
         ({"text": "once upon a time"}, "text", "", "once upon a time"),
         ({"prompt": "q", "chosen": "good", "rejected": "bad"}, "preference", "q", "good"),
-        ({"prompt": "q", "chosen": messages(TALK[:2]), "rejected": messages([TALK[0], ("assistant", "No.")])},
+        ({"prompt": "Hi", "chosen": messages(TALK[:2]), "rejected": messages([TALK[0], ("assistant", "No.")])},
          "preference", "Hi", "Hello."),
         ({"prompt": "id 7", "messages": messages(TALK[:2])}, "messages", "Hi", "Hello."),
     ],
@@ -231,6 +231,22 @@ def test_prompts_of_messages_are_read_as_trl_writes_them():
     told = one({"prompt": ASKED, **pair})
     assert told == one({"chosen": [*ASKED, *answer], "rejected": [*ASKED, *pair["rejected"]]})
     assert (told.completion, told.rejected) == ("a", "b")
+
+
+@pytest.mark.parametrize("prompt", ["Hi", " Bye\n", "", " ", None, 7])
+def test_prompt_that_repeats_a_message_of_a_pair_adds_nothing(prompt):
+    pair = {"chosen": messages(TALK), "rejected": messages([*TALK[:3], ("assistant", "No.")])}
+    assert one({"prompt": prompt, **pair}) == one(pair)
+
+
+@pytest.mark.parametrize("prompt", ["Speak like a pirate. Bye", "Hello.", "Goodbye."])
+def test_prompt_that_messages_of_a_pair_do_not_hold_is_refused(prompt):
+    pair = {"chosen": messages(TALK), "rejected": messages([*TALK[:3], ("assistant", "No.")])}
+    told = f"^t:1: column 'prompt' must be empty or equal to a user's message before the answer, got '{prompt}': it is"
+    with pytest.raises(DataError, match=told):
+        one({"prompt": prompt, **pair})
+    with pytest.raises(DataError, match=told):
+        one({"asked": prompt, **pair}, columns={"prompt": "asked"})
 
 
 def test_label_in_a_list_that_would_be_parted_is_refused():
