@@ -328,12 +328,12 @@ def _turns(record: dict[str, Any], name: str, where: str) -> list[Turn]:
                 f"{where}: {what} must be text alone, it has {thought!r}: no thoughts are rendered; write them into "
                 "the text, as <think>...</think>, or take the key out"
             )
-        keys = ("from", "value") if "from" in held else ("role", "content")
+        theirs = "from" in held or ("from" in message and "role" not in message)
+        keys = ("from", "value") if theirs else ("role", "content")
         for key in keys:
             if key not in held:
-                raise DataError(
-                    f"{where}: {what} must have {keys[0]} and {keys[1]}, got {', '.join(message) or 'none'}"
-                )
+                got = f"its {key} is null" if key in message else f"got {', '.join(message) or 'none'}"
+                raise DataError(f"{where}: {what} must have {keys[0]} and {keys[1]}, {got}")
         role, text = held[keys[0]], _checked(held[keys[1]], what, where)
         if not isinstance(role, str) or role not in ROLES:
             raise DataError(f"{where}: the role of {what} must be one of {', '.join(ROLES)}, got {role!r:.60}")

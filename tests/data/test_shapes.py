@@ -91,6 +91,21 @@ def test_what_would_be_left_out_of_messages_is_refused(answer, columns, told):
         one(pair)
 
 
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ({"role": "assistant", "content": None}, "role and content, its content is null"),
+        ({"role": None, "content": "b"}, "role and content, its role is null"),
+        ({"from": "gpt", "value": None, "role": None, "content": None}, "from and value, its value is null"),
+        ({"from": None, "value": "b"}, "from and value, its from is null"),
+        ({"role": "assistant", "text": "b"}, "role and content, got role, text"),
+    ],
+)
+def test_what_a_message_lacks_is_named(answer, told):
+    with pytest.raises(DataError, match=f"^t:1: message 2 of 'messages' must have {told}$"):
+        one({"messages": [*messages(TALK[:1]), answer]})
+
+
 def test_messages_without_tools_may_have_their_empty_keys():
     turns = messages(TALK)
     turns[0] |= {"weight": 0, "tool_calls": None}
