@@ -153,6 +153,11 @@ def _plan(sweep: Frozen, record: Any, by: str | None) -> Plan:
         raise ConfigError(f"--by must be a score of held-out rows, as valid/chrf, got {by}")
     if not objective.startswith("valid/"):
         raise ConfigError(f"{sweep.name} ranks by {objective}, which no held-out row tells; only valid/ is confirmed")
+    if any(axis.key.lstrip("+") == "seed" for axis in sweep.space.axes):
+        raise ConfigError(
+            f"the points of {sweep.name} must not differ by the seed, which was searched: fresh seeds take its place; "
+            "seeds of one point are launched with sweep.replicates"
+        )
     counts = screen.glance(sweep, record).counts
     if left := counts.get("waiting", 0) + counts.get("running", 0):
         raise MachineError(

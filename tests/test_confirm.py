@@ -424,6 +424,22 @@ def test_objective_that_no_held_out_row_tells_is_refused(sweep, objective):
         confirm.confirm(sweep)
 
 
+@pytest.mark.parametrize("by", [None, "valid/loss"])
+def test_points_that_differ_by_the_seed_are_refused_and_open_nothing(tmp_path, cli, quick, monkeypatch, by):
+    """The winner would be a seed, and what is confirmed other ones."""
+    config.register()
+    with monkeypatch.context() as real:
+        real.setattr(experiment, "execute", EXECUTE)
+        sweep = launched(tmp_path, *SMALL, "seed=0,1", "track=none", "eval=loss")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli("s", *([] if by is None else ["--by", by]))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "the points of s must not differ by the seed, which was searched" in err and "sweep.replicates" in err
+    assert not quick and not (sweep / "confirm.json").exists()
+    page = (sweep / "report.html").read_text(encoding="utf-8")
+    assert "Not opened." in page and "ftexp confirm" not in page
+
+
 def test_unfinished_sweep_is_refused(sweep, monkeypatch):
     from ftexp.sweep import study, worker
 
