@@ -28,7 +28,7 @@ from rich.console import Console
 
 from ftexp import config, data, experiment, facts, metrics, registry, report, runs, track, verb
 from ftexp.config import Run, Track, Variant
-from ftexp.errors import ConfigError, DataError, Diverged, MachineError, TrialsFailed
+from ftexp.errors import ConfigError, DataError, Diverged, FtexpError, MachineError, TrialsFailed
 from ftexp.files import read_trial, write_json
 from ftexp.metrics import METRICS, SCORES, Direction
 from ftexp.progress import Sheet, quiet_libraries, say, warn
@@ -117,6 +117,7 @@ def confirm(
         kept = openings(sweep.folder)
         last = kept[-1] if kept and _asked_for(kept[-1], plan, seeds) else None
         if last is not None and "result" in last and not again:
+            _write_page(sweep.folder)
             return last
         if sweep.mlflow_run is not None:
             track.check_here(sweep.track_uri, sweep.folder)
@@ -140,8 +141,19 @@ def _check_sealed(plan: Plan) -> None:
 
 
 def _keep(folder: Path, entries: list[dict[str, Any]]) -> None:
-    """Write the file of openings whole, with the line that `report` shows."""
+    """Write the file of openings whole, with the line that `report` shows, and then the page."""
     write_json(folder / FILE, {"line": line(entries[-1]), "openings": entries})
+    _write_page(folder)
+
+
+def _write_page(folder: Path) -> None:
+    """Write the page of a sweep that has one anew: it tells of the openings. Where that fails, it costs a line."""
+    if not (folder / report.PAGE).exists():
+        return
+    try:
+        report.write_page(folder, report.gather(folder))
+    except FtexpError as error:
+        warn(f"{report.PAGE} does not tell of the sealed rows: {error}")
 
 
 def _plan(sweep: Frozen, record: Any, by: str | None) -> Plan:
@@ -154,6 +166,11 @@ def _plan(sweep: Frozen, record: Any, by: str | None) -> Plan:
         raise ConfigError(f"--by must be a score of held-out rows, as valid/chrf, got {by}")
     if not objective.startswith("valid/"):
         raise ConfigError(f"{sweep.name} ranks by {objective}, which no held-out row tells; only valid/ is confirmed")
+    if any(axis.key.lstrip("+") == "seed" for axis in sweep.space.axes):
+        raise ConfigError(
+            f"the points of {sweep.name} must not differ by the seed, which was searched: fresh seeds take its place; "
+            "seeds of one point are launched with sweep.replicates"
+        )
     counts = screen.glance(sweep, record).counts
     if left := counts.get("waiting", 0) + counts.get("running", 0):
         raise MachineError(

@@ -187,6 +187,33 @@ def test_report_shows_one_line(sweep, quick, capsys):
     assert capsys.readouterr().out.count("Confirmed on 20 sealed rows and 3 fresh seeds: lora.r=") == 1
 
 
+def test_page_tells_of_the_opening_from_its_beginning_on(sweep, quick, monkeypatch, capsys):
+    """Also where it was killed behind the result; a sweep without a page gets none, and one that fails costs a line."""
+    page = sweep / "report.html"
+    before = page.read_text(encoding="utf-8")
+    assert "Not opened." in before
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "execute", lambda *_, **keys: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            confirm.confirm(sweep, 2)
+    begun = page.read_text(encoding="utf-8")
+    assert "Not opened." not in begun and "sealed rows opened 1 time: not finished." in begun
+    confirm.confirm(sweep)
+    done = page.read_text(encoding="utf-8")
+    assert "not finished" not in done and "Confirmed on 20 sealed rows and 2 fresh seeds" in done
+    page.write_text(begun, encoding="utf-8")
+    confirm.confirm(sweep)
+    assert page.read_text(encoding="utf-8") == done
+    report.show(sweep.relative_to(Path.cwd()))
+    assert page.read_text(encoding="utf-8") == done
+    page.unlink()
+    confirm.confirm(sweep, again=True)
+    assert not page.exists()
+    page.mkdir()
+    assert "result" in confirm.confirm(sweep, again=True)
+    assert "warning: report.html does not tell of the sealed rows: " in capsys.readouterr().err
+
+
 def test_one_seed_is_told_as_one():
     entry = {"plan": [{"label": "lora.r=2"}], "seeds": [1]}
     assert confirm._purpose(entry) == "lora.r=2 on 1 seed, not finished"
@@ -394,6 +421,22 @@ def test_objective_that_no_held_out_row_tells_is_refused(sweep, objective):
     edited(sweep / "sweep.json", objectives=[objective])
     with pytest.raises(ConfigError, match=f"ranks by {objective}, which no held-out row tells"):
         confirm.confirm(sweep)
+
+
+@pytest.mark.parametrize("by", [None, "valid/loss"])
+def test_points_that_differ_by_the_seed_are_refused_and_open_nothing(tmp_path, cli, quick, monkeypatch, by):
+    """The winner would be a seed, and what is confirmed other ones."""
+    config.register()
+    with monkeypatch.context() as real:
+        real.setattr(experiment, "execute", EXECUTE)
+        sweep = launched(tmp_path, *SMALL, "seed=0,1", "track=none", "eval=loss")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli("s", *([] if by is None else ["--by", by]))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "the points of s must not differ by the seed, which was searched" in err and "sweep.replicates" in err
+    assert not quick and not (sweep / "confirm.json").exists()
+    page = (sweep / "report.html").read_text(encoding="utf-8")
+    assert "Not opened." in page and "ftexp confirm" not in page
 
 
 def test_unfinished_sweep_is_refused(sweep, monkeypatch):

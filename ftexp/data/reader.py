@@ -419,11 +419,32 @@ def _parquet(path: Path) -> Iterator[Record]:
                 if name in names[:n]:
                     raise DataError(f"{path}: column names must differ, {name!r} stands twice")
             for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
+                columns = [_values(column, name, path, number) for name, column in zip(names, batch, strict=True)]
+                for values in zip(*columns, strict=True):
                     number += 1
-                    yield row, f"{path}:{number}"
+                    yield dict(zip(names, values, strict=True)), f"{path}:{number}"
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         told = str(error).strip().splitlines()[0]
         raise DataError(f"{path}: must be parquet, and cannot be read behind row {number}: {told:.200}") from error
     if not number:
         raise DataError(f"{path}: must have rows, the table is empty")
+
+
+def _values(column: Any, name: str, path: Path, before: int) -> list[Any]:
+    """Return the values of a stretch of a column, which begins behind so many rows; refuse what Python cannot hold."""
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError) as error:  # also pyarrow's own and text that is no UTF-8
+        row = next((n for n, value in enumerate(column, before + 1) if not _holds(value)), before + 1)
+        raise DataError(
+            f"{path}:{row}: column {name!r} of type {column.type!s:.60} cannot be read: "
+            f"{str(error).strip(' .'):.200}; take the column out, or write it as text in UTF-8"
+        ) from error
+
+
+def _holds(value: Any) -> bool:
+    try:
+        value.as_py()
+    except (ValueError, OverflowError):
+        return False
+    return True

@@ -328,12 +328,12 @@ def _turns(record: dict[str, Any], name: str, where: str) -> list[Turn]:
                 f"{where}: {what} must be text alone, it has {thought!r}: no thoughts are rendered; write them into "
                 "the text, as <think>...</think>, or take the key out"
             )
-        keys = ("from", "value") if "from" in held else ("role", "content")
+        theirs = "from" in held or ("from" in message and "role" not in message)
+        keys = ("from", "value") if theirs else ("role", "content")
         for key in keys:
             if key not in held:
-                raise DataError(
-                    f"{where}: {what} must have {keys[0]} and {keys[1]}, got {', '.join(message) or 'none'}"
-                )
+                got = f"its {key} is null" if key in message else f"got {', '.join(message) or 'none'}"
+                raise DataError(f"{where}: {what} must have {keys[0]} and {keys[1]}, {got}")
         role, text = held[keys[0]], _checked(held[keys[1]], what, where)
         if not isinstance(role, str) or role not in ROLES:
             raise DataError(f"{where}: the role of {what} must be one of {', '.join(ROLES)}, got {role!r:.60}")
@@ -373,7 +373,19 @@ def _preference(record: dict[str, Any], where: str) -> Row:
         better, others = _turns(record, "chosen", where), _turns(record, "rejected", where)
         if better[:-1] != others[:-1]:
             raise DataError(f"{where}: chosen and rejected must be equal up to their last message")
+        _check_asked(record, better[:-1], where)
         made, worse = _conversation(better, where), others[-1][1]
     if not worse.strip() or worse == made.completion:
         raise DataError(f"{where}: rejected must have text other than chosen, got {worse!r:.60}")
     return replace(made, rejected=worse)
+
+
+def _check_asked(record: dict[str, Any], turns: list[Turn], where: str) -> None:
+    """Refuse a text `prompt` beside answers of messages, but one that says what a user's message says already."""
+    prompt = record.get("prompt")
+    if not isinstance(prompt, str) or prompt.strip() in ("", *(text.strip() for role, text in turns if role == "user")):
+        return
+    raise DataError(
+        f"{where}: column 'prompt' must be empty or equal to a user's message before the answer, got {prompt!r:.60}: "
+        "it is not read where chosen and rejected are messages; write it into them, or take the column out"
+    )

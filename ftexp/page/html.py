@@ -168,8 +168,9 @@ def _sealed(sweep: Sweep) -> str:
     trials = [t for t in sweep.board.trials if t.get("facts", {}).get("rows", {}).get("test")]
     if not sweep.openings:
         board = sweep.board
-        if board.asked is not None and board.objective.removeprefix("valid/") not in SCORES:
-            return "Not opened." if trials else ""  # by no score that is confirmed
+        unconfirmed = board.asked is not None and board.objective.removeprefix("valid/") not in SCORES
+        if unconfirmed or "seed" in sweep.axes:  # by no score that is confirmed, or no point without its seed
+            return "Not opened." if trials else ""
         by = "" if board.asked is None else f" --by {board.objective}"
         told = f"Not opened. <code>ftexp confirm {_e(sweep.name + by)}</code> scores the winner on them once."
         return told if trials else ""

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -252,11 +253,23 @@ def test_any_bytes_are_read_or_refused_without_a_traceback(tmp_path_factory, dat
     assert told.startswith(("DIR/rows", "read: "))
 
 
-def test_date_that_python_has_not_is_told(tmp_path):
+def odd_columns():
+    """Yield columns of 300 rows that Python has no value for from row 298 on, their type and what is told of them."""
     import pyarrow
-    import pyarrow.parquet
 
-    days = pyarrow.array([4_000_000], pyarrow.date32())  # in the year 12921
-    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "day": days}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a.parquet: must be parquet, and cannot be read behind row 0"):
-        list(reader.records(tmp_path / "a.parquet", Source.file))
+    field = pyarrow.field("a", pyarrow.int64())
+    none, twice = pyarrow.nulls(297, pyarrow.struct([field] * 2)), pyarrow.array([1, 2, 3])
+    twice = pyarrow.StructArray.from_arrays([twice] * 2, fields=[field] * 2)
+    yield pyarrow.concat_arrays([none, twice]), "struct<a: int64, a: int64>", ".* duplicate field names"
+    late = [None] * 297 + [4_000_000] * 3  # in the year 12921
+    yield pyarrow.array(late, pyarrow.date32()), "date32[day]", "date value out of range"
+    yield pyarrow.array(late, pyarrow.timestamp("ms", tz="Mars/Base")), "timestamp[ms, tz=Mars/Base]", "."
+
+
+@pytest.mark.parametrize(("column", "kind", "told"), odd_columns(), ids=["equal fields", "late date", "unknown zone"])
+def test_column_that_python_cannot_hold_is_named(tmp_path, column, kind, told):
+    """Also where nothing reads it."""
+    content = files.parquet({"prompt": ["a"] * 300, "odd": column})
+    kind = re.escape(f"a.parquet:298: column 'odd' of type {kind} cannot be read: ")
+    with pytest.raises(DataError, match=f"{kind}{told}.*; take the column out, or write it as text in UTF-8$"):
+        read(tmp_path / "a.parquet", content)

@@ -38,7 +38,7 @@ def one(record, **keys):
         ({"text": "a film", "label": 3}, "labels", "a film", "3"),
         ({"text": "once upon a time"}, "text", "", "once upon a time"),
         ({"prompt": "q", "chosen": "good", "rejected": "bad"}, "preference", "q", "good"),
-        ({"prompt": "q", "chosen": messages(TALK[:2]), "rejected": messages([TALK[0], ("assistant", "No.")])},
+        ({"prompt": "Hi", "chosen": messages(TALK[:2]), "rejected": messages([TALK[0], ("assistant", "No.")])},
          "preference", "Hi", "Hello."),
         ({"prompt": "id 7", "messages": messages(TALK[:2])}, "messages", "Hi", "Hello."),
     ],
@@ -89,6 +89,21 @@ def test_what_would_be_left_out_of_messages_is_refused(answer, columns, told):
     pair = {"prompt": turns[:1], "chosen": turns[1:2], "rejected": messages([("assistant", "No.")]), **columns}
     with pytest.raises(DataError, match=f"^t:1: {told.replace('messages', 'chosen')}"):
         one(pair)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ({"role": "assistant", "content": None}, "role and content, its content is null"),
+        ({"role": None, "content": "b"}, "role and content, its role is null"),
+        ({"from": "gpt", "value": None, "role": None, "content": None}, "from and value, its value is null"),
+        ({"from": None, "value": "b"}, "from and value, its from is null"),
+        ({"role": "assistant", "text": "b"}, "role and content, got role, text"),
+    ],
+)
+def test_what_a_message_lacks_is_named(answer, told):
+    with pytest.raises(DataError, match=f"^t:1: message 2 of 'messages' must have {told}$"):
+        one({"messages": [*messages(TALK[:1]), answer]})
 
 
 def test_messages_without_tools_may_have_their_empty_keys():
@@ -231,6 +246,22 @@ def test_prompts_of_messages_are_read_as_trl_writes_them():
     told = one({"prompt": ASKED, **pair})
     assert told == one({"chosen": [*ASKED, *answer], "rejected": [*ASKED, *pair["rejected"]]})
     assert (told.completion, told.rejected) == ("a", "b")
+
+
+@pytest.mark.parametrize("prompt", ["Hi", " Bye\n", "", " ", None, 7])
+def test_prompt_that_repeats_a_message_of_a_pair_adds_nothing(prompt):
+    pair = {"chosen": messages(TALK), "rejected": messages([*TALK[:3], ("assistant", "No.")])}
+    assert one({"prompt": prompt, **pair}) == one(pair)
+
+
+@pytest.mark.parametrize("prompt", ["Speak like a pirate. Bye", "Hello.", "Goodbye."])
+def test_prompt_that_messages_of_a_pair_do_not_hold_is_refused(prompt):
+    pair = {"chosen": messages(TALK), "rejected": messages([*TALK[:3], ("assistant", "No.")])}
+    told = f"^t:1: column 'prompt' must be empty or equal to a user's message before the answer, got '{prompt}': it is"
+    with pytest.raises(DataError, match=told):
+        one({"prompt": prompt, **pair})
+    with pytest.raises(DataError, match=told):
+        one({"asked": prompt, **pair}, columns={"prompt": "asked"})
 
 
 def test_label_in_a_list_that_would_be_parted_is_refused():
