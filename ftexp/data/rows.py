@@ -45,13 +45,16 @@ def read_file(path: str, data: Data, count: int | None = None, key: str = "data.
 
 
 def _rows(records: Iterator[reader.Record], data: Data) -> list[Row]:
-    """Convert records, and tell of names in `data.columns` that nothing reads of the first."""
+    """Convert records, and tell what nothing reads of the first: names in `data.columns`, a prompt beside messages."""
     first = list(islice(records, 1))
     made = list(shapes.rows(chain(first, records), data))
     for record, where in first:
         for name in shapes.unread(record, where, data):
             warn(f"{where}: data.columns.{name}={data.columns[name]} changes nothing, no column {name} is read of rows "
                  "of this shape")  # fmt: skip
+        if prompt := shapes.unread_prompt(record, where, data):
+            warn(f"{where}: column prompt says what no message of the user does, and is not read where chosen and "
+                 f"rejected are messages: {prompt!r:.60}")  # fmt: skip
     return made
 
 

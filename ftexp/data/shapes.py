@@ -114,6 +114,18 @@ def unread(record: dict[str, Any], where: str, data: Data) -> list[str]:
     return [ours for ours in data.columns if ours in made and ours not in read]
 
 
+def unread_prompt(record: dict[str, Any], where: str, data: Data) -> str:
+    """Return a text `prompt` that is not read, beside answers of messages none of which says the same; else nothing."""
+    made = _joined(_renamed(record, where, data))
+    prompt, answer = made.get("prompt"), made.get("chosen")
+    if recognised(made, where, data) is not Shape.preference or not (
+        isinstance(answer, list) and isinstance(prompt, str)
+    ):
+        return ""
+    said = {text.strip() for role, text in _turns(made, "chosen", where)[:-1] if role == "user"}
+    return prompt.strip() if prompt.strip() not in said else ""
+
+
 def _joined(record: dict[str, Any]) -> dict[str, Any]:
     """Put a prompt that is a list of messages in front of its answers, as TRL's conversational sets part the two."""
     prompt = record.get("prompt")
@@ -373,19 +385,7 @@ def _preference(record: dict[str, Any], where: str) -> Row:
         better, others = _turns(record, "chosen", where), _turns(record, "rejected", where)
         if better[:-1] != others[:-1]:
             raise DataError(f"{where}: chosen and rejected must be equal up to their last message")
-        _check_asked(record, better[:-1], where)
         made, worse = _conversation(better, where), others[-1][1]
     if not worse.strip() or worse == made.completion:
         raise DataError(f"{where}: rejected must have text other than chosen, got {worse!r:.60}")
     return replace(made, rejected=worse)
-
-
-def _check_asked(record: dict[str, Any], turns: list[Turn], where: str) -> None:
-    """Refuse a text `prompt` beside answers of messages, but one that says what a user's message says already."""
-    prompt = record.get("prompt")
-    if not isinstance(prompt, str) or prompt.strip() in ("", *(text.strip() for role, text in turns if role == "user")):
-        return
-    raise DataError(
-        f"{where}: column 'prompt' must be empty or equal to a user's message before the answer, got {prompt!r:.60}: "
-        "it is not read where chosen and rejected are messages; write it into them, or take the column out"
-    )

@@ -122,6 +122,22 @@ def test_mapped_column_that_nothing_reads_is_told(tmp_path, capsys, row, columns
     assert [r.group for r in kept] == ([row[columns[next(iter(columns))]]] if idle else [])
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [("Speak like a pirate. Hi", True), ("Goodbye.", True), ("Hi", False), (" Hi\n", False), ("", False)],
+)
+@pytest.mark.parametrize("columns", [{}, {"prompt": "asked"}])
+def test_prompt_that_no_message_of_a_pair_holds_is_told(tmp_path, capsys, asked, told, columns):
+    """Some sets repeat the user's message there, some keep a whole prompt of their own, which a model never sees."""
+    talk = [{"role": "user", "content": "Hi"}]
+    pair = {name: [*talk, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    row = pair | {columns.get("prompt", "prompt"): asked}
+    [first, _] = rows.read(jsonl(tmp_path / "a.jsonl", row, row, columns=columns))
+    assert (first.prompt, first.completion, first.rejected) == ("Hi", "chosen", "rejected")
+    err = " ".join(capsys.readouterr().err.split())
+    assert err.count("column prompt says what no message of the user does") == told
+
+
 def test_rows_keeps_the_first(tmp_path):
     assert len(rows.read(jsonl(tmp_path / "my.jsonl", *[GOOD] * 5, rows=3))) == 3
 
