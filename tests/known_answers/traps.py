@@ -51,7 +51,7 @@ TRAPS = {
                                                         "stats/test_pairs.py::test_training_noise_makes_no_false_winner_with_replicates"],
          ["stats/test_pairs.py::test_one_run_a_point_takes_training_noise_for_a_winner"]),
     19: ("the best is reported on the rows that chose it", ["test_confirm.py::test_best_of_equals_looks_too_good_and_sealed_rows_say_so",
-                                                            "test_confirm.py::test_opening_is_on_record_before_a_row_is_read"],
+                                                            "test_confirm.py::test_opening_is_on_record_before_a_row_is_scored"],
          ["test_confirm.py::test_sabotage_opening_that_is_kept_later_is_seen"]),
     20: ("held-out rows are training rows", ["data/test_gates.py::test_twelve_of_twelve_planted_leaks_are_found_and_none_in_a_thousand",
                                              "data/test_splits.py::test_edited_copies_of_a_prompt_stay_together"],
