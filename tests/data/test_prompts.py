@@ -164,6 +164,10 @@ def test_tokenizer_digest_is_of_what_decides_ids_and_reads_a_vocabulary_once(mon
     assert prompts.tokenizer_digest(other) == first
     other.add_special_tokens({"additional_special_tokens": ["<x>"]})
     assert prompts.tokenizer_digest(other) != first
+    ended = tiny.tokenizer()
+    ended.eos_token = ended.bos_token if ended.bos_token != ended.eos_token else ended.convert_ids_to_tokens(0)
+    assert ended.backend_tokenizer.to_str() == one.backend_tokenizer.to_str()
+    assert prompts.tokenizer_digest(ended) != first
     told = loads(one.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     special = [one.bos_token_id, one.eos_token_id, sorted(one.all_special_ids)]
     whole = json.dumps([type(one).__name__, told, special])

@@ -160,14 +160,29 @@ def test_halving_by_three(halved):
     assert halved(CLEAR, (10, 20, 30, 90), reduction_factor=3) == [[0, 1], [0, 1], [0], [0]]
 
 
-@pytest.mark.parametrize(("bound", "stopped"), [(None, [1, 3, 4, 5]), (1.0, [1, 3, 4, 5]), (0.1, [])])
-def test_halving_within_a_bound_counts_all_and_tests_against_who_keeps_it(sweep, monkeypatch, bound, stopped):  # noqa: F811
-    """Of six one by one the third is the new best; a bound that all keep changes nothing, who breaks one stops none."""
-    at_most = {} if bound is None else {"cost/memory_gib": bound}
-    made, record = sweep("a=1,2,3,4,5,6", pruner=Pruner.halving, at_most=at_most)
-    run_trials(monkeypatch, [0.3, 0.5, 0.0, 0.5, 0.3, 0.6], {n: {"cost/memory_gib": 0.5} for n in range(6)})
+@pytest.mark.parametrize("bound", [None, 1.0, 0.1])
+@pytest.mark.parametrize(
+    ("shifts", "stopped"),
+    [([0.3, 0.5, 0.0, 0.5, 0.6], {1: 10, 3: 10, 4: 10}), ([0.0, 0.5, 0.6, 0.2, 0.7], {1: 10, 2: 10, 3: 20, 4: 10})],
+)
+def test_halving_within_a_bound_counts_all_and_tests_against_who_keeps_it(
+    sweep,  # noqa: F811
+    monkeypatch,
+    shifts,
+    stopped,
+    bound,
+):
+    """One by one; a bound that all keep changes nothing, who breaks one stops none.
+
+    Of five the third is the new best. Of the others the fourth is in the better half at step 10, by those stopped there.
+    """
+    at_most, count = {} if bound is None else {"cost/memory_gib": bound}, len(shifts)
+    made, record = sweep(f"a={','.join(map(str, range(count)))}", pruner=Pruner.halving, at_most=at_most)
+    run_trials(monkeypatch, shifts, {n: {"cost/memory_gib": 0.5} for n in range(count)})
     worker.work(made, record)
-    assert [n for n, state in enumerate(states(record)) if state == "PRUNED"] == stopped
+    told = {n: t.user_attrs["ftexp:reason"] for n, t in enumerate(study.counted(record)) if t.state.name == "PRUNED"}
+    at = {n: int(reason.split()[3].rstrip(":")) for n, reason in told.items()}
+    assert at == (stopped if bound is None or bound > 0.5 else {})
 
 
 def test_halving_takes_rows_of_one_document_for_one(halved):

@@ -221,6 +221,11 @@ def test_a_trial_by_itself_is_judged_as_it_comes(sweep):
     judge = worker.judge(made, study.claim(record), made.run({}, 0))
     assert [judge(Rung(1.0), step) for step in (1, 2, 3)] == [None] * 3
     assert len(asked) == 3
+    judge.tell(Rung(1.0), 3.5)  # beside others, between two rungs
+    assert judge.ask(Rung(1.0), 3.5) is None
+    assert len(asked) == 4
+    assert judge(Rung(1.0), 4) is None
+    assert len(asked) == 5
 
 
 def test_fault_of_the_machine_fails_its_trial_where_there_is_no_other_worker(sweep, monkeypatch):
