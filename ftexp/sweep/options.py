@@ -37,7 +37,11 @@ DRAWN = (Sampler.grid, Sampler.random, Sampler.qmc)
 
 
 class Pruner(Enum):
-    """When a trial that lags behind is stopped, judged by its held-out loss at the rungs."""
+    """When a trial that lags behind is stopped, judged by its held-out loss at the rungs.
+
+    Each judges by those that have come as far by then, so who is stopped depends on how many trials run at a time, and
+    after a kill on who goes on first; what a trial learns does not.
+    """
 
     none = "none"
     """Never."""
