@@ -11,7 +11,7 @@ from typing import Any
 
 from ftexp import metrics
 from ftexp.errors import ConfigError, MachineError
-from ftexp.files import read_json, read_trial
+from ftexp.files import read_sweep, read_trial
 from ftexp.metrics import METRICS, Direction
 
 SCORES = {  # column title -> metric without its split, format
@@ -199,7 +199,7 @@ def read(folder: Path, by: str | None = None, own: tuple[str, Scores] | None = N
         ConfigError: a complete trial has no score of `by`.
     """
     trials: list[dict[str, Any]]
-    sweep = read_json(folder / "sweep.json")
+    sweep = read_sweep(folder)
     if sweep is None and not (folder / "trial.json").exists():
         raise MachineError(f"{folder}: must be the folder of a sweep or a run; there is no sweep.json or trial.json")
     if sweep is None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ftexp import board as boards
 from ftexp import metrics, sealed
-from ftexp.files import read_json
+from ftexp.files import read_sweep
 from ftexp.metrics import METRICS, Direction
 from ftexp.stats import columns, explain, noise, pairs
 from ftexp.stats.columns import Column, Interval
@@ -133,7 +133,7 @@ def read(folder: Path, trials: list[dict[str, Any]], objective: str, own: Rows |
         objective: the metric that ranks.
         own: what scores the rows where it is `metrics.OWN`.
     """
-    sweep = read_json(folder / "sweep.json") or {}
+    sweep = read_sweep(folder) or {}
     options, direction = sweep.get("options", {}), METRICS[objective].direction
     grouped: dict[int, list[dict[str, Any]]] = {}
     for trial in trials:

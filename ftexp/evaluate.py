@@ -307,7 +307,7 @@ def generate(
     """Write a completion for each prompt: greedily, until end-of-sequence or the planned length.
 
     Prompts are padded on the left, so that each continues at its own last token; in float32 a row is then written the
-    same alone and in any batch.
+    same alone and in any batch. Models that cannot be told of padding get prompts of one length at a time.
     """
     asked, settings = [e.prompt for e in examples], greedy(model, tokenizer, examples, how)
     return [
@@ -405,7 +405,8 @@ def continued(
                 written.update(zip(part, _continued(model, ids, mask, shared, settings, streamer), strict=True))
                 advance(len(part))
 
-            passes.take(ranks.mine(list(passes.batches([len(ids) for ids in asked], batch, spread=0))), work)
+            beside = passes.batches([len(ids) for ids in asked], batch, spread=0 if _sees_positions(model) else 1)
+            passes.take(ranks.mine(list(beside)), work)
     finally:
         model.train(was_training)
     whole = ranks.gathered(written)
@@ -469,6 +470,19 @@ def _continued(
         mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)[stay]
         rows, ids = rows[stay], ids[stay]
     return [written[n] for n in range(len(written))]
+
+
+def _sees_positions(model: AnyModel) -> bool:
+    """Tell whether a model is told where in its row a token stands, so that padding in front of it does no harm.
+
+    Others (MBart and its kin, MPT, Mamba) take padding for text, or may: their prompts share a batch only with those of
+    their own length.
+    """
+    from inspect import signature
+
+    from ftexp.model import prefix
+
+    return "position_ids" in signature(prefix.bare(model).forward).parameters
 
 
 def planned_tokens(examples: Sequence[Example], how: Eval) -> int:

@@ -163,18 +163,31 @@ def _move(fresh: Path, target: Path, taken: ConfigError) -> None:
         raise MachineError(f"{target}: cannot be written: {error.strerror or error}") from error
 
 
-def read_json(path: Path) -> Any | None:
+def read_json(path: Path, *needs: str, of: type = dict) -> Any | None:
     """Read a JSON file, or return None where there is none.
 
+    Args:
+        path: of the file.
+        needs: keys without which it is not what was written there.
+        of: what it holds, an object where nothing else is said.
+
     Raises:
-        Damaged: what is there is not JSON.
+        Damaged: what is there is not JSON, not of that type, or lacks a key.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        told = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise Damaged(f"{path}: is damaged, it must be JSON ({error}); put it back or remove it") from error
+    if not isinstance(told, of):
+        raise Damaged(f"{path}: is damaged, it must hold {_JSON.get(of, of.__name__)}; put it back or remove it")
+    if lacking := [key for key in needs if key not in told]:
+        raise Damaged(f"{path}: is damaged, it lacks {', '.join(lacking)}; put it back or remove it")
+    return told
+
+
+_JSON: dict[type, str] = {dict: "an object in braces", list: "a list in brackets"}
 
 
 def finite(value: Any) -> Any:
@@ -190,10 +203,23 @@ def read_trial(folder: Path) -> dict[str, Any] | None:
     """Read the `trial.json` of a run's folder, scores that are null as NaN; None where there is none.
 
     Raises:
-        Damaged: what is there is not JSON.
+        Damaged: what is there is not JSON, or no record of a trial.
     """
-    told = read_json(folder / "trial.json")
+    told = read_json(folder / "trial.json", "state", "config")
     return told | {"scores": _numbers(told["scores"])} if told and "scores" in told else told
+
+
+def read_sweep(folder: Path, *needs: str) -> dict[str, Any] | None:
+    """Read the `sweep.json` of a sweep's folder; None where there is none.
+
+    Args:
+        folder: of the sweep.
+        needs: keys beside `options` and `objectives` that it must have.
+
+    Raises:
+        Damaged: what is there is not JSON, or no record of a sweep.
+    """
+    return read_json(folder / "sweep.json", "options", "objectives", *needs)
 
 
 def read_points(path: Path) -> list[dict[str, Any]]:

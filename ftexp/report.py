@@ -21,7 +21,7 @@ from ftexp import config, metrics, overrides, runs, sealed, track, verb
 from ftexp import own as owns
 from ftexp.board import Board, read
 from ftexp.errors import ConfigError, MachineError
-from ftexp.files import finite, read_json, write_text
+from ftexp.files import finite, read_json, read_sweep, write_text
 from ftexp.metrics import METRICS
 from ftexp.page.text import visible
 from ftexp.progress import Sheet
@@ -107,7 +107,7 @@ def beside(folder: Path, board: Board, verdict: Verdict) -> Sweep:
     from ftexp import compare, examples
     from ftexp.page.figures import Sweep
 
-    frozen = read_json(folder / "sweep.json")
+    frozen = read_sweep(folder)
     places = {t["number"]: folder if frozen is None else folder / str(t["number"]) for t in board.trials}
     winner = None if verdict.best is None else boards.point_of(board, verdict.points[verdict.best].trials)
     shown = None if winner is None else winner.trials[0]["number"]
@@ -122,7 +122,7 @@ def beside(folder: Path, board: Board, verdict: Verdict) -> Sweep:
         rows=examples.of(content, _separator(winner)) if content else [],
         command=() if shown is None else command(places[shown], winner.trials[0] if winner else {}),
         openings=sealed.openings(folder),
-        labels=() if shown is None else read_json(places[shown] / "labels.json") or (),
+        labels=() if shown is None else read_json(places[shown] / "labels.json", of=list) or (),
         sealed_labels=sealed.labels(folder),
     )
 
@@ -142,7 +142,7 @@ def command(place: Path, trial: dict[str, Any]) -> tuple[str, ...]:
         return ()
     seed = trial.get("config", {}).get("seed", 0)
     words = [str(o) for o in told if not str(o).startswith(("track.", "name=", "seed=", "+track."))]
-    sweep = read_json(place.parent / "sweep.json") if place.name.isdigit() else None
+    sweep = read_sweep(place.parent) if place.name.isdigit() else None
     own = _config_dir(place) if sweep is None else sweep.get("config_dir")
     flags = () if own is None else ("--config-dir", own)
     files = [word.partition("=")[2] for word in words if word.startswith("sweep=")]
@@ -249,7 +249,7 @@ def write_page(folder: Path, sweep: Sweep, html: Path | None = None) -> Path:
         write_text(path, text)
     except (OSError, UnicodeDecodeError) as error:
         raise MachineError(f"the page cannot be written to {path}: {error}; --html PATH names another place") from error
-    kept = read_json(folder / "sweep.json") or {}
+    kept = read_sweep(folder) or {}
     if html is None and kept.get("mlflow_run"):
         track.attach(kept["track_uri"], kept["mlflow_run"], path, _note(sweep))
     return path

@@ -16,7 +16,7 @@ LABELS = "test_labels.json"
 
 def openings(folder: Path) -> list[dict[str, Any]]:
     """Read the openings of a sweep's sealed rows, oldest first."""
-    return (read_json(folder / FILE) or {"openings": []})["openings"]
+    return (read_json(folder / FILE, "openings") or {"openings": []})["openings"]
 
 
 def line(entry: dict[str, Any]) -> str:
@@ -103,7 +103,7 @@ def labels(folder: Path) -> list[dict[str, Any]]:
     """
     entry = next((e for e in reversed(openings(folder)) if "result" in e), None)
     runs = [folder / "confirm" / str(r["number"]) / LABELS for r in (entry or {"runs": []})["runs"] if r["member"] == 0]
-    tables = [table for path in runs if (table := read_json(path)) is not None]
+    tables = [table for path in runs if (table := read_json(path, of=list)) is not None]
     return [_over_seeds(list(rows)) for rows in zip(*tables, strict=True)]
 
 

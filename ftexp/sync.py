@@ -18,7 +18,7 @@ from filelock import FileLock
 from ftexp import board, config, experiment, registry, runs, sealed, track, verb
 from ftexp.config import Track
 from ftexp.errors import Damaged, MachineError
-from ftexp.files import read_json, read_trial, write_json
+from ftexp.files import read_json, read_sweep, read_trial, write_json
 from ftexp.progress import progress, quiet_libraries, say
 from ftexp.runs import Kept
 from ftexp.track import Log
@@ -67,7 +67,7 @@ def sync(folders: list[Path], uri: str | None = None) -> Brought:
 
     A file that is damaged is told on stderr. Without its `trial.json` or `metrics.jsonl` a run is left out, without
     `sweep.json`, or an `identity.json` that is yet to be brought, all trials of a sweep; without `confirm.json` no tag
-    tells of the confirmation.
+    tells of the confirmation, and without `examples.parquet` no table shows rows.
 
     Raises:
         MachineError: a store cannot be reached.
@@ -126,8 +126,11 @@ def _bring(kept: Kept, given: str | None, told: Brought, parents: dict[Path, str
             log.files(path, None if under == "." else under)
         told.files += bool(missing)
     if "examples.json" not in there and (kept.folder / "examples.parquet").exists():
-        log.table(_examples(kept), "examples")
-        told.files += 1
+        try:
+            log.table(_examples(kept), "examples")
+            told.files += 1
+        except Damaged as error:
+            told.tell(error)
     log.tags({"ftexp.test_opened": kept.trial["opened"]} if kept.trial.get("opened") else {})
     log.tags(_confirmed(kept.folder.parent, told, kept.folder.name))
     if log.client is None:
@@ -166,9 +169,14 @@ def _confirmed(sweep: Path, told: Brought, trial: str | None = None) -> dict[str
 
 def _examples(kept: Kept) -> list[dict[str, Any]]:
     """Return the rows that the run itself would have shown."""
+    import pyarrow
     import pyarrow.parquet
 
-    rows = pyarrow.parquet.read_table(kept.folder / "examples.parquet").to_pylist()
+    path = kept.folder / "examples.parquet"
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise Damaged(f"{path}: is damaged, it must be Parquet ({str(error).splitlines()[0]})") from error
     rival = "tfidf" if rows and any(name.startswith("tfidf_") for name in rows[0]) else "base"
     return experiment.shown(rows, rival, kept.trial["config"]["eval.examples"])
 
@@ -232,7 +240,7 @@ def _parent(
     """Return the run of the trial's sweep, made where the store does not hold it; None for a single run."""
     folder = kept.folder.parent
     folder = folder.parent if folder.name == "confirm" else folder
-    sweep = read_json(folder / "sweep.json")
+    sweep = read_sweep(folder, "name", "mlflow_run")
     if sweep is None:
         return None
     if folder not in parents:

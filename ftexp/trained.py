@@ -91,7 +91,7 @@ def load(kept: Kept) -> Iterator[Trained]:
 
 def confirmed(kept: Kept) -> str | None:
     """Return the line of the last confirmation of the sweep whose winner this trial is; None where there is none."""
-    told: dict[str, Any] = read_json(kept.folder.parent / "confirm.json") or {"openings": []}
+    told: dict[str, Any] = read_json(kept.folder.parent / "confirm.json", "openings") or {"openings": []}
     entry = told["openings"][-1] if told["openings"] and kept.of_sweep else {}
     winner = entry.get("result", {"members": []})["members"][:1]
     return told["line"] if winner and int(kept.folder.name) in winner[0]["trials"] else None

@@ -498,7 +498,7 @@ def test_classifier_is_decided_by_thresholds_of_the_held_out_rows(genres):
     trial = read_json(genres / "confirm" / "0" / "trial.json")
     run = config.rebuild(trial["config"])
     told, rows, known = logits(run, genres / "confirm" / "0")
-    by_label = read_json(genres / "confirm" / "0" / "test_labels.json")
+    by_label = read_json(genres / "confirm" / "0" / "test_labels.json", of=list)
     assert {line["label"]: line["true"] for line in by_label} == {n: sum(n in e.labels for e in rows) for n in known}
     assert {line["label"]: line["threshold"] for line in by_label} == trial["thresholds"]
     honest = classify.score(told, rows, known, True, trial["thresholds"])[0].scores

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GenerationConfig
 
 from ftexp import evaluate, model
 from ftexp.config import Data, Eval, Gate, Kind, Long, Lora, Model, Quant, Template
@@ -110,6 +111,32 @@ def test_sabotage_right_padding_changes_completions(base, examples, monkeypatch)
     good, left = evaluate.generate(base.model, base.tokenizer, examples[:8], how, "t"), evaluate._left_padded
     monkeypatch.setattr(evaluate, "_left_padded", right)
     assert evaluate.generate(base.model, base.tokenizer, examples[:8], how, "t") != good
+
+
+@pytest.fixture(scope="module")
+def unplaced():
+    """A model that is not told where tokens stand, in evaluation, and prompts of unequal length for it."""
+    from transformers import MBartConfig, MBartForCausalLM
+
+    torch.manual_seed(0)
+    made = MBartForCausalLM(MBartConfig(
+        vocab_size=64, d_model=32, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=64, is_decoder=True,
+        max_position_embeddings=64, is_encoder_decoder=False, forced_eos_token_id=None, init_std=0.25,
+    ))  # fmt: skip
+    return made.eval(), [tuple(3 + (7 * n + 5 * k) % 61 for k in range(n)) for n in (5, 9, 9, 14, 20, 5)]
+
+
+def test_prompts_of_a_model_without_places_are_never_padded(base, unplaced):
+    made, asked = unplaced
+    settings = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=[1])
+    alone = [evaluate.continued(made, base.tokenizer, [a], settings, 1, "t")[0] for a in asked]
+    assert evaluate.continued(made, base.tokenizer, asked, settings, 8, "t") == alone
+
+
+def test_sabotage_padding_that_such_a_model_takes_for_text(base, unplaced, monkeypatch):
+    monkeypatch.setattr(evaluate, "_sees_positions", lambda model: True)
+    with pytest.raises(AssertionError):
+        test_prompts_of_a_model_without_places_are_never_padded(base, unplaced)
 
 
 def test_generation_stops_at_the_end_token(base, examples, monkeypatch):

@@ -295,7 +295,7 @@ def test_check_refuses_before_anything_runs(tiny, tmp_path, monkeypatch, given, 
 def test_label_run_writes_a_table_of_labels(tiny, tmp_path):
     """Yoda's words as labels, which the tiny model gets wrong: what counts is that each label has its row."""
     scores = experiment.execute(tiny("eval.labels=' '", "objectives=[valid/f1_macro]"), tmp_path / "a", "x")
-    rows = read_json(tmp_path / "a" / "labels.json")
+    rows = read_json(tmp_path / "a" / "labels.json", of=list)
     assert len(rows) == scores["valid/labels"] > 50
     assert sum(row["f1"] is None for row in rows) == scores["valid/labels_undefined"]
     assert set(rows[0]) == {"label", "true", "predicted", "precision", "recall", "f1", "base_f1"}

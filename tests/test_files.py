@@ -26,10 +26,10 @@ def test_json_round_trip(tmp_path):
 
 def test_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "x.json"
-    files.write_json(path, [1])
+    files.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
         files.write_json(path, object())
-    assert files.read_json(path) == [1]
+    assert files.read_json(path) == {"a": 1}
     assert os.listdir(tmp_path) == ["x.json"]
 
 
@@ -136,13 +136,16 @@ def test_what_is_not_finite_is_null_in_files_and_nan_to_who_reads_scores(tmp_pat
     def strict(name):
         raise AssertionError(name)
 
-    files.write_json(tmp_path / "trial.json", {"scores": {"valid/f1": float("nan"), "valid/loss": 0.5}, "steps": None})
+    told = {"state": "complete", "config": {}}
+    files.write_json(tmp_path / "trial.json", {**told, "scores": {"valid/f1": float("nan"), "valid/loss": 0.5}})
     kept = json.loads((tmp_path / "trial.json").read_text(), parse_constant=strict)
     assert kept["scores"] == {"valid/f1": None, "valid/loss": 0.5}
-    told = files.read_trial(tmp_path)
-    assert math.isnan(told["scores"].pop("valid/f1")) and told == {"scores": {"valid/loss": 0.5}, "steps": None}
+    read = files.read_trial(tmp_path)
+    assert math.isnan(read["scores"].pop("valid/f1")) and read == {**told, "scores": {"valid/loss": 0.5}}
     assert files.read_trial(tmp_path / "none") is None
-    (tmp_path / "trial.json").write_text('{"scores": {"valid/f1": NaN}}')  # as older versions wrote it
+    (tmp_path / "trial.json").write_text(
+        '{"state": "", "config": {}, "scores": {"valid/f1": NaN}}'
+    )  # as older versions wrote it
     assert math.isnan(files.read_trial(tmp_path)["scores"]["valid/f1"])
 
 

@@ -305,13 +305,24 @@ def test_point_above_a_bound_is_never_best(sweep):
     assert report.read(sweep(trial(8, 0.3), trial(64, 0.1), at_most={"cost/trainable": 9e6})).best == 0
 
 
-def test_damaged_file_is_named_in_one_line(sweep, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "held", "told"),
+    [
+        ("0/trial.json", '{"a":', "it must be JSON"),
+        ("0/trial.json", "{}", "it lacks state, config; put it back or remove it"),
+        ("0/trial.json", "[]", "it must hold an object in braces"),
+        ("sweep.json", "[]", "it must hold an object in braces"),
+        ("sweep.json", '{"name": "s", "axes": []}', "it lacks options, objectives; put it back"),
+        ("confirm.json", "{}", "it lacks openings"),
+    ],
+)
+def test_damaged_file_is_named_in_one_line(name, held, told, sweep, monkeypatch, capsys):
     folder = sweep(trial(8, 0.3))
-    (folder / "0" / "trial.json").write_text('{"a":')
+    (folder / name).write_text(held)
     monkeypatch.setattr(sys, "argv", ["report", str(folder)])
     assert report.main() == 4
     err = capsys.readouterr().err
-    assert err.startswith(f"ftexp: {folder}/0/trial.json: is damaged, it must be JSON")
+    assert err.startswith(f"ftexp: {folder}/{name}: is damaged, {told}")
     assert len(err.splitlines()) == 1
 
 

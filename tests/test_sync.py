@@ -391,6 +391,23 @@ def test_each_damaged_file_is_told_once_and_holds_back_what_needs_it_alone(cli, 
     assert verb("--uri", uri)[::2] == (0, "")
 
 
+def test_damaged_rows_hold_back_their_table_alone(cli, verb, tmp_path):
+    for name in ("one", "two"):
+        assert cli(*TINY, f"name={name}", DEAD)[0] == 0
+    rows = tmp_path / "outputs/runs/one/examples.parquet"
+    rows.write_bytes(rows.read_bytes()[:-8])
+    uri = f"sqlite:///{tmp_path}/ml.db"
+    code, out, err = verb("--uri", uri, "--json")
+    assert (code, json.loads(out)["runs"], json.loads(out)["damaged"]) == (4, 2, 1)
+    assert err.count("outputs/runs/one/examples.parquet: is damaged, it must be Parquet") == 1
+    client, experiment = track.store(Track(uri=uri))
+    there = {r.info.run_name: client.list_artifacts(r.info.run_id) for r in client.search_runs([experiment])}
+    assert {name: "examples.json" in {a.path for a in kept} for name, kept in there.items()} == {
+        "one": False, "two": True,
+    }  # fmt: skip
+    assert all(r.info.status == "FINISHED" for r in client.search_runs([experiment]))
+
+
 def test_run_without_tracking_is_left_out(cli, verb):
     assert cli(*TINY, "name=one", "track=none")[0] == 0
     assert json.loads(verb("--json")[1]) == {"runs": 0, "points": 0, "files": 0, "running": 0, "damaged": 0}

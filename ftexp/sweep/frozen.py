@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from ftexp import config, overrides
 from ftexp.config import Run
 from ftexp.errors import ConfigError, MachineError
-from ftexp.files import read_json, write_json
+from ftexp.files import read_sweep, write_json
 from ftexp.sweep.options import Options
 from ftexp.sweep.space import Axis, Space
 
@@ -97,14 +97,18 @@ def _composed(path: Path) -> DictConfig:
     return cfg
 
 
+SHARED = ("objectives", "mlflow_run", "track_uri", "rows", "rung", "code")
+"""Keys of the file that are handed on as they are."""
+
+
 def load(folder: Path) -> Frozen:
     """Read a sweep's file.
 
     Raises:
-        MachineError: the folder holds no sweep.
+        MachineError: the folder holds no sweep, or its file is damaged.
     """
-    kept = read_json(folder / FILE)
-    if kept is None or "options" not in kept:
+    kept = read_sweep(folder, "name", "fixed", "axes", *SHARED)
+    if kept is None:
         raise MachineError(f"{folder}: must be the folder of a sweep; there is no {FILE}")
     axes = [
         Axis(**{**a, "texts": tuple(a["texts"]), "when": tuple((k, tuple(v)) for k, v in a["when"])})
@@ -113,7 +117,7 @@ def load(folder: Path) -> Frozen:
     options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), kept["options"]))
     assert isinstance(options, Options)
     space = Space(tuple(kept["fixed"]), tuple(axes))
-    shared = (kept[key] for key in ("objectives", "mlflow_run", "track_uri", "rows", "rung", "code"))
+    shared = (kept[key] for key in SHARED)
     later = {key: kept[key] for key in ("tickets", "config_dir", "cwd", "longest") if key in kept}
     return Frozen(folder, kept["name"], space, options, *shared, **later)
 

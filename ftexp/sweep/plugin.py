@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ftexp import config, data, experiment, facts, metrics, overrides, probe, track
 from ftexp.config import Method, Run
 from ftexp.errors import ConfigError, FtexpError, MachineError, NoRoom, TrialsFailed
-from ftexp.files import check_folder, read_json, write_json
+from ftexp.files import check_folder, read_json, read_sweep, write_json
 from ftexp.progress import say
 from ftexp.runs import called, keep
 from ftexp.sweep import frozen, limits, race, space
@@ -264,7 +264,7 @@ def launch(
         shutil.rmtree(folder / "frozen", ignore_errors=True)  # of a launch that ended before its trials began
         OmegaConf.save(master, folder / "multirun.yaml")
         frozen.freeze(folder, searched, grid or frozen.corners(searched), compose)
-    before = read_json(folder / frozen.FILE) or {}
+    before = read_sweep(folder) or {}
     was, now = before.get("track_uri", runs[0].track.uri), runs[0].track.uri
     if was != now:
         raise ConfigError(
@@ -497,7 +497,7 @@ def help_out(folder: Path, searched: Space, options: Options, runs: list[Run]) -
     shared, depending = _shared(searched, runs), _depending(searched, runs)
     identity = study.Identity.of(searched, options, runs[0].objectives, shared, depending).known_to(kept)
     identity.check(_filled(folder, kept), runs[0].name, called(folder, runs[0].name))
-    _same_record(read_json(folder / frozen.FILE) or {}, options, runs[0].name)
+    _same_record(read_sweep(folder) or {}, options, runs[0].name)
     sweep = replace(frozen.load(folder), options=options)
     if sweep.code != facts.code():
         raise MachineError(

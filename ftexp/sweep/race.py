@@ -270,7 +270,7 @@ def others(sweep: Frozen, trials: list[FrozenTrial], number: int, step: int) -> 
     for other in trials:
         if study.ticket(other) == number or other.user_attrs.get("ftexp:kind") or other.state.name == "FAIL":
             continue
-        kept = read_json(sweep.folder / str(study.ticket(other)) / FOLDER / f"{step}.json")
+        kept = read_json(sweep.folder / str(study.ticket(other)) / FOLDER / f"{step}.json", "nats", "counts")
         if kept is not None:
             rival = not at_most or (other.state.name == "COMPLETE" and study.within(other, at_most, sweep.folder))
             yield study.ticket(other), _column(kept["nats"], kept["counts"]), rival

@@ -80,7 +80,7 @@ def test_classifier_learns_and_its_files_say_so(genres, tmp_path):
     assert scores["valid/loss"] < 0.55 < math.log(2)
     assert scores["valid/roc_auc_macro"] > 0.8
     assert scores["tfidf/f1_macro"] > 0.9  # the words give it away
-    kept, rows = read_json(tmp_path / "a" / "trial.json"), read_json(tmp_path / "a" / "labels.json")
+    kept, rows = read_json(tmp_path / "a" / "trial.json"), read_json(tmp_path / "a" / "labels.json", of=list)
     assert kept["labels"] == sorted(WORDS) == [row["label"] for row in rows]
     assert kept["thresholds"] == {row["label"]: row["threshold"] for row in rows}
     assert all(0 < limit < 1 for limit in kept["thresholds"].values())
