@@ -121,7 +121,8 @@ class Options:
     pruner_args: dict[str, Any] = field(default_factory=dict)
     """More keywords for Optuna's pruner. Of `race`: `alpha` (0.05), `spared` (0.2, share of the steps before which
     nothing is stopped) or `warm_up` (0, rungs), `min_rows` (24, held-out rows below which it is refused). Of `halving`:
-    `alpha` (0.02), `reduction_factor` (2), `min_rows` (24)."""
+    `alpha` (0.02), `reduction_factor` (2), `min_rows` (24), `every_rung` (true; false leaves out the held-out losses
+    that stop nobody and are for the curves alone)."""
     seed: int = 0
     """Seed of the search; trials have their own in `seed`."""
     replicates: int = 1

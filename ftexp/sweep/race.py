@@ -11,7 +11,7 @@ does (arXiv:1810.05934), but for those whom a single test of the same rows does 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,11 +107,14 @@ class Halving:
     """One in so many trials goes on from a rung in any case, and the next rung is at so many times the steps."""
     min_rows: int = 24
     """Held-out rows that are enough for a test; a sweep with fewer is refused."""
+    every_rung: bool = True
+    """Whether held-out rows are scored at rungs that stop nobody too, for the curves; false saves that time."""
 
     def __post_init__(self) -> None:
         _check_numbers(self)
         whole = isinstance(self.reduction_factor, int) and self.reduction_factor >= 2
         require(whole, "sweep.pruner_args.reduction_factor", self.reduction_factor, "a whole number of at least 2")
+        require(isinstance(self.every_rung, bool), "sweep.pruner_args.every_rung", self.every_rung, "true or false")
 
     def place(self, rung: int, steps: int = 0, every: int = 1) -> int:
         """Number a rung among those that stop trials, from 1; 0 where it stops none.
@@ -137,8 +140,9 @@ RULES: dict[Pruner, type[Race | Halving]] = {Pruner.race: Race, Pruner.halving: 
 
 
 def _check_numbers(rule: Race | Halving) -> None:
-    numbers = (isinstance(v, int | float) and not isinstance(v, bool) for v in vars(rule).values())
-    require(all(numbers), "sweep.pruner_args", vars(rule), "numbers")
+    for key, value in vars(rule).items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        require(number or key == "every_rung", f"sweep.pruner_args.{key}", value, "a number")
     require(0 < rule.alpha < 1, "sweep.pruner_args.alpha", rule.alpha, "above 0 and below 1")
     require(rule.min_rows >= 2, "sweep.pruner_args.min_rows", rule.min_rows, "at least 2")
 
@@ -210,6 +214,17 @@ def check_alike(options: Options, runs: Sequence[Run]) -> None:
                 f"sweep.pruner={name} compares valid/loss between trials, and those of points 0 and {number} would be "
                 f"scored {how.partition(':')[0]}; add sweep.pruner=none"
             )
+
+
+def scored(options: Options, every: int) -> Callable[[int], bool] | None:
+    """Return what tells of a rung's step whether a trial is scored there; None where it is at each.
+
+    Args:
+        options: of the sweep.
+        every: steps between rungs.
+    """
+    how = rule(options)
+    return None if isinstance(how, Race) or how.every_rung else lambda step: how.place(step // every) > 0
 
 
 def judge(sweep: Frozen, trial: Trial, every: int) -> Judge:

@@ -383,7 +383,9 @@ def _asked(
     if reason := limits.passed(run, sweep.options):
         limits.keep(run, label, folder, reason)
         raise Skipped(reason)
-    control = Control(judge(sweep, trial, run), deadline(sweep, pack), same_model(trial, run))
+    by_rows = sweep.options.pruner in BY_ROWS
+    scored = race.scored(sweep.options, run.trainer.report_steps) if by_rows else None
+    control = Control(judge(sweep, trial, run), scored, deadline(sweep, pack), same_model(trial, run))
     return experiment.Asked(run, folder, label, sweep.mlflow_run, control)
 
 

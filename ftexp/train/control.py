@@ -78,12 +78,23 @@ class Control:
 
     judge: Judge | None = None
     """Asked at each rung of the held-out loss whether to go on."""
+    scored: Callable[[int], bool] | None = None
+    """Tells of a step that is a rung whether held-out rows are scored there; None where they are at each."""
     deadline: float | None = None
     """When to stop at the latest, on the monotonic clock."""
     known: Callable[[dict[str, Any]], None] | None = None
     """Told the facts of the run before it trains; raises where its model is not that of the sweep's other trials."""
     leave: threading.Event = field(default_factory=lambda: LEAVE)
     """Set to make the training save a checkpoint and end."""
+
+    def due(self, step: int, every: int, steps: int) -> bool:
+        """Tell whether held-out rows are scored after a step: each `every` of them, the last one left to the scores.
+
+        >>> [step for step in range(1, 11) if Control().due(step, 5, 10)], Control().due(5, 0, 10)
+        ([5], False)
+        """
+        rung = bool(every) and step % every == 0 and step < steps
+        return rung and (self.scored is None or self.scored(step))
 
 
 @dataclass(frozen=True)

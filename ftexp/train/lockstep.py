@@ -443,7 +443,7 @@ def _rungs(base: Base, pack: Pack, trials: list[_Trial], together: int) -> int:
     due = []
     for trial in trials:
         every = trial.member.run.trainer.report_steps
-        due += [trial] if every and trial.step % every == 0 and trial.step < trial.steps else []
+        due += [trial] if trial.member.control.due(trial.step, every, trial.steps) else []
     together = _curve(base, pack, due, together)
     for trial in (t for t in due if t.ended is None):
         if not math.isfinite(trial.held_out.loss):

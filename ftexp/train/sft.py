@@ -543,7 +543,7 @@ def watch(
 
         def on_step_end(self, args, state, control, model=None, **kwargs):
             every, step = run.trainer.report_steps, state.global_step
-            if every and step % every == 0 and step < steps:
+            if every and step % every == 0 and ranks.agreed(asked.due(step, every, steps)):
                 held_out = curve(model, f"step {step}")
                 if not math.isfinite(held_out.loss):
                     raise Diverged(f"diverged at step {step}: valid/loss is {held_out.loss}")

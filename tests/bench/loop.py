@@ -83,8 +83,10 @@ BESIDE = (*PACKED, "sweep.workers=2")
 PRUNED = {
     "ftexp raced": ("sweep.pruner=race",),
     **{f"ftexp two workers, {p}": (f"sweep.pruner={p}", *BESIDE) for p in ("race", "halving", "asha")},
+    "ftexp two workers, halving alone": ("sweep.pruner=halving", "sweep.pruner_args.every_rung=false", *BESIDE),
 }
-"""Ways to the best of sixteen that stop trials; `asha` halves blindly, whatever the rows say."""
+"""Ways to the best of sixteen that stop trials; `asha` halves blindly, whatever the rows say, and `halving alone` takes no
+held-out loss where it stops nobody."""
 Kept = dict[str, Any]
 """What was measured: part -> way -> a list of {wall, cpu, ...}."""
 
@@ -163,17 +165,20 @@ def swept(task: Task, points: list[dict[str, Any]], *more: str, every: int = EVE
                       f"sweep.baselines=[{baselines}]", *more, "-m"], Path(work))  # fmt: skip
         folder = Path(work, "outputs/sweeps/bench")
         trials = [json.loads((folder / str(n) / "trial.json").read_text()) for n in range(len(points))]
-        ended = [_last_step(folder / str(n) / "metrics.jsonl") for n in range(len(points))]
+        curves = [_curve(folder / str(n) / "metrics.jsonl") for n in range(len(points))]
     assert all(t["config"][KEYS[k]] == v for t, p in zip(trials, points, strict=True) for k, v in p.items())
     return {
-        **took, "dtype": trials[0]["facts"]["compute"]["dtype"], "steps": ended,
+        **took, "dtype": trials[0]["facts"]["compute"]["dtype"],
+        "steps": [last for last, _ in curves], "rungs": [rungs for _, rungs in curves],
         "losses": [t["scores"]["valid/loss"] if t["state"] == "complete" else None for t in trials],
         "memory": [t["scores"]["cost/memory_gib"] if t["state"] == "complete" else None for t in trials],
     }  # fmt: skip
 
 
-def _last_step(path: Path) -> int:
-    return max(json.loads(line)["step"] for line in path.read_text().splitlines())
+def _curve(path: Path) -> tuple[int, int]:
+    """Read the last step of a trial, and how many held-out losses it took."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return max(told["step"] for told in lines), sum("valid/loss" in told for told in lines)
 
 
 def measure(kept: Kept, part: str, way: str, count: int, run: Callable[[int], dict[str, Any]]) -> None:
@@ -256,12 +261,13 @@ def ratios(kept: Kept, task: Task) -> list[tuple[str, float, float, float, str]]
 def _same_pruner(
     way: str, raced: dict[str, Any], tuned: list[dict[str, Any]], steps: int
 ) -> tuple[str, float, float, float, str]:
-    """Price the tuned loop with a sweep's stops: training and rungs by steps taken, no completions of who stopped."""
+    """Price the tuned loop with a sweep's stops: as many steps and held-out losses, no completions of who stopped."""
     totals = []
     for trial in tuned:
         at = trial["seconds"]
-        fixed, full = at["load"] + at["base"] + at["make"], at["steps"] + at["rungs"]
-        totals.append(sum(fixed + full * s / steps + (at["after"] if s == steps else 0.0) for s in raced["steps"]))
+        fixed, step, rung = at["load"] + at["base"] + at["make"], at["steps"] / steps, at["rungs"] / (steps // EVERY)
+        counts = zip(raced["steps"], raced["rungs"], strict=True)
+        totals.append(sum(fixed + step * s + rung * r + (at["after"] if s == steps else 0.0) for s, r in counts))
     told = [total / raced["wall"] for total in (mean(totals), min(totals), max(totals))]
     how = "computed: each stop where the sweep had it, seconds of the tuned trials measured"
     return (f"16 trials: tuned loop, same pruner / {way}, wall", *told, how)

@@ -1,5 +1,6 @@
 """Packs in a sweep: the same trials, bytes and ends as one by one, whatever the size and whoever is killed."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -87,6 +88,24 @@ def test_who_is_pruned_leaves_the_pack(swept):
     assert all(sha for _, _, sha in found.values())
     best = str(states.index("complete"))
     assert found[best] == alone[best]
+
+
+def scored_at(folder, name, number):
+    lines = (folder / "outputs/sweeps" / name / number / "metrics.jsonl").read_text().splitlines()
+    return [e["step"] for e in map(json.loads, lines) if "valid/loss" in e]
+
+
+@pytest.mark.parametrize("pack", [1, 3])
+def test_losses_that_stop_nobody_can_be_left_out_and_nothing_else_changes(swept, tmp_path, pack):
+    """Halving judges at rungs 1, 2 and 4, at steps 2, 4 and 8 of 12; the last loss is a score."""
+    keys = ("trainer.lr=2e-2,1e-2,1e-6", "seed=0", "lora.r=4", "trainer.steps=12", "trainer.report_steps=2", "data.valid=24",
+            "sweep.pruner=halving", f"sweep.pack={pack}")  # fmt: skip
+    whole = swept(*keys, "name=whole")
+    assert swept(*keys, "sweep.pruner_args.every_rung=false", "name=few") == whole
+    assert "pruned" in [state for state, _, _ in whole.values()]
+    full = [n for n, (state, _, _) in whole.items() if state == "complete"]
+    assert {tuple(scored_at(tmp_path, "whole", n)) for n in full} == {(2, 4, 6, 8, 10, 12)}
+    assert {tuple(scored_at(tmp_path, "few", n)) for n in full} == {(2, 4, 8, 12)}
 
 
 KILLED = """

@@ -229,7 +229,7 @@ def test_rung_before_a_kill_is_not_judged_again(race_of, monkeypatch):
     [
         ({"nope": 1}, [], ["valid/loss"], 99, "sweep.pruner_args.nope is not known to sweep.pruner=race, which takes alpha"),
         ({"alpha": 1.5}, [], ["valid/loss"], 99, "sweep.pruner_args.alpha must be above 0 and below 1, got 1.5"),
-        ({"alpha": "x"}, [], ["valid/loss"], 99, "sweep.pruner_args must be numbers"),
+        ({"alpha": "x"}, [], ["valid/loss"], 99, "sweep.pruner_args.alpha must be a number, got 'x'"),
         ({}, [], ["valid/jaccard"], 99, r"needs objectives=\[valid/loss\], got valid/jaccard"),
         ({}, ["data.seed"], ["valid/loss"], 99, "the same held-out rows in all trials, so data.seed must be one value"),
         ({}, [], ["valid/loss"], 23, r"needs at least 24 independent held-out rows \(sweep.pruner_args.min_rows\), got 23"),
@@ -247,6 +247,8 @@ def test_sweep_that_cannot_be_raced_is_refused(pruner, args, keys, objectives, r
         ({"spared": 0.1}, "sweep.pruner_args.spared is not known to sweep.pruner=halving, which takes alpha, reduction_f"),
         ({"reduction_factor": 1}, "sweep.pruner_args.reduction_factor must be a whole number of at least 2, got 1"),
         ({"reduction_factor": 2.5}, "sweep.pruner_args.reduction_factor must be a whole number of at least 2, got 2.5"),
+        ({"every_rung": 0}, "sweep.pruner_args.every_rung must be true or false, got 0"),
+        ({"alpha": True}, "sweep.pruner_args.alpha must be a number, got True"),
     ],
 )  # fmt: skip
 def test_keys_of_halving_are_checked(args, told):

@@ -60,13 +60,15 @@ def same(one, two, number, rounding=1e-5):
 
 @pytest.mark.slow
 def test_two_processes_train_score_and_prune_as_one(tmp_path):
-    words = ["trainer.steps=12", "trainer.report_steps=4", "trainer.batch=4", "trainer.accumulation=1", "sweep.pruner=asha",
+    """The first one alone is told where held-out rows are scored, and the second must score with it."""
+    words = ["trainer.steps=12", "trainer.report_steps=2", "trainer.batch=4", "trainer.accumulation=1",
+             "sweep.pruner=halving", "sweep.pruner_args.every_rung=false", "sweep.pruner_args.min_rows=12",
              "trainer.group_by_length=true", "trainer.lr=1e-2,1e-9",
              "eval.max_new_tokens=8"]  # fmt: skip
     records = [ended(launch(tmp_path / n, *words, *more), tmp_path / n) for n, more in (("one", ()), ("two", (TWO,)))]
     states = [[(t.state.name, t.intermediate_values.keys()) for t in study.counted(r)] for r in records]
     assert states[0] == states[1]
-    assert [name for name, _ in states[0]] == ["COMPLETE", "PRUNED"]
+    assert [(name, [*steps]) for name, steps in states[0]] == [("COMPLETE", [2, 4, 8]), ("PRUNED", [2])]
     same(tmp_path / "one", tmp_path / "two", 0)
     told = read_json(tmp_path / "two/outputs/sweeps/s/0/trial.json")
     assert told["facts"]["compute"]["processes"] == 2
