@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 
 import pyarrow.parquet
 import pytest
@@ -525,6 +526,20 @@ def test_forgetting_of_a_whole_model_is_told_beside_the_untouched_base(tiny, tmp
 def test_what_does_not_go_with_pairs_is_refused(tiny, given, message):
     with pytest.raises(ConfigError, match=message):
         experiment.check(tiny(*given), None)
+
+
+@pytest.mark.parametrize("kind", ["reward", "dpo"])
+@pytest.mark.parametrize("long", ["chosen", "rejected"])
+def test_a_pair_that_is_too_long_is_advised_what_pairs_take(tiny, tmp_path, kind, long):
+    """It was advised data.long=cut, which is refused with pairs."""
+    pair = {"prompt": "p", "chosen": "yes", "rejected": "no"} | {long: "word " * 70}
+    given = [*write(tmp_path / "p.jsonl", *PAIRS, pair), f"trainer={kind}", "data.rows=null", "data.allow=[lost]"]
+    with pytest.raises(DataError, match="data.long=") as told:
+        experiment.prepare(tiny(*given))
+    advised = re.findall(r"data\.(?:max_length|long)=\w+(?: or \w+)?", str(told.value))[1:]
+    assert advised[1:] == ["data.long=drop"] and len(advised) == 2
+    for way in advised:
+        experiment.prepare(tiny(*given, way))
 
 
 @pytest.mark.parametrize("kind", ["reward", "dpo"])

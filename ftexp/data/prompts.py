@@ -286,9 +286,10 @@ def _fitted(example: Example, tokenizer: PreTrainedTokenizerBase, data: Data) ->
         case Long.cut:
             return _cut(example, tokenizer, most)
         case Long.refuse:
+            ways = "drop" if example.row.rejected else "drop or cut"  # a pair that is cut may differ no more
             raise DataError(
                 f"{example.row.where}: a row must be at most data.max_length={most} tokens, this one has {length}; "
-                f"data.max_length={length} takes it, data.long=drop or cut leaves out what is too long"
+                f"data.max_length={length} takes it, data.long={ways} leaves out what is too long"
             )
 
 
