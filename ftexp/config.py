@@ -522,6 +522,8 @@ class Data:
         for key in (key for key, own in given.items() if own):
             wanted = (Shape.auto, Shape.completion, *((Shape.text,) if key == "data.completion" else ()))
             rule = " or ".join(shape.value for shape in wanted[1:])
+            paired = "left out with data.shape=preference: data.columns says which columns are prompt, chosen, rejected"
+            require(self.shape is not Shape.preference, key, getattr(self, key.removeprefix("data.")), paired)
             require(self.shape in wanted, "data.shape", self.shape.value, f"{rule} where {key} is given")
         for key in ("prompt", "completion"):
             require(_columns(getattr(self, key)) is not None, f"data.{key}", getattr(self, key), FORMAT_RULE)

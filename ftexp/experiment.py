@@ -79,6 +79,7 @@ def check(run: Run, folder: Path | None) -> None:
     kept = None if folder is None else read_trial(folder)
     if kept is not None and (was := config.filled(kept["config"], identity(run))) != identity(run):
         raise ConfigError(f"name={run.name} is taken by another run in {folder}: {_difference(was, identity(run))}")
+    check_columns(run)
     check_lengths(run)
     splits = data.load(run.data)
     check_shape(run, splits)
@@ -134,6 +135,22 @@ def switched_on(run: Run) -> set[str]:
         "eval.forgetting": run.eval.forgetting is not None,
     }
     return {key for key, on in given.items() if on}
+
+
+def check_columns(run: Run) -> None:
+    """Refuse format strings with a method that learns from pairs: of what they make, there is one answer a row.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if run.trainer.kind not in answers.KINDS:
+        return
+    for name, usual in (("prompt", "{prompt}"), ("completion", "{completion}")):
+        if (value := getattr(run.data, name)) != usual:
+            raise ConfigError(
+                f"data.{name} must be left out with trainer.kind={run.trainer.kind.value}, got {value!r}: pairs of "
+                "answers have columns prompt, chosen and rejected, or data.columns says which columns are these"
+            )
 
 
 def check_lengths(run: Run) -> None:

@@ -82,6 +82,7 @@ def loaded(run: Run) -> data.Splits:
         ConfigError: the method cannot use such rows.
         DataError: a row cannot be used.
     """
+    experiment.check_columns(run)
     experiment.check_lengths(run)
     splits = data.load(run.data)
     experiment.check_shape(run, splits)

@@ -529,6 +529,24 @@ def test_what_does_not_go_with_pairs_is_refused(tiny, given, message):
 
 
 @pytest.mark.parametrize("kind", ["reward", "dpo"])
+def test_format_strings_are_refused_with_pairs_and_the_advice_is_taken(tiny, tmp_path, kind):
+    """The advice was to set both, which makes one answer a row, and that was refused in turn."""
+    renamed = [{"question": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in PAIRS]
+    given = [*write(tmp_path / "p.jsonl", *renamed), f"trainer={kind}", "data.rows=null"]
+    with pytest.raises(DataError, match=r"'prompt' is missing, .*; data\.columns\.prompt tells which"):
+        experiment.check(tiny(*given), None)
+    for key, value in (("prompt", "{question}"), ("completion", "{chosen}")):
+        told = rf"data\.{key} must be left out with trainer\.kind={kind}, got '{value}'.*data\.columns says"
+        with pytest.raises(ConfigError, match=told):
+            experiment.check(tiny(*given, f"data.{key}='{value}'"), None)
+        with pytest.raises(
+            ConfigError, match=rf"data\.{key} must be left out with data\.shape=preference: data\.columns"
+        ):
+            tiny(*given, f"data.{key}='{value}'", "data.shape=preference")
+    experiment.check(tiny(*given, "+data.columns.prompt=question"), None)
+
+
+@pytest.mark.parametrize("kind", ["reward", "dpo"])
 @pytest.mark.parametrize("long", ["chosen", "rejected"])
 def test_a_pair_that_is_too_long_is_advised_what_pairs_take(tiny, tmp_path, kind, long):
     """It was advised data.long=cut, which is refused with pairs."""

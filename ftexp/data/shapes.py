@@ -377,8 +377,10 @@ def _preference(record: dict[str, Any], where: str) -> Row:
     """Read a pair of answers: two texts under a prompt, or two conversations that differ in their last message."""
     for name in ("chosen", "rejected"):
         if name not in record:
-            _missing(name, record, where, "")
+            _missing(name, record, where, f"data.columns.{name} tells which column of the file it is")
     if isinstance(record["chosen"], str):
+        if "prompt" not in record:
+            _missing("prompt", record, where, "data.columns.prompt tells which column of the file it is")
         made = Row(_text(record, "prompt", where), _text(record, "chosen", where), where)
         worse = _text(record, "rejected", where)
     else:
