@@ -195,7 +195,8 @@ def _merged(kept: Kept, run: Run, folder: Path, form: str, dtype: str) -> Fideli
     if form == "merged4bit":
         return told
     if not told.kept:
-        raise Unfaithful(f"the model as written is not the run {kept.name}: {fidelity.line(told)}; it was removed")
+        way = "" if dtype == "float32" else f"; --dtype float32 does not round to {dtype}, which may do"
+        raise Unfaithful(f"the model as written is not the run {kept.name}: {fidelity.line(told)}; it was removed{way}")
     return told
 
 

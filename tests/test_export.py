@@ -539,3 +539,23 @@ def test_reward_model_that_prefers_otherwise_is_refused(stages, run, tmp_path, m
     assert code == 5 and "the model as written is not the run judge" in err
     assert " 0.00 % of the choices equal" in err
     assert not (tmp_path / "m").exists()
+
+
+def test_refusal_of_rounded_weights_names_the_format_that_does_not_round(stages, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(stages.parent.parent)
+    plain, spoiled = saved.read, {"bfloat16"}
+
+    def turned(folder, chosen, *args, **more):
+        base = plain(folder, chosen, *args, **more)
+        with torch.no_grad():
+            base.model.score.weight.mul_(-1 if chosen.dtype in spoiled else 1)
+        return base
+
+    monkeypatch.setattr(saved, "read", turned)
+    given = ("judge", "--to", tmp_path / "m", "--form", "merged", "--dtype")
+    code, _, err = run(*given, "bfloat16")
+    assert code == 5 and "removed; --dtype float32 does not round to bfloat16" in " ".join(err.split())
+    assert run(*given, "float32")[0] == 0
+    spoiled.add("float32")
+    code, _, err = run("judge", "--to", tmp_path / "n", "--form", "merged")
+    assert code == 5 and "--dtype" not in err
