@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftexp import fidelity, metrics, report, trained
-from ftexp.config import Format, Kind, Long, Method, Model, Run, Template, Variant
+from ftexp.config import STRENGTHS, Format, Kind, Long, Loss, Method, Model, Run, Template, Variant
 from ftexp.fidelity import Fidelity
 from ftexp.files import read_json
 from ftexp.metrics import SCORES
@@ -234,6 +234,7 @@ def _training(kept: Kept, run: Run) -> str:
           if lora.variant is Variant.none else
           [["method", f"{how.kind.value}, {lora.variant.value}"], ["rank", lora.r], ["alpha", f"{lora.alpha:g}"],
            ["dropout", f"{lora.dropout:g}"], ["targets", _code(", ".join(lora.targets))]]),
+        *_method(run),
         ["trained weights", f"{counts['trainable']:,} of {counts['total']:,}"],
         ["base weights stored as", run.quant.kind.value if run.quant.kind.value != "none" else compute["dtype"]],
         ["steps", kept.trial["steps"]], ["rows a step", how.batch * how.accumulation],
@@ -241,6 +242,26 @@ def _training(kept: Kept, run: Run) -> str:
         ["optimizer", f"{how.optimizer}, weight decay {how.weight_decay:g}"],
         ["NEFTune", f"{how.neftune:g}"], ["seed", run.seed],
     ])  # fmt: skip
+
+
+def _method(run: Run) -> list[list[Any]]:
+    """List what a method alone is told by; a reward model has nothing of the kind."""
+    how = run.trainer
+    match how.kind:
+        case Method.dpo:
+            return [["beta", f"{how.beta:g}"]]
+        case Method.rloo:
+            most = how.max_new_tokens or "a quarter more than the longest reference"
+            return [["beta", f"{how.beta:g} a nat away from the model before training"],
+                    ["reward model", _code(Path(how.reward).name)], ["completions a prompt", how.generations],
+                    ["longest completion", f"{most} tokens" if how.max_new_tokens else most]]  # fmt: skip
+        case Method.classify:
+            told = "any number" if how.multi_label else "one"
+            return [["labels a row", told + (", rare ones weighted" if how.class_weights else "")]]
+        case Method.sft if how.loss is not Loss.nll:
+            strength = how.loss_strength if how.loss_strength is not None else STRENGTHS.get(how.loss, (None,))[0]
+            return [["loss", how.loss.value + ("" if strength is None else f" {strength:g}")]]
+    return []
 
 
 def intervals(kept: Kept) -> list[tuple[str, float, Interval | None, float | None]]:

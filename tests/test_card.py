@@ -152,6 +152,34 @@ def test_classifier_of_cut_texts_shows_how_they_are_cut(at, tmp_path):
     assert 'tokenizer("a text", truncation=True, max_length=99, return_tensors="pt")' in text
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"trainer.kind": "dpo", "trainer.beta": 0.05}, {"beta": "0.05"}),
+        (
+            {"trainer.kind": "rloo", "trainer.beta": 0.02, "trainer.reward": "/home/me/judge", "trainer.generations": 8},
+            {"beta": "0.02 a nat away from the model before training", "reward model": "`judge`", "completions a prompt": "8",
+             "longest completion": "a quarter more than the longest reference"},
+        ),
+        ({"trainer.kind": "rloo", "trainer.reward": "judge", "trainer.max_new_tokens": 9}, {"longest completion": "9 tokens"}),
+        ({"trainer.kind": "classify", "trainer.class_weights": True}, {"labels a row": "any number, rare ones weighted"}),
+        ({"trainer.kind": "classify", "trainer.multi_label": False}, {"labels a row": "one"}),
+        ({"trainer.loss": "focal"}, {"loss": "focal 2"}),
+        ({"trainer.loss": "focal", "trainer.loss_strength": 0.0}, {"loss": "focal 0"}),
+        ({}, {}),
+        ({"trainer.kind": "reward"}, {}),
+    ],
+)  # fmt: skip
+def test_what_a_method_alone_has_is_told(kept, given, told):
+    trial = kept.trial | {"config": kept.trial["config"] | given}
+    text = card._training(replace(kept, trial=trial), replace(kept, trial=trial).config())
+    for name, value in told.items():
+        assert cells(text, name) == [value]
+    own = {"beta", "reward model", "completions a prompt", "longest completion", "labels a row", "loss"}
+    found = {name for name in own if f"| {name} |" in text}
+    assert found >= set(told) and (told or not found)
+
+
 def test_hostile_names_stay_text(kept, tmp_path):
     folder = shutil.copytree(kept.folder, tmp_path / "<script>|`x")
     trial = read_json(folder / "trial.json")
