@@ -354,12 +354,11 @@ def _main(args: argparse.Namespace) -> int:
     run = kept.config()
     if run.trainer.kind is Method.reward:
         raise ConfigError(f"{kept.name} is a reward model and writes no text; trainer.reward={kept.name} takes it")
+    labelled = bool(trained.names(kept))
+    if labelled:
+        _check_unused(args)
     longest = run.eval.max_new_tokens or LONGEST if args.max_new_tokens is None else args.max_new_tokens
     how = How(longest, args.temperature, args.top_p, args.seed, args.samples)
-    labelled = bool(trained.names(kept))
-    config.require(
-        not labelled or how.samples == 1, "--samples", how.samples, "1 for a classifier, which draws nothing"
-    )
     rows, texts = _rows(args, run.data), _texts(kept)
     asked: list[tuple[int, ...]] = []
     if rows is not None and not labelled:
@@ -375,6 +374,17 @@ def _main(args: argparse.Namespace) -> int:
     else:
         show(found, Console())
     return 0
+
+
+def _check_unused(args: argparse.Namespace) -> None:
+    """Refuse what says how a text is written, with a classifier.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    for name, usual in (("temperature", 0), ("top_p", 1), ("seed", 0), ("samples", 1), ("max_new_tokens", None)):
+        value, rule = getattr(args, name), "left out with a classifier, which writes no text"
+        config.require(value == usual, f"--{name.replace('_', '-')}", value, rule)
 
 
 def _rows(args: argparse.Namespace, data: Data) -> list[Row] | None:

@@ -317,8 +317,8 @@ def test_a_terminal_is_asked_for_prompts(run, monkeypatch, capsys):
             "--seed + --samples must be at most 4294967296, got 4294967297",
         ),
         (
-            ["c", "x", "--temperature", "1", "--samples", "2"],
-            "--samples must be 1 for a classifier, which draws nothing",
+            ["c", "x", "--samples", "2"],
+            "--samples must be left out with a classifier, which writes no text, got 2",
         ),
         (["s", "x", "--max-new-tokens", "500"], "the model takes at most 512 tokens, the prompt has 20 and 500 may be"),
         (["s", "x", "--file", "y.txt"], "--file=y.txt must be left out where prompts stand"),
@@ -374,3 +374,13 @@ def test_reward_model_is_refused_before_it_is_loaded(stages, run, monkeypatch):
     code, _, err = run("judge", "hello")
     assert code == 2
     assert "judge is a reward model and writes no text; trainer.reward=judge takes it" in err
+
+
+@pytest.mark.parametrize("given", ["--temperature 0.8", "--top-p 0.9", "--seed 3", "--samples 2", "--max-new-tokens 9"])
+def test_options_of_writing_are_refused_with_a_classifier(run, monkeypatch, given):
+    """All but --samples were taken and did nothing."""
+    monkeypatch.setattr(trained, "load", None)
+    option, value = given.split()
+    code, _, err = run("c", "x", option, value)
+    assert code == 2 and f"{option} must be left out with a classifier" in " ".join(err.split())
+    assert f"got {value}" in " ".join(err.split())
