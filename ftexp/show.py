@@ -2,7 +2,7 @@
 
 Takes the overrides of `ftexp.run`. Supervised tokens are green on a terminal and stand in ⟦ ⟧ elsewhere; special
 tokens are spelled out, line ends and tabs have a sign. Of a pair both answers are shown, each with its prompt. The
-sealed test rows are counted and never shown.
+sealed test rows, and those of them that are longer than `data.max_length`, are counted and never shown.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def show(run: Run, console: Console, rows: int, split: str, png: Path | None) ->
     """
     splits = loaded(run)
     tokenizer = model.tokenizer(run.model)
-    lenient = replace(run, data=replace(run.data, max_length=1 << 20))
+    lenient = _lenient(run)
     parts = {"train": splits.train, "valid": splits.valid}
     made = {name: rendered(part, tokenizer, lenient) for name, part in parts.items()}
     for example, *worse in made[split][:rows]:
@@ -134,6 +134,12 @@ def show(run: Run, console: Console, rows: int, split: str, png: Path | None) ->
     )  # fmt: skip
     shown = [row for part in made.values() for row in part]
     _lengths(console, shown, run.data)
+    if splits.test:
+        over = too_long(splits.test, tokenizer, run)
+        told = f"{over} of {len(splits.test)} sealed rows have more" + (
+            f"; by ftexp confirm they are {_fate(run.data)}" if over else ""
+        )
+        console.print(told, highlight=False, soft_wrap=True)
     if png is not None:
         what = "answers" if run.trainer.kind in answers.KINDS else "rows"
         picture([example for row in shown for example in row], run.data, png, what)
@@ -143,6 +149,27 @@ def show(run: Run, console: Console, rows: int, split: str, png: Path | None) ->
         rendered(part, tokenizer, run)
 
 
+def _lenient(run: Run) -> Run:
+    """Return a run that takes rows of any length, to count what it would not take."""
+    return replace(run, data=replace(run.data, max_length=1 << 20))
+
+
+def too_long(rows: tuple[Row, ...], tokenizer: PreTrainedTokenizerBase, run: Run) -> int:
+    """Count rows that have more than `data.max_length` tokens; of a pair the longer answer counts.
+
+    Raises:
+        DataError: a row cannot be used, whatever its length.
+    """
+    made = rendered(rows, tokenizer, _lenient(run))
+    return sum(max(len(example.ids) for example in row) > run.data.max_length for row in made)
+
+
+def _fate(how: Data) -> str:
+    """Say what becomes of rows that are too long."""
+    torn = how.packing is Packing.wrapped
+    return "torn" if torn else {"refuse": "refused", "drop": "dropped", "cut": "cut"}[how.long.value]
+
+
 def _count(example: Example) -> str:
     return f"{len(example.ids) - example.supervised} + {example.supervised} supervised tokens"
 
@@ -150,7 +177,7 @@ def _count(example: Example) -> str:
 def counted(run: Run, rows: int, split: str) -> dict[str, Any]:
     """Sum the data of a run up for scripts: rows, lengths in tokens, and the first rows token by token.
 
-    Tokens of pairs are those of both answers, each with its prompt.
+    Tokens of pairs are those of both answers, each with its prompt. Of sealed rows nothing but counts is told.
 
     Raises:
         FtexpError: the run would be refused for its data.
@@ -177,8 +204,9 @@ def counted(run: Run, rows: int, split: str) -> dict[str, Any]:
         {"where": example.row.where, **told(example), **({"rejected": told(worse[0])} if worse else {})}
         for example, *worse in made[split][:rows]
     ]
+    sealed = {"rows": len(splits.test), "too_long": too_long(splits.test, tokenizer, run) if splits.test else 0}
     return {
-        "read": splits.read, **parts, "test": {"rows": len(splits.test)}, "dropped": splits.dropped(),
+        "read": splits.read, **parts, "test": sealed, "dropped": splits.dropped(),
         "max_length": run.data.max_length, split + "_rows": shown,
     }  # fmt: skip
 
@@ -200,10 +228,8 @@ def _lengths(console: Console, rows: list[tuple[Example, ...]], how: Data) -> No
         style = "red" if first > how.max_length else "green"
         console.print(Text.assemble(f"{first:>{widest}}-{last:<{widest}} ", (bar, style), f" {count}" if count else ""))
     over = sum(max(len(example.ids) for example in row) > how.max_length for row in rows)
-    torn = how.packing is Packing.wrapped
-    verb = "torn" if torn else {"refuse": "refused", "drop": "dropped", "cut": "cut"}[how.long.value]
     console.print(f"{over} rows have more than data.max_length={how.max_length} tokens"
-                  + (f" and are {verb}" if over else ""), highlight=False)  # fmt: skip
+                  + (f" and are {_fate(how)}" if over else ""), highlight=False)  # fmt: skip
 
 
 def picture(examples: list[Example], how: Data, path: Path, what: str = "rows") -> None:

@@ -1,6 +1,7 @@
 """What `ftexp show data` prints: the rows as the model sees them, and what a run would be refused for."""
 
 import io
+import json
 import sys
 
 import pytest
@@ -78,6 +79,25 @@ def test_valid_rows_are_shown_and_sealed_ones_never(shown):
         shown(*given, "--split", "test")
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_sealed_rows_that_are_too_long_are_counted_and_not_shown(shown, tmp_path, kind):
+    """They were counted alone, and `ftexp confirm` refused them when the sweep was over."""
+    worse = {"sft": ("completion", "note"), "dpo": ("chosen", "rejected")}[kind]
+    rows = [{"prompt": f"say {n} {n * n}", worse[0]: f"yes {n} {n * n}", worse[1]: f"no {n}"} for n in range(30)]
+    sealed = [{"prompt": f"hidden {n}", worse[0]: f"hidden {n}", worse[1]: f"hide {n}"} for n in range(3)]
+    sealed[1][worse[kind == "dpo"]] = "hidden " * 60
+    for name, told in (("rows", rows), ("test", sealed)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    given = ["model=tiny", "data=jsonl", f"data.path={tmp_path}/rows.jsonl", f"data.test_path={tmp_path}/test.jsonl",
+             f"trainer.kind={kind}", "data.valid=6", "data.max_length=200"]  # fmt: skip
+    code, out, err = shown(*given, "--rows", "99")
+    assert code == 0, err
+    assert "1 of 3 sealed rows have more; by ftexp confirm they are refused" in out
+    assert "hid" not in out + err
+    code, out, _ = shown(*given, "--json", "--rows", "99")
+    assert code == 0 and json.loads(out)["test"] == {"rows": 3, "too_long": 1} and "hid" not in out
+
+
 def test_row_that_is_too_long_is_shown_and_then_refused(shown):
     code, out, err = shown(*SMALL, "data.max_length=60")
     assert code == 3
@@ -123,8 +143,6 @@ def test_colours_are_written_to_a_terminal():
 
 
 def test_json_says_what_the_screen_says(shown):
-    import json
-
     from ftexp import data
 
     given = [*SMALL, "data.test=5"]
@@ -132,7 +150,7 @@ def test_json_says_what_the_screen_says(shown):
     assert code == 0, err
     told, splits = json.loads(out), data.load(show.compose(given).data)
     assert (told["read"], told["train"]["rows"], told["valid"]["rows"], told["test"]) == (
-        splits.read, len(splits.train), len(splits.valid), {"rows": 5})  # fmt: skip
+        splits.read, len(splits.train), len(splits.valid), {"rows": 5, "too_long": 0})  # fmt: skip
     assert f"tokens: {told['train']['tokens'] + told['valid']['tokens']}," in shown(*given)[1]
     first = told["valid_rows"][0]
     assert len(told["valid_rows"]) == 2
@@ -161,7 +179,6 @@ PAIRS = ["model=tiny", "data=preference", "data.rows=120", "data.valid=12"]
 @pytest.mark.parametrize("kind", ["dpo", "reward"])
 def test_both_answers_of_a_pair_are_shown_and_counted(shown, kind):
     """The rejected answer was neither."""
-    import json
 
     from ftexp import data
 
@@ -192,7 +209,6 @@ def test_both_answers_of_a_pair_are_shown_and_counted(shown, kind):
 @pytest.mark.parametrize("long", ["refuse", "drop"])
 def test_a_rejected_answer_that_is_too_long_is_told(shown, tmp_path, kind, long):
     """As many rows as a run would refuse or leave out; of the rejected answers none was told."""
-    import json
 
     rows = [{"prompt": f"say {n}", "chosen": f"yes {n} {n * n}", "rejected": "no " * (200 if n == 7 else 2)}
             for n in range(60)]  # fmt: skip
