@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import fields
 from fnmatch import fnmatchcase
 from functools import partial
@@ -67,11 +68,14 @@ INSTEAD = {
     "hub_*": "ftexp export --push uploads a finished run",
     "ignore_data_skip": "a run that was killed goes on with the rows that it has not seen",
     "include_for_metrics": "held-out rows are scored by ftexp, and keys of eval say how",
+    "label_names": "held-out rows are scored by ftexp, and keys of eval say how",
+    "length_column_name": "trainer.group_by_length goes by the tokens of each row",
     "load_best_model_at_end": "the weights of the last step are kept, and trainer.steps says which that is",
     "num_generations_eval": "a held-out prompt is answered once, greedily",
     "prediction_loss_only": "held-out rows are scored by ftexp, and keys of eval say how",
     "push_to_hub": "ftexp export --push uploads a finished run",
     "ref_model_*": "the reference of trainer.kind=rloo is the model before training, and stays so",
+    "remove_unused_columns": "the Trainer gets ids and labels alone, and data.columns says which columns are read",
     "resume_from_checkpoint": "the same command goes on from its checkpoint",
     "save_*": "trainer.checkpoint_minutes says when checkpoints are kept",
     "vllm_*": "completions are written by transformers alone, not by vLLM",
@@ -80,6 +84,17 @@ INSTEAD = {
 of their own are in `config.RETIRED`.
 
 They would be taken and do nothing, or upload a model before it is trained."""
+
+LOADER = {
+    "dispatch_batches": ((None, False), "each process reads its own rows"),
+    "even_batches": ((True,), "each process takes as many forward passes as the others"),
+    "split_batches": ((False,), "trainer.batch and sweep.gpus_per_trial say how many rows a process takes at once"),
+    "use_configured_state": ((False,), "each training sets up its device anew"),
+    "use_seedable_sampler": ((True,), "the order of the rows is drawn from seed and epoch"),
+}
+"""Keys of `accelerator_config`, what they may be, and why they may be nothing else.
+
+On one device they would change nothing, but for the sampler; on several the rows of a step."""
 
 INF, TINIEST = math.inf, math.ulp(0.0)
 LIMITS = {
@@ -299,10 +314,8 @@ def _accepted(made: Any, own: dict[str, Any], extra: dict[str, Any]) -> SFTConfi
     from transformers import Trainer as Stepper
     from transformers import get_scheduler
 
-    settings = cast("SFTConfig", accept(made, own, extra, "trainer.extra"))
-    loading: Any = settings.accelerator_config
-    rule = "without use_seedable_sampler=false: the order of the rows is drawn from seed and epoch"
-    require(loading.use_seedable_sampler, "trainer.extra.accelerator_config", extra.get("accelerator_config"), rule)
+    settings = cast("SFTConfig", accept(made, own, deepcopy(extra), "trainer.extra"))  # the Trainer writes into it
+    _check_loader(extra.get("accelerator_config"))
     for name in sorted(LIMITS.keys() & extra.keys()):
         (least, below, rule), value = LIMITS[name], extra[name]
         require(not isinstance(value, int | float) or least <= value < below, f"trainer.extra.{name}", value, rule)
@@ -315,6 +328,25 @@ def _accepted(made: Any, own: dict[str, Any], extra: dict[str, Any]) -> SFTConfi
             keywords = cast(Any, settings.lr_scheduler_kwargs)
             get_scheduler(settings.lr_scheduler_type, torch.optim.SGD(weights), 0, 1, keywords)
     return settings
+
+
+def _check_loader(given: dict[str, Any] | str | None) -> None:
+    """Refuse keys of `accelerator_config`, or of the file it names, that would change nothing or which rows a step has.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    from transformers.trainer_pt_utils import AcceleratorConfig
+
+    if given is None:
+        return
+    told: Any = AcceleratorConfig(**given) if isinstance(given, dict) else AcceleratorConfig.from_json_file(given)
+    wrong = {name: why for name, (allowed, why) in LOADER.items() if getattr(told, name) not in allowed}
+    steps = {*(told.gradient_accumulation_kwargs or {})} - {"sync_each_batch"}
+    wrong |= dict.fromkeys(sorted(steps), "trainer.accumulation says how many forward passes a step has")
+    for name, why in wrong.items():
+        value = "" if name in steps else f"={str(getattr(told, name)).lower()}"
+        require(False, "trainer.extra.accelerator_config", given, f"without {name}{value}: {why}")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Training: known answers about the loss, accumulation, NEFTune, divergence and repeatability."""
 
 import fnmatch
+import json
 import math
 import re
 from dataclasses import fields
@@ -293,6 +294,8 @@ PREPARES = "ftexp prepares .* itself: "
      ("do_eval", True, "a run trains"), ("do_predict", True, "a run trains"),
      ("num_generations_eval", 2, "once, greedily"), ("ref_model_mixup_alpha", 0.5, "the model before training"),
      ("ref_model_sync_steps", 5, "the model before training"), ("vllm_mode", "server", "not by vLLM"),
+     ("label_names", ["labels"], "keys of eval"), ("length_column_name", "labels", "the tokens of each row"),
+     ("remove_unused_columns", False, r"data\.columns says"),
      ("fsdp", True, "sweep.gpus_per_trial"), ("fsdp_config", {"a": 1}, "sweep.gpus_per_trial")],
 )  # fmt: skip
 def test_keyword_for_what_is_done_before_or_around_the_trainer_is_refused(tiny, name, value, told):
@@ -352,11 +355,43 @@ def test_rows_drawn_otherwise_are_refused_for_every_method(tiny, tmp_path, kind)
             ConfigError, match=r"^trainer\.extra\.accelerator_config must be without use_seedable_sampler"
         ):
             sft.arguments(run.trainer, "cpu", 0, "x", 1)
-    run.trainer.extra = {"accelerator_config": {"use_seedable_sampler": True, "even_batches": True}}
+    usual = {"use_seedable_sampler": True, "even_batches": True, "dispatch_batches": False, "non_blocking": True,
+             "gradient_accumulation_kwargs": {"sync_each_batch": True}}  # fmt: skip
+    run.trainer.extra = {"accelerator_config": usual}
     assert sft.arguments(run.trainer, "cpu", 0, "x", 1).accelerator_config.even_batches  # type: ignore
     run.trainer.extra = {"accelerator_config": "nowhere.json"}
     with pytest.raises(ConfigError, match=r"^trainer\.extra is refused by \w+: .*No such file .*nowhere\.json"):
         sft.arguments(run.trainer, "cpu", 0, "x", 1)
+
+
+@pytest.mark.parametrize("kind", list(Method))
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"split_batches": True}, "split_batches=true: trainer.batch and"),
+        ({"dispatch_batches": True}, "dispatch_batches=true: each process"),
+        ({"even_batches": False}, "even_batches=false: each process"),
+        ({"use_configured_state": True}, "use_configured_state=true: each training"),
+        ({"gradient_accumulation_kwargs": {"num_steps": 2}}, "num_steps: trainer.accumulation says"),
+        ({"gradient_accumulation_kwargs": {"adjust_scheduler": True}}, "adjust_scheduler: trainer.accumulation says"),
+    ],
+)
+def test_keys_of_the_loader_that_change_nothing_or_the_rows_of_a_step_are_refused(tiny, tmp_path, kind, given, told):
+    """`num_steps=2` took twice the rows in each of the planned steps; the others nothing, on one device."""
+    run = tiny("trainer.batch=4")
+    run.trainer.kind = kind
+    sft.arguments(run.trainer, "cpu", 0, "x", 1)  # which sets the device up: use_configured_state would take that
+    (tmp_path / "loader.json").write_text(json.dumps(given))
+    for value in (given, str(tmp_path / "loader.json")):
+        run.trainer.extra = {"accelerator_config": value}
+        with pytest.raises(ConfigError, match=rf"^trainer\.extra\.accelerator_config must be without {told}.*, got "):
+            sft.arguments(run.trainer, "cpu", 0, "x", 1)
+
+
+def test_what_the_trainer_writes_into_its_keywords_is_not_in_the_config(tiny, tmp_path):
+    run = tiny("eval=loss", "+trainer.extra.accelerator_config={gradient_accumulation_kwargs:{sync_each_batch:true}}")
+    experiment.execute(run, tmp_path / "run", "x")
+    assert run.trainer.extra == {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
 
 
 def test_seed_of_the_rows_is_refused_where_groups_are_drawn_without_it(tiny):
