@@ -19,7 +19,7 @@ from rich.text import Text
 
 from ftexp import data, experiment, model, verb
 from ftexp.api import compose
-from ftexp.config import Data, Method, Packing, Run
+from ftexp.config import Data, Method, Packing, Run, require
 from ftexp.data import gates, prompts
 from ftexp.data.prompts import Example
 from ftexp.data.shapes import Row
@@ -276,6 +276,7 @@ def main() -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
+    require(args.rows >= 0, "--rows", args.rows, "0 or more")
     own = [] if args.config_dir is None else [f"--config-dir={args.config_dir}"]
     run = compose([*args.overrides, *own], "ftexp show")
     if args.json:

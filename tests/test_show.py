@@ -114,6 +114,14 @@ def test_mistake_is_told_in_a_line(shown):
         assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_rows_below_none_are_refused(shown, more):
+    """--rows=-1 showed all rows but one."""
+    code, out, err = shown(*SMALL, "--rows=-1", *more)
+    assert code == 2 and "--rows must be 0 or more, got -1" in err + out
+    assert shown(*SMALL, "--rows=0", *more)[0] == 0
+
+
 def test_picture_is_a_png(shown, tmp_path):
     code, _, err = shown(*SMALL, "--png", str(tmp_path / "a" / "lengths.png"))
     assert code == 0, err
