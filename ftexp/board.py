@@ -80,6 +80,14 @@ class Board:
     """Names the function of one's own that ranks, as `scores.py:number`."""
     sampler: str = "grid"
     """What chose the sweep's points."""
+    size: int = 1
+    """Runs of a point, which differ in the seed alone: `sweep.replicates`."""
+
+    @property
+    def seeds(self) -> list[int]:
+        """The first seed of each point, each once: several where a key or an option that was searched sets it."""
+        told = ((trial["number"], trial.get("config", {}).get("seed")) for trial in self.trials)
+        return sorted({seed - number % self.size for number, seed in told if seed is not None})
 
     @property
     def ranking(self) -> str:
@@ -233,7 +241,7 @@ def read(folder: Path, by: str | None = None, own: tuple[str, Scores] | None = N
     best = metrics.best(values, METRICS[objective].direction)
     asked = None if objective == asked else asked
     return Board(trials, points, objective, objectives, best, absent, why, asked, own and own[0],
-                 options.get("sampler", "grid"))  # fmt: skip
+                 options.get("sampler", "grid"), size)  # fmt: skip
 
 
 def undefined(trial: dict[str, Any], objectives: Iterable[str]) -> dict[str, str]:

@@ -39,6 +39,7 @@ from ftexp.sweep import frozen, plugin
 from ftexp.sweep.frozen import Frozen
 
 if TYPE_CHECKING:
+    from ftexp.board import Board
     from ftexp.compare import Verdict
     from ftexp.stats.columns import Interval
     from ftexp.stats.pairs import Comparison
@@ -103,8 +104,9 @@ def confirm(
         The last entry of `confirm.json`: opening, plan and result.
 
     Raises:
-        ConfigError: the sweep has no sealed rows or ranks by something else than held-out scores, `by` is no score that
-            its trials have, its sealed rows were opened for another plan, or a winner with a `name` has no adapter.
+        ConfigError: the sweep has no sealed rows or ranks by something else than held-out scores, its points differ by
+            the seed, `by` is no score that its trials have, its sealed rows were opened for another plan, or a winner
+            with a `name` has no adapter.
         DataError: the rows are no longer those of the sweep.
         MachineError: the sweep is not finished, no point is complete, or its store is not there from this folder.
         TrialsFailed: the winner diverged on every fresh seed.
@@ -166,18 +168,15 @@ def _plan(sweep: Frozen, record: Any, by: str | None) -> Plan:
         raise ConfigError(f"--by must be a score of held-out rows, as valid/chrf, got {by}")
     if not objective.startswith("valid/"):
         raise ConfigError(f"{sweep.name} ranks by {objective}, which no held-out row tells; only valid/ is confirmed")
-    if any(axis.key.lstrip("+") == "seed" for axis in sweep.space.axes):
-        raise ConfigError(
-            f"the points of {sweep.name} must not differ by the seed, which was searched: fresh seeds take its place; "
-            "seeds of one point are launched with sweep.replicates"
-        )
     counts = screen.glance(sweep, record).counts
     if left := counts.get("waiting", 0) + counts.get("running", 0):
         raise MachineError(
             f"{sweep.name} must be finished, {left} of {sum(counts.values())} trials are not; it goes on with: "
             f"ftexp sweep resume {runs.called(sweep.folder, sweep.name)}"
         )
-    trials = {t["number"]: t for t in report.read(sweep.folder, by).trials}
+    board = report.read(sweep.folder, by)
+    _check_seed(sweep, board)
+    trials = {t["number"]: t for t in board.trials}
     verdict = compare.read(sweep.folder, list(trials.values()), objective)
     if isinstance(verdict.untested, compare.Unlike):
         raise MachineError(f"{sweep.name} has no winner to confirm: {verdict.untested}")
@@ -187,6 +186,18 @@ def _plan(sweep: Frozen, record: Any, by: str | None) -> Plan:
     alone = _alone(verdict, trials)
     rival = [] if alone else [_member(sweep, record, trials, verdict, verdict.cheapest or 0, CHEAPEST)]
     return Plan(sweep, verdict, trials, [winner, *rival], alone)
+
+
+def _check_seed(sweep: Frozen, board: Board) -> None:
+    """Refuse points that differ by the seed: the winner would be a seed, and what is confirmed other ones."""
+    searched = any(axis.key.lstrip("+") == "seed" for axis in sweep.space.axes)
+    if searched or len(board.seeds) > 1:
+        groups = " and ".join(axis.key for axis in sweep.space.axes if axis.composes)
+        why = f"which options of {groups} set to {', '.join(map(str, board.seeds))}"
+        raise ConfigError(
+            f"the points of {sweep.name} must not differ by the seed, {'which was searched' if searched else why}: "
+            "fresh seeds take its place; seeds of one point are launched with sweep.replicates"
+        )
 
 
 def _alone(verdict: Verdict, trials: dict[int, dict[str, Any]]) -> str | None:

@@ -439,6 +439,27 @@ def test_points_that_differ_by_the_seed_are_refused_and_open_nothing(tmp_path, c
     assert "Not opened." in page and "ftexp confirm" not in page
 
 
+def test_points_whose_options_set_another_seed_are_refused_and_open_nothing(tmp_path, cli, quick, monkeypatch):
+    """As those of a seed that was searched; the seeds of their replicates are no such points."""
+    config.register()
+    for name, text in (("calm", "trainer:\n  warmup: 0.1\n"), ("wild", "seed: 7\n")):
+        (tmp_path / "mine" / "trainer").mkdir(parents=True, exist_ok=True)
+        text = f"# @package _global_\ndefaults:\n  - default@trainer\n{text}"
+        (tmp_path / "mine" / "trainer" / f"{name}.yaml").write_text(text)
+    given = ("--config-dir=mine", *SMALL, "trainer=calm,wild", "sweep.replicates=2", "track=none", "eval=loss")
+    with monkeypatch.context() as real:
+        real.setattr(experiment, "execute", EXECUTE)
+        sweep = launched(tmp_path, *given)
+    monkeypatch.chdir(tmp_path)
+    assert [read_json(sweep / str(n) / "trial.json")["config"]["seed"] for n in range(4)] == [0, 1, 7, 8]
+    code, out, err = cli("s")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "the points of s must not differ by the seed, which options of trainer set to 0, 7: fresh" in err
+    assert not quick and not (sweep / "confirm.json").exists()
+    page = (sweep / "report.html").read_text(encoding="utf-8")
+    assert "Not opened." in page and "ftexp confirm" not in page
+
+
 def test_unfinished_sweep_is_refused(sweep, monkeypatch):
     from ftexp.sweep import study, worker
 

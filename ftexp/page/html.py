@@ -169,7 +169,9 @@ def _sealed(sweep: Sweep) -> str:
     if not sweep.openings:
         board = sweep.board
         unconfirmed = board.asked is not None and board.objective.removeprefix("valid/") not in SCORES
-        if unconfirmed or "seed" in sweep.axes:  # by no score that is confirmed, or no point without its seed
+        if (
+            unconfirmed or "seed" in sweep.axes or len(board.seeds) > 1
+        ):  # by no score that is confirmed, or no point without its seed
             return "Not opened." if trials else ""
         by = "" if board.asked is None else f" --by {board.objective}"
         told = f"Not opened. <code>ftexp confirm {_e(sweep.name + by)}</code> scores the winner on them once."
