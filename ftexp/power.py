@@ -147,9 +147,7 @@ def ask(given: dict[str, float], seeds: tuple[int, ...], folder: Path | None) ->
             "groups there are, as groups=12"
         )
     if "groups" in given and not grouped:
-        raise ConfigError(
-            f"groups={given['groups']:g}: must be with --from a sweep whose rows are in groups; give rows"
-        )
+        raise ConfigError(_ungrouped(given["groups"], None if folder is None else source))
     there = given.get("groups" if grouped else "rows")
     if "sd_rows" in given:
         spread = noise.Spread(given["sd_rows"], spread.seed, spread.mixed)
@@ -164,6 +162,16 @@ def ask(given: dict[str, float], seeds: tuple[int, ...], folder: Path | None) ->
         given.get("power", noise.POWER), seeds, None if there is None else int(there), source,
         "groups" if grouped else "rows",
     )  # fmt: skip
+
+
+def _ungrouped(groups: float, source: str | None) -> str:
+    """Say what to give instead of `groups`, where the noise is of numbers or of a sweep whose rows stand alone."""
+    if source is None:
+        return (
+            f"groups={groups:g} needs --from SWEEP, whose rows are in groups; without a sweep give rows={groups:g}, "
+            "and as sd_rows the standard deviation over the groups"
+        )
+    return f"groups={groups:g}: the noise is that of single rows ({source}), which are in no groups; give rows"
 
 
 def measured(folder: Path) -> tuple[Spread, int, str, bool]:

@@ -129,7 +129,16 @@ def test_groups_of_a_sweep_are_told_as_groups(ask, sweep):  # noqa: F811
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "rows=40: the noise is that of groups of rows" in err and "give the groups there are, as groups=12" in err
     code, _, err = ask("effect=0.02", "--from", sweep((64, 0, {}), (8, 0.02, {})), "groups=10")
-    assert code == 2 and "groups=10: must be with --from a sweep whose rows are in groups; give rows" in err
+    assert code == 2 and err.startswith(
+        "ftexp: groups=10: the noise is that of single rows (valid/loss of 2 points, 1 run"
+    )
+    assert err.endswith("which are in no groups; give rows\n")
+    for more in ((), ("sd_rows=0.1",), ("effect=0.01", "sd_rows=0.1", "rows=40")):
+        code, _, err = ask("groups=10", *more)
+        assert (
+            code == 2
+            and "groups=10 needs --from SWEEP, whose rows are in groups; without a sweep give rows=10, and" in err
+        )
     told = json.loads(ask("groups=10", "--from", sweep((64, 0, {}), (8, 0, {}), prompts=["a", "b"] * 20), "--json")[1])
     assert (told["rows"], told["unit"]) == (10, "groups")
 
