@@ -163,10 +163,14 @@ def other_scale(trial: dict[str, Any], other: dict[str, Any], objective: str) ->
     return None
 
 
+def _held_out(trial: dict[str, Any]) -> tuple[tuple[str, int], ...]:
+    """Return digest and number of the held-out rows of a trial; empty where it does not note them."""
+    return tuple((s["sha256"], s["rows"]) for s in trial.get("inputs", ()) if s["context"] == "validation")
+
+
 def _other_rows(trial: dict[str, Any], other: dict[str, Any], name: str) -> str | None:
     """Tell how the held-out rows of two trials are apart, of those that note them, or what a score is a mean over."""
-    first, second = ([(s["sha256"], s["rows"]) for s in t.get("inputs", ()) if s["context"] == "validation"]
-                     for t in (trial, other))  # fmt: skip
+    first, second = _held_out(trial), _held_out(other)
     if first and second and first != second:
         return "on other rows"
     if tokenizers_differ(trial, other):
@@ -179,15 +183,53 @@ def _other_rows(trial: dict[str, Any], other: dict[str, Any], name: str) -> str 
     return TOKENS if counts and len(tokens) > 1 and None not in tokens else None
 
 
+def _compared(trial: dict[str, Any], objective: str) -> tuple[Any, ...]:
+    """Return all that `other_scale` and `_other_rows` read of a trial for an objective: equals are alike."""
+    (split, name), config, noted = objective.split("/"), trial.get("config", {}), trial.get("facts", {})
+    kind, scores = config.get("trainer.kind", "sft"), trial.get("scores", {})
+    told = [kind, noted.get("tokenizer_sha256"), *(config.get(f"model.{key}") for key in ("kind", "path"))]
+    if split == "forgetting":
+        told.append(noted.get("general_sha256"))
+    if objective == "train/loss":
+        told += [config.get(key, usual) for key, usual in LEARNED.items()]
+    if name in BY_BETA.get(kind, ()):
+        told.append(config.get("trainer.beta"))
+    if split == "valid":
+        told.append(_held_out(trial))
+        told += [scores.get("valid/tokens_cut"), scores.get("valid/tokens") if name in ("loss", "perplexity") else None]
+    return tuple(told)
+
+
+class Kinds:
+    """Trials of an objective, of those alike in all that counts the first: each new one is compared with these alone.
+
+    An older trial that notes less is like two that are unlike each other, so the first of all is not enough.
+    """
+
+    def __init__(self, objective: str) -> None:
+        self.objective = objective
+        self.kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+        """What counts of a trial -> the first one of it."""
+
+    def add(self, trial: dict[str, Any]) -> str | None:
+        """Take a trial up; tell why its objective is of another kind, or of other rows, than that of one before."""
+        key = _compared(trial, self.objective)
+        if key in self.kept:
+            return None
+        for other in self.kept.values():
+            how = other_scale(other, trial, self.objective)
+            if how is None and self.objective.startswith("valid/"):
+                how = _other_rows(other, trial, self.objective.removeprefix("valid/"))
+            if how is not None:
+                return f"trials {other['number']} and {trial['number']} were scored {how}"
+        self.kept[key] = trial
+        return None
+
+
 def unlike(trials: Sequence[dict[str, Any]], objective: str) -> str | None:
     """Tell why an objective of trials is of different kinds, or of other rows; None where they can be ranked."""
-    for trial in trials[1:]:
-        how = other_scale(trials[0], trial, objective)
-        if how is None and objective.startswith("valid/"):
-            how = _other_rows(trials[0], trial, objective.removeprefix("valid/"))
-        if how is not None:
-            return f"trials {trials[0]['number']} and {trial['number']} were scored {how}"
-    return None
+    kinds = Kinds(objective)
+    return next((why for trial in trials if (why := kinds.add(trial)) is not None), None)
 
 
 Scores = Callable[[Path], dict[str, float]]

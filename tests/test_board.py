@@ -1,6 +1,8 @@
 """Lines of the leaderboard; `test_report` and `page/test_html` read them as people do."""
 
+import itertools
 import math
+import random
 
 import pytest
 from made import sweep
@@ -66,6 +68,57 @@ def test_what_the_sweep_did_by_its_own_objective_is_told_where_it_did(tmp_path, 
     assert found.line() == f"Ranked by {found.objective}, chosen afterwards; the sweep's own is {own}{told}"
     assert board.read(folder).line() == ""
     assert tuple(one.value for one in DRAWN) == board.BLIND
+
+
+def test_no_two_unlike_trials_are_ranked_whichever_comes_first():
+    """One of an older version, which notes less, is like two that are unlike each other."""
+    old = {"config": {"model.path": "m"}}
+    new = [old | {"facts": {"tokenizer_sha256": digest}} for digest in ("ab", "cd")]
+    trials = [{"number": n, **told} for n, told in enumerate([old, *new])]
+    assert not board.unlike(trials[:2], "valid/loss") and not board.unlike([trials[0], trials[2]], "valid/loss")
+    assert board.unlike(trials, "valid/loss").startswith("trials 1 and 2 were scored in tokens of different tokenizers")
+    rows = [{"inputs": [{"context": "validation", "sha256": digest, "rows": 3}]} for digest in "ab"]
+    assert board.unlike([{"number": 0}, *({"number": n, **told} for n, told in enumerate(rows, 1))], "valid/accuracy")
+
+
+@pytest.mark.parametrize("objective", ["valid/loss", "valid/accuracy", "valid/perplexity", "valid/margin", "train/loss",
+                                       "forgetting/loss", "valid/bits_per_byte", "cost/seconds", "valid/kl"])  # fmt: skip
+def test_unlike_is_what_some_pair_says(objective):
+    """Of trials that lack some of the facts, or differ in them, in any order."""
+    draw = random.Random(objective)
+    found = set()
+    for _ in range(400):
+        alike = draw.choice([0.5, 0.9, 0.97])
+        trials = [{"number": n, **_noted(draw, alike)} for n in range(draw.randint(2, 5))]
+        some = any(board.unlike([a, b], objective) for a, b in itertools.combinations(trials, 2))
+        assert (board.unlike(trials, objective) is not None) == some
+        found.add(some)
+    assert found == ({False} if objective == "cost/seconds" else {False, True})
+
+
+def _noted(draw, alike):
+    """Return a trial whose facts are mostly the usual ones, and else others or none."""
+
+    def one_of(usual, *others):
+        return usual if draw.random() < alike else draw.choice([*others, None])
+
+    told = {
+        "config": {"trainer.kind": one_of("sft", "dpo", "rloo"), "trainer.beta": one_of(0.1, 0.2), "model.path": one_of("m", "n"),
+                   "trainer.loss": one_of("nll", "dft")},
+        "facts": {"tokenizer_sha256": one_of("a", "b"), "general_sha256": one_of("a", "b")},
+        "scores": {"valid/tokens": one_of(10.0, 11.0), "valid/tokens_cut": one_of(0.0, 1.0)},
+    }  # fmt: skip
+    told = {part: {k: v for k, v in values.items() if v is not None} for part, values in told.items()}
+    rows = one_of("a", "b")
+    return told | ({} if rows is None else {"inputs": [{"context": "validation", "sha256": rows, "rows": 3}]})
+
+
+def test_thousands_of_trials_are_compared_in_no_time(monkeypatch):
+    asked = []
+    honest = board.other_scale
+    monkeypatch.setattr(board, "other_scale", lambda *given: asked.append(1) or honest(*given))
+    told = [{"number": n, "config": {"trainer.kind": "dpo", "trainer.beta": n / 7, "lora.r": n}} for n in range(2000)]
+    assert board.unlike(told, "valid/accuracy") is None and not asked
 
 
 def test_trials_of_a_version_that_kept_no_hash_of_the_tokenizer_are_ranked_with_later_ones(tmp_path):

@@ -86,10 +86,10 @@ class _Kinds:
     """What is known of the kinds of a sweep's scores: the line of progress asks at each end of thousands of trials."""
 
     sweep: Frozen
-    first: dict[str, Any]
-    """Its first complete trial, the only one that is kept."""
+    kinds: board.Kinds
+    """The first complete trial of each kind, the only ones that are kept."""
     seen: set[int]
-    """Trials that were compared with it."""
+    """Trials that were compared with them."""
     unlike: bool = False
     """Whether one of them is of another kind."""
 
@@ -103,12 +103,11 @@ def _unlike(sweep: Frozen, numbers: list[int]) -> bool:
     if not numbers:
         return False
     if _kinds is None or _kinds.sweep is not sweep or not _kinds.seen <= set(numbers):
-        _kinds = _Kinds(sweep, _told(sweep.folder, numbers[0]), set())
+        _kinds = _Kinds(sweep, board.Kinds(sweep.objectives[0]), set())
     for number in numbers:
         if number not in _kinds.seen:
             _kinds.seen.add(number)
-            both = [_kinds.first, _told(sweep.folder, number)]
-            _kinds.unlike |= board.unlike(both, sweep.objectives[0]) is not None
+            _kinds.unlike |= _kinds.kinds.add(_told(sweep.folder, number)) is not None
     return _kinds.unlike
 
 

@@ -83,7 +83,9 @@ def test_bounds_that_were_changed_since_are_those_that_count(sweep, tmp_path, at
     for n, (loss, over, seconds) in enumerate([(0.1, 2.0, 90.0), (0.5, -1.0, 80.0), (0.9, -2.0, 40.0)]):
         add(record, n, "COMPLETE", loss, constraint=over)  # 6, 3 and 2 GiB where 4 were allowed
         (tmp_path / str(n)).mkdir()
-        write_json(tmp_path / str(n) / "trial.json", {"scores": {"cost/seconds": seconds}})
+        write_json(
+            tmp_path / str(n) / "trial.json", {"state": "complete", "config": {}, "scores": {"cost/seconds": seconds}}
+        )
     found = screen.best_point(made, screen.study.counted(record))
     assert (None if found is None else found[0]) == (None if best is None else [best])
 
@@ -95,7 +97,7 @@ def test_none_is_best_where_scores_are_of_different_kinds_or_of_other_rows(sweep
         add(record, n, "COMPLETE", 0.5 - 0.1 * n)
         inputs = [{"context": "validation", "sha256": rows, "rows": 9}]
         told = {"trainer.kind": "dpo", "trainer.beta": 0.1} | keys
-        write_json(tmp_path / str(n) / "trial.json", {"config": told, "inputs": inputs})
+        write_json(tmp_path / str(n) / "trial.json", {"state": "complete", "config": told, "inputs": inputs})
     assert screen.line(made, record) == "2 complete"
 
 
@@ -106,11 +108,11 @@ def test_kinds_of_scores_are_read_once_for_each_trial_and_only_the_first_is_kept
     monkeypatch.setattr(screen, "read_trial", lambda folder: (read.append(folder.name), honest(folder))[1])
     for n in range(4):
         add(record, n, "COMPLETE", 0.5 - 0.1 * n)
-        write_json(tmp_path / str(n) / "trial.json", {"config": {"trainer.kind": "sft"}})
+        write_json(tmp_path / str(n) / "trial.json", {"state": "complete", "config": {"trainer.kind": "sft"}})
         assert screen.line(made, record).startswith(f"{n + 1} complete; best trial {n}")
-    assert read == ["0", "0", "1", "2", "3"]
-    assert screen._kinds.first["number"] == 0 and screen._kinds.seen == {0, 1, 2, 3}
-    write_json(tmp_path / "1" / "trial.json", {"config": {"trainer.kind": "dpo"}})
+    assert read == ["0", "1", "2", "3"]
+    assert [t["number"] for t in screen._kinds.kinds.kept.values()] == [0] and screen._kinds.seen == {0, 1, 2, 3}
+    write_json(tmp_path / "1" / "trial.json", {"state": "complete", "config": {"trainer.kind": "dpo"}})
     assert screen.line(sweep()[0], record) == "4 complete"  # another launch looks anew
 
 
@@ -130,7 +132,7 @@ def test_table_shows_how_far_running_trials_are(sweep):
     made, record = sweep()
     folder = Path(made.folder) / "0"
     folder.mkdir()
-    write_json(folder / "trial.json", {"steps": 20})
+    write_json(folder / "trial.json", {"state": "running", "config": {}, "steps": 20})
     (folder / "metrics.jsonl").write_text('{"step": 7, "train/loss": 1.25}\n{"step": 8, "train/lo')
     add(record, 0, "RUNNING", worker={"host": "node7", "pid": 42, "start": 1.0})
     add(record, 1, "FAIL", kind="oom")
