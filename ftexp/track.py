@@ -9,13 +9,14 @@ from __future__ import annotations
 import base64
 import json
 import os
+import secrets
 import shutil
 import sqlite3
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from filelock import FileLock
 from ftexp import config, garbage
 from ftexp.config import Run, Track, Tracker
 from ftexp.errors import MachineError, Pruned
-from ftexp.files import cache, finite, naming, read_points, replacing, write_text
+from ftexp.files import cache, finite, naming, read_json, read_points, replacing, write_json, write_text
 from ftexp.metrics import METRICS, Direction
 from ftexp.progress import say, warn
 
@@ -41,6 +42,10 @@ NAME, DIGEST = 500, 36
 PRUNED, ERROR, CHANGED = "ftexp.pruned", "ftexp.error", "ftexp.changed"
 CONFIRMED = "ftexp.confirmed"
 """Tag of a sweep, and of its winner's trials, whose sealed rows were opened: the line that tells it."""
+MARK = "ftexp.launch"
+"""Tag of a sweep: a number of the launch that opened it."""
+BEGUN = "parent.json"
+"""Holds where the run of a sweep is to be found and by which mark, until `sweep.json` has its id."""
 ENDS = {PRUNED, ERROR}
 """Tags that tell how an attempt ended."""
 SQLITE = "sqlite:///"
@@ -287,14 +292,42 @@ def searched(identity: dict[str, str]) -> dict[str, Any]:
 def open_parent(track: Track, name: str, folder: Path, params: dict[str, Any]) -> str | None:
     """Open the run of a sweep, under which its trials appear; return its id, or None where nothing can be opened.
 
-    `params` say what is searched, and what all trials share, so that sweeps can be compared there.
+    `params` say what is searched, and what all trials share, so that sweeps can be compared there. The run that a
+    launch had opened which was killed before `sweep.json` named it is found by its mark, and gone on with.
     """
-    if _reached(track):
+    told, client, run_id, known = {name: str(value) for name, value in params.items()}, None, None, {}
+    if (begun := read_json(folder / BEGUN, "uri", "experiment", "mark")) is not None:
         with _failing():
-            client, run_id = _open(track, name, folder, None)
-            Log(Path(), client, run_id).params(params)
-            return run_id
+            client, run_id, known = _left_behind(track, begun, told)
+    if not _reached(track):
+        return None
+    with _failing():
+        if client is None or run_id is None:
+            mark = secrets.token_hex(8)
+            where = {"uri": address(track.uri), "experiment": track.experiment, "mark": mark}
+            write_json(folder / BEGUN, where)  # before there is anything to find
+            client, run_id = _open(track, name, folder, None, more={MARK: mark})
+        Log(Path(), client, run_id, _params=known).params(told)
+        return run_id
     return None
+
+
+def _left_behind(
+    track: Track, begun: dict[str, str], told: dict[str, str]
+) -> tuple[MlflowClient | None, str | None, dict[str, str]]:
+    """Find the run that a killed launch had opened for a sweep, and its parameters; one that does not fit is ended."""
+    where = replace(track, kind=Tracker.mlflow, uri=begun["uri"], experiment=begun["experiment"])
+    is_gone = where.uri.startswith(SQLITE) and not Path(where.uri.removeprefix(SQLITE).partition("?")[0]).exists()
+    if is_gone or not _reached(where):
+        return None, None, {}
+    client, experiment = store(where)
+    here = track.kind is Tracker.mlflow and (where.uri, where.experiment) == (address(track.uri), track.experiment)
+    for run in client.search_runs([experiment], f"tags.`{MARK}` = '{begun['mark']}'"):
+        if here and run.data.params.items() <= told.items():
+            client.update_run(run.info.run_id, status="RUNNING")
+            return client, run.info.run_id, dict(run.data.params)
+        client.set_terminated(run.info.run_id, "KILLED")
+    return None, None, {}
 
 
 def view(track: Track, parent: str | None, name: str, objectives: Sequence[str], keys: Sequence[str]) -> None:
@@ -420,7 +453,12 @@ def create(track: Track, label: str, folder: Path, parent: str | None, began: in
 
 
 def _open(
-    track: Track, label: str, folder: Path, parent: str | None, began: int | None = None
+    track: Track,
+    label: str,
+    folder: Path,
+    parent: str | None,
+    began: int | None = None,
+    more: dict[str, str] | None = None,
 ) -> tuple[MlflowClient, str]:
     from getpass import getuser
 
@@ -432,6 +470,7 @@ def _open(
         MLFLOW_SOURCE_NAME: "ftexp.run",
         MLFLOW_USER: getuser(),
         "ftexp.folder": str(folder),
+        **(more or {}),
     }
     if parent:
         tags[MLFLOW_PARENT_RUN_ID] = parent

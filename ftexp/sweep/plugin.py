@@ -274,16 +274,16 @@ def launch(
     _same_record(before, options, runs[0].name)
     if before:
         take_back(folder)
-    params = track.searched(identity.told)
-    parent = before.get("mlflow_run") or track.open_parent(runs[0].track, runs[0].name, folder, params)
     rows = _rows(folder, runs, before.get("rows", {}), runs[0].name)
     rung, code = runs[0].trainer.report_steps, facts.code()
     own = os.path.relpath(overrides.Own.folder) if overrides.Own.folder else None
     grid = [] if options.sampler is not Sampler.grid else searched.grid() or [{}]
-    total = len(tickets(grid, options, searched))
+    total, most = len(tickets(grid, options, searched)), longest(runs, options)
+    params = track.searched(identity.told)
+    parent = before.get("mlflow_run") or track.open_parent(runs[0].track, runs[0].name, folder, params)
     sweep = Frozen(
         folder, runs[0].name, searched, options, objectives, parent, runs[0].track.uri, rows, rung, code, total, own,
-        str(Path.cwd()), longest(runs, options),
+        str(Path.cwd()), most,
     )  # fmt: skip
     if kept is None and options.storage is not None and study.counted(worker.open_study(sweep)):
         track.end(runs[0].track, parent, {}, {}, "KILLED")
@@ -293,6 +293,8 @@ def launch(
     if before.get("code", code) != code:
         say("the code of ftexp is not that of the launch; trials from now on run with the new code", always=True)
     sweep.save()
+    if parent is not None:  # which leads to it from now on
+        (folder / track.BEGUN).unlink(missing_ok=True)
     if kept is None:
         write_json(folder / "identity.json", identity.told)
     carry_out(sweep, runs[0], started)

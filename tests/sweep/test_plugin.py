@@ -3,6 +3,8 @@
 import hashlib
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -1038,3 +1040,62 @@ def test_helper_stops_nothing(cli, tmp_path, monkeypatch):
     with plugin.only_supervisor(tmp_path / "outputs/sweeps/h", "h"):
         code, _, err = cli(*given, "sweep.join=true")
     assert (code, seen) == (0, [True]), err
+
+
+LAUNCH_KILLED = """
+import os, signal, sys
+from ftexp import run, track
+from ftexp.sweep import frozen
+def kill(*given, **keys):
+    os.kill(os.getpid(), signal.SIGKILL)
+{how}
+sys.argv = ["ftexp.run", *sys.argv[1:]]
+run.main()
+"""
+PARAMS = "track.Log.params = kill"
+"""Killed with the parent in the store, and no parameter."""
+SAVE = "frozen.Frozen.save = kill"
+"""Killed with all of the parent in the store, and nothing that says so in `sweep.json`."""
+
+
+def _parents(uri):
+    client, experiment = track.store(Track(uri=uri))
+    return [r for r in client.search_runs([experiment]) if "mlflow.parentRunId" not in r.data.tags]
+
+
+@pytest.mark.parametrize("how", [PARAMS, SAVE])
+def test_launch_that_is_killed_with_its_parent_open_is_gone_on_with(cli, tmp_path, how):
+    """The run stayed RUNNING for ever, and a second one of the same name stood beside it."""
+    uri = f"sqlite:///{tmp_path}/ml.db"
+    given = ["lora.r=2,4", *UNWRITTEN, "name=s", "eval=loss", f"track.uri={uri}", "-m"]
+    code = LAUNCH_KILLED.format(how=how)
+    done = subprocess.run([sys.executable, "-c", code, *given], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    (left,) = _parents(uri)
+    folder = tmp_path / "outputs" / "sweeps" / "s"
+    assert left.info.status == "RUNNING" and not (folder / "sweep.json").exists()
+    assert ("lora.r" in left.data.params) == (how == SAVE)
+    code, _, err = cli(*given)
+    assert code == 0, err
+    (parent,) = _parents(uri)
+    assert (parent.info.run_id, parent.info.status) == (left.info.run_id, "FINISHED")
+    assert read_json(folder / "sweep.json")["mlflow_run"] == left.info.run_id
+    assert parent.data.params["lora.r"] == "2,4" and parent.data.params["trainer.steps"] == "4"
+    assert not (folder / "parent.json").exists()
+
+
+@pytest.mark.parametrize("other", ["lora.r=2,8", "track.experiment=other", "track=none"])
+def test_parent_of_a_killed_launch_that_does_not_fit_is_ended(cli, tmp_path, other):
+    uri = f"sqlite:///{tmp_path}/ml.db"
+    given, there = [*UNWRITTEN, "name=s", "eval=loss", "-m"], f"track.uri={uri}"
+    code = LAUNCH_KILLED.format(how=SAVE)
+    command = [sys.executable, "-c", code, "lora.r=2,4", *given, there]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    (left,) = _parents(uri)
+    more = {"lora.r=2,8": (there,), "track=none": ("lora.r=2,4",)}.get(other, ("lora.r=2,4", there))
+    code, _, err = cli(*given, *more, other)
+    assert code == 0, err
+    told = {r.info.run_id: r.info.status for r in _parents(uri)}
+    assert told.pop(left.info.run_id) == "KILLED"
+    assert list(told.values()) == ["FINISHED"] * other.startswith("lora")
