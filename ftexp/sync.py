@@ -314,8 +314,9 @@ def _points(kept: Kept, client: MlflowClient, log: Log, told: Brought) -> None:
 def main() -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser("ftexp sync", description="Bring to MLflow what its store missed.")
-    parser.add_argument("folders", nargs="*", type=Path, default=[runs.OUTPUTS],
-                        help=f"or names of sweeps and runs; default: {runs.OUTPUTS}")  # fmt: skip
+    parser.add_argument("folders", nargs="*", type=Path, default=[],
+                        help="searched for runs, or names of sweeps and runs; default: "
+                             f"{runs.OUTPUTS}, and the sweeps of {runs.LIST}, which lie elsewhere")  # fmt: skip
     parser.add_argument("--uri", help="tracking store; default: the one each run was started with")
     parser.add_argument("--json", action="store_true", help="for scripts")
     args = parser.parse_args()
@@ -323,8 +324,13 @@ def main() -> int:
     return verb.ended(lambda: _main(args))
 
 
+def _away() -> list[Path]:
+    """List the sweeps launched here that do not lie in `outputs/`; one that was removed is left out."""
+    return [path for path in sorted(runs.elsewhere()) if not path.resolve().is_relative_to(runs.OUTPUTS.resolve())]
+
+
 def _main(args: argparse.Namespace) -> int:
-    folders = [runs.place(folder) for folder in args.folders]
+    folders = [runs.place(folder) for folder in args.folders] or [runs.OUTPUTS, *_away()]
     for folder in folders:
         if not folder.is_dir() and folder != runs.OUTPUTS:
             raise MachineError(f"{folder}: must be a folder with runs in it, there is none{runs.there(folder)}")

@@ -413,11 +413,27 @@ def test_run_without_tracking_is_left_out(cli, verb):
     assert json.loads(verb("--json")[1]) == {"runs": 0, "points": 0, "files": 0, "running": 0, "damaged": 0}
 
 
+def test_sweeps_that_lie_elsewhere_are_brought_too(cli, verb, tmp_path):
+    """Once each; one inside of outputs/ is found there."""
+    for name, place in (("far", "away/far"), ("near", "outputs/mine")):
+        code, _, err = cli("lora.r=2", *UNWRITTEN, "eval=loss", f"name={name}", f"hydra.sweep.dir={place}", DEAD, "-m")
+        assert code == 0, err
+    uri = f"sqlite:///{tmp_path}/ml.db"
+    assert json.loads(verb("--uri", uri, "--json", "outputs")[1])["runs"] == 2
+    code, out, err = verb("--uri", uri, "--json")
+    assert (code, json.loads(out)["runs"]) == (0, 2), err
+    client, experiment = track.store(Track(uri=uri))
+    assert sorted(r.info.run_name for r in client.search_runs([experiment])) == ["far", "far", "near", "near"]
+    shutil.rmtree(tmp_path / "away")
+    assert json.loads(verb("--uri", uri, "--json")[1])["runs"] == 0
+
+
 def test_help_names_the_folder_that_is_searched(verb, capsys):
     with pytest.raises(SystemExit):
         verb("--help")
     out = capsys.readouterr().out
-    assert "default: outputs" in " ".join(out.split()) and "PosixPath" not in out
+    told = "default: outputs, and the sweeps of outputs/sweeps.json, which lie elsewhere"
+    assert told in " ".join(out.split()) and "PosixPath" not in out
 
 
 def test_folders_go_by_name_and_one_that_is_not_there_is_told(verb, tmp_path, monkeypatch):
