@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from yaml import YAMLError
 
-from ftexp import config
+from ftexp import config, defaults
 from ftexp.errors import ConfigError
 
 PACKAGE = Path(__file__).parent
@@ -419,10 +419,19 @@ def _check_options(group: str, override: Override, options: list[str]) -> None:
                 continue
             if str(one) not in options:
                 raise ConfigError(_no_option(group, one, options))
+            _check_own(group, str(one))
         if isinstance(name, list):  # Hydra would merge them into one
             each = f"{group}={','.join(map(str, names))}"
             way = "start each by its own command" if group == "sweep" else f"write {each} -m for a run of each"
             raise ConfigError(f"{group} takes one option, got [{','.join(map(str, names))}]: {way}")
+
+
+def _check_own(group: str, name: str) -> None:
+    """Check what an option of the user's own builds on; ours are as they should be."""
+    folders = _folders()
+    for place in folders[group] if Own.folder is not None else ():
+        if place.is_relative_to(Own.folder or place) and (path := place / f"{name}.yaml").exists():
+            defaults.check(path, group, folders)
 
 
 def _check_sweepers(group: str, override: Override) -> None:
@@ -537,6 +546,8 @@ def told(error: Exception) -> str:
     key = re.search(r"full_key: (\S+)", whole)
     if lost := re.search(r"In '((experiment|scale)/[^']+)': Could not override '[\w/]+@\2\.", whole):
         return f"{_file(*lost[1].split('/', 1))}: {_unknown(lost[2])}"
+    if blind := re.match(r"In '(\w+)/([^']+)': (Could not .+)", lines[0]):
+        lines[0] = f"{_file(blind[1], blind[2])}: {blind[3]}"
     if inside := re.match(r"In '(\w+)/([^']+)': \w+ raised while composing config:\n(.+)", whole):
         lines = [str(_file(inside[1], inside[2])), *([key[1]] if key else []), inside[3]]
     if "is not a ListConfig" in whole:
