@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftexp import metrics
-from ftexp.errors import ConfigError, MachineError
+from ftexp.errors import ConfigError, Damaged, MachineError
 from ftexp.files import read_sweep, read_trial
 from ftexp.metrics import METRICS, Direction
 
@@ -263,6 +263,8 @@ def read(folder: Path, by: str | None = None, own: tuple[str, Scores] | None = N
         bare = [name for name in objectives if name not in trial.get("scores", {})]  # of a run alone NaN is a score
         trial |= undefined(trial, bare if sweep is None else objectives)
     scored = [trial for trial in trials if trial.get("state") == "complete"]
+    if bare := [trial["number"] for trial in scored if "scores" not in trial]:
+        raise Damaged(f"{folder}: trial.json of trial {bare[0]} is damaged, it lacks scores; put it back or remove it")
     if own is not None:
         for trial in scored:
             place = folder if sweep is None else folder / str(trial["number"])

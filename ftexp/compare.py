@@ -15,6 +15,7 @@ from typing import Any
 
 from ftexp import board as boards
 from ftexp import metrics, sealed
+from ftexp.errors import Damaged
 from ftexp.files import read_sweep
 from ftexp.metrics import METRICS, Direction
 from ftexp.stats import columns, explain, noise, pairs
@@ -304,14 +305,21 @@ def units(content: dict[str, list[Any]]) -> list[Any] | None:
 
 
 def read_table(path: Path) -> dict[str, list[Any]] | None:
-    """Read an `examples.parquet` as columns; None where there is none, or it is torn."""
+    """Read an `examples.parquet` as columns; None where there is none, or it is torn.
+
+    Raises:
+        Damaged: it lacks a column that every such table has.
+    """
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pydict()
+        told = pyarrow.parquet.read_table(path).to_pydict()
     except (FileNotFoundError, pyarrow.ArrowInvalid):
         return None
+    if lacking := [name for name in ("prompt", "reference") if name not in told]:
+        raise Damaged(f"{path}: is damaged, it lacks {', '.join(lacking)}; put it back or remove it")
+    return told
 
 
 def column(content: dict[str, list[Any]], objective: str) -> Column | None:

@@ -206,6 +206,8 @@ def read_trial(folder: Path) -> dict[str, Any] | None:
         Damaged: what is there is not JSON, or no record of a trial.
     """
     told = read_json(folder / "trial.json", "state", "config")
+    for key in {"config", "scores"} & (told or {}).keys():
+        _check_object(folder / "trial.json", told, key)
     return told | {"scores": _numbers(told["scores"])} if told and "scores" in told else told
 
 
@@ -219,14 +221,22 @@ def read_sweep(folder: Path, *needs: str) -> dict[str, Any] | None:
     Raises:
         Damaged: what is there is not JSON, or no record of a sweep.
     """
-    return read_json(folder / "sweep.json", "options", "objectives", *needs)
+    told = read_json(folder / "sweep.json", "options", "objectives", *needs)
+    if told is not None:
+        _check_object(folder / "sweep.json", told, "options")
+    return told
+
+
+def _check_object(path: Path, told: Any, key: str) -> None:
+    if not isinstance(told[key], dict):
+        raise Damaged(f"{path}: is damaged, {key} must be an object in braces; put it back or remove it")
 
 
 def read_points(path: Path) -> list[dict[str, Any]]:
     """Read the points of a file of metrics, in order, null as NaN; a last line that a kill tore is left out.
 
     Raises:
-        Damaged: another line is not JSON.
+        Damaged: another line is not JSON, or no numbers at a step.
     """
     if not path.exists():
         return []
@@ -241,6 +251,11 @@ def _point(line: bytes, where: str) -> dict[str, Any]:
         raise Damaged(f"{where}: is damaged, a line must be JSON ({error}); put it back or remove it") from error
     if not isinstance(told, dict):
         raise Damaged(f"{where}: is damaged, a line must be a JSON object, got {told!r:.40}; remove it")
+    for name, value in told.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise Damaged(f"{where}: is damaged, {name} must be a number, got {value!r:.40}; remove it")
+    if not isinstance(told.get("step"), int):
+        raise Damaged(f"{where}: is damaged, a line must have a step; remove it")
     return _numbers(told)
 
 

@@ -20,7 +20,7 @@ from ftexp import board as boards
 from ftexp import config, metrics, overrides, runs, sealed, track, verb
 from ftexp import own as owns
 from ftexp.board import Board, read
-from ftexp.errors import ConfigError, MachineError
+from ftexp.errors import ConfigError, Damaged, MachineError
 from ftexp.files import finite, read_json, read_sweep, write_text
 from ftexp.metrics import METRICS
 from ftexp.page.text import visible
@@ -133,13 +133,22 @@ def _separator(winner: boards.Point | None) -> str:
 
 
 def command(place: Path, trial: dict[str, Any]) -> tuple[str, ...]:
-    """Return the words that run a trial again, alone; where it was tracked is left to the reader."""
+    """Return the words that run a trial again, alone; where it was tracked is left to the reader.
+
+    Raises:
+        Damaged: `.hydra/overrides.yaml` holds something else.
+    """
     import yaml
 
+    path = place / ".hydra" / "overrides.yaml"
     try:
-        told = yaml.safe_load((place / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")) or []
+        told = yaml.safe_load(path.read_text(encoding="utf-8")) or []
     except FileNotFoundError:
         return ()
+    except (yaml.YAMLError, ValueError):
+        told = None
+    if not isinstance(told, list):
+        raise Damaged(f"{path}: is damaged, it must be a list of overrides; put it back or remove it")
     seed = trial.get("config", {}).get("seed", 0)
     words = [str(o) for o in told if not str(o).startswith(("track.", "name=", "seed=", "+track."))]
     sweep = read_sweep(place.parent) if place.name.isdigit() else None
@@ -198,10 +207,13 @@ def _config_dir(place: Path) -> str | None:
     import yaml
 
     try:
-        told = yaml.safe_load((place / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))
+        path = place / ".hydra" / "hydra.yaml"
+        told = yaml.safe_load(path.read_text(encoding="utf-8"))
         sources = told["hydra"]["runtime"]["config_sources"]
     except (FileNotFoundError, KeyError, TypeError):
         return None
+    except (yaml.YAMLError, ValueError) as error:
+        raise Damaged(f"{path}: is damaged, it must be YAML as Hydra wrote it; put it back or remove it") from error
     return next((os.path.relpath(s["path"]) for s in sources if s["provider"] == "command-line"), None)
 
 

@@ -6,17 +6,27 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ftexp.errors import Damaged
 from ftexp.files import read_json
 from ftexp.metrics import written
 
 FILE = "confirm.json"
+NEEDS = {"plan", "runs", "seeds", "test"}
+"""Keys that every opening has."""
 LABELS = "test_labels.json"
 """Of a run whose sealed rows were opened: one entry a label, where rows have labels."""
 
 
 def openings(folder: Path) -> list[dict[str, Any]]:
-    """Read the openings of a sweep's sealed rows, oldest first."""
-    return (read_json(folder / FILE, "openings") or {"openings": []})["openings"]
+    """Read the openings of a sweep's sealed rows, oldest first.
+
+    Raises:
+        Damaged: `confirm.json` holds something else.
+    """
+    entries = (read_json(folder / FILE, "openings") or {"openings": []})["openings"]
+    if not isinstance(entries, list) or not all(isinstance(one, dict) and one.keys() >= NEEDS for one in entries):
+        raise Damaged(f"{folder / FILE}: is damaged, an opening must have {', '.join(sorted(NEEDS))}; put it back")
+    return entries
 
 
 def line(entry: dict[str, Any]) -> str:

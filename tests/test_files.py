@@ -2,15 +2,20 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import made
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from ftexp import files
-from ftexp.errors import ConfigError, MachineError
+from ftexp import board, compare, files, report, sealed
+from ftexp.errors import ConfigError, Damaged, MachineError
+from ftexp.sweep import frozen
 
 
 def test_cache_follows_the_environment(monkeypatch, tmp_path):
@@ -163,3 +168,42 @@ def test_bad_line_inside_a_file_of_metrics_is_named(tmp_path, bad):
     path.write_bytes(b'{"step": 1}\n' + bad + b'\n{"step": 3}\n')
     with pytest.raises(MachineError, match=r"metrics\.jsonl:2: is damaged, a line must be (JSON|a JSON object)"):
         files.read_points(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metrics.jsonl", '{"step": 1, "valid/loss": "x"}\n'), ("metrics.jsonl", '{"valid/loss": 1.5}\n'),
+        ("trial.json", '{"state": "complete", "config": 5}'), ("trial.json", '{"state": "complete", "config": {}, "scores": []}'),
+        ("sweep.json", '{"options": 5, "objectives": []}'), ("confirm.json", '{"openings": [5]}'),
+        ("confirm.json", '{"openings": {}}'), ("confirm.json", '{"openings": [{"date": "x"}]}'),
+        ("examples.parquet", None), ("x.yaml", "a: [1"), ("x.yaml", "[1, 2]"), ("x.yaml", "5"), ("x.yaml", "\xff"),
+        (".hydra/overrides.yaml", "a: [1"), (".hydra/overrides.yaml", "5"), (".hydra/hydra.yaml", "a: [1"),
+    ],
+)  # fmt: skip
+def test_record_of_another_shape_is_named(tmp_path, name, text):
+    """Each was a traceback of `report`, `confirm`, `diff` or `sweep show`."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if text is None:
+        pyarrow.parquet.write_table(pyarrow.table({"nats": [1.0], "reference": ["a"]}), path)
+    else:
+        path.write_text(text, encoding="latin-1")
+    readers = {
+        "metrics.jsonl": files.read_points, "trial.json": lambda path: files.read_trial(path.parent),
+        "sweep.json": lambda path: files.read_sweep(path.parent), "confirm.json": lambda path: sealed.openings(path.parent),
+        "examples.parquet": compare.read_table, "x.yaml": frozen._composed,
+        ".hydra/overrides.yaml": lambda path: report.command(tmp_path, {}),
+        ".hydra/hydra.yaml": lambda path: report._config_dir(tmp_path),
+    }  # fmt: skip
+    with pytest.raises(Damaged, match=f"{re.escape(str(path))}.*: is damaged, "):
+        readers[name](path)
+
+
+def test_trial_that_is_complete_and_has_no_scores_is_named(tmp_path):
+    folder = made.sweep(tmp_path / "s", 2)
+    told = files.read_json(folder / "1" / "trial.json")
+    del told["scores"]
+    files.write_json(folder / "1" / "trial.json", told)
+    with pytest.raises(Damaged, match=r"s: trial\.json of trial 1 is damaged, it lacks scores"):
+        board.read(folder)

@@ -14,10 +14,12 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ftexp import config, overrides
 from ftexp.config import Run
-from ftexp.errors import ConfigError, MachineError
+from ftexp.errors import ConfigError, Damaged, MachineError
 from ftexp.files import read_sweep, write_json
 from ftexp.sweep.options import Options
 from ftexp.sweep.space import Axis, Space
@@ -92,7 +94,11 @@ def placed(cfg: DictConfig, space: Space, point: dict[str, Any]) -> DictConfig:
 @cache
 def _composed(path: Path) -> DictConfig:
     """Read a composed config; what was frozen does not change while a process lives."""
-    cfg = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.load(path))
+    try:
+        cfg = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise Damaged(f"{path}: is damaged, it must be a config as it was frozen ({why}); put it back") from error
     assert isinstance(cfg, DictConfig)
     return cfg
 
