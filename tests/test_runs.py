@@ -15,7 +15,9 @@ def kept(tmp_path, monkeypatch):
     """Three runs in `outputs/`, with ids of a store."""
     monkeypatch.chdir(tmp_path)
     for where, run_id in (("runs/a", "aaaa1111bbbb"), ("sweeps/s/0", "aaaa1111cccc"), ("sweeps/s/1", None)):
-        write_json(tmp_path / "outputs" / where / "trial.json", {"mlflow_run": run_id, "config": {}})
+        write_json(
+            tmp_path / "outputs" / where / "trial.json", {"mlflow_run": run_id, "state": "complete", "config": {}}
+        )
     return tmp_path
 
 
@@ -102,7 +104,9 @@ def test_a_name_of_two_is_refused_and_each_is_found_by_its_folder(kept):
 def test_sweeps_that_lie_elsewhere_are_known_by_name_until_they_are_gone(kept, capsys):
     away = kept.parent / f"{kept.name}-away"
     for folder in (away / "t", kept / "mine", kept / "outputs/sweeps/s"):
-        write_json(folder / "0" / "trial.json", {"mlflow_run": f"bbbb{folder.name:_<8}", "config": {}})
+        write_json(
+            folder / "0" / "trial.json", {"mlflow_run": f"bbbb{folder.name:_<8}", "state": "complete", "config": {}}
+        )
         write_json(folder / "sweep.json", {})
         runs.keep(folder, folder.name)
         runs.keep(folder, folder.name)  # when it goes on
