@@ -13,8 +13,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from ftexp import board, compare, files, report, sealed
+from ftexp import board, compare, files, report, runs, sealed
 from ftexp.errors import ConfigError, Damaged, MachineError
+from ftexp.model import saved
 from ftexp.sweep import frozen
 
 
@@ -207,3 +208,9 @@ def test_trial_that_is_complete_and_has_no_scores_is_named(tmp_path):
     files.write_json(folder / "1" / "trial.json", told)
     with pytest.raises(Damaged, match=r"s: trial\.json of trial 1 is damaged, it lacks scores"):
         board.read(folder)
+
+
+def test_run_without_facts_of_its_device_is_named(tmp_path, tiny):
+    """`ftexp generate` ended in a traceback."""
+    with pytest.raises(Damaged, match=r"trial\.json: is damaged, it lacks facts of its device"):
+        saved.as_trained(runs.Kept(tmp_path, {"state": "complete", "config": {}}), tiny())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ftexp.config import Attention, Dtype, Format, Kind, Model, Quant, Run
-from ftexp.errors import MachineError
+from ftexp.errors import Damaged, MachineError
 from ftexp.model import (
     Base,
     _greedy,
@@ -46,7 +46,12 @@ def as_trained(kept: Kept, run: Run) -> tuple[Run, bool]:
     """Return a run's config with the number format and attention it was trained in, and whether the device is the same.
 
     On another device the config stays as it is: formats differ there.
+
+    Raises:
+        Damaged: the record of the run does not tell how it was computed.
     """
+    if "compute" not in kept.trial.get("facts", {}):
+        raise Damaged(f"{kept.folder / 'trial.json'}: is damaged, it lacks facts of its device; put it back")
     before, now = kept.trial["facts"]["compute"], compute.policy(run.model)
     if before["device"] != now.device:
         say(f"{kept.name} was trained on {before['device']} in {before['dtype']}; this is {now.device} in {now.dtype}, "
