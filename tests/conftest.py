@@ -66,6 +66,22 @@ def cli(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.fixture
+def mine(tmp_path):
+    """A function that writes files into a folder of options, and gives the folder."""
+
+    def write(**files: str):
+        for name, text in files.items():
+            path = tmp_path / "mine" / name.replace("__", "/")
+            path = path if path.suffix else path.with_suffix(".yaml")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return tmp_path / "mine"
+
+    yield write
+    overrides.choose(None)
+
+
 @pytest.fixture(scope="session")
 def shipped(tmp_path_factory):
     """A folder with a finished sweep `s` of two ranks, which keeps rows sealed, and a classifier `c`, both of the tiny model."""

@@ -14,22 +14,6 @@ from ftexp.errors import ConfigError
 from ftexp.sweep import plugin
 
 
-@pytest.fixture
-def mine(tmp_path):
-    """A function that writes files into a folder of options, and gives the folder."""
-
-    def write(**files: str):
-        for name, text in files.items():
-            path = tmp_path / "mine" / name.replace("__", "/")
-            path = path if path.suffix else path.with_suffix(".yaml")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        return tmp_path / "mine"
-
-    yield write
-    overrides.choose(None)
-
-
 def test_folder_of_one_thread_is_not_that_of_another(mine, monkeypatch):
     """Options of `--config-dir` are one for the process: another thread must wait until they have been read."""
     import threading
@@ -131,42 +115,6 @@ def test_folder_that_is_not_as_meant_is_refused_and_told(cli, mine, monkeypatch,
     assert code == 2
     assert told in err
     assert "Traceback" not in err
-
-
-@pytest.mark.parametrize(
-    ("lines", "line", "told"),
-    [
-        ("  - override /modle: tiny", 3, "there is no group /modle; did you mean /model?; groups are data, eval, experiment, "),
-        ("  - override /model: tinny", 3, "model must be one of distilbert, "),
-        ("  - override /lora: dora\n  - override /model: 3", 4, "model must be one of distilbert, "),
-        ("  - override /model: [gpt2, x]", 3, "model must be one of distilbert, "),
-        ("  - override /model gpt2", 3, "override /model gpt2 must have a colon after the group, as - override /model: "),
-        ("  - /model: gpt2", 3, "/model is chosen already, write - override /model: gpt2"),
-        ("  - overide /model: gpt2", 3, "overide /model must be a group, after override or optional or nothing; did you mean"),
-        ("  - override model: gpt2", 3, "model must be written /model: without a slash it is a group below experiment/"),
-        ("  override /model: gpt2", 3, "defaults must be a list, as - override /model: tiny"),
-        ("  - override /quant: none\n    override /lora: dora", 3, "a line of defaults must be one group and its option"),
-        ("  - 7", 3, "a line of defaults must be one group and its option"),
-        ("  - lost", 3, "experiment must be one of a, anime_genres, "),
-        ("  - a", 3, "defaults lead back to "),
-        ("  - override /sweep: rank", 3, "/sweep must be chosen on the command line, as sweep=..."),
-        ("  - override /hydra/launcher: joblib", 3, "/hydra/launcher must not be chosen by a file"),
-    ],
-)  # fmt: skip
-def test_defaults_that_lead_nowhere_are_told_with_their_line(cli, mine, lines, line, told):
-    """Hydra named neither the line nor what there is, or ended in a traceback."""
-    mine(experiment__a=f"# @package _global_\ndefaults:\n{lines}\n", experiment__b="defaults:\n  - a\n")
-    for name in "ab":
-        code, out, err = cli("--config-dir", "mine", f"experiment={name}", "name=m")
-        assert (code, out, err.count("\n")) == (2, "", 1)
-        assert f"mine/experiment/a.yaml:{line}: {told}" in err
-
-
-def test_defaults_that_lead_to_options_are_taken(cli, mine):
-    mine(experiment__b="# @package _global_\ndefaults:\n  - override /model: tiny\n  - override /hydra/sweeper: ftexp\n",
-         lora__wide="defaults:\n  - default\nr: 48\n")  # fmt: skip
-    code, out, err = cli("--config-dir", "mine", "experiment=b", "lora=wide", "name=m", "--cfg", "job")
-    assert (code, err) == (0, "") and "kind: tiny" in out and "r: 48" in out
 
 
 def test_completion_knows_them(mine):

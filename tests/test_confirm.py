@@ -690,7 +690,7 @@ def test_openings_of_sweeps_in_folders_of_their_own_count(tmp_path, monkeypatch)
         ("away/strange", "a"),
     ):
         write_json(tmp_path / name / "sweep.json", {})
-        opening = {"test": {"sha256": name, "hashes": rows}, "date": "today"}
+        opening = {"test": {"sha256": name, "hashes": rows}, "date": "today", "plan": [], "runs": [], "seeds": []}
         write_json(tmp_path / name / "confirm.json", {"openings": [opening]})
     runs.keep(tmp_path / "away/far", "far")
     folder = tmp_path / "outputs/sweeps/s"

@@ -11,7 +11,7 @@ import pytest
 import ftexp
 
 PACKAGE = Path(ftexp.__file__).parent
-ORDER = ["errors", "files", "machine", "garbage", "progress", "ranks", "verb", "config", "overrides", "data", "metrics", "own", "runs", "board",
+ORDER = ["errors", "files", "machine", "garbage", "progress", "ranks", "verb", "config", "defaults", "overrides", "data", "metrics", "own", "runs", "board",
          "handed", "model", "labels", "passes", "evaluate", "train", "estimate", "facts", "track", "registry", "experiment", "stats",
          "sealed", "sync", "probe", "sweep", "compare", "examples", "page", "report", "confirm", "notebooks", "power",
          "diff",

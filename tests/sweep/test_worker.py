@@ -475,7 +475,8 @@ def test_sampler_knows_the_bounds_of_now_and_the_worst_of_replicates(sweep, monk
     trials(monkeypatch, [{"valid/loss": 0.5, "cost/memory_gib": gib} for gib in sizes])
     worker.work(made, record)
     for n, gib in enumerate(sizes):
-        write_json(made.folder / str(n) / "trial.json", {"scores": {"cost/seconds": 10 * gib}})
+        write_json(made.folder / str(n) / "trial.json",
+                   {"state": "complete", "config": {}, "scores": {"cost/seconds": 10 * gib}})  # fmt: skip
 
     def told(**bounds):
         now = replace(made, options=replace(made.options, at_most={f"cost/{k}": v for k, v in bounds.items()}))
