@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -91,14 +93,21 @@ def placed(cfg: DictConfig, space: Space, point: dict[str, Any]) -> DictConfig:
     return cfg
 
 
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Say that a config is damaged which cannot be read as it was frozen."""
+    try:
+        yield
+    except (OmegaConfBaseException, YAMLError, ValueError, OSError, AttributeError) as error:
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise Damaged(f"{path}: is damaged, it must be a config as it was frozen ({why}); put it back") from error
+
+
 @cache
 def _composed(path: Path) -> DictConfig:
     """Read a composed config; what was frozen does not change while a process lives."""
-    try:
+    with _whole(path):
         cfg = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.load(path))
-    except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
-        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise Damaged(f"{path}: is damaged, it must be a config as it was frozen ({why}); put it back") from error
     assert isinstance(cfg, DictConfig)
     return cfg
 
@@ -132,11 +141,15 @@ def keys(folder: Path) -> set[str]:
     """Return the keys that the config had at the launch, and the groups they are in; an earlier ftexp had fewer.
 
     All points have the same; empty before the first launch.
+
+    Raises:
+        Damaged: what was frozen is no config.
     """
     composed = next((folder / "frozen").glob("*.yaml"), None)
     if composed is None:
         return set()
-    parts = [key.split(".") for key in config.flat(OmegaConf.to_container(OmegaConf.load(composed)))]
+    with _whole(composed):
+        parts = [key.split(".") for key in config.flat(OmegaConf.to_container(OmegaConf.load(composed)))]
     return {".".join(path[:end]) for path in parts for end in range(1, len(path) + 1)}
 
 

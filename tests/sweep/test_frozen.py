@@ -4,6 +4,7 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
+from conftest import UNWRITTEN
 from omegaconf import OmegaConf
 
 from ftexp import config
@@ -126,3 +127,14 @@ def test_values_behind_a_chain_of_conditions_are_checked():
     chain = (axes[0], replace(axes[1], when=(("lora.r", ("4",)),)), replace(axes[2], when=(("lora.alpha", ("16",)),)))
     points = frozen.corners(space.Space((), chain))
     assert {"lora.r": "4", "lora.alpha": "16", "trainer.lr": "0.2"} in points
+
+
+@pytest.mark.parametrize("held", ["[1]", "a: [", "7"])
+def test_frozen_config_of_another_shape_is_named_by_a_second_launch(cli, tmp_path, held):
+    given = [*UNWRITTEN, "track=none", "eval=loss", "name=s", "lora.r=2,4", "-m"]
+    assert cli(*given)[0] == 0
+    (path,) = (tmp_path / "outputs/sweeps/s/frozen").glob("*.yaml")
+    path.write_text(held)
+    code, _, err = cli(*given)
+    assert (code, err.count("\n")) == (4, 1), err
+    assert err.startswith(f"ftexp: {path}: is damaged, it must be a config as it was frozen")
