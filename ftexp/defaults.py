@@ -63,20 +63,20 @@ def _led_to(item: Node, where: str, group: str, folders: Folders) -> list[tuple[
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{where}: {key.value} must be a group, after override or optional or nothing{hint}")
     name, _, package = words[-1].partition("@")
-    if "${" in name or name.lstrip("/") == "hydra/sweeper":
+    chosen = [one.value for one in (value.value if isinstance(value, SequenceNode) else [value])
+              if isinstance(one, ScalarNode) and not one.tag.endswith(":null") and "${" not in one.value]  # fmt: skip
+    if name.lstrip("/") == "hydra/launcher" and {*chosen} - {"basic"}:
+        raise ConfigError(f"{where}: {name} must be left out: ftexp brings its own workers; see sweep.workers")
+    if "${" in name or name.lstrip("/").startswith("hydra/"):  # Hydra's own, as its logging
         return []
-    if name.lstrip("/").startswith("hydra/"):
-        raise ConfigError(f"{where}: {name} must not be chosen by a file: configs run no code")
     found = _group(name, where, group, folders)
     if found in ("sweep", group):
         raise ConfigError(f"{where}: {name} must be chosen on the command line, as {found}=...")
-    chosen = [one.value for one in (value.value if isinstance(value, SequenceNode) else [value])
-              if isinstance(one, ScalarNode) and not one.tag.endswith(":null") and "${" not in one.value]  # fmt: skip
     if found == name.lstrip("/") and not (package or "override" in words):
         told = ", ".join(chosen) or "null"
         raise ConfigError(f"{where}: {name} is chosen already, write - override {name}: {told}")
     optional = "optional" in words
-    return [(found, one) for one in chosen if _is_there(found, one, where, folders, optional)]
+    return [(found, one.removesuffix(".yaml")) for one in chosen if _is_there(found, one, where, folders, optional)]
 
 
 def _plain(text: str, where: str, group: str, folders: Folders) -> list[tuple[str, str]]:
@@ -87,6 +87,7 @@ def _plain(text: str, where: str, group: str, folders: Folders) -> list[tuple[st
     if " " in name.strip():
         raise ConfigError(f"{where}: {text} must have a colon after the group, as - override /model: tiny")
     found, _, option = name.lstrip("/").rpartition("/") if name.startswith("/") else (group, "", name)
+    option = option.removesuffix(".yaml")
     if found not in folders:
         return []
     return [(found, option)] if _is_there(found, option, where, folders, False) else []
@@ -107,7 +108,7 @@ def _group(name: str, where: str, group: str, folders: Folders) -> str:
 def _is_there(group: str, option: str, where: str, folders: Folders, optional: bool) -> bool:
     """Whether a group has an option; one that need not be there may be missing."""
     options = sorted(path.stem for place in folders[group] for path in place.glob("*.yaml"))
-    if option in options:
+    if option.removesuffix(".yaml") in options:
         return True
     if optional:
         return False

@@ -20,7 +20,7 @@ import pytest
         ("  - lost", 3, "experiment must be one of a, anime_genres, "),
         ("  - a", 3, "defaults lead back to "),
         ("  - override /sweep: rank", 3, "/sweep must be chosen on the command line, as sweep=..."),
-        ("  - override /hydra/launcher: joblib", 3, "/hydra/launcher must not be chosen by a file"),
+        ("  - override /hydra/launcher: joblib", 3, "/hydra/launcher must be left out: ftexp brings its own workers"),
     ],
 )  # fmt: skip
 def test_defaults_that_lead_nowhere_are_told_with_their_line(cli, mine, lines, line, told):
@@ -30,6 +30,20 @@ def test_defaults_that_lead_nowhere_are_told_with_their_line(cli, mine, lines, l
         code, out, err = cli("--config-dir", "mine", f"experiment={name}", "name=m")
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert f"mine/experiment/a.yaml:{line}: {told}" in err
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["override /model: tiny", "override optional /lora: dora", "override /model: tiny.yaml", "base.yaml", "override /lora: null",
+     "override /model@_global_.model: tiny", "override /model: ${oc.env:WHICH,tiny}", "override /hydra/job_logging: disabled",
+     "override /hydra/launcher: basic"],
+)  # fmt: skip
+def test_what_hydra_takes_is_taken(cli, mine, line):
+    mine(
+        experiment__a=f"# @package _global_\ndefaults:\n  - {line}\n", experiment__base="# @package _global_\nseed: 5\n"
+    )
+    code, _, err = cli("--config-dir", "mine", "experiment=a", "name=m", "--cfg", "job")
+    assert (code, err) == (0, "")
 
 
 def test_defaults_that_lead_to_options_are_taken(cli, mine):
